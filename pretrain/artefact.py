@@ -1,0 +1,134 @@
+"""What every artefact shares: it is a folder, its `meta.json` is written last, and a visible file is a complete file.
+
+`meta.json` holds the format version, the kind, the resolved config, library versions, the git commit, the fingerprints of
+the parents and the artefact's own fingerprint. A folder without `meta.json` is unfinished work, never an artefact.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit(
+    folder: Path,
+    kind: str,
+    config: dict[str, Any],
+    parents: dict[str, str],
+    files: list[str],
+    **extra: Any,
+) -> str:
+    """Declare `folder` complete: write its `meta.json` over the named `files`. Returns the fingerprint.
+
+    The fingerprint is a SHA-256 over the kind and the names and SHA-256 of `files`: the content, not the time or place.
+    `extra` keys (frame rate, codebook, counts) are stored beside and are the owner's business.
+    """
+    hashes = {name: sha256_file(folder / name) for name in sorted(files)}
+    fingerprint = hashlib.sha256(json.dumps([kind, hashes]).encode()).hexdigest()[:16]
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "fingerprint": fingerprint,
+        "parents": parents,
+        "files": hashes,
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        **extra,
+        "config": config,
+    }
+    write_json(folder / "meta.json", meta)
+    return fingerprint
+
+
+def read_meta(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """`meta.json` of a complete artefact. Missing, unfinished, of another kind or a newer format: a ValueError that says so."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such {kind or 'artefact'}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no meta.json, so not a complete {kind or 'artefact'}; run the stage that writes it") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/meta.json: not valid JSON ({error})") from None
+    if kind is not None and meta.get("kind") != kind:
+        raise ValueError(f"{folder}: is a {meta.get('kind')!r}; a {kind!r} is needed here")
+    if meta["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{folder}: format {meta['format_version']} is newer than this wordless reads ({FORMAT_VERSION})")
+    return meta
+
+
+def is_complete(folder: str | Path) -> bool:
+    return (Path(folder) / "meta.json").is_file()
+
+
+def require_absent(folder: str | Path) -> None:
+    """Refuse to write over a finished artefact."""
+    if is_complete(folder):
+        raise ValueError(f"{folder}: already holds a finished artefact; remove it or choose another `out`")
+
+
+def library_versions() -> dict[str, str]:
+    names = ["wordless", "torch", "numpy", "faiss-cpu", "safetensors"]
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit of the wordless checkout that runs, with `+` when its files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,97 @@
+"""Configuration: TOML in, frozen pydantic models out, every mistake reported at once.
+
+A config class stands beside the code it configures and derives from `Config`. Reading is strict: an unknown key or a wrong
+type is an error that names the file, the dotted key, what was expected and the nearest right name. Nothing rewrites a config.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as plain JSON types."""
+        return self.model_dump(mode="json")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file. A missing or malformed file is a ValueError naming it."""
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; a TOML file is needed") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `tree` with `dotted.key=value` applied in order. Values are TOML; what does not parse as TOML is a string."""
+    tree = json.loads(json.dumps(tree, default=str))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"override {override!r}: write key=value, for example optimizer.lr=0.001")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"override {override!r}: {parent!r} is a value, not a table")
+        node[leaf] = value
+    return tree
+
+
+def parse_config(config_class: type[C], tree: dict[str, Any], source: str) -> C:
+    """Validate `tree`; all mistakes in one ValueError, a line each: `source: dotted.key: what is wrong`."""
+    try:
+        return config_class.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        lines = [f"{source}: {_describe(config_class, problem)}" for problem in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def _describe(config_class: type[Config], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            names = _names_at(config_class, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
+            return f"{key}: unknown key; {hint}"
+        case "missing":
+            return f"{key}: this key is needed"
+        case "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            return f"{key}: {message}" if key else message
+        case _:
+            return f"{key}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _names_at(config_class: type[Config], location: tuple[Any, ...]) -> list[str]:
+    """Field names of the config class that `location` leads to, for the 'did you mean' hint."""
+    current: Any = config_class
+    for part in location:
+        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
+        options = [annotation, *get_args(annotation)]
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if current is None:
+            return []
+    return list(current.model_fields)

@@ -1,0 +1,76 @@
+"""The verb `finetune`: CTC on transcripts, from a pretrained encoder or, for comparison, from random weights."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from pretrain.audio import SAMPLE_RATE
+from pretrain.batches import BatchConfig, SpeechBatches
+from pretrain.config import Config
+from pretrain.ctc import CTCConfig, CTCTask, Recognizer, TextConfig, Vocabulary
+from pretrain.encoder import load_encoder
+from pretrain.engine import OptimizerConfig, TrainingConfig, train
+from pretrain.manifest import Manifest
+
+
+class FinetuneConfig(Config):
+    out: str
+    manifest: str
+    split: str | None = "train"
+    valid_split: str | None = "dev"
+    label_minutes: float | None = Field(None, gt=0, description="a seeded draw of this much labelled audio; all when not given")
+    encoder: str = Field(description="a pretraining run")
+    initialization: Literal["pretrained", "random"] = Field("pretrained", description="random: its architecture, fresh weights")
+    characters: str | None = Field(None, description="the vocabulary; taken from the training transcripts when not given")
+    text: TextConfig = TextConfig()
+    ctc: CTCConfig = CTCConfig()
+    batches: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="tri_stage")
+    training: TrainingConfig
+
+
+def draw_labelled(manifest: Manifest, minutes: float | None, seed: int) -> np.ndarray:
+    """Row numbers of about `minutes` of transcribed audio, speakers taking turns; a smaller budget lies inside a larger one."""
+    usable = [row for row in range(len(manifest)) if manifest[row].text]
+    if not usable:
+        raise ValueError(f"{manifest.folder}: no utterance has a transcript; `finetune` needs some")
+    if minutes is None:
+        return np.array(usable)
+    queues: dict[str | None, list[int]] = {}
+    for row in np.random.default_rng([seed, 3]).permutation(usable).tolist():
+        queues.setdefault(manifest[row].speaker, []).append(row)
+    turns = sorted((turn, index, row) for index, queue in enumerate(queues.values()) for turn, row in enumerate(queue))
+    rows = np.array([row for _, _, row in turns])
+    total = np.cumsum(manifest.lengths[rows]) / (60 * SAMPLE_RATE)
+    if total[-1] < minutes:
+        raise ValueError(f"{manifest.folder}: label_minutes = {minutes} but only {total[-1]:.1f} minutes are transcribed")
+    return rows[: int(np.searchsorted(total, minutes)) + 1]
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Run the verb; returns the training summary with the labelled minutes used and the vocabulary's size."""
+    manifest = Manifest(config.manifest)
+    seed = config.training.seed
+    chosen = manifest.select(config.split)
+    labelled = chosen.take(draw_labelled(chosen, config.label_minutes, seed))
+    texts = [config.text.normalize(utterance.text or "") for utterance in labelled]
+    vocabulary = Vocabulary(list(config.characters.replace(" ", "|"))) if config.characters else Vocabulary.of(texts)
+    encoder, encoder_fingerprint = load_encoder(config.encoder)
+    torch.manual_seed(seed)
+    model = Recognizer(encoder.config, len(vocabulary), config.ctc.final_dropout)
+    pretrained = config.initialization == "pretrained"
+    if pretrained:
+        model.encoder.load_state_dict(encoder.state_dict())
+    train_set = SpeechBatches(labelled, config.batches, seed, crop=False)
+    valid = config.valid_split if config.valid_split in manifest.splits else None
+    valid_set = SpeechBatches(manifest.select(valid), config.batches, seed, crop=False) if valid else None
+    task = CTCTask(model, config.ctc, vocabulary, config.text, train_set, valid_set, frozen_phases=pretrained, seed=seed)
+    summary = train(
+        task, out=config.out, kind="recognizer", training=config.training, optimizer=config.optimizer, config=config.resolved(),
+        parents={"manifest": manifest.fingerprint, "encoder": encoder_fingerprint},
+        extra={"vocabulary": vocabulary.symbols, "config_encoder": encoder.config.resolved()},
+    )  # fmt: skip
+    minutes = float(labelled.lengths.sum() / SAMPLE_RATE / 60)
+    return {**summary, "label_minutes": minutes, "utterances": len(labelled), "vocabulary": len(vocabulary)}

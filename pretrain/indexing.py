@@ -1,0 +1,178 @@
+"""`index`: take what a source of audio claims (see `pretrain.sources`), examine every recording, draw splits, write a manifest.
+
+Recordings that cannot be used are listed with the reason and left out, unless there are too many of them.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from rich.markup import escape
+from rich.table import Table
+
+from pretrain.artefact import is_complete, read_meta, require_absent
+from pretrain.audio import probe_audio
+from pretrain.config import Config
+from pretrain.manifest import write_manifest
+from pretrain.progress import console, progress
+from pretrain.sources import Candidate, attach_alignments, name_speakers, read_source, require_distinct_ids
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class IndexConfig(Config):
+    """What to index. `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
+    group, is the speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...]} for utterances by id."""
+
+    source: str
+    out: str
+    speaker_pattern: str | None = None
+    alignments: str | None = None
+    dev_share: Share = 0.1
+    test_share: Share = 0.1
+    split_seed: int = 0
+    verify: Literal["decode", "header"] = "decode"
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    workers: Annotated[int, Field(ge=0)] = 0  # threads; 0: one for each core
+
+    @field_validator("speaker_pattern")
+    @classmethod
+    def _names_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            if pattern is not None and re.compile(pattern).groups == 0:
+                raise ValueError(f"{pattern!r} has no group; write for example '(?P<speaker>[^/]+)/'")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> Self:
+        if self.dev_share + self.test_share >= 1:
+            raise ValueError(f"dev_share {self.dev_share} and test_share {self.test_share} leave nothing to train on")
+        return self
+
+
+def index(config: IndexConfig) -> dict[str, Any]:
+    """Write the manifest of `config.source`; the summary counts what was found, kept and quarantined, in all and by split."""
+    require_absent(config.out)
+    candidates = read_source(config.source)
+    require_distinct_ids(candidates)
+    if config.speaker_pattern is not None:
+        name_speakers(candidates, config.speaker_pattern)
+    if config.alignments is not None:
+        attach_alignments(candidates, config.alignments)
+    rows, quarantine = _verify(candidates, config)
+    _report_quarantine(quarantine, len(candidates), config)
+    _split(rows, config)
+    write_manifest(config.out, rows, config.resolved(), _parents(config.source), quarantine)
+    assert len(rows) + len(quarantine) == len(candidates)
+    splits = sorted({row["split"] for row in rows})
+    return {
+        "found": len(candidates),
+        "quarantined": len(quarantine),
+        **_count(rows),
+        "splits": {split: _count([row for row in rows if row["split"] == split]) for split in splits},
+        "has_text": any(row["text"] is not None for row in rows),
+        "has_phones": any(row["phones"] is not None for row in rows),
+    }
+
+
+def _count(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "utterances": len(rows),
+        "hours": sum(row["num_samples"] / row["sample_rate"] for row in rows) / 3600,
+        "speakers": len({row["speaker"] for row in rows} - {None}),
+    }
+
+
+def _parents(source: str) -> dict[str, str]:
+    folder = Path(source).parent
+    return {"source": read_meta(folder)["fingerprint"]} if Path(source).is_file() and is_complete(folder) else {}
+
+
+# Examining the recordings
+
+
+def _verify(candidates: list[Candidate], config: IndexConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows, quarantine) in the source's order. Threads suffice: decoding happens outside the interpreter's lock."""
+    rows, quarantine = [], []
+
+    def examine(candidate: Candidate) -> tuple[int, int, int] | str:
+        try:
+            return probe_audio(
+                candidate.path,
+                candidate.offset_seconds,
+                candidate.duration_seconds,
+                candidate.num_samples,
+                config.verify == "decode",
+            )
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool, progress("index", len(candidates), "file") as advance:
+        for first in range(0, len(candidates), 4096):
+            batch = candidates[first : first + 4096]
+            for candidate, found in zip(batch, pool.map(examine, batch), strict=True):
+                advance(1)
+                row = {"id": candidate.id, "path": candidate.path}
+                if isinstance(found, str):
+                    quarantine.append({**row, "reason": found})
+                    continue
+                start, num_samples, sample_rate = found
+                about = {"split": candidate.split, "speaker": candidate.speaker, "text": candidate.text, "phones": candidate.phones}
+                rows.append({**row, "start": start, "num_samples": num_samples, "sample_rate": sample_rate, **about})
+    return rows, quarantine
+
+
+def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config: IndexConfig) -> None:
+    """A table on stderr; a ValueError when more than `max_bad_share` of the recordings, or all of them, are bad."""
+    if not quarantine:
+        return
+    if len(quarantine) == num_found or len(quarantine) > config.max_bad_share * num_found:
+        worst = "".join(f"\n  {row['path']}: {row['reason']}" for row in quarantine[:5])
+        more = f"\n  and {len(quarantine) - 5} more" if len(quarantine) > 5 else ""
+        remedy = (
+            "" if len(quarantine) == num_found else f" (max_bad_share is {config.max_bad_share}; raise it to go on without them)"
+        )
+        raise ValueError(f"{config.source}: {len(quarantine)} of {num_found} recordings cannot be used{remedy}:{worst}{more}")
+    table = Table("recording", "reason", title=f"{len(quarantine)} of {num_found} recordings left out (all in quarantine.jsonl)")
+    for row in quarantine[:20]:
+        table.add_row(escape(row["path"]), escape(row["reason"]))
+    console.print(table)
+
+
+# Drawing splits
+
+
+def _split(rows: list[dict[str, Any]], config: IndexConfig) -> None:
+    """Fill in `split` unless the source gave it: by speaker when three or more are known, otherwise by utterance.
+
+    Who goes where follows from a hash of the seed and the name, never from the order of rows. Utterances of unknown speakers
+    stay in train when the split is by speaker.
+    """
+    without = [row["id"] for row in rows if row["split"] is None]
+    if len(without) < len(rows):
+        if without:
+            raise ValueError(f"{config.source}: {without[0]!r} has no split though others do; give one to all rows or to none")
+        return
+    by = "speaker" if len({row["speaker"] for row in rows} - {None}) >= 3 else "id"
+    names = draw_splits({row[by] for row in rows} - {None}, config)
+    for row in rows:
+        row["split"] = names.get(row[by], "train")
+
+
+def draw_splits(names: Iterable[str], config: IndexConfig) -> dict[str, str]:
+    """Split of each name. Every split with a share gets at least one and otherwise no more than its share; train, the rest."""
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{config.split_seed}:{name}".encode()).digest())
+    shares = {"test": config.test_share, "dev": config.dev_share}
+    counts = {split: max(1, int(share * len(order) + 1e-9)) for split, share in shares.items() if share > 0}
+    if sum(counts.values()) >= len(order):
+        few = f"{len(order)} are too few to draw {' and '.join(counts)} from and leave a train split"
+        raise ValueError(f"{config.source}: {few}; set dev_share or test_share to 0")
+    parts = [split for split, count in counts.items() for _ in range(count)]
+    return dict(zip(order, [*parts, *["train"] * (len(order) - len(parts))], strict=True))

@@ -1,0 +1,129 @@
+"""wav2vec 2.0: tell the quantised true frame from distractors (Baevski et al., 2020, arXiv 2006.11477, section 3)."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pretrain.config import Config
+from pretrain.encoder import Encoder, EncoderConfig
+from pretrain.engine import Loss
+from pretrain.hubert import feature_penalty
+
+
+class Wav2Vec2Config(Config):
+    mask_start_probability: float = Field(0.065, gt=0, lt=1)
+    mask_length: int = Field(10, ge=1)
+    num_distractors: int = Field(100, ge=1)
+    num_groups: int = Field(2, ge=1)
+    num_entries: int = Field(320, ge=2, description="codebook entries a group")
+    code_dim: int = Field(256, ge=1)
+    final_dim: int = Field(256, ge=1)
+    temperature: float = Field(0.1, gt=0, description="of the contrastive softmax")
+    gumbel_temperature: tuple[float, float] = (2.0, 0.5)
+    gumbel_decay: float = Field(0.999995, gt=0, le=1, description="per step")
+    diversity_weight: float = Field(0.1, ge=0)
+    feature_penalty: float = Field(10.0, ge=0)
+
+
+class Wav2Vec2Batch(NamedTuple):
+    waveforms: Tensor  # (batch, samples) float32
+    num_samples: Tensor  # (batch,)
+    mask: Tensor  # (batch, frames) bool, False where padded
+    masked_frames: Tensor  # (batch, masked) int64: numbers of the masked frames, 0 where padded
+    num_masked: Tensor  # (batch,)
+    distractors: Tensor  # (batch, masked, distractors) int64: places among the utterance's masked frames
+
+
+def draw_distractors(num_masked: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """For each masked frame `count` of the utterance's other masked frames, uniformly with replacement: (num_masked, count)."""
+    drawn = rng.integers(0, max(1, num_masked - 1), (num_masked, count))
+    return drawn + (drawn >= np.arange(num_masked)[:, None])
+
+
+class GumbelQuantizer(nn.Module):
+    """Product quantisation with a straight-through Gumbel softmax (equation 1). Codes are (…, groups)."""
+
+    def __init__(self, dim: int, config: Wav2Vec2Config):
+        super().__init__()
+        self.groups, self.entries = config.num_groups, config.num_entries
+        self.temperature = config.gumbel_temperature[0]
+        self.logits = nn.Linear(dim, self.groups * self.entries)
+        nn.init.normal_(self.logits.weight, std=1.0)  # as fairseq: sharp logits from the start
+        nn.init.zeros_(self.logits.bias)
+        self.codes = nn.Parameter(torch.empty(self.groups, self.entries, config.code_dim // self.groups).uniform_())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames (n, dim) to quantised (n, code_dim), code numbers (n, groups) and soft probabilities (n, groups, entries)."""
+        logits = self.logits(x).float().unflatten(1, (self.groups, self.entries))
+        if self.training:
+            chosen = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=2)
+        else:
+            chosen = F.one_hot(logits.argmax(2), self.entries).float()
+        quantized = torch.einsum("nge,ged->ngd", chosen, self.codes).flatten(1)
+        return quantized, chosen.argmax(2), logits.softmax(2)
+
+
+class Wav2Vec2(nn.Module):
+    """Contrastive loss over one similarity matrix per utterance with a gather, + diversity + feature penalty (section 3.2)."""
+
+    def __init__(self, encoder: EncoderConfig, config: Wav2Vec2Config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(encoder)
+        self.quantizer = GumbelQuantizer(self.encoder.front_end.dim, config)
+        self.project_code = nn.Linear(config.code_dim, config.final_dim)
+        self.project = nn.Linear(encoder.dim, config.final_dim)
+
+    def set_step(self, step: int) -> None:
+        first, last = self.config.gumbel_temperature
+        self.quantizer.temperature = max(last, first * self.config.gumbel_decay**step)
+
+    def forward(self, batch: Wav2Vec2Batch) -> Loss:
+        features = self.encoder.features(batch.waveforms, batch.num_samples)
+        normed = self.encoder.feature_norm(features)  # (batch, frames, front_end.dim)
+        x = self.encoder.contextualize(normed, batch.num_samples, batch.mask)
+        places = batch.masked_frames[..., None]  # (batch, masked, 1)
+        real = torch.arange(places.shape[1], device=x.device) < batch.num_masked[:, None]  # (batch, masked)
+        predicted = self.project(x.gather(1, places.expand(-1, -1, x.shape[2])))  # (batch, masked, final_dim)
+        targets, codes, soft = self.quantizer(normed.gather(1, places.expand(-1, -1, normed.shape[2]))[real])
+        loss, correct = self._contrast(predicted, self._restore(self.project_code(targets), real), self._restore(codes, real), batch, real)
+        count = real.sum().float()
+        usage = soft.mean(0)  # (groups, entries): how much each entry is used over the batch
+        soft_perplexity = torch.exp(-(usage * (usage + 1e-7).log()).sum(1)).sum()
+        size = self.config.num_groups * self.config.num_entries
+        diversity = (size - soft_perplexity) / size
+        valid = torch.arange(features.shape[1], device=x.device) < ((batch.num_samples - 400) // 320 + 1)[:, None]
+        total = loss + self.config.diversity_weight * count * diversity
+        total = total + feature_penalty(features, valid, count, self.config.feature_penalty)
+        hard = torch.zeros_like(usage).scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=usage.dtype))
+        metrics = {
+            "contrastive_loss": (loss.detach(), count),
+            "accuracy": (correct, count),
+            "diversity_loss": ((diversity * count).detach(), count),
+            "_codes": (hard, count),
+        }
+        return Loss(total, count, metrics)
+
+    def _contrast(self, predicted: Tensor, targets: Tensor, codes: Tensor, batch: Wav2Vec2Batch, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross entropy of the true target among the distractors, and how often it wins."""
+        with torch.autocast(predicted.device.type, enabled=False):
+            similarity = F.normalize(predicted.float(), dim=2) @ F.normalize(targets.float(), dim=2).transpose(1, 2)
+            logits = similarity / self.config.temperature  # (batch, masked, masked)
+        positive = logits.diagonal(dim1=1, dim2=2)[..., None]
+        same = (codes[:, :, None] == codes[:, None]).all(3)  # a distractor with the true frame's codes is no distractor
+        negatives = logits.masked_fill(same, float("-inf")).gather(2, batch.distractors)  # (batch, masked, distractors)
+        choices = torch.cat([positive, negatives], dim=2)[real]
+        correct = (choices.detach().argmax(1) == 0) & (choices.detach()[:, 1:].max(1).values < choices.detach()[:, 0])
+        labels = torch.zeros(len(choices), dtype=torch.long, device=choices.device)
+        return F.cross_entropy(choices, labels, reduction="sum"), correct.sum().float()
+
+    @staticmethod
+    def _restore(rows: Tensor, real: Tensor) -> Tensor:
+        """Rows of the real masked frames (n, …) back to (batch, masked, …), zero where padded."""
+        padded = rows.new_zeros(*real.shape, *rows.shape[1:])
+        padded[real] = rows
+        return padded

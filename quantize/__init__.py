@@ -1,0 +1,1 @@
+"""From hidden features to discrete labels: feature sources, k-means, codebooks, encoding a corpus, the quality of units."""

@@ -1,0 +1,83 @@
+"""What a job asks for: the `[slurm]` table of a config.
+
+    [slurm]
+    partition = "gpu"
+    nodes = 2
+    gpus_per_node = 8
+    tasks_per_node = 8        # one per GPU
+    cpus_per_task = 8
+    time_minutes = 1440
+    setup = ["module load cuda"]
+
+The same table serves `--on slurm` and `--on local`; a local job has one node, and no queue that partition, account, qos,
+constraint or memory could mean anything to.
+"""
+
+import difflib
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+# A newline in one of these would end its #SBATCH line and start a shell command.
+Word = Annotated[str, StringConstraints(pattern=r"^\S+$")]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Resources(BaseModel):
+    """Frozen and strict. A key left out is left to the cluster's own default, except where a default stands here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Word | None = None  # of the job, in the queue; default: wordless-VERB
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None  # features that the nodes must have, e.g. "a100"
+    nodes: Positive = 1
+    tasks_per_node: Positive = 1  # processes of a distributed run: one per GPU
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0 hides a local machine's GPUs from the job
+    cpus_per_task: Positive = 2
+    memory_gb: Positive | None = None  # per node
+    time_minutes: Positive = 60  # per attempt: a job out of time is requeued and resumes from its last checkpoint
+    array_parallelism: Positive = 256  # jobs of one array that run at a time; a single command is not an array
+    setup: tuple[str, ...] = ()  # shell lines before the job
+
+    def slurm_parameters(self) -> dict[str, Any]:
+        """The parameters of `submitit.SlurmExecutor`, under its names; what is None there is not written to the sbatch file."""
+        return {
+            "job_name": self.name,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.tasks_per_node,
+            "gpus_per_node": self.gpus_per_node or None,  # a cluster without GPUs refuses even a request for none
+            "cpus_per_task": self.cpus_per_task,
+            "mem": None if self.memory_gb is None else f"{self.memory_gb}GB",
+            "time": self.time_minutes,
+            "array_parallelism": self.array_parallelism,
+            "setup": list(self.setup),
+        }
+
+
+def parse_resources(table: Any, source: str | None = None) -> Resources:
+    """Validate a `[slurm]` table as `tomllib` gives it.
+
+    All mistakes come in one ValueError, a line each, `slurm.KEY: what is wrong`, after `source: ` (the file) when given.
+    """
+    try:
+        return Resources.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        valid = sorted(Resources.model_fields)
+        lines = []
+        for problem in error.errors():
+            key = ".".join(["slurm", *map(str, problem["loc"])])
+            if problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1)
+                lines.append(f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+            else:
+                lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
+        lines.append(f"valid keys of [slurm]: {', '.join(valid)}")
+        raise ValueError("\n".join(f"{source}: {line}" if source else line for line in lines)) from None

@@ -1,0 +1,346 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.audio import load_audio
+from pretrain.config import parse_config
+from pretrain.indexing import IndexConfig, draw_splits, index
+from pretrain.manifest import Manifest, Phone
+
+
+def record(path: Path, num_samples: int = 4000, rate: int = 16000, value: float | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = np.random.default_rng(num_samples).uniform(-0.5, 0.5, num_samples).astype(np.float32)
+    if value is not None:
+        wave[-1] = value
+    soundfile.write(path, wave, rate, subtype="FLOAT" if value is not None else None)
+    return path
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(source: Path, **keys: Any) -> tuple[dict[str, Any], Manifest]:
+    out = source.parent / "manifest"
+    summary = index(IndexConfig(source=str(source), out=str(out), **({"dev_share": 0.0, "test_share": 0.0} | keys)))
+    return summary, Manifest(out)
+
+
+# Sources
+
+
+def test_a_folder_is_searched_for_every_format(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    for name in ("b/x.wav", "a/y.FLAC", "a/deep/z.ogg", "w.mp3"):
+        record(corpus / name)
+    record(corpus / ".hidden/n.wav")
+    record(corpus / "a/._y.wav")
+    (corpus / "notes.txt").write_text("not audio")
+    summary, manifest = run(corpus)
+    assert manifest.ids == ["w", "a/y", "a/deep/z", "b/x"]
+    assert summary["found"] == summary["utterances"] == 4 and summary["quarantined"] == summary["speakers"] == 0
+    assert summary["hours"] == pytest.approx(1 / 3600) and not summary["has_text"] and not summary["has_phones"]
+    assert summary["splits"] == {"train": {"utterances": 4, "hours": pytest.approx(1 / 3600), "speakers": 0}}
+    assert all(len(load_audio(utterance)) == 4000 for utterance in manifest)
+
+
+def test_librispeech_transcripts_and_speakers_are_picked_up(tmp_path: Path) -> None:
+    chapter = tmp_path / "LibriSpeech/84/121123"
+    for number in range(2):
+        record(chapter / f"84-121123-000{number}.flac")
+    (chapter / "84-121123.trans.txt").write_text("84-121123-0000 GO DO YOU HEAR\n84-121123-0001 BUT\n")
+    _, manifest = run(tmp_path / "LibriSpeech")
+    assert [(u.id, u.text, u.speaker) for u in manifest] == [
+        ("84/121123/84-121123-0000", "GO DO YOU HEAR", "84"),
+        ("84/121123/84-121123-0001", "BUT", "84"),
+    ]
+
+
+def test_a_text_beside_a_recording_is_its_transcript(tmp_path: Path) -> None:
+    record(tmp_path / "c/x.wav").with_suffix(".txt").write_text("one\ntwo\n")
+    record(tmp_path / "c/y.wav")
+    assert [u.text for u in run(tmp_path / "c")[1]] == ["one two", None]
+
+
+def test_a_fairseq_list_and_its_words(tmp_path: Path) -> None:
+    record(tmp_path / "audio/s/x.wav")
+    record(tmp_path / "audio/s/y.wav", 8000, 8000)
+    source = tmp_path / "train.tsv"
+    source.write_text(f"{tmp_path / 'audio'}\ns/x.wav\t4000\ns/y.wav\t8000\n")
+    source.with_suffix(".wrd").write_text("ONE\nTWO\n")
+    _, manifest = run(source)
+    assert [(u.id, u.text, u.num_samples, u.length) for u in manifest] == [("s/x", "ONE", 4000, 4000), ("s/y", "TWO", 8000, 16000)]
+
+
+def test_a_fairseq_list_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    record(tmp_path / "x.wav")
+    record(tmp_path / "y.wav")
+    (tmp_path / "l.tsv").write_text(f"{tmp_path}\nx.wav\t5000\ny.wav\t3000\n")
+    summary, manifest = run(tmp_path / "l.tsv", max_bad_share=0.5)
+    assert summary["quarantined"] == 1 and [(u.id, u.num_samples) for u in manifest] == [("y", 4000)]
+    assert "truncated: 4000 of 5000" in (manifest.folder / "quarantine.jsonl").read_text()
+
+
+def test_a_fairseq_list_with_a_bad_row_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "l.tsv").write_text("/audio\nx.wav\t5000\ny.wav 3000\n")
+    with pytest.raises(ValueError, match=r"l.tsv line 3: expected path<TAB>samples, got 'y.wav 3000'"):
+        run(tmp_path / "l.tsv")
+    (tmp_path / "l.tsv").write_text("/audio\nx.wav\t5000\n")
+    (tmp_path / "l.wrd").write_text("ONE\nTWO\n")
+    with pytest.raises(ValueError, match=r"l.wrd: 2 transcripts for the 1 rows of l.tsv"):
+        run(tmp_path / "l.tsv")
+
+
+def test_json_lines_give_everything_that_is_known(tmp_path: Path) -> None:
+    record(tmp_path / "audio/x.wav", 16000)
+    elsewhere = record(tmp_path / "audio/y.wav", 16000)
+    phones = [[0.2, 0.3, "b"], [0.0, 0.2, "a"]]
+    rows: list[dict[str, Any]] = [
+        {"audio_filepath": "audio/x.wav", "text": "one", "speaker": 7, "split": "dev", "phones": phones, "lang": "en"},
+        {"audio_filepath": str(elsewhere), "id": "why", "offset": 0.25, "duration": 0.5, "split": "test"},
+    ]
+    summary, manifest = run(write_lines(tmp_path / "list.json", rows))
+    first, second = manifest
+    assert (first.id, first.text, first.speaker, first.split) == ("audio/x", "one", "7", "dev")
+    assert first.phones == [Phone(0.0, 0.2, "a"), Phone(0.2, 0.3, "b")]
+    assert (second.id, second.start, second.num_samples, second.split) == ("why", 4000, 8000, "test")
+    assert summary["has_text"] and summary["has_phones"] and set(summary["splits"]) == {"dev", "test"}
+
+
+def test_segments_of_one_file_get_ids_of_their_own(tmp_path: Path) -> None:
+    record(tmp_path / "x.wav", 16000)
+    rows = [{"audio_filepath": "x.wav", "offset": offset, "duration": 0.25} for offset in (0, 0.25, 0.5)]
+    manifest = run(write_lines(tmp_path / "l.jsonl", rows))[1]
+    assert manifest.ids == ["x-0.000", "x-0.250", "x-0.500"] and [u.start for u in manifest] == [0, 4000, 8000]
+
+
+def test_ids_of_recordings_elsewhere_start_where_they_share_a_folder(tmp_path: Path) -> None:
+    rows = [{"audio_filepath": str(record(tmp_path / f"data/{name}.wav"))} for name in ("a/x", "b/x")]
+    (tmp_path / "lists").mkdir()
+    assert run(write_lines(tmp_path / "lists/l.jsonl", rows))[1].ids == ["a/x", "b/x"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"audio_filepth": "x.wav", "text": "a"}', r"l.jsonl line 2: no 'audio_filepath'; did you mean it by 'audio_filepth'\?"),
+        ('{"wav": "x.wav"}', r"line 2: no 'audio_filepath'; it has wav"),
+        ("{}", r"line 2: no 'audio_filepath'; it has no keys"),
+        ('{"audio_filepath": 3.5, "offset": "x"}', r"line 2: offset: .*number.*'x'"),
+        ('{"audio_filepath": "x.wav", "offset": -1}', r"line 2: offset: .*greater than or equal to 0"),
+        ('{"audio_filepath": "x.wav", "duration": 0}', r"line 2: duration: .*greater than 0"),
+        ('{"audio_filepath": "x.wav", "duration": NaN}', r"line 2: duration: .*finite"),
+        ('{"audio_filepath": "x.wav", "phones": [[0, 1]]}', r"line 2: phones.0.2: "),
+        ('{"audio_filepath": "x.wav", "phones": [[0, 1, "a"], [0.5, 2, "b"]]}', r"line 2: phone 'a' at 0.0 s .*overlaps"),
+        ('{"audio_filepath": "x.wav", "phones": [[1, 0.5, "a"]]}', r"line 2: phone 'a' at 1.0 s ends before it starts"),
+        ('{"audio_filepath": "x.wav",', r"line 2: .*JSON"),
+        ('["x.wav"]', r"line 2: .*"),
+    ],
+)
+def test_a_mistake_in_json_lines_names_its_line_and_key(tmp_path: Path, line: str, message: str) -> None:
+    record(tmp_path / "ok.wav")
+    (tmp_path / "l.jsonl").write_text('{"audio_filepath": "ok.wav"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "l.jsonl")
+
+
+def test_a_source_must_exist_and_hold_audio(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such folder or file"):
+        run(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("empty", "empty.tsv", "empty.jsonl"):
+        with pytest.raises(ValueError, match=f"{name}: no audio found"):
+            run(tmp_path / name)
+    (tmp_path / "list.csv").touch()
+    with pytest.raises(ValueError, match=r"list.csv: a source is a folder, a .tsv, or JSON lines"):
+        run(tmp_path / "list.csv")
+
+
+def test_duplicate_ids_are_an_error_that_names_both(tmp_path: Path) -> None:
+    record(tmp_path / "c/x.wav")
+    record(tmp_path / "c/x.flac")
+    with pytest.raises(ValueError, match=r"id 'x' names both .*x.flac and .*x.wav"):
+        run(tmp_path / "c")
+    rows = [{"audio_filepath": "c/x.wav", "id": "u"}, {"audio_filepath": "c/x.flac"}, {"audio_filepath": "c/x.flac", "id": "u"}]
+    with pytest.raises(ValueError, match=r"id 'u' names both .*l.jsonl line 1 and .*l.jsonl line 3"):
+        run(write_lines(tmp_path / "l.jsonl", rows))
+
+
+# Speakers and alignments
+
+
+def test_speakers_come_from_a_pattern_over_the_path(tmp_path: Path) -> None:
+    for name in ("0_ann_1.wav", "0_bob_1.wav", "1_ann_1.wav"):
+        record(tmp_path / "c" / name)
+    assert [u.speaker for u in run(tmp_path / "c", speaker_pattern=r"\d_([a-z]+)_")[1]] == ["ann", "bob", "ann"]
+
+
+def test_a_speaker_pattern_must_fit(tmp_path: Path) -> None:
+    record(tmp_path / "c/x.wav")
+    with pytest.raises(ValueError, match=r"speaker_pattern '\(\[0-9\]\)' names no speaker in 'x.wav'"):
+        run(tmp_path / "c", speaker_pattern="([0-9])")
+    for pattern, problem in (("[a-z]+", "has no group"), ("(a", "not a regular expression")):
+        with pytest.raises(ValueError, match=f"conf.toml: speaker_pattern: .*{problem}"):
+            parse_config(IndexConfig, {"source": "s", "out": "o", "speaker_pattern": pattern}, "conf.toml")
+
+
+def test_alignments_are_joined_by_id(tmp_path: Path) -> None:
+    for name in "xy":
+        record(tmp_path / f"c/{name}.wav")
+    rows: list[dict[str, Any]] = [{"id": "y", "phones": [[0, 0.1, "a"]]}, {"id": "of another corpus", "phones": []}]
+    alignments = write_lines(tmp_path / "phones.jsonl", rows)
+    assert [u.phones for u in run(tmp_path / "c", alignments=str(alignments))[1]] == [None, [Phone(0, 0.1, "a")]]
+    write_lines(alignments, rows[1:])
+    with pytest.raises(ValueError, match=r"phones.jsonl: none of its 1 ids is among the utterances, such as 'x'"):
+        index(IndexConfig(source=str(tmp_path / "c"), out=str(tmp_path / "m2"), alignments=str(alignments)))
+
+
+# Quarantine
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda path: None, "no such file"),
+    "empty": (lambda path: path.touch(), "is empty"),
+    "unreadable": (lambda path: path.write_bytes(b"noise" * 99), "cannot be decoded"),
+    "zero": (lambda path: record(path, 0), "no samples"),
+    "short": (lambda path: record(path, 1000, 48000), "too short: 333 samples"),
+    "nan": (lambda path: record(path, value=np.nan), "NaN"),
+    "inf": (lambda path: record(path, value=-np.inf), "infinite"),
+    "truncated": (lambda path: path.write_bytes(record(path).read_bytes()[:3000]), "truncated"),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([None, *BAD]), min_size=1, max_size=12), st.floats(0, 1), st.integers(1, 4))
+def test_found_is_kept_plus_quarantined_up_to_the_limit(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[str | None], max_bad_share: float, workers: int
+) -> None:
+    folder = tmp_path_factory.mktemp("q")
+    for number, kind in enumerate(kinds):
+        (BAD[kind][0] if kind else record)(folder / f"{number}.wav")
+    source = write_lines(folder / "l.jsonl", [{"audio_filepath": f"{number}.wav"} for number in range(len(kinds))])
+    num_bad = sum(kind is not None for kind in kinds)
+    if num_bad == len(kinds) or num_bad > max_bad_share * len(kinds):
+        first = next(number for number, kind in enumerate(kinds) if kind)
+        with pytest.raises(ValueError, match=rf"{num_bad} of {len(kinds)} recordings cannot be used(.|\n)*/{first}.wav: "):
+            run(source, max_bad_share=max_bad_share, workers=workers)
+        assert not (folder / "manifest").exists()
+        return
+    summary, manifest = run(source, max_bad_share=max_bad_share, workers=workers)
+    assert summary["found"] == len(kinds) == summary["utterances"] + summary["quarantined"]
+    assert manifest.ids == [str(number) for number, kind in enumerate(kinds) if kind is None]
+    quarantine = [json.loads(line) for line in (folder / "manifest/quarantine.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in quarantine] == [str(number) for number, kind in enumerate(kinds) if kind]
+    for row in quarantine:
+        kind = kinds[int(row["id"])]
+        assert kind is not None and BAD[kind][1] in row["reason"] and row["path"] == str(folder / f"{row['id']}.wav")
+
+
+def test_what_is_left_out_is_listed_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        record(tmp_path / f"c/{number}.wav")
+    (tmp_path / "c/[bad]").mkdir()
+    (tmp_path / "c/[bad]/x.wav").touch()
+    run(tmp_path / "c", max_bad_share=0.3)
+    printed = capfd.readouterr()
+    assert "1 of 4 recordings left out" in printed.err and "is empty" in printed.err and printed.out == ""
+
+
+def test_reading_headers_only_is_a_choice(tmp_path: Path) -> None:
+    record(tmp_path / "c/nan.wav", value=np.nan)
+    record(tmp_path / "c/ok.wav")
+    (tmp_path / "c/empty.wav").touch()
+    assert run(tmp_path / "c", verify="header", max_bad_share=0.5)[1].ids == ["nan", "ok"]
+
+
+def test_a_finished_manifest_is_never_written_over(tmp_path: Path) -> None:
+    record(tmp_path / "c/x.wav")
+    run(tmp_path / "c")
+    with pytest.raises(ValueError, match="already holds a finished artefact"):
+        run(tmp_path / "c")
+
+
+# Splits
+
+
+def config(**keys: Any) -> IndexConfig:
+    return IndexConfig(source="corpus", out="manifest", **keys)
+
+
+@settings(max_examples=50)
+@given(
+    st.sets(st.text(min_size=1, max_size=4), min_size=3, max_size=60),
+    st.floats(0, 0.45),
+    st.floats(0, 0.45),
+    st.integers(0, 5),
+    st.randoms(use_true_random=False),
+)
+def test_drawn_splits_have_their_shares_whatever_the_order(
+    names: set[str], dev_share: float, test_share: float, seed: int, random: Any
+) -> None:
+    keys = config(dev_share=dev_share, test_share=test_share, split_seed=seed)
+    splits = draw_splits(names, keys)
+    assert splits.keys() == names
+    for split, share in (("dev", dev_share), ("test", test_share)):
+        count = sum(value == split for value in splits.values())
+        assert count == (max(1, int(share * len(names) + 1e-9)) if share else 0)
+    assert "train" in splits.values()
+    shuffled = sorted(names)
+    random.shuffle(shuffled)
+    assert draw_splits(shuffled, keys) == splits
+
+
+def test_another_seed_draws_other_splits() -> None:
+    names = [str(number) for number in range(100)]
+    assert draw_splits(names, config(split_seed=1)) != draw_splits(names, config(split_seed=2))
+
+
+def test_too_few_utterances_to_split_is_an_error(tmp_path: Path) -> None:
+    record(tmp_path / "c/x.wav")
+    with pytest.raises(
+        ValueError, match="1 are too few to draw test from and leave a train split; set dev_share or test_share to 0"
+    ):
+        run(tmp_path / "c", test_share=0.1)
+    with pytest.raises(ValueError, match="leave nothing to train on"):
+        config(dev_share=0.5, test_share=0.5)
+
+
+@pytest.mark.parametrize("num_speakers", [1, 2, 3, 5])
+def test_splits_share_no_speaker_once_three_are_known(tmp_path: Path, num_speakers: int) -> None:
+    for number in range(20):
+        record(tmp_path / f"c/s{number % num_speakers}/{number}.wav")
+    summary, manifest = run(tmp_path / "c", speaker_pattern="(s[0-9])/", dev_share=0.1, test_share=0.2)
+    speakers = {split: {u.speaker for u in manifest.select(split)} for split in ("train", "dev", "test")}
+    assert sum(split["utterances"] for split in summary["splits"].values()) == summary["utterances"] == 20
+    if num_speakers >= 3:
+        assert sum(len(group) for group in speakers.values()) == num_speakers
+    else:
+        assert [summary["splits"][split]["utterances"] for split in ("train", "dev", "test")] == [14, 2, 4]
+
+
+def test_utterances_of_unknown_speakers_stay_in_train(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for number in range(8):
+        record(tmp_path / f"{number}.wav")
+        rows.append({"audio_filepath": f"{number}.wav", "speaker": f"s{number}" if number < 4 else None})
+    manifest = run(write_lines(tmp_path / "l.jsonl", rows), dev_share=0.2, test_share=0.2)[1]
+    assert {u.split for u in manifest if u.speaker is None} == {"train"} and manifest.splits == {"train", "dev", "test"}
+
+
+def test_a_split_given_for_some_rows_only_is_an_error(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for name in "xy":
+        record(tmp_path / f"{name}.wav")
+        rows.append({"audio_filepath": f"{name}.wav"} | ({"split": "train"} if name == "x" else {}))
+    with pytest.raises(ValueError, match="'y' has no split though others do"):
+        run(write_lines(tmp_path / "l.jsonl", rows))

@@ -1,0 +1,181 @@
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quantize.features
+from pretrain.audio import num_frames
+from pretrain.manifest import Manifest, Utterance
+from quantize.features import EncoderSource, MfccSource, ahead, deltas, mfcc, open_encoder_source, plan_batches, plan_windows
+
+
+def kaldi_mfcc(wave: np.ndarray) -> np.ndarray:
+    """Kaldi's compute-mfcc-feats in float64, frame by frame, as its documentation has it: (frames at 100 Hz, 13)."""
+
+    def mel(hertz: np.ndarray) -> np.ndarray:
+        return 1127 * np.log(1 + hertz / 700)
+
+    edges = np.linspace(mel(np.array(20.0)), mel(np.array(8000.0)), 25)
+    bins = mel(np.arange(257) * 16000 / 512)
+    bank = np.array([
+        np.maximum(0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
+        for low, centre, high in zip(edges[:-2], edges[1:-1], edges[2:], strict=True)
+    ])  # fmt: skip
+    window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
+    dct = np.sqrt(2 / 23) * np.cos(np.pi / 23 * np.outer(np.arange(13), np.arange(23) + 0.5))
+    dct[0] = np.sqrt(1 / 23)
+    lifter = 1 + 0.5 * 22 * np.sin(np.pi * np.arange(13) / 22)
+    frames = []
+    for start in range(0, len(wave) - 399, 160):
+        frame = wave[start : start + 400].astype(np.float64)
+        frame = frame - frame.mean()
+        frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.rfft(frame * window, 512)) ** 2
+        frames.append(lifter * (dct @ np.log(np.maximum(bank[:, :256] @ power[:256], np.finfo(np.float32).eps))))
+    return np.array(frames)
+
+
+def slow_deltas(features: np.ndarray) -> np.ndarray:
+    last = len(features) - 1
+    return np.array([
+        sum(n * features[min(max(t + n, 0), last)] for n in (-2, -1, 1, 2)) / 10 for t in range(len(features))
+    ])  # fmt: skip
+
+
+def test_mfcc_equal_kaldis_formula_with_hubert_s_deltas() -> None:
+    rng = np.random.default_rng(0)
+    wave = (0.1 * rng.standard_normal(7000) * np.sin(np.arange(7000) / 900)).astype(np.float32)
+    static = kaldi_mfcc(wave)
+    first = slow_deltas(static)
+    expected = np.hstack([static, first, slow_deltas(first)])[::2]
+    # float32 FFT and logarithm against float64, on values up to 40
+    np.testing.assert_allclose(mfcc(wave), expected, atol=2e-3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(400, 6000))
+def test_mfcc_have_exactly_the_encoder_s_frames(num_samples: int) -> None:
+    features = mfcc(np.zeros(num_samples, dtype=np.float32))
+    assert features.shape == (num_frames(num_samples), 39)
+    assert np.isfinite(features).all()
+
+
+def test_an_mfcc_frame_sees_the_window_of_its_convolution_frame_alone() -> None:
+    wave = np.random.default_rng(1).standard_normal(4000).astype(np.float32)
+    other = wave.copy()
+    other[3 * 320 : 3 * 320 + 400] = 0
+    changed = np.flatnonzero((mfcc(wave)[:, :13] != mfcc(other)[:, :13]).any(axis=1))
+    assert changed.tolist() == [2, 3, 4]  # 400-sample windows every 320 overlap by 80 with their neighbours
+
+
+def test_cmvn_takes_out_the_gain_and_survives_silence() -> None:
+    wave = 0.1 * np.random.default_rng(2).standard_normal(16000).astype(np.float32)
+    # a factor shifts c0 alone; float32 rounding of c0 around -30, divided by deviations of about 1
+    np.testing.assert_allclose(mfcc(4 * wave, cmvn=True), mfcc(wave, cmvn=True), atol=1e-3)
+    assert np.abs(mfcc(4 * wave)[:, 0] - mfcc(wave)[:, 0]).min() > 1
+    assert np.isfinite(mfcc(np.zeros(16000, dtype=np.float32), cmvn=True)).all()
+
+
+def test_deltas_of_a_line_are_its_slope_inside() -> None:
+    line = 3 * np.arange(10, dtype=np.float32)[:, None]
+    assert deltas(line)[2:-2].ravel().tolist() == [3.0] * 6
+
+
+def test_sources_give_every_utterance_its_frames_and_describe_themselves(corpus: Path, run: Path) -> None:
+    utterances = list(Manifest(corpus))
+    encoder = open_encoder_source(str(run), 1, device="cpu", batch_seconds=None, workers=2)
+    for source in (MfccSource(), encoder):
+        found = {utterance.id: features for utterance, features in source.features(utterances)}
+        assert list(found) == [utterance.id for utterance in utterances]
+        for utterance in utterances:
+            assert found[utterance.id].shape == (utterance.num_frames, source.dim)
+            assert found[utterance.id].dtype == np.float32
+    assert MfccSource().describe() == {"kind": "mfcc", "cmvn": False}
+    assert encoder.describe() == {"kind": "encoder", "encoder": encoder.fingerprint, "layer": 1}
+
+
+def test_an_utterance_alone_has_the_same_bits_in_any_company(corpus: Path, run: Path) -> None:
+    utterances = list(Manifest(corpus))
+    source = open_encoder_source(str(run), 2, device="cpu", batch_seconds=None, workers=1)
+    together = {utterance.id: features for utterance, features in source.features(utterances)}
+    for utterance in utterances[::3]:
+        ((_, alone),) = source.features([utterance])
+        assert np.array_equal(alone, together[utterance.id])
+
+
+def test_batches_change_features_by_rounding_only(corpus: Path, run: Path) -> None:
+    utterances = list(Manifest(corpus))
+    alone = open_encoder_source(str(run), 2, device="cpu", batch_seconds=0, workers=1)
+    batched = open_encoder_source(str(run), 2, device="cpu", batch_seconds=4.0, workers=1)
+    assert max(map(len, plan_batches(utterances, 4.0))) > 1
+    expected = {utterance.id: features for utterance, features in alone.features(utterances)}
+    for utterance, features in batched.features(utterances):
+        # the same sums in another order: float32 rounding through two layers, on values of order 1
+        np.testing.assert_allclose(features, expected[utterance.id], atol=2e-5)
+
+
+def test_all_layers_at_once_equal_each_layer_alone(corpus: Path, run: Path) -> None:
+    utterances = list(Manifest(corpus))[:2]
+    source = open_encoder_source(str(run), 1, device="cpu", batch_seconds=None, workers=1)
+    for (_, layers), (_, features) in zip(source.all_layers(utterances), source.features(utterances), strict=True):
+        assert len(layers) == 3
+        assert np.array_equal(layers[1], features)
+
+
+class WindowSums:
+    """Stands for an encoder without context: a frame is the sum of its 400 samples."""
+
+    config = SimpleNamespace(dim=1, num_layers=0)
+
+    def extract(self, waveforms: torch.Tensor, num_samples: torch.Tensor, layer: int) -> torch.Tensor:
+        return waveforms.double().unfold(1, 400, 320).sum(dim=2, keepdim=True)
+
+
+def test_long_utterances_go_through_the_encoder_in_windows_that_keep_every_frame(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utterance = max(Manifest(corpus), key=lambda utterance: utterance.length)
+    source = EncoderSource(WindowSums(), "", 0, batch_seconds=0)  # type: ignore[arg-type]
+    ((_, whole),) = source.features([utterance])
+    monkeypatch.setattr(quantize.features, "WINDOW_FRAMES", 20)
+    monkeypatch.setattr(quantize.features, "CONTEXT_FRAMES", 7)
+    assert len(plan_windows(utterance.num_frames)) > 2
+    ((_, windowed),) = source.features([utterance])
+    assert whole.shape == (utterance.num_frames, 1) and np.array_equal(windowed, whole)
+
+
+@given(st.integers(1, 30_000))
+def test_windows_cover_each_frame_once(total: int) -> None:
+    windows = plan_windows(total)
+    assert windows[0][0] == 0 and windows[-1][1] == total
+    assert all(left[1] == right[0] for left, right in pairwise(windows))
+    assert all(0 < end - start <= 5000 and first <= start and last >= end for start, end, first, last in windows)
+
+
+def test_a_layer_that_does_not_exist_is_an_error(run: Path) -> None:
+    with pytest.raises(ValueError, match="layer: 3 does not exist; this encoder has layers 0 to 2"):
+        open_encoder_source(str(run), 3, device="cpu", batch_seconds=None, workers=1)
+
+
+def test_an_error_in_a_decoding_thread_reaches_the_consumer_and_stops_the_rest() -> None:
+    def fail(utterance: Utterance) -> int:
+        if utterance.id == "3":
+            raise ValueError("u3.wav: is truncated")
+        return int(utterance.id)
+
+    utterances = [Utterance(str(number), "", 0, 400, 16000) for number in range(100)]
+    seen = []
+    with pytest.raises(ValueError, match="is truncated"):
+        for utterance, _ in ahead(fail, utterances, workers=2):
+            seen.append(utterance.id)
+    assert seen == ["0", "1", "2"]
+
+
+def test_batch_seconds_default_to_one_utterance_at_a_time_on_the_cpu(run: Path) -> None:
+    source = open_encoder_source(str(run), 1, device="cpu", batch_seconds=None, workers=1)
+    assert isinstance(source, EncoderSource) and source.batch_seconds == 0

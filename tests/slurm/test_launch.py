@@ -1,0 +1,312 @@
+"""Launching: the sbatch text, local jobs from start to exit status, requeues, and a SLURM of two shell scripts."""
+
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import slurm.follow
+from slurm.command import Command
+from slurm.launch import follow, launch, sbatch_text
+from slurm.resources import Resources
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "sbatch.txt"
+ONE, TWO = Resources(), Resources(tasks_per_node=2, cpus_per_task=1)
+
+TARGETS = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+def echo(argv):
+    print("hello", *argv)
+    print("to stderr", file=sys.stderr)
+    return 0
+
+def status(argv):
+    print("config.toml: lrr: unknown key", file=sys.stderr)
+    return int(argv[0])
+
+def leave(argv):
+    sys.exit(int(argv[0]))
+
+def broken(argv):
+    raise KeyError("a bug")
+
+def killed(argv):
+    os.kill(os.getpid(), 9)
+
+def environment(argv):
+    Path(argv[0], "task" + os.environ.get("RANK", "")).write_text(json.dumps(dict(os.environ)))
+
+def second_fails(argv):
+    if os.environ["RANK"] == "0":
+        time.sleep(60)
+    print("the second gives up", file=sys.stderr)
+    return 3
+
+def all_reduce(argv):
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")  # env://
+    total = torch.tensor([dist.get_rank() + 1.0])
+    dist.all_reduce(total)
+    print("total", total.item(), "of", dist.get_world_size())
+    dist.destroy_process_group()
+    return 0
+
+def stubborn(argv):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    preempted(argv)
+
+def preempted(argv):
+    folder = Path(argv[0])
+    if (folder / "pid").exists():
+        print("resumed")
+        return 0
+    (folder / "pid.tmp").write_text(str(os.getpid()))
+    (folder / "pid.tmp").rename(folder / "pid")
+    time.sleep(60)
+
+def preempted_and_caught(argv):
+    try:
+        return preempted(argv)
+    except SystemExit as stop:
+        return stop.code
+"""
+
+
+@pytest.fixture(autouse=True)
+def targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of entry points that jobs can import."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "launch_targets.py").write_text(TARGETS)
+    path = [str(tmp_path / "modules"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def full_resources() -> Resources:
+    return Resources(
+        partition="gpu", account="speech", qos="long", constraint="a100&nvlink", nodes=2, tasks_per_node=8, gpus_per_node=8,
+        cpus_per_task=12, memory_gb=480, time_minutes=1440, setup=("module load cuda", "export NCCL_DEBUG=WARN"),
+    )  # fmt: skip
+
+
+def test_the_sbatch_text_is_the_golden_one() -> None:
+    text = sbatch_text(["pretrain", "base.toml", "name=it's one"], full_resources(), Path("/shared/jobs"))
+    assert text.replace(sys.executable, "PYTHON") == GOLDEN.read_text()
+
+
+def test_the_sbatch_text_stays_one_comment_whatever_the_arguments_hold() -> None:
+    text = sbatch_text(["encode", "a\nrm -rf b"], ONE, Path("jobs"), after="12")
+    assert not any(line.startswith("rm") for line in text.splitlines())
+    assert "#SBATCH --dependency=afterok:12" in text and "#SBATCH --kill-on-invalid-dep=yes" in text
+    assert not Path("jobs").exists()  # a dry run leaves nothing behind
+
+
+def test_a_local_job_streams_its_output_and_returns_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = launch(["two", "words"], "local", ONE, tmp_path / "jobs", wait=True, target="launch_targets:echo")
+    assert done.status == 0
+    output = capsys.readouterr()
+    assert output.out == "hello two words\n" and "to stderr\n" in output.err  # submitit's own lines stay in the log
+    assert done.stdout.parent == done.folder and done.job_id in done.stdout.name
+
+
+def test_every_submission_has_a_fresh_folder_for_its_user_alone(tmp_path: Path) -> None:
+    first, second = (launch(["x"], "local", ONE, tmp_path, wait=False, target="launch_targets:echo") for _ in range(2))
+    assert first.folder != second.folder
+    assert [follow(job).status for job in (first, second)] == [0, 0]
+    for job in (first, second):
+        assert stat.S_IMODE(job.folder.stat().st_mode) == 0o700
+        assert first.status is None
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "status", "message"),
+    [
+        ("status", "2", 2, "lrr: unknown key"),
+        ("leave", "2", 2, "failed with exit status 2"),
+        ("broken", "", 1, "KeyError: 'a bug'"),
+        ("killed", "", 1, "ended without a result"),
+    ],
+)
+def test_a_failing_local_job_returns_its_status_and_says_where_to_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, argument: str, status: int, message: str
+) -> None:
+    done = launch([argument], "local", ONE, tmp_path / "jobs", wait=True, target=f"launch_targets:{target}")
+    assert done.status == status
+    errors = capsys.readouterr().err
+    assert message in errors and str(done.stderr) in errors and str(done.stdout) in errors
+    assert ("Traceback" in errors) == (target == "broken")  # a bug has a traceback, a user's mistake has none
+
+
+def test_setup_runs_before_a_local_job_which_forgets_the_job_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "SUBMITIT_EXECUTOR"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "kept")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc,5")
+    resources = Resources(setup=("FIRST='a b'", 'export SECOND="$FIRST c"'), gpus_per_node=2)
+    assert launch([str(tmp_path)], "local", resources, tmp_path, wait=True, target="launch_targets:environment").status == 0
+    seen = json.loads((tmp_path / "task").read_text())  # no RANK in the name: a single task
+    assert seen["SECOND"] == "a b c" and seen["SLURM_CONF"] == "kept" and seen["CUDA_VISIBLE_DEVICES"] == "3,GPU-abc"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID"} & set(seen)
+    assert os.environ["RANK"] == "7"
+
+
+def test_two_local_tasks_meet_and_all_reduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = launch(["x"], "local", TWO, tmp_path, wait=True, target="launch_targets:all_reduce")
+    assert done.status == 0
+    assert capsys.readouterr().out == "total 3.0 of 2\n"  # the first task's alone
+    assert "total 3.0 of 2" in Path(str(done.stdout).replace("_0_log", "_1_log")).read_text()
+
+
+def test_a_failed_task_ends_its_partners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm.follow, "FAILURE_GRACE_SECONDS", 0.2)
+    done = launch(["x"], "local", TWO, tmp_path, wait=True, target="launch_targets:second_fails")
+    assert done.status == 3
+    errors = capsys.readouterr().err
+    assert "the second gives up" in errors and "task 1 failed with exit status 3" in errors
+
+
+def wait_for_pid(folder: Path) -> int:
+    deadline = time.monotonic() + 30
+    while not (folder / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int((folder / "pid").read_text())
+
+
+@pytest.mark.parametrize("whole_group", [True, False])  # as a terminal does it, or `kill -INT` of the launcher alone
+def test_an_interrupt_ends_a_local_job_even_one_that_ignores_it(tmp_path: Path, whole_group: bool) -> None:
+    code = f"""
+from pathlib import Path
+from slurm.launch import Resources, launch
+launch([{str(tmp_path)!r}], "local", Resources(), Path({str(tmp_path / "jobs")!r}), wait=True, target="launch_targets:stubborn")
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    pid = wait_for_pid(tmp_path)
+    (os.killpg if whole_group else os.kill)(launcher.pid, signal.SIGINT)
+    assert launcher.wait(30) != 0
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/exe").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("target", ["preempted", "preempted_and_caught"])
+def test_a_preempted_local_job_is_requeued_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    job = launch([str(tmp_path)], "local", ONE, tmp_path / "jobs", wait=False, target=f"launch_targets:{target}")
+    os.kill(wait_for_pid(tmp_path), signal.SIGUSR2)
+    assert follow(job).status == 0
+    assert "resumed\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_a_submission_of_the_same_command() -> None:
+    command = Command(["pretrain", "base.toml"], "somewhere:main")
+    delayed = pickle.loads(pickle.dumps(command.checkpoint()))
+    assert delayed.function == command and delayed.args == () and delayed.kwargs == {}
+    assert type(delayed).__name__ == "DelayedSubmission"
+    assert command.checkpoint("a", b=1).args == ("a",) and command.checkpoint("a", b=1).kwargs == {"b": 1}
+
+
+def test_a_requeued_task_leaves_no_result_of_its_earlier_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"EXECUTOR": "local", "LOCAL_JOB_ID": "5", "LOCAL_GLOBALID": "1", "FOLDER": str(tmp_path)}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name in ("5_1_result.pkl", "5_1_result.pkl.save_tmp", "5_0_result.pkl", "5_submitted.pkl"):
+        (tmp_path / name).touch()
+    assert Command([], "launch_targets:echo")() == 0
+    assert {path.name for path in tmp_path.glob("5_*")} == {"5_0_result.pkl", "5_submitted.pkl"}  # those are not its own
+
+
+def test_what_cannot_be_submitted_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"slurm\.nodes: 2, but a local job has one"):
+        launch(["x"], "local", Resources(nodes=2), tmp_path, wait=True)
+    with pytest.raises(ValueError, match="%"):
+        launch(["x"], "local", ONE, tmp_path / "100%", wait=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ValueError, match=r"slurm\.gpus_per_node: 2, but CUDA_VISIBLE_DEVICES='3' shows 1"):
+        launch(["x"], "local", Resources(gpus_per_node=2), tmp_path, wait=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="no `sbatch` here"):
+        launch(["x"], "slurm", ONE, tmp_path, wait=True)
+
+
+FAKE_SBATCH = """#!/bin/bash
+cp "$1" "$FAKE_SLURM/sbatch.txt"
+grep -q partition=closed "$1" && { echo "sbatch: error: invalid partition" >&2; exit 1; }
+export SLURM_JOB_ID=41 SLURM_NTASKS=2 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='no-such-node[1-2]' SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
+if ! grep -q partition=lost "$1"; then setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 & fi
+echo Submitted batch job 41
+"""
+FAKE_SRUN = """#!/bin/bash
+[ "$1 $2 $4 $6 $7" = "--unbuffered --output --error --cpus-per-task=1 --kill-on-bad-exit=1" ] || exit 9
+out=${3//%j/41} err=${5//%j/41}
+shift 7
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 "$@" >>"${out//%t/$rank}" 2>>"${err//%t/$rank}" &
+done
+wait
+"""
+FAKE_SQUEUE = """#!/bin/bash
+grep -q partition=lost "$FAKE_SLURM/sbatch.txt" || echo "41 RUNNING"
+"""
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`sbatch`, `srun` and `squeue` as shell scripts: two nodes with a task each, no accounting."""
+    folder = tmp_path / "fake_slurm"
+    folder.mkdir()
+    for name, text in (("sbatch", FAKE_SBATCH), ("srun", FAKE_SRUN), ("squeue", FAKE_SQUEUE)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(folder))
+    return folder
+
+
+def test_a_slurm_job_submits_the_dry_run_text_and_its_tasks_know_each_other(
+    tmp_path: Path, fake_slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resources = Resources(nodes=2, cpus_per_task=1)
+    argv = [str(tmp_path)]
+    done = launch(argv, "slurm", resources, tmp_path / "jobs", wait=True, target="launch_targets:environment")
+    assert (done.status, done.job_id) == (0, "41")
+    submitted = (fake_slurm / "sbatch.txt").read_text()
+    assert submitted.replace(done.folder.name, "SUBMISSION") == sbatch_text(argv, resources, tmp_path / "jobs")
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"task{rank}").read_text())
+        assert (seen["RANK"], seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["LOCAL_WORLD_SIZE"]) == (str(rank), "0", "2", "1")
+        assert (seen["MASTER_ADDR"], seen["MASTER_PORT"]) == ("127.0.0.1", "20041")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_that_sbatch_refuses_is_a_value_error(tmp_path: Path, fake_slurm: Path) -> None:
+    with pytest.raises(ValueError, match="sbatch refused the job: .*invalid partition"):
+        launch(["x"], "slurm", Resources(partition="closed"), tmp_path, wait=True)
+
+
+def test_a_slurm_job_that_vanishes_has_failed(
+    tmp_path: Path, fake_slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm.follow, "QUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm.follow, "SHARED_DISK_SECONDS", 0.0)
+    done = launch(["x"], "slurm", Resources(partition="lost"), tmp_path, wait=True)
+    assert done.status == 1
+    assert "job 41: task 0 ended without a result" in capsys.readouterr().err
+
+
+def test_submitit_is_imported_only_when_a_job_is_launched() -> None:
+    code = "import sys, slurm.launch; sys.exit(bool({'submitit', 'torch'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

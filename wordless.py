@@ -1,0 +1,343 @@
+"""The command line: every verb of the pipeline, `run` for a recipe of stages, `check` for configs and artefacts.
+
+The only module that imports every room, and only when a verb needs it: `wordless --help` imports no torch. A verb is a config
+class and a function; both are found by name in VERBS. A user's mistake is a ValueError: exit status 2 and its message.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+@dataclass(frozen=True)
+class Verb:
+    module: str
+    config: str
+    function: str
+    help: str
+
+    def load(self) -> tuple[type, Callable[[Any], dict[str, Any]]]:
+        module = import_module(self.module)
+        return getattr(module, self.config), getattr(module, self.function)
+
+
+VERBS = {
+    "speech": Verb("pretrain.speech", "SpeechConfig", "speech", "Make synthetic speech with true phone times (espeak-ng)."),
+    "index": Verb("pretrain.indexing", "IndexConfig", "index", "List and check audio: a manifest from a folder, .tsv or .jsonl."),
+    "pretrain": Verb("pretrain.pretraining", "PretrainConfig", "pretrain", "Train a HuBERT or wav2vec 2.0 encoder."),
+    "cluster": Verb("quantize.clustering", "ClusterConfig", "cluster", "Fit k-means on MFCC or on an encoder layer."),
+    "encode": Verb("quantize.encoding", "EncodeConfig", "encode", "Turn a corpus into labels, in one pass."),
+    "measure": Verb("quantize.quality", "MeasureConfig", "measure", "Unit quality: PNMI, purities, perplexity, bitrates."),
+    "pack": Verb("units.corpus", "PackConfig", "pack", "Labels to a packed corpus of deduplicated units."),
+    "train-lm": Verb("units.language_model", "TrainLMConfig", "train_lm", "Train the unit language model."),
+    "score": Verb("units.scoring", "ScoreConfig", "score", "Likelihood of held-out units, beside unigram and bigram."),
+    "sample": Verb("units.sampling", "SampleConfig", "sample", "Continue unit sequences."),
+    "finetune": Verb("pretrain.finetuning", "FinetuneConfig", "finetune", "Train a CTC recogniser on transcripts."),
+    "transcribe": Verb("pretrain.transcription", "TranscribeConfig", "transcribe", "Decode speech to text; WER and CER."),
+    "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run."),
+}
+RECIPE_KEYS = {"run", "slurm"}
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Speech units and textless language models from raw audio. The verbs, in the order of the pipeline:",
+)  # fmt: skip
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="A TOML file; `wordless check FILE` validates it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Dotted keys over the file's.")]
+On = Annotated[Literal["here", "local", "slurm"], typer.Option("--on", help="Where it runs: this process, a local job, SLURM.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config (and the sbatch text) and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def _add_verb(name: str, verb: Verb) -> None:
+    def command(
+        config: ConfigPath, overrides: Overrides = None, on: On = "here", dry_run: DryRun = False, as_json: Json = False
+    ) -> None:  # fmt: skip
+        _run_verb(name, _read(config, overrides), str(config), on, dry_run, as_json)
+
+    app.command(name, help=verb.help)(command)
+
+
+def _add_index() -> None:
+    @app.command("index", help=VERBS["index"].help)
+    def index(
+        source: Annotated[str, typer.Argument(help="A folder of audio, a fairseq .tsv, JSON lines, or a CONFIG.toml.")],
+        out: Annotated[str | None, typer.Argument(help="The manifest's folder (not with a CONFIG.toml).")] = None,
+        overrides: Overrides = None,
+        on: On = "here",
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        if source.endswith(".toml"):
+            tree = _read(Path(source), [item for item in (out, *(overrides or [])) if item])
+        elif out is None or "=" in out:
+            raise ValueError("index: give the folder for the manifest after the source: wordless index SOURCE OUT [key=value ...]")
+        else:
+            from pretrain.config import apply_overrides
+
+            tree = apply_overrides({"source": source, "out": out}, overrides or [])
+        _run_verb("index", tree, source if source.endswith(".toml") else "index", on, dry_run, as_json)
+
+
+for _name, _verb in VERBS.items():
+    if _name == "index":
+        _add_index()
+    else:
+        _add_verb(_name, _verb)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: ConfigPath,
+    overrides: Overrides = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out a stage.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run these stages alone.")] = None,
+    redo: Annotated[bool, typer.Option(help="Remove and repeat stages that stand with other settings.")] = False,
+    on: On = "here",
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe's stages in order; what already stands is skipped."""
+    tree = _read(recipe, overrides)
+    if on != "here" or dry_run:
+        _launch_or_print(["run", str(recipe.resolve()), *(overrides or []), *_repeat("--skip", skip), *_repeat("--only", only)], tree, on, dry_run)
+        if on != "here" or dry_run:
+            return
+    summary = Recipe(tree, str(recipe)).run(set(skip or []), set(only or []), redo)
+    _print_summary(summary, as_json)
+
+
+@app.command("check")
+def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an artefact's folder.")]) -> None:
+    """Validate a config, a recipe or an artefact; say what is wrong with it."""
+    from pretrain.artefact import read_meta, sha256_file
+    from pretrain.config import parse_config, read_toml
+
+    if path.is_dir():
+        meta = read_meta(path)
+        damaged = [name for name, expected in meta["files"].items() if sha256_file(path / name) != expected]
+        if damaged:
+            raise ValueError(f"{path}: files differ from their recorded SHA-256: {', '.join(damaged)}")
+        print(f"{path}: a complete {meta['kind']}, fingerprint {meta['fingerprint']}")
+        return
+    tree = read_toml(path)
+    if "verb" in tree:
+        name = tree.pop("verb")
+        _parse_resources(tree)
+        parse_config(_verb_named(name, str(path)).load()[0], tree, str(path))
+        print(f"{path}: a valid config for `{name}`")
+    else:
+        recipe = Recipe(tree, str(path))
+        recipe.check()
+        print(f"{path}: a valid recipe with {len(recipe.stages)} stages")
+
+
+class Recipe:
+    """Stages in a TOML file: each table with a `verb` is a stage; its other keys are that verb's config.
+
+    A stage writes to `run/NAME` unless it has an `out`. A string `@NAME` or `@NAME/file` is the output of an earlier stage,
+    `@` alone the run's folder. `needs = "text"` or `"phones"` skips a stage whose manifest has none.
+    """
+
+    def __init__(self, tree: dict[str, Any], source: str):
+        self.source = source
+        self.stages = {name: table for name, table in tree.items() if isinstance(table, dict) and name not in RECIPE_KEYS}
+        problems = [f"{source}: {name}: unknown key; a recipe has `run`, `slurm` and tables with a `verb`" for name in tree
+                    if name not in RECIPE_KEYS and name not in self.stages]  # fmt: skip
+        problems += [f"{source}: {name}: a stage needs a `verb`" for name, table in self.stages.items() if "verb" not in table]
+        problems += [] if isinstance(tree.get("run"), str) else [f"{source}: run: the run's folder is needed"]
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.folder = Path(tree["run"])
+
+    def parse(self, name: str) -> Any:
+        """The validated config of a stage, its references resolved."""
+        from pretrain.config import parse_config
+
+        table = {key: value for key, value in self.stages[name].items() if key not in ("verb", "needs", "slurm")}
+        config_class, _ = _verb_named(self.stages[name]["verb"], f"{self.source}: {name}").load()
+        resolved = {"out": str(self.folder / name), **self._resolve(table, name)}
+        try:
+            return parse_config(config_class, resolved, self.source)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{self.source}: ", f"{self.source}: {name}.")) from None
+
+    def check(self) -> None:
+        """Validate every stage, reporting all mistakes at once."""
+        problems = []
+        for name in self.stages:
+            try:
+                self.parse(name)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _resolve(self, value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self._resolve(item, name) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(item, name) for item in value]
+        if not isinstance(value, str) or not value.startswith("@"):
+            return value
+        stage, _, rest = value[1:].partition("/")
+        if stage == "":
+            return str(self.folder / rest)
+        earlier = list(self.stages)[: list(self.stages).index(name)]
+        if stage not in earlier:
+            raise ValueError(f"{self.source}: {name}: {value!r} is no earlier stage; there are {', '.join(earlier) or 'none'}")
+        return str(Path(self.stages[stage].get("out", self.folder / stage)) / rest)
+
+    def run(self, skip: set[str], only: set[str], redo: bool) -> dict[str, Any]:
+        unknown = (skip | only) - set(self.stages)
+        if unknown:
+            raise ValueError(f"{self.source}: no stage {', '.join(sorted(unknown))}; there are {', '.join(self.stages)}")
+        self.check()
+        records = _read_records(self.folder)
+        fresh: set[str] = set()
+        for name in self.stages:
+            if name not in skip and (not only or name in only):
+                self._run_stage(name, records, fresh, redo)
+        return {"stages": {name: record["seconds"] for name, record in records.items()}, "run": str(self.folder)}
+
+    def _run_stage(self, name: str, records: dict[str, Any], fresh: set[str], redo: bool) -> None:
+        import shutil
+
+        from pretrain.artefact import is_complete, read_meta, write_json
+
+        table = self.stages[name]
+        _, function = VERBS[table["verb"]].load()
+        config = self.parse(name)
+        if "needs" in table and not _manifest_has(config.manifest, table["needs"]):
+            _say(f"{name}: skipped, the manifest has no {table['needs']}")
+            return
+        out = Path(config.out)
+        if table["verb"] != "report" and is_complete(out):
+            changed = _changed(read_meta(out)["config"], config.resolved())
+            renewed = sorted(stage for stage in fresh if f"'@{stage}" in str(table))
+            if not changed and not renewed:
+                _say(f"{name}: stands already ({out})")
+                return
+            reason = f"stands with other settings ({'; '.join(changed)})" if changed else f"was made before {', '.join(renewed)}"
+            if not redo:
+                raise ValueError(f"{name}: {out} {reason}. --redo removes it and runs the stage again")
+            shutil.rmtree(out)
+        _say(f"{name}: {table['verb']} -> {out}")
+        began = time.monotonic()
+        summary = function(config)
+        records[name] = {"verb": table["verb"], "seconds": time.monotonic() - began, "summary": summary}
+        fresh.add(name)
+        if os.environ.get("RANK", "0") == "0":
+            write_json(self.folder / "stages.json", records)
+
+
+def _read_records(folder: Path) -> dict[str, Any]:
+    path = folder / "stages.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _changed(old: Any, new: Any, key: str = "") -> list[str]:
+    """Where two resolved configs differ, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [line for name in names for line in _changed(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))]
+    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
+
+
+def _manifest_has(manifest: str, what: str) -> bool:
+    from pretrain.manifest import Manifest
+
+    return {"text": Manifest(manifest).has_text, "phones": Manifest(manifest).has_phones}[what]
+
+
+def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bool, as_json: bool) -> None:
+    from pretrain.config import parse_config
+
+    if tree.pop("verb", name) != name:
+        raise ValueError(f"{source}: is a config for another verb than `{name}`")
+    resources = tree.get("slurm", {})
+    config_class, function = VERBS[name].load()
+    _parse_resources(tree)
+    config = parse_config(config_class, tree, source)
+    if on != "here" or dry_run:
+        _launch_resolved(name, config.resolved(), resources, on, dry_run)
+        return
+    _print_summary(function(config), as_json)
+
+
+def _launch_resolved(name: str, resolved: dict[str, Any], resources: dict[str, Any], on: str, dry_run: bool) -> None:
+    raise NotImplementedError
+
+
+def _launch_or_print(argv: list[str], tree: dict[str, Any], on: str, dry_run: bool) -> None:
+    raise NotImplementedError
+
+
+def _parse_resources(tree: dict[str, Any]) -> Any:
+    raise NotImplementedError
+
+
+def _verb_named(name: Any, source: str) -> Verb:
+    if name not in VERBS:
+        raise ValueError(f"{source}: no verb {name!r}; there are {', '.join(VERBS)}")
+    return VERBS[name]
+
+
+def _read(path: Path, overrides: list[str] | None) -> dict[str, Any]:
+    from pretrain.config import apply_overrides, read_toml
+
+    return apply_overrides(read_toml(path), overrides or [])
+
+
+def _repeat(option: str, values: list[str] | None) -> list[str]:
+    return [part for value in values or [] for part in (option, value)]
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(summary))
+        return
+    for key, value in _flatten(summary).items():
+        print(f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {name: item for part, inner in value.items() for name, item in _flatten(inner, f"{key}.{part}".lstrip(".")).items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status (2 for a user's mistake)."""
+    try:
+        app(args=argv, standalone_mode=False)
+    except ValueError as error:
+        if os.environ.get("WORDLESS_TRACEBACK"):
+            raise
+        print(f"wordless: {error}", file=sys.stderr)
+        return 2
+    except typer.Abort:
+        return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
