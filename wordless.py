@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 
 
@@ -61,15 +62,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")
 def _add_verb(name: str, verb: Verb) -> None:
     def command(
         config: ConfigPath, overrides: Overrides = None, on: On = "here", dry_run: DryRun = False, as_json: Json = False
-    ) -> None:  # fmt: skip
-        _run_verb(name, _read(config, overrides), str(config), on, dry_run, as_json)
+    ) -> None:
+        again = [name, str(config.resolve()), *(overrides or [])]
+        _run_verb(name, _read(config, overrides), str(config), again, on, dry_run, as_json)
 
     app.command(name, help=verb.help)(command)
 
 
-def _add_index() -> None:
-    @app.command("index", help=VERBS["index"].help)
-    def index(
+def _add_index(verb: Verb) -> None:
+    def command(
         source: Annotated[str, typer.Argument(help="A folder of audio, a fairseq .tsv, JSON lines, or a CONFIG.toml.")],
         out: Annotated[str | None, typer.Argument(help="The manifest's folder (not with a CONFIG.toml).")] = None,
         overrides: Overrides = None,
@@ -77,20 +78,23 @@ def _add_index() -> None:
         dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
+        from pretrain.config import apply_overrides
+
         if source.endswith(".toml"):
             tree = _read(Path(source), [item for item in (out, *(overrides or [])) if item])
         elif out is None or "=" in out:
-            raise ValueError("index: give the folder for the manifest after the source: wordless index SOURCE OUT [key=value ...]")
+            raise ValueError("index: give the manifest's folder after the source: wordless index SOURCE OUT [key=value ...]")
         else:
-            from pretrain.config import apply_overrides
-
             tree = apply_overrides({"source": source, "out": out}, overrides or [])
-        _run_verb("index", tree, source if source.endswith(".toml") else "index", on, dry_run, as_json)
+        again = ["index", os.path.abspath(source), *([out] if out else []), *(overrides or [])]
+        _run_verb("index", tree, source, again, on, dry_run, as_json)
+
+    app.command("index", help=verb.help)(command)
 
 
 for _name, _verb in VERBS.items():
     if _name == "index":
-        _add_index()
+        _add_index(_verb)
     else:
         _add_verb(_name, _verb)
 
@@ -99,21 +103,24 @@ for _name, _verb in VERBS.items():
 def run_recipe(
     recipe: ConfigPath,
     overrides: Overrides = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Leave out a stage.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run these stages alone.")] = None,
-    redo: Annotated[bool, typer.Option(help="Remove and repeat stages that stand with other settings.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out a stage (repeatable).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this stage alone (repeatable).")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Remove and repeat stages that stand with other settings.")] = False,
     on: On = "here",
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe's stages in order; what already stands is skipped."""
     tree = _read(recipe, overrides)
-    if on != "here" or dry_run:
-        _launch_or_print(["run", str(recipe.resolve()), *(overrides or []), *_repeat("--skip", skip), *_repeat("--only", only)], tree, on, dry_run)
-        if on != "here" or dry_run:
-            return
-    summary = Recipe(tree, str(recipe)).run(set(skip or []), set(only or []), redo)
-    _print_summary(summary, as_json)
+    resources = tree.pop("slurm", {})
+    stages = Recipe(tree, str(recipe))
+    if on == "here" and not dry_run:
+        _print_summary(stages.run(set(skip or []), set(only or []), redo), as_json)
+        return
+    stages.check()
+    options = [part for option, values in (("--skip", skip), ("--only", only)) for value in values or [] for part in (option, value)]
+    again = ["run", str(recipe.resolve()), *(overrides or []), *options, *(["--redo"] if redo else [])]
+    _run_elsewhere(again, {"run": str(stages.folder), **stages.resolved()}, resources, str(recipe), stages.folder, on, dry_run)
 
 
 @app.command("check")
@@ -121,18 +128,22 @@ def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an a
     """Validate a config, a recipe or an artefact; say what is wrong with it."""
     from pretrain.artefact import read_meta, sha256_file
     from pretrain.config import parse_config, read_toml
+    from slurm.resources import parse_resources
 
     if path.is_dir():
         meta = read_meta(path)
+        absent = [name for name in meta["files"] if not (path / name).is_file()]
+        if absent:
+            raise ValueError(f"{path}: missing: {', '.join(absent)}")
         damaged = [name for name, expected in meta["files"].items() if sha256_file(path / name) != expected]
         if damaged:
-            raise ValueError(f"{path}: files differ from their recorded SHA-256: {', '.join(damaged)}")
+            raise ValueError(f"{path}: differ from their recorded SHA-256: {', '.join(damaged)}")
         print(f"{path}: a complete {meta['kind']}, fingerprint {meta['fingerprint']}")
         return
     tree = read_toml(path)
+    parse_resources(tree.pop("slurm", {}), str(path))
     if "verb" in tree:
         name = tree.pop("verb")
-        _parse_resources(tree)
         parse_config(_verb_named(name, str(path)).load()[0], tree, str(path))
         print(f"{path}: a valid config for `{name}`")
     else:
@@ -181,6 +192,10 @@ class Recipe:
                 problems.append(str(error))
         if problems:
             raise ValueError("\n".join(problems))
+
+    def resolved(self) -> dict[str, Any]:
+        """Every stage's resolved config, under its name."""
+        return {name: {"verb": table["verb"], **self.parse(name).resolved()} for name, table in self.stages.items()}
 
     def _resolve(self, value: Any, name: str) -> Any:
         if isinstance(value, dict):
@@ -259,31 +274,47 @@ def _manifest_has(manifest: str, what: str) -> bool:
     return {"text": Manifest(manifest).has_text, "phones": Manifest(manifest).has_phones}[what]
 
 
-def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bool, as_json: bool) -> None:
+def _run_verb(name: str, tree: dict[str, Any], source: str, again: list[str], on: str, dry_run: bool, as_json: bool) -> None:
+    """Validate and run one verb here, or run the command line `again` elsewhere."""
     from pretrain.config import parse_config
 
     if tree.pop("verb", name) != name:
-        raise ValueError(f"{source}: is a config for another verb than `{name}`")
-    resources = tree.get("slurm", {})
+        raise ValueError(f"{source}: verb: is a config for another verb than `{name}`")
+    resources = tree.pop("slurm", {})
     config_class, function = VERBS[name].load()
-    _parse_resources(tree)
     config = parse_config(config_class, tree, source)
-    if on != "here" or dry_run:
-        _launch_resolved(name, config.resolved(), resources, on, dry_run)
+    if on == "here" and not dry_run:
+        _print_summary(function(config), as_json)
+    else:
+        _run_elsewhere([*again, *(["--json"] if as_json else [])], config.resolved(), resources, source, Path(config.out), on, dry_run)
+
+
+def _run_elsewhere(
+    argv: list[str], resolved: dict[str, Any], table: dict[str, Any], source: str, out: Path, on: str, dry_run: bool
+) -> None:
+    """Submit `argv` as a job whose folder lies in `OUT/../jobs`, or print what would be submitted."""
+    from slurm.resources import parse_resources
+
+    resources = parse_resources(table, source)
+    folder = out.parent / "jobs"
+    if dry_run:
+        import tomli_w
+
+        from pretrain.config import without_none
+
+        print(tomli_w.dumps(without_none(resolved)), end="")
+        if on == "slurm":
+            from slurm.launch import sbatch_text
+
+            print(f"\n# what sbatch would get\n{sbatch_text(argv, resources, folder)}")
         return
-    _print_summary(function(config), as_json)
+    from slurm.launch import launch
 
-
-def _launch_resolved(name: str, resolved: dict[str, Any], resources: dict[str, Any], on: str, dry_run: bool) -> None:
-    raise NotImplementedError
-
-
-def _launch_or_print(argv: list[str], tree: dict[str, Any], on: str, dry_run: bool) -> None:
-    raise NotImplementedError
-
-
-def _parse_resources(tree: dict[str, Any]) -> Any:
-    raise NotImplementedError
+    place: Literal["local", "slurm"] = "local" if on == "local" else "slurm"
+    launched = launch(argv, place, resources, folder, wait=on == "local")
+    _say(f"job {launched.job_id}: logs in {launched.folder}")
+    if launched.status:
+        sys.exit(launched.status)
 
 
 def _verb_named(name: Any, source: str) -> Verb:
@@ -296,10 +327,6 @@ def _read(path: Path, overrides: list[str] | None) -> dict[str, Any]:
     from pretrain.config import apply_overrides, read_toml
 
     return apply_overrides(read_toml(path), overrides or [])
-
-
-def _repeat(option: str, values: list[str] | None) -> list[str]:
-    return [part for value in values or [] for part in (option, value)]
 
 
 def _say(text: str) -> None:
@@ -332,12 +359,19 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"wordless: {error}", file=sys.stderr)
         return 2
-    except typer.Abort:
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
         return 130
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
 
 
-if __name__ == "__main__":
+def entry_point() -> None:
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

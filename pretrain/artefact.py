@@ -88,13 +88,15 @@ def read_meta(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such {kind or 'artefact'}")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json, so not a complete {kind or 'artefact'}; run the stage that writes it") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}/meta.json: not valid JSON ({error})") from None
-    if kind is not None and meta.get("kind") != kind:
-        raise ValueError(f"{folder}: is a {meta.get('kind')!r}; a {kind!r} is needed here")
+    if not isinstance(meta, dict) or not {"format_version", "kind", "fingerprint"} <= meta.keys():
+        raise ValueError(f"{folder}/meta.json: not written by wordless")
+    if kind is not None and meta["kind"] != kind:
+        raise ValueError(f"{folder}: is a {meta['kind']!r}; a {kind!r} is needed here")
     if meta["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{folder}: format {meta['format_version']} is newer than this wordless reads ({FORMAT_VERSION})")
     return meta

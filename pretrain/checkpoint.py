@@ -27,6 +27,7 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
     """Write `run/step_XXXXXXXX` atomically and return it. `state` must be JSON-able and is given back by `load_checkpoint`."""
     final = run / f"step_{step:08d}"
     temporary = run / f".step_{step:08d}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this one's id, as happens in containers
     temporary.mkdir(parents=True)
     try:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -47,7 +48,8 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.opt
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
-    for path in sorted(run.glob("step_*"))[:-keep]:
+    """Remove all but the `keep` newest checkpoints, and what killed processes left half written."""
+    for path in [*sorted(run.glob("step_*"))[:-keep], *run.glob(".step_*.tmp")]:
         shutil.rmtree(path)
 
 

@@ -95,3 +95,10 @@ def _names_at(config_class: type[Config], location: tuple[Any, ...]) -> list[str
         if current is None:
             return []
     return list(current.model_fields)
+
+
+def without_none(value: Any) -> Any:
+    """`value` without the keys that are None, which TOML cannot say."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

@@ -71,7 +71,8 @@ class EncoderConfig(Config):
     @classmethod
     def _fill_from_architecture(cls, given: Any) -> Any:
         if isinstance(given, dict):
-            return {**ARCHITECTURES.get(given.get("architecture", "base"), {}), **given}
+            name = given.get("architecture", "base")
+            return {**(ARCHITECTURES.get(name, {}) if isinstance(name, str) else {}), **given}
         return given
 
     @model_validator(mode="after")

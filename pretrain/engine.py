@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.checkpoint import latest_checkpoint, load_checkpoint, remove_old_checkpoints, save_checkpoint
-from pretrain.config import Config
+from pretrain.config import Config, without_none
 from pretrain.progress import progress
 
 
@@ -163,6 +163,12 @@ class World(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def leave(self) -> None:
+        """Wait for the others and leave the group: a process that exits with one open may abort after its work is done."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -262,7 +268,7 @@ def train(
         write_json(run / "summary.json", summary)
         last_checkpoint = f"step_{training.max_steps:08d}/model.safetensors"
         commit(run, kind, config, parents, [last_checkpoint], **extra)
-    world.barrier()
+    world.leave()
     return summary
 
 
@@ -302,9 +308,10 @@ def _validate(task: Task, world: World, training: TrainingConfig) -> dict[str, f
     plan = task.plan_validation()
     if not plan:
         return {}
-    for items in plan[world.rank :: world.size]:
+    # As in training, a rank without a batch of its own repeats one with weight 0, so that all ranks reduce the same sums.
+    for items, weight in [(items, 1.0) for items in plan[world.rank :: world.size]] or [(plan[0], 0.0)]:
         with _autocast(training.precision, world.device):
-            window.add(task.model(_move(task.collate_validation(items), world.device)))
+            window.add(_weighted(task.model(_move(task.collate_validation(items), world.device)), weight))
     return {name: value for name, value in task.describe(window.reduce(world)).items() if name != "gradient_norm"}
 
 
@@ -428,7 +435,7 @@ def _mix(*numbers: int) -> int:
 
 def _write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
     """Write `config.toml`, or check that unfinished work in `run` was begun with the same settings."""
-    text = tomli_w.dumps(_without_none(config))
+    text = tomli_w.dumps(without_none(config))
     path = run / "config.toml"
     if path.is_file() and latest_checkpoint(run) is not None and path.read_text() != text:
         old, new = set(path.read_text().splitlines()), set(text.splitlines())
@@ -436,11 +443,3 @@ def _write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder")
     with atomic_path(path) as temporary:
         temporary.write_text(text)
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-

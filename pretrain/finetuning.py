@@ -15,6 +15,13 @@ from pretrain.engine import OptimizerConfig, TrainingConfig, train
 from pretrain.manifest import Manifest
 
 
+class CTCOptimizerConfig(OptimizerConfig):
+    """The engine's AdamW with wav2vec 2.0's fine-tuning schedule as its default."""
+
+    schedule: Literal["constant", "linear", "polynomial", "cosine", "tri_stage"] = "tri_stage"
+    weight_decay: float = Field(0.0, ge=0)
+
+
 class FinetuneConfig(Config):
     out: str
     manifest: str
@@ -27,7 +34,7 @@ class FinetuneConfig(Config):
     text: TextConfig = TextConfig()
     ctc: CTCConfig = CTCConfig()
     batches: BatchConfig = BatchConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="tri_stage")
+    optimizer: CTCOptimizerConfig = CTCOptimizerConfig()
     training: TrainingConfig
 
 

@@ -25,8 +25,10 @@ def write_shard(folder: Path, shard: int, ids: list[str], labels: list[np.ndarra
     """Commit one shard atomically. `labels[i]` is (frames,) or (frames, levels) with values in [0, 65535]."""
     assert len(ids) == len(labels) > 0
     stem = folder / f"shard_{shard:05d}"
+    array = np.concatenate(labels)
+    assert array.size == 0 or 0 <= array.min() <= array.max() < MAX_CLASSES, "a search among NaN gives class -1"
     with atomic_path(stem.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.concatenate(labels).astype(np.uint16))
+        np.save(file, array.astype(np.uint16))
     with atomic_path(stem.with_suffix(".parquet")) as temporary:
         pq.write_table(pa.table({"id": ids, "num_frames": [len(label) for label in labels]}), temporary)
 
@@ -48,7 +50,12 @@ def commit_labels(
     for shard in range(num_shards):
         if not shard_stands(folder, shard):
             raise ValueError(f"{folder}: shard {shard} of {num_shards} is missing")
-        ids += pq.read_table(folder / f"shard_{shard:05d}.parquet", columns=["id"])["id"].to_pylist()
+        table, array = _read_shard(folder, shard)
+        ids += table["id"].to_pylist()
+        if (levels := 1 if array.ndim == 1 else array.shape[1]) != num_levels:
+            raise ValueError(f"{folder}: shard {shard} has {levels} levels, not {num_levels}")
+        if array.size and (highest := int(array.max())) >= num_classes:
+            raise ValueError(f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes")
     if len(set(ids)) != len(ids) or (expected_ids is not None and set(ids) != expected_ids):
         raise ValueError(f"{folder}: the shards hold {len(set(ids))} distinct of {len(ids)} utterances, not exactly what was asked")
     files = [f"shard_{shard:05d}{suffix}" for shard in range(num_shards) for suffix in (".npy", ".parquet")]
@@ -76,21 +83,15 @@ class Labels:
         self._arrays: list[np.ndarray] = []
         self._places: dict[str, tuple[int, int, int]] = {}
         for shard in range(self.meta["num_shards"]):
-            table = pq.read_table(self.folder / f"shard_{shard:05d}.parquet")
-            array = np.load(self.folder / f"shard_{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
+            table, array = _read_shard(self.folder, shard)
             counts = table["num_frames"].to_numpy()
-            if counts.sum() != len(array):
-                raise ValueError(f"{self.folder}/shard_{shard:05d}.npy: {len(array)} frames where the index has {counts.sum()}")
             ends = np.cumsum(counts)
             for name, end, count in zip(table["id"].to_pylist(), ends.tolist(), counts.tolist(), strict=True):
                 self._places[name] = (shard, end - count, end)
             self._arrays.append(array)
 
     def __getitem__(self, utterance: str) -> np.ndarray:
-        try:
-            shard, start, end = self._places[utterance]
-        except KeyError:
-            raise ValueError(f"{self.folder}: no labels for utterance {utterance!r}") from None
+        shard, start, end = self._place(utterance)
         return np.asarray(self._arrays[shard][start:end])
 
     def __contains__(self, utterance: object) -> bool:
@@ -105,5 +106,23 @@ class Labels:
         return list(self._places)
 
     def num_frames(self, utterance: str) -> int:
-        _, start, end = self._places[utterance]
+        _, start, end = self._place(utterance)
         return end - start
+
+    def _place(self, utterance: str) -> tuple[int, int, int]:
+        if utterance not in self._places:
+            raise ValueError(f"{self.folder}: no labels for utterance {utterance!r}")
+        return self._places[utterance]
+
+
+def _read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
+    """Table and memory-mapped array of one shard; missing or damaged files and lengths that disagree are a ValueError."""
+    stem = folder / f"shard_{shard:05d}"
+    try:
+        table = pq.read_table(stem.with_suffix(".parquet"))
+        array = np.load(stem.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{stem}.npy or .parquet: missing or damaged ({error})") from None
+    if (frames := int(table["num_frames"].to_numpy().sum())) != len(array):
+        raise ValueError(f"{stem}.npy: {len(array)} frames where the index has {frames}")
+    return table, array

@@ -127,6 +127,12 @@ class Manifest:
             )
         return chosen
 
+    def take(self, rows: np.ndarray) -> Self:
+        """The given row numbers, in that order, under the same fingerprint."""
+        chosen = copy.copy(self)
+        chosen.table = self.table.take(pa.array(rows)).combine_chunks()
+        return chosen
+
 
 def write_manifest(
     folder: str | Path,

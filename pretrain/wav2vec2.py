@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.config import Config
@@ -27,6 +27,12 @@ class Wav2Vec2Config(Config):
     gumbel_decay: float = Field(0.999995, gt=0, le=1, description="per step")
     diversity_weight: float = Field(0.1, ge=0)
     feature_penalty: float = Field(10.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_divisibility(self) -> "Wav2Vec2Config":
+        if self.code_dim % self.num_groups:
+            raise ValueError(f"code_dim {self.code_dim} is not a multiple of num_groups {self.num_groups}")
+        return self
 
 
 class Wav2Vec2Batch(NamedTuple):

@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.labels import Labels, commit_labels, shard_stands, write_shard
+
+
+def label_arrays(lengths: list[int], levels: int | None = None, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 100, (length,) if levels is None else (length, levels)) for length in lengths]
+
+
+def write(folder: Path, shards: list[list[str]], levels: int | None = None, **options: object) -> dict[str, np.ndarray]:
+    everything = {}
+    for number, ids in enumerate(shards):
+        arrays = label_arrays([3 + len(name) for name in ids], levels, seed=number)
+        write_shard(folder, number, ids, arrays)
+        everything |= dict(zip(ids, arrays, strict=True))
+    settings = {"codebook": "c0de", "num_classes": 100, "num_levels": levels or 1, **options}
+    commit_labels(folder, len(shards), {"k": 100}, {"codebook": "c0de"}, **settings)  # type: ignore[arg-type]
+    return everything
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_what_was_written_is_read_by_id_in_any_order(tmp_path: Path, levels: int | None) -> None:
+    written = write(tmp_path, [["b", "a/1"], ["ünï"], ["zz", "c", "d"]], levels)
+    labels = Labels(tmp_path)
+    assert labels.ids == ["b", "a/1", "ünï", "zz", "c", "d"] and len(labels) == 6
+    assert (labels.codebook, labels.num_classes, labels.num_levels, labels.frame_rate_hz) == ("c0de", 100, levels or 1, 50.0)
+    for name in reversed(labels.ids):
+        assert labels[name].dtype == np.uint16
+        np.testing.assert_array_equal(labels[name], written[name])
+        assert labels.num_frames(name) == len(written[name])
+    assert "a/1" in labels and "a/2" not in labels
+
+
+@settings(max_examples=20)
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_utterances_of_any_length_come_back(tmp_path_factory: pytest.TempPathFactory, lengths: list[int]) -> None:
+    folder = tmp_path_factory.mktemp("labels")
+    arrays = label_arrays([*lengths, 1])
+    write_shard(folder, 0, [str(i) for i in range(len(arrays))], arrays)
+    commit_labels(folder, 1, {}, {}, codebook="c", num_classes=100)
+    labels = Labels(folder)
+    for number, array in enumerate(arrays):
+        np.testing.assert_array_equal(labels[str(number)], array)
+
+
+def test_an_utterance_without_labels_is_named(tmp_path: Path) -> None:
+    write(tmp_path, [["a"]])
+    for read in (Labels(tmp_path).__getitem__, Labels(tmp_path).num_frames):
+        with pytest.raises(ValueError, match="no labels for utterance 'b'"):
+            read("b")
+
+
+def test_a_shard_stands_only_with_its_table(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, ["a"], label_arrays([3]))
+    assert shard_stands(tmp_path, 0) and not shard_stands(tmp_path, 1)
+    (tmp_path / "shard_00000.parquet").unlink()
+    assert not shard_stands(tmp_path, 0)
+
+
+def test_a_missing_shard_is_refused_at_commit_and_named_when_lost_later(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, ["a"], label_arrays([3]))
+    with pytest.raises(ValueError, match="shard 1 of 2 is missing"):
+        commit_labels(tmp_path, 2, {}, {}, codebook="c", num_classes=100)
+    with pytest.raises(ValueError, match=r"no meta\.json"):
+        Labels(tmp_path)
+    commit_labels(tmp_path, 1, {}, {}, codebook="c", num_classes=100)
+    (tmp_path / "shard_00000.npy").unlink()
+    with pytest.raises(ValueError, match="shard_00000"):
+        Labels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shards", "expected"), [([["a", "b"], ["a"]], {"a", "b"}), ([["a"]], {"a", "b"}), ([["a"], ["b"]], {"a"})]
+)
+def test_every_expected_utterance_is_there_exactly_once(tmp_path: Path, shards: list[list[str]], expected: set[str]) -> None:
+    with pytest.raises(ValueError, match="not exactly what was asked"):
+        write(tmp_path, shards, expected_ids=expected)
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_an_array_that_does_not_match_its_table_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, [["a", "b"]])
+    np.save(tmp_path / "shard_00000.npy", np.zeros(3, np.uint16))
+    with pytest.raises(ValueError, match=r"shard_00000\.npy: 3 frames where the index has 8"):
+        Labels(tmp_path)
+    (tmp_path / "shard_00000.npy").write_bytes((tmp_path / "shard_00000.npy").read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"shard_00000\.npy.* damaged"):
+        Labels(tmp_path)
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
+    for wrong in (np.array([0, -1]), np.array([0, 65536])):  # k-means gives -1 for NaN, which would read as 65535
+        with pytest.raises(AssertionError):
+            write_shard(tmp_path, 0, ["a"], [wrong])
+    write_shard(tmp_path, 0, ["a"], [np.array([0, 100])])
+    with pytest.raises(ValueError, match="label 100 of shard 0 is beyond the codebook's 100 classes"):
+        commit_labels(tmp_path, 1, {}, {}, codebook="c", num_classes=100)
+
+
+def test_the_declared_levels_are_the_arrays_levels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shard 0 has 3 levels, not 2"):
+        write(tmp_path, [["a"]], levels=3, num_levels=2)
