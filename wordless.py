@@ -14,12 +14,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 
 
 @dataclass(frozen=True)
 class Verb:
+    """Where a verb's config class and function are."""
+
     module: str
     config: str
     function: str
@@ -118,8 +119,9 @@ def run_recipe(
         _print_summary(stages.run(set(skip or []), set(only or []), redo), as_json)
         return
     stages.check()
-    options = [part for option, values in (("--skip", skip), ("--only", only)) for value in values or [] for part in (option, value)]
-    again = ["run", str(recipe.resolve()), *(overrides or []), *options, *(["--redo"] if redo else [])]
+    chosen = [part for name in skip or [] for part in ("--skip", name)] + [part for name in only or [] for part in ("--only", name)]
+    flags = [flag for flag, given in (("--redo", redo), ("--json", as_json)) if given]
+    again = ["run", str(recipe.resolve()), *(overrides or []), *chosen, *flags]
     _run_elsewhere(again, {"run": str(stages.folder), **stages.resolved()}, resources, str(recipe), stages.folder, on, dry_run)
 
 
@@ -176,6 +178,8 @@ class Recipe:
 
         table = {key: value for key, value in self.stages[name].items() if key not in ("verb", "needs", "slurm")}
         config_class, _ = _verb_named(self.stages[name]["verb"], f"{self.source}: {name}").load()
+        if (needs := self.stages[name].get("needs")) not in (None, "text", "phones") or (needs and "manifest" not in table):
+            raise ValueError(f'{self.source}: {name}.needs: "text" or "phones", of the stage\'s `manifest`; got {needs!r}')
         resolved = {"out": str(self.folder / name), **self._resolve(table, name)}
         try:
             return parse_config(config_class, resolved, self.source)
@@ -195,7 +199,8 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """Every stage's resolved config, under its name."""
-        return {name: {"verb": table["verb"], **self.parse(name).resolved()} for name, table in self.stages.items()}
+        kept = {name: {key: table[key] for key in ("verb", "needs") if key in table} for name, table in self.stages.items()}
+        return {name: {**table, **self.parse(name).resolved()} for name, table in kept.items()}
 
     def _resolve(self, value: Any, name: str) -> Any:
         if isinstance(value, dict):
@@ -213,18 +218,18 @@ class Recipe:
         return str(Path(self.stages[stage].get("out", self.folder / stage)) / rest)
 
     def run(self, skip: set[str], only: set[str], redo: bool) -> dict[str, Any]:
+        """Run what does not stand yet, in order; returns the summary of the last stage (in most recipes the report)."""
         unknown = (skip | only) - set(self.stages)
         if unknown:
             raise ValueError(f"{self.source}: no stage {', '.join(sorted(unknown))}; there are {', '.join(self.stages)}")
         self.check()
         records = _read_records(self.folder)
-        fresh: set[str] = set()
         for name in self.stages:
             if name not in skip and (not only or name in only):
-                self._run_stage(name, records, fresh, redo)
-        return {"stages": {name: record["seconds"] for name, record in records.items()}, "run": str(self.folder)}
+                self._run_stage(name, records, redo)
+        return next((records[name]["summary"] for name in reversed(self.stages) if name in records), {})
 
-    def _run_stage(self, name: str, records: dict[str, Any], fresh: set[str], redo: bool) -> None:
+    def _run_stage(self, name: str, records: dict[str, Any], redo: bool) -> None:
         import shutil
 
         from pretrain.artefact import is_complete, read_meta, write_json
@@ -237,12 +242,12 @@ class Recipe:
             return
         out = Path(config.out)
         if table["verb"] != "report" and is_complete(out):
-            changed = _changed(read_meta(out)["config"], config.resolved())
-            renewed = sorted(stage for stage in fresh if f"'@{stage}" in str(table))
-            if not changed and not renewed:
+            meta, resolved = read_meta(out), config.resolved()
+            changed, replaced = _changed(meta["config"], resolved), _replaced_inputs(meta, resolved)
+            if not changed and not replaced:
                 _say(f"{name}: stands already ({out})")
                 return
-            reason = f"stands with other settings ({'; '.join(changed)})" if changed else f"was made before {', '.join(renewed)}"
+            reason = f"stands with other settings ({'; '.join(changed)})" if changed else f"was made from {'; '.join(replaced)}"
             if not redo:
                 raise ValueError(f"{name}: {out} {reason}. --redo removes it and runs the stage again")
             shutil.rmtree(out)
@@ -250,7 +255,6 @@ class Recipe:
         began = time.monotonic()
         summary = function(config)
         records[name] = {"verb": table["verb"], "seconds": time.monotonic() - began, "summary": summary}
-        fresh.add(name)
         if os.environ.get("RANK", "0") == "0":
             write_json(self.folder / "stages.json", records)
 
@@ -268,6 +272,22 @@ def _changed(old: Any, new: Any, key: str = "") -> list[str]:
     return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
 
 
+def _replaced_inputs(meta: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
+    """Inputs of a standing artefact that have been made anew, otherwise, since: `key FINGERPRINT, which FOLDER no longer is`."""
+    from pretrain.artefact import is_complete, read_meta
+
+    replaced = []
+    for key, fingerprint in meta["parents"].items():
+        path = Path(str(resolved.get(key)))
+        folder = path.parent if path.is_file() else path
+        if is_complete(folder):
+            now = read_meta(folder)
+            # A run of training is known by its weights, everything else by its own fingerprint.
+            if fingerprint not in {now["fingerprint"], *(sha256[:16] for sha256 in now["files"].values())}:
+                replaced.append(f"{key} {fingerprint}, which {folder} no longer is")
+    return replaced
+
+
 def _manifest_has(manifest: str, what: str) -> bool:
     from pretrain.manifest import Manifest
 
@@ -282,11 +302,13 @@ def _run_verb(name: str, tree: dict[str, Any], source: str, again: list[str], on
         raise ValueError(f"{source}: verb: is a config for another verb than `{name}`")
     resources = tree.pop("slurm", {})
     config_class, function = VERBS[name].load()
-    config = parse_config(config_class, tree, source)
+    config: Any = parse_config(config_class, tree, source)
     if on == "here" and not dry_run:
         _print_summary(function(config), as_json)
     else:
-        _run_elsewhere([*again, *(["--json"] if as_json else [])], config.resolved(), resources, source, Path(config.out), on, dry_run)
+        _run_elsewhere(
+            [*again, *(["--json"] if as_json else [])], config.resolved(), resources, source, Path(config.out), on, dry_run
+        )
 
 
 def _run_elsewhere(
@@ -318,7 +340,7 @@ def _run_elsewhere(
 
 
 def _verb_named(name: Any, source: str) -> Verb:
-    if name not in VERBS:
+    if not isinstance(name, str) or name not in VERBS:
         raise ValueError(f"{source}: no verb {name!r}; there are {', '.join(VERBS)}")
     return VERBS[name]
 
@@ -353,16 +375,13 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status (2 for a user's mistake)."""
     try:
-        app(args=argv, standalone_mode=False)
+        app(args=argv, prog_name="wordless")
     except ValueError as error:
         if os.environ.get("WORDLESS_TRACEBACK"):
             raise
         print(f"wordless: {error}", file=sys.stderr)
         return 2
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
         return int(stop.code or 0)
@@ -370,6 +389,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry_point() -> None:
+    """The script `wordless`."""
     sys.exit(main())
 
 

@@ -43,11 +43,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -103,6 +105,7 @@ def read_meta(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def is_complete(folder: str | Path) -> bool:
+    """Whether the folder has its `meta.json`, which is written last."""
     return (Path(folder) / "meta.json").is_file()
 
 
@@ -113,6 +116,7 @@ def require_absent(folder: str | Path) -> None:
 
 
 def library_versions() -> dict[str, str]:
+    """Versions of wordless and of the libraries that decide numbers."""
     names = ["wordless", "torch", "numpy", "faiss-cpu", "safetensors"]
     versions = {}
     for name in names:

@@ -15,8 +15,10 @@ from pretrain.manifest import Manifest
 
 
 class BatchConfig(Config):
+    """How much audio goes together, and what is cropped or left out."""
+
     batch_seconds: float = Field(87.5, gt=0, description="audio in a global batch, padding included")
-    crop_seconds: float = Field(15.6, gt=0, description="longer utterances are cropped at random, on multiples of 320 samples")
+    crop_seconds: float = Field(15.6, ge=0.025, description="longer utterances are cropped at random, on multiples of 320 samples")
     min_seconds: float = Field(0.1, ge=0.025, description="shorter utterances are left out (counted)")
 
 

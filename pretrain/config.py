@@ -82,7 +82,7 @@ def _describe(config_class: type[Config], problem: Any) -> str:
             message = problem["msg"].removeprefix("Value error, ")
             return f"{key}: {message}" if key else message
         case _:
-            return f"{key}: {problem['msg']}, got {problem['input']!r}"
+            return f"{f'{key}: ' if key else ''}{problem['msg']}, got {problem['input']!r}"
 
 
 def _names_at(config_class: type[Config], location: tuple[Any, ...]) -> list[str]:

@@ -27,14 +27,15 @@ SPACE = "|"
 
 
 class TextConfig(Config):
-    """How transcripts are normalised, for training and for scoring alike; always Unicode NFC with single spaces."""
+    """How transcripts are normalised, for training and for scoring alike; always Unicode NFC with single spaces, and no `|`."""
 
     case: Literal["lower", "upper", "keep"] = "lower"
     punctuation: Literal["remove", "keep"] = "remove"
 
     def normalize(self, text: str) -> str:
-        text = unicodedata.normalize("NFC", text)
+        text = text.replace(SPACE, " ")  # the vocabulary's sign for the space
         text = {"lower": text.lower(), "upper": text.upper(), "keep": text}[self.case]
+        text = unicodedata.normalize("NFC", text)  # after the case, which can take characters apart
         if self.punctuation == "remove":  # an apostrophe between letters belongs to the word
             kept = [c if c == "'" or not unicodedata.category(c).startswith("P") else " " for c in text]
             text = "".join(kept)
@@ -69,6 +70,8 @@ class Vocabulary:
 
 
 class CTCConfig(Config):
+    """What is frozen, dropped and masked in fine-tuning."""
+
     freeze_steps: int = Field(0, ge=0, description="steps during which only the head learns")
     freeze_front_end: bool = True
     final_dropout: float = Field(0.1, ge=0, lt=1)
@@ -79,6 +82,8 @@ class CTCConfig(Config):
 
 
 class CTCBatch(NamedTuple):
+    """A padded batch of utterances with their transcripts."""
+
     waveforms: Tensor  # (batch, samples) float32
     num_samples: Tensor  # (batch,)
     targets: Tensor  # (batch, characters) int64, 0 where padded
@@ -109,6 +114,10 @@ class Recognizer(nn.Module):
 
 
 class CTCTask(Task):
+    """CTC on `train_set`; with `frozen_phases` the head learns alone for `freeze_steps` (a pretrained encoder)."""
+
+    model: Recognizer
+
     def __init__(
         self, model: Recognizer, config: CTCConfig, vocabulary: Vocabulary, text: TextConfig,
         train_set: SpeechBatches, valid_set: SpeechBatches | None, frozen_phases: bool, seed: int,

@@ -103,6 +103,8 @@ class PositionalConv(nn.Module):
 
 
 class TransformerLayer(nn.Module):
+    """Self-attention and feed-forward with residuals, normalised before (`norm_first`) or after each."""
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
@@ -112,8 +114,8 @@ class TransformerLayer(nn.Module):
         self.ffn_in = nn.Linear(config.dim, config.ffn_dim)
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.ffn_norm = nn.LayerNorm(config.dim)
-        for linear in (self.qkv, self.attention_out, self.ffn_in, self.ffn_out):  # BERT's initialisation, as fairseq
-            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.qkv, self.attention_out, self.ffn_in, self.ffn_out):  # BERT's at width 768
+            nn.init.normal_(linear.weight, std=0.02 * (768 / config.dim) ** 0.5)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:  # (batch, frames, dim)
@@ -237,7 +239,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's stub takes *args
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.scale, None
 
 
@@ -253,10 +255,11 @@ def _normalize(waveforms: Tensor, num_samples: Tensor) -> Tensor:
 def load_encoder(run: str | Path, device: str | torch.device = "cpu") -> tuple[Encoder, str]:
     """The encoder of a pretraining or fine-tuning run, in eval mode, and the fingerprint of the run's weights."""
     weights, meta, fingerprint = load_weights(run)
-    if "encoder" not in meta["config"]:
+    # A fine-tuning run's own config names a pretraining run there; the architecture stands beside its vocabulary.
+    config = meta.get("config_encoder") or meta["config"].get("encoder")
+    if config is None:
         raise ValueError(f"{run}: a {meta['kind']!r} run holds no encoder; give a pretraining or fine-tuning run")
-    encoder = Encoder(parse_config(EncoderConfig, meta["config"]["encoder"], f"{run}/meta.json"))
+    encoder = Encoder(parse_config(EncoderConfig, config, f"{run}/meta.json"))
     own = {name.removeprefix("encoder."): tensor for name, tensor in weights.items() if name.startswith("encoder.")}
     encoder.load_state_dict(own)
     return encoder.eval().to(device), fingerprint
-

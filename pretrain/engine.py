@@ -6,10 +6,12 @@ Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use Di
 function of (seed, epoch, rank, step), so resuming from a checkpoint continues bit for bit.
 """
 
+import itertools
 import json
 import math
 import os
 import time
+import tomllib
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +36,7 @@ class Loss(NamedTuple):
     """What a model's forward returns: `total` is summed over what `count` counts; metrics are (sum, count) pairs of any shape."""
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which a Loss has no use for
     metrics: dict[str, tuple[Tensor, Tensor]]
 
 
@@ -94,7 +96,8 @@ class OptimizerConfig(Config):
     """AdamW (Loshchilov & Hutter, 2019) and its schedule.
 
     `linear` and `polynomial` decay to `final_lr_ratio` over the whole run after the warm-up, `cosine` likewise; `tri_stage` is
-    wav2vec 2.0's fine-tuning schedule: warm-up, hold, exponential decay (shares of the run in `tri_stage`).
+    wav2vec 2.0's fine-tuning schedule: warm-up, hold, exponential decay (shares of the run in `tri_stage`), to 0.05 when
+    `final_lr_ratio` is 0; `warmup_steps` has no part in it.
     """
 
     lr: float = Field(5e-4, gt=0)
@@ -115,7 +118,7 @@ class OptimizerConfig(Config):
             if step < warm:
                 return 0.01 + 0.99 * step / warm
             after = max(0.0, step - warm - hold) / max(1.0, self.tri_stage[2] * max_steps)
-            return math.exp(min(after, 1.0) * math.log(max(self.final_lr_ratio, 0.05)))
+            return math.exp(min(after, 1.0) * math.log(self.final_lr_ratio or 0.05))
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         left = 1 - (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
@@ -124,6 +127,8 @@ class OptimizerConfig(Config):
 
 
 class TrainingConfig(Config):
+    """Length, seed, precision and rhythm of a run."""
+
     max_steps: int = Field(gt=0)
     seed: int = 0
     accumulate: int = Field(1, ge=1, description="micro-batches a rank computes for one update")
@@ -135,6 +140,9 @@ class TrainingConfig(Config):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     loader_threads: int = Field(2, ge=1)
+
+
+_groups_joined = itertools.count()
 
 
 class World(NamedTuple):
@@ -155,7 +163,10 @@ class World(NamedTuple):
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
             torch.cuda.set_device(chosen)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+            # Under a name of its own: the launcher's store still holds the addresses of a group this process left before.
+            store, rank, size = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"run{next(_groups_joined)}", store)
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         return cls(rank, size, chosen)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -198,11 +209,18 @@ def train(
         _write_or_compare_config(run, config)
     task.model.to(world.device)
     adamw = torch.optim.AdamW(
-        task.parameter_groups(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay, fused=True
+        task.parameter_groups(),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
     )
     world.barrier()
     checkpoint = latest_checkpoint(run)
-    state = load_checkpoint(checkpoint, task.model, adamw) if checkpoint else {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0}
+    state: dict[str, Any] = (
+        load_checkpoint(checkpoint, task.model, adamw) if checkpoint else {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0}
+    )
     start, began = state["step"], time.monotonic() - state["seconds"]
     log = _Log(run, start) if main else None
     window = _Window()
@@ -218,7 +236,11 @@ def train(
         world.barrier()
 
     batches = _batches(task, (state["epoch"], state["batch"]), training, world)
-    with progress(f"train {run.name}", training.max_steps, "step", done=start) if main else nullcontext(lambda *_, **__: None) as advance:
+    with (
+        progress(f"train {run.name}", training.max_steps, "step", done=start)
+        if main
+        else nullcontext(lambda *_, **__: None) as advance
+    ):
         for step in range(start, training.max_steps):
             if phase != task.phase(step):
                 phase = task.phase(step)
@@ -272,7 +294,9 @@ def train(
     return summary
 
 
-def _batches(task: Task, position: tuple[int, int], training: TrainingConfig, world: World) -> Generator[tuple[tuple[int, int], list[tuple[Any, float]], float], None, None]:
+def _batches(
+    task: Task, position: tuple[int, int], training: TrainingConfig, world: World
+) -> Generator[tuple[tuple[int, int], list[tuple[Any, float]], float], None, None]:
     """(epoch, batch) and this rank's micro-batches from `position` on, for ever, loaded ahead by threads in a fixed order."""
 
     def order() -> Generator[tuple[tuple[int, int], list[tuple[np.ndarray, float]], float], None, None]:
@@ -330,10 +354,14 @@ class _Window:
 
     def add_norm(self, norm: Tensor) -> None:
         pair = [norm.double(), torch.ones_like(norm).double()]
-        self.sums["gradient_norm"] = [a + b for a, b in zip(self.sums.get("gradient_norm", [0, 0]), pair, strict=True)]
+        self.sums["gradient_norm"] = [
+            a + b for a, b in zip(self.sums.get("gradient_norm", [norm.new_zeros(()).double()] * 2), pair, strict=True)
+        ]
 
     def reduce(self, world: World) -> dict[str, Tensor]:
-        return {name: (world.sum(total) / world.sum(count).clamp(min=1e-12)).cpu() for name, (total, count) in sorted(self.sums.items())}
+        return {
+            name: (world.sum(total) / world.sum(count).clamp(min=1e-12)).cpu() for name, (total, count) in sorted(self.sums.items())
+        }
 
     def rate(self) -> float:
         return self.amount / max(time.monotonic() - self.began, 1e-9)
@@ -351,7 +379,7 @@ class _Log:
             self.lines = [line for line in map(_parse_line, self.path.read_text().splitlines()) if line and line["step"] <= start]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "a")  # noqa: SIM115  # closed by close()
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -364,7 +392,13 @@ class _Log:
 
     def summarise(self, steps: int, seconds: float, steps_now: int) -> dict[str, Any]:
         losses = [line["loss"] for line in self.lines if "loss" in line]
-        summary = {"steps": steps, "seconds": seconds, "steps_this_time": steps_now, "loss_first": losses[0], "loss_last": losses[-1]}
+        summary = {
+            "steps": steps,
+            "seconds": seconds,
+            "steps_this_time": steps_now,
+            "loss_first": losses[0],
+            "loss_last": losses[-1],
+        }
         summary |= {name: value for name, value in self.lines[-1].items() if name not in ("step", "loss", "lr")}
         return summary
 
@@ -438,8 +472,17 @@ def _write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
     text = tomli_w.dumps(without_none(config))
     path = run / "config.toml"
     if path.is_file() and latest_checkpoint(run) is not None and path.read_text() != text:
-        old, new = set(path.read_text().splitlines()), set(text.splitlines())
-        changed = "; ".join(sorted(old - new) + [f"now {line}" for line in sorted(new - old)])
+        old, new = _flatten(tomllib.loads(path.read_text())), _flatten(tomllib.loads(text))
+        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        changed = "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
         raise ValueError(f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder")
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

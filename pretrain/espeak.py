@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import tempfile
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def true_phones(events: list[tuple[float, str]], duration_seconds: float) -> lis
     """
     marks = [(0.0, ""), *events, (duration_seconds, "")]
     phones: list[tuple[float, float, str]] = []
-    for (start, name), (following, _) in zip(marks, marks[1:], strict=False):
+    for (start, name), (following, _) in pairwise(marks):
         end = min(following, duration_seconds)
         phone = name.translate(_FOLD) or SILENCE
         if end <= start:

@@ -23,6 +23,8 @@ class CTCOptimizerConfig(OptimizerConfig):
 
 
 class FinetuneConfig(Config):
+    """Which transcripts, which encoder, and how it is fine-tuned."""
+
     out: str
     manifest: str
     split: str | None = "train"

@@ -99,6 +99,8 @@ class FilterbankFrontEnd(nn.Module):
     def __init__(self, config: "EncoderConfig"):
         super().__init__()
         self.dim = 2 * config.num_mels
+        self.window: Tensor
+        self.mel: Tensor
         self.register_buffer("window", torch.hann_window(400, periodic=False) ** 0.85, persistent=False)
         self.register_buffer("mel", torch.from_numpy(mel_matrix(config.num_mels)), persistent=False)
 

@@ -18,6 +18,7 @@ MAX_CLASSES = 2**16
 
 
 def shard_stands(folder: Path, shard: int) -> bool:
+    """Whether a shard is committed."""
     return (folder / f"shard_{shard:05d}.parquet").is_file()
 
 

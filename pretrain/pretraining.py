@@ -27,6 +27,8 @@ class AlarmConfig(Config):
 
 
 class PretrainConfig(Config):
+    """Data, objective, architecture and training of an encoder."""
+
     out: str
     manifest: str
     split: str | None = "train"
@@ -44,7 +46,7 @@ class PretrainConfig(Config):
     @model_validator(mode="after")
     def _labels_belong_to_hubert(self) -> "PretrainConfig":
         if (self.objective == "hubert") != (self.labels is not None):
-            raise ValueError("`labels` is needed for objective = \"hubert\" and only there")
+            raise ValueError('`labels` is needed for objective = "hubert" and only there')
         return self
 
 
@@ -93,6 +95,8 @@ class PretrainTask(Task):
 
 
 class HubertTask(PretrainTask):
+    """HuBERT: the targets are labels from a file."""
+
     def __init__(self, config: PretrainConfig, manifest: Manifest, labels: Labels):
         super().__init__(config, manifest)
         if labels.num_levels != 1:
@@ -122,6 +126,8 @@ class HubertTask(PretrainTask):
 
 
 class Wav2Vec2Task(PretrainTask):
+    """wav2vec 2.0: the targets are the utterance's own quantised features."""
+
     def __init__(self, config: PretrainConfig, manifest: Manifest):
         super().__init__(config, manifest)
         self.model = Wav2Vec2(config.encoder, config.wav2vec2)
@@ -168,7 +174,8 @@ def _lengths(arrays: list[np.ndarray]) -> Tensor:
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run the verb; returns the training summary with the number of parameters and of utterances used."""
     manifest = Manifest(config.manifest)
-    parents, extra = {"manifest": manifest.fingerprint}, {"objective": config.objective}
+    parents = {"manifest": manifest.fingerprint}
+    extra: dict[str, str] = {"objective": config.objective}
     torch.manual_seed(config.training.seed)  # the initial weights
     task: PretrainTask
     if config.labels is not None:
@@ -185,4 +192,5 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 def num_parameters(model: nn.Module) -> int:
+    """How many numbers the model learns."""
     return sum(p.numel() for p in model.parameters())

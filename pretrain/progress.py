@@ -29,9 +29,16 @@ def progress(description: str, total: float, unit: str, done: float = 0.0) -> It
     if not console.is_terminal:
         yield _line_printer(description, total, unit, done)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task(description, total=total, completed=done, unit=unit, note="")
+        task = bars.add_task(description, total=total, unit=unit, note="")
+        bars.update(task, completed=done)
         yield lambda amount, note=None: bars.update(task, advance=amount, **({} if note is None else {"note": note}))
 
 

@@ -48,6 +48,7 @@ class Candidate:
 
 
 def read_source(source: str) -> list[Candidate]:
+    """What a folder, a `.tsv` or a JSON-lines file lists, unverified. A source of no known kind is a ValueError."""
     path = Path(source)
     if path.is_dir():
         candidates = _read_folder(path)
@@ -144,6 +145,7 @@ def _read_json_lines(path: Path) -> list[Candidate]:
 
 
 def attach_alignments(candidates: list[Candidate], path: str) -> None:
+    """Add phones by utterance id from JSON lines `{"id", "phones": [[start, end, phone], ...]}`."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such alignments")
     alignments = {row.id: _phones(row.phones, origin) for origin, row in _parse_lines(Path(path), _AlignmentRow)}
@@ -189,6 +191,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def require_distinct_ids(candidates: list[Candidate]) -> None:
+    """Two rows under one id are a ValueError naming both."""
     seen: dict[str, Candidate] = {}
     for candidate in candidates:
         other = seen.setdefault(candidate.id, candidate)
@@ -197,6 +200,7 @@ def require_distinct_ids(candidates: list[Candidate]) -> None:
 
 
 def name_speakers(candidates: list[Candidate], pattern: str) -> None:
+    """Read the speaker off each relative path: the regular expression's group `speaker`, or its first."""
     compiled = re.compile(pattern)
     group: str | int = "speaker" if "speaker" in compiled.groupindex else 1
     for candidate in candidates:

@@ -20,6 +20,8 @@ from pretrain.progress import progress
 
 
 class TranscribeConfig(Config):
+    """What is transcribed with which recogniser."""
+
     out: str
     manifest: str
     split: str | None = "test"
@@ -40,7 +42,9 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
     model, vocabulary, text, fingerprint = load_recognizer(config.recognizer)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
     model.to(device)
-    batches = SpeechBatches(manifest, BatchConfig(batch_seconds=config.batch_seconds, crop_seconds=1e9, min_seconds=0.025), 0, crop=False)
+    batches = SpeechBatches(
+        manifest, BatchConfig(batch_seconds=config.batch_seconds, crop_seconds=1e9, min_seconds=0.025), 0, crop=False
+    )
     hypotheses = {}
     began = time.monotonic()
     with progress("transcribe", batches.seconds(batches.items), "s audio") as advance:
@@ -51,13 +55,16 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
             batch = CTCBatch(pad(waveforms, 0).to(device), lengths.to(device), nothing, nothing, None, None)
             paths = model.logits(batch).argmax(2).cpu().numpy()
             for item, path, frames in zip(items.tolist(), paths, num_frames(lengths).tolist(), strict=True):
-                hypotheses[item] = vocabulary.decode(path[:frames])
+                hypotheses[item] = text.normalize(vocabulary.decode(path[:frames]))
             advance(batches.seconds(items))
     seconds = time.monotonic() - began
     rows = [manifest[item] for item in sorted(hypotheses)]
     said = [hypotheses[item] for item in sorted(hypotheses)]
     references = [text.normalize(row.text) if row.text else None for row in rows]
-    summary: dict[str, Any] = {"utterances": len(rows), "audio_seconds_per_second": float(manifest.lengths.sum()) / SAMPLE_RATE / seconds}
+    summary: dict[str, Any] = {
+        "utterances": len(rows),
+        "audio_seconds_per_second": float(manifest.lengths.sum()) / SAMPLE_RATE / seconds,
+    }
     pairs = [(reference, hypothesis) for reference, hypothesis in zip(references, said, strict=True) if reference]
     if pairs:
         wanted, got = map(list, zip(*pairs, strict=True))

@@ -15,6 +15,8 @@ from pretrain.hubert import feature_penalty
 
 
 class Wav2Vec2Config(Config):
+    """The paper's settings."""
+
     mask_start_probability: float = Field(0.065, gt=0, lt=1)
     mask_length: int = Field(10, ge=1)
     num_distractors: int = Field(100, ge=1)
@@ -36,6 +38,8 @@ class Wav2Vec2Config(Config):
 
 
 class Wav2Vec2Batch(NamedTuple):
+    """A padded batch with masks and distractors."""
+
     waveforms: Tensor  # (batch, samples) float32
     num_samples: Tensor  # (batch,)
     mask: Tensor  # (batch, frames) bool, False where padded
@@ -45,9 +49,12 @@ class Wav2Vec2Batch(NamedTuple):
 
 
 def draw_distractors(num_masked: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """For each masked frame `count` of the utterance's other masked frames, uniformly with replacement: (num_masked, count)."""
+    """For each masked frame `count` of the utterance's other masked frames, uniformly with replacement: (num_masked, count).
+
+    A frame that is masked alone is its own distractor, which the loss sets to minus infinity: there is nothing to tell apart.
+    """
     drawn = rng.integers(0, max(1, num_masked - 1), (num_masked, count))
-    return drawn + (drawn >= np.arange(num_masked)[:, None])
+    return drawn + (drawn >= np.arange(num_masked)[:, None]) if num_masked > 1 else drawn
 
 
 class GumbelQuantizer(nn.Module):
@@ -96,15 +103,17 @@ class Wav2Vec2(nn.Module):
         real = torch.arange(places.shape[1], device=x.device) < batch.num_masked[:, None]  # (batch, masked)
         predicted = self.project(x.gather(1, places.expand(-1, -1, x.shape[2])))  # (batch, masked, final_dim)
         targets, codes, soft = self.quantizer(normed.gather(1, places.expand(-1, -1, normed.shape[2]))[real])
-        loss, correct = self._contrast(predicted, self._restore(self.project_code(targets), real), self._restore(codes, real), batch, real)
+        loss, correct = self._contrast(
+            predicted, self._restore(self.project_code(targets), real), self._restore(codes, real), batch, real
+        )
         count = real.sum().float()
-        usage = soft.mean(0)  # (groups, entries): how much each entry is used over the batch
+        usage = soft.sum(0) / count.clamp(min=1)  # (groups, entries): how much each entry is used over the batch
         soft_perplexity = torch.exp(-(usage * (usage + 1e-7).log()).sum(1)).sum()
         size = self.config.num_groups * self.config.num_entries
         diversity = (size - soft_perplexity) / size
         valid = torch.arange(features.shape[1], device=x.device) < ((batch.num_samples - 400) // 320 + 1)[:, None]
         total = loss + self.config.diversity_weight * count * diversity
-        total = total + feature_penalty(features, valid, count, self.config.feature_penalty)
+        total = total + feature_penalty(features, valid, batch.num_masked.float(), self.config.feature_penalty)
         hard = torch.zeros_like(usage).scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=usage.dtype))
         metrics = {
             "contrastive_loss": (loss.detach(), count),
@@ -114,7 +123,9 @@ class Wav2Vec2(nn.Module):
         }
         return Loss(total, count, metrics)
 
-    def _contrast(self, predicted: Tensor, targets: Tensor, codes: Tensor, batch: Wav2Vec2Batch, real: Tensor) -> tuple[Tensor, Tensor]:
+    def _contrast(
+        self, predicted: Tensor, targets: Tensor, codes: Tensor, batch: Wav2Vec2Batch, real: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Summed cross entropy of the true target among the distractors, and how often it wins."""
         with torch.autocast(predicted.device.type, enabled=False):
             similarity = F.normalize(predicted.float(), dim=2) @ F.normalize(targets.float(), dim=2).transpose(1, 2)

@@ -55,7 +55,7 @@ class ClusterConfig(Config):
             raise ValueError("features = 'encoder' and encoder = RUN_FOLDER go together")
         if self.features == "encoder" and self.cmvn:
             raise ValueError("cmvn is a matter of MFCC; remove it")
-        if self.features == "mfcc" and "layer" in self.model_fields_set:
+        if self.features == "mfcc" and self.layer != "best":  # the default, which a resolved config spells out
             raise ValueError("layer is a matter of encoders; remove it or give features = 'encoder'")
         return self
 

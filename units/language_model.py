@@ -135,6 +135,8 @@ class LanguageModel(nn.Module):
 
 
 class LanguageModelTask(Task):
+    """Next-unit prediction over packed pieces of documents."""
+
     unit = "token"
 
     def __init__(self, config: TrainLMConfig, corpus: UnitCorpus):

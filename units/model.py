@@ -96,6 +96,8 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU with residuals."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -106,11 +108,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, past: tuple[Tensor, int] | None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, mask, past))
-        x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
-        return x
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotated queries and keys, and a key-value cache when given one."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -140,6 +143,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (Shazeer, 2020)."""
+
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
         self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)

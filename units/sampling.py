@@ -40,6 +40,8 @@ class SampleConfig(Config):
 
 
 class Continuation(NamedTuple):
+    """One sampled continuation."""
+
     units: list[int]  # without EOS
     log_likelihood: float  # natural log, of the units and EOS if drawn, under the model itself (temperature 1, nothing cut off)
     finished: bool  # ended by EOS rather than by max_units

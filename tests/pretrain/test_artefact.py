@@ -51,7 +51,12 @@ def test_meta_comes_last_and_says_everything(tmp_path: Path, monkeypatch: pytest
     fingerprint = make(folder, config={"lr": 1.5}, frame_rate_hz=50.0)
     meta = read_meta(folder, "thing")
     assert meta["fingerprint"] == fingerprint and len(fingerprint) == 16
-    assert (meta["kind"], meta["config"], meta["parents"], meta["frame_rate_hz"]) == ("thing", {"lr": 1.5}, {"mother": "0123"}, 50.0)
+    assert (meta["kind"], meta["config"], meta["parents"], meta["frame_rate_hz"]) == (
+        "thing",
+        {"lr": 1.5},
+        {"mother": "0123"},
+        50.0,
+    )
     assert meta["files"] == {"data.txt": sha256_file(folder / "data.txt")}
     assert meta["versions"]["torch"] and meta["format_version"] == 1 and "git_commit" in meta
 

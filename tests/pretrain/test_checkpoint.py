@@ -37,7 +37,11 @@ def test_model_and_optimizer_come_back_bit_for_bit_and_go_on_alike(tmp_path: Pat
     model, optimizer = model_and_optimizer(frozen=frozen)
     path = save_checkpoint(tmp_path, 7, model, optimizer, STATE)
     again, restored = model_and_optimizer(seed=1, steps=0, frozen=frozen)
-    assert load_checkpoint(path, again, restored) == {"step": 7, **STATE, "sha256": json.loads((path / "state.json").read_text())["sha256"]}
+    assert load_checkpoint(path, again, restored) == {
+        "step": 7,
+        **STATE,
+        "sha256": json.loads((path / "state.json").read_text())["sha256"],
+    }
     for _ in range(3):
         for mine, theirs in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)

@@ -114,7 +114,9 @@ def test_overrides_reach_into_tables_and_leave_the_tree_alone() -> None:
     assert apply_overrides({}, ["a=1", "a=2"]) == {"a": 2}
 
 
-@pytest.mark.parametrize(("override", "message"), [("lr", "write key=value"), ("=3", "write key=value"), ("out.x=3", "'out' is a value")])
+@pytest.mark.parametrize(
+    ("override", "message"), [("lr", "write key=value"), ("=3", "write key=value"), ("out.x=3", "'out' is a value")]
+)
 def test_an_override_that_says_nothing_is_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         apply_overrides({"out": "a"}, [override])
@@ -131,7 +133,9 @@ def test_an_architecture_fills_what_is_not_given_and_what_is_given_wins(name: st
     config = parse_config(EncoderConfig, {"architecture": name}, "run.toml")
     for key, value in ARCHITECTURES[name].items():
         assert getattr(config, key) == value
-    changed = parse_config(EncoderConfig, {"architecture": name, "num_layers": 3, "norm_first": False, "layer_drop": 0.5}, "run.toml")
+    changed = parse_config(
+        EncoderConfig, {"architecture": name, "num_layers": 3, "norm_first": False, "layer_drop": 0.5}, "run.toml"
+    )
     assert (changed.num_layers, changed.norm_first, changed.layer_drop) == (3, False, 0.5)
     assert changed.ffn_dim == ARCHITECTURES[name]["ffn_dim"]
     assert EncoderConfig() == EncoderConfig(architecture="base")  # the defaults are the preset

@@ -1,0 +1,47 @@
+"""A corpus from waveforms in memory, and labels that count the frames."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pretrain.labels import commit_labels, write_shard
+from pretrain.manifest import Manifest, write_manifest
+
+
+def write_corpus(
+    folder: Path, waves: list[np.ndarray], *, texts: list[str | None] | None = None, speakers: list[str] | None = None,
+    splits: list[str] | None = None,
+) -> Manifest:  # fmt: skip
+    """Utterances u00, u01, … of float waveforms at 16 kHz, all of split train unless told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, wave in enumerate(waves):
+        path = folder / f"u{number:02d}.wav"
+        soundfile.write(path, wave, 16000, subtype="FLOAT")
+        rows.append({
+            "id": path.stem, "path": str(path), "start": 0, "num_samples": len(wave), "sample_rate": 16000,
+            "split": splits[number] if splits else "train",
+            "speaker": speakers[number] if speakers else None, "text": texts[number] if texts else None,
+        })  # fmt: skip
+    write_manifest(folder / "manifest", rows, {}, {})
+    return Manifest(folder / "manifest")
+
+
+def write_labels(folder: Path, counts: dict[str, int], num_classes: int = 5) -> Path:
+    """Labels (frame number) mod (number of classes), `counts[id]` of them."""
+    write_shard(folder, 0, list(counts), [np.arange(count) % num_classes for count in counts.values()])
+    commit_labels(folder, 1, {}, {}, codebook="c0de", num_classes=num_classes)
+    return folder
+
+
+@pytest.fixture
+def make_corpus() -> Callable[..., Manifest]:
+    return write_corpus
+
+
+@pytest.fixture
+def make_labels() -> Callable[..., Path]:
+    return write_labels

@@ -1,0 +1,81 @@
+"""Two gloo processes under torchrun against one process, on the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.frontend import num_frames
+from tests.pretrain.distributed_worker import main
+
+ROOT = Path(__file__).parents[2]
+SCENARIOS = ["plain", "waveform", "layer_drop", "accumulated", "linear", "single"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one/ and two/, each holding a run per scenario."""
+    folder = tmp_path_factory.mktemp("distributed")
+    write_corpus(folder / "corpus")
+    arguments = [str(ROOT / "tests" / "pretrain" / "distributed_worker.py"), str(folder / "corpus"), str(folder / "two")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = subprocess.Popen([*launch, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    main(folder / "corpus", folder / "one")
+    output, _ = two.communicate(timeout=120)
+    assert two.returncode == 0, output[-4000:]
+    return folder
+
+
+def write_corpus(folder: Path) -> None:
+    import soundfile
+
+    from pretrain.labels import commit_labels, write_shard
+    from pretrain.manifest import write_manifest
+
+    rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
+    rows = []
+    folder.mkdir()
+    for number, length in enumerate(lengths):
+        path = folder / f"u{number}.wav"
+        soundfile.write(path, 0.1 * rng.standard_normal(length), 16000)
+        rows.append({"id": path.stem, "path": str(path), "start": 0, "num_samples": length, "sample_rate": 16000,
+                     "split": "dev" if number > 5 else "train"})  # fmt: skip
+    write_manifest(folder / "manifest", rows, {}, {})
+    write_shard(folder / "labels", 0, [row["id"] for row in rows], [rng.integers(0, 6, num_frames(length)) for length in lengths])
+    commit_labels(folder / "labels", 1, {}, {}, codebook="c0de", num_classes=6)
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes_give_the_losses_and_weights_of_one(runs: Path, scenario: str) -> None:
+    one, two = runs / "one" / scenario, runs / "two" / scenario
+    assert any("valid_loss" in line for line in curve(one))
+    for alone, together in zip(curve(one), curve(two), strict=True):
+        # Sums in another order in float32, and AdamW's first steps divide small gradients by their own size.
+        assert together == pytest.approx(alone, rel=2e-3, abs=1e-5), f"step {alone['step']}"
+    steps = sorted(path.name for path in one.glob("step_*"))
+    assert steps == sorted(path.name for path in two.glob("step_*"))
+    first, second = (load_file(run / steps[-1] / "model.safetensors") for run in (one, two))
+    for name, weight in first.items():
+        # a weight moves by at most lr = 1e-3 (linear: 0.05) a step; where it went must agree to a hundredth of that
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_one_process_of_two_writes_and_the_run_is_finished_once(runs: Path) -> None:
+    for scenario in SCENARIOS:
+        run = runs / "two" / scenario
+        assert json.loads((run / "meta.json").read_text())["kind"] in ("encoder", "test")
+        assert not list(run.glob(".*"))
+        steps = [line["step"] for line in curve(run)]
+        assert steps == sorted(set(steps))

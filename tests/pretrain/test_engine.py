@@ -1,0 +1,326 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.artefact import is_complete, read_meta
+from pretrain.checkpoint import latest_checkpoint
+from pretrain.config import read_toml
+from pretrain.engine import OptimizerConfig
+from tests.pretrain.linear_task import LinearTask, run_linear
+
+ROOT = Path(__file__).parents[2]
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: Path) -> list[dict]:
+    """What must be the same in a repeated run: all but the speed."""
+    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines(run)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(run)
+    assert path is not None
+    return load_file(path / "model.safetensors")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert curve(one) == curve(two)
+    first, second = latest_checkpoint(one), latest_checkpoint(two)
+    assert first is not None and second is not None and first.name == second.name
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def fail_at(step: int) -> Callable[[int], None]:
+    def on_step(now: int) -> None:
+        if now == step:
+            raise RuntimeError("power cut")
+
+    return on_step
+
+
+def test_a_run_learns_and_tells_what_it_did(tmp_path: Path) -> None:
+    summary = run_linear(tmp_path / "run", training={"max_steps": 60, "log_every": 7, "checkpoint_every": 25})
+    assert summary["steps"] == summary["steps_this_time"] == 60
+    assert (
+        summary["loss_first"] == lines(tmp_path / "run")[0]["loss"] and summary["loss_last"] == lines(tmp_path / "run")[-1]["loss"]
+    )
+    assert summary["loss_last"] < 0.3 * summary["loss_first"]
+    assert {"absolute_error", "share_positive", "gradient_norm", "item_per_second", "seconds"} <= summary.keys()
+    assert "_histogram" not in summary
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert [line["step"] for line in lines(tmp_path / "run")] == [7, 14, 21, 25, 28, 35, 42, 49, 50, 56, 60]
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_00000050", "step_00000060"]
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    meta = read_meta(tmp_path / "run", "test")
+    assert meta["objective"] == "regression" and meta["parents"] == {"data": "0"} and meta["config"]["optimizer"]["lr"] == 0.05
+    written = read_toml(tmp_path / "run" / "config.toml")
+    assert written["optimizer"] == meta["config"]["optimizer"] and "nothing" not in written
+
+
+def test_logged_numbers_are_sums_over_counts_since_the_last_line(tmp_path: Path) -> None:
+    """With a learning rate of nearly nothing the model stays, so every logged loss can be computed afterwards."""
+    task = LinearTask(batch=5)
+    run_linear(tmp_path / "run", task, training={"max_steps": 7, "log_every": 2, "checkpoint_every": 5}, lr=1e-12, weight_decay=0.0)
+    batches = [(epoch, items) for epoch in range(2) for items in task.plan(epoch)]
+    for line, steps in zip(lines(tmp_path / "run"), ([0, 1], [2, 3], [4], [5], [6]), strict=True):
+        with torch.no_grad():
+            losses = [task.model(task.collate(batches[step][1], batches[step][0])) for step in steps]
+        count = sum(len(batches[step][1]) for step in steps)
+        # float32 forward passes of other batch shapes
+        assert line["loss"] == pytest.approx(sum(loss.total.item() for loss in losses) / count, rel=1e-5)
+        assert line["absolute_error"] == pytest.approx(
+            sum(loss.metrics["absolute_error"][0].item() for loss in losses) / count, rel=1e-5
+        )
+
+
+def test_one_step_is_adamw_on_the_mean_gradient(tmp_path: Path) -> None:
+    task, reference = LinearTask(), LinearTask()
+    options = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-8, "betas": (0.9, 0.95), "schedule": "constant", "warmup_steps": 0}
+    run_linear(tmp_path / "run", task, training={"max_steps": 3}, clip_norm=0.5, **options)
+    groups = [
+        {"params": [reference.model.body.weight, reference.model.head.weight], "weight_decay": 0.1},
+        {"params": [reference.model.body.bias, reference.model.head.bias], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.01, eps=1e-8, betas=(0.9, 0.95))
+    norms = []
+    for items in reference.plan(0)[:3]:
+        adamw.zero_grad()
+        loss = reference.model(reference.collate(items, 0))
+        (loss.total / loss.count).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(reference.model.parameters(), 0.5)))
+        adamw.step()
+    for name, weight in weights(tmp_path / "run").items():
+        torch.testing.assert_close(
+            weight, reference.model.state_dict()[name], rtol=0, atol=1e-6
+        )  # fused and plain AdamW round apart
+    assert norms[0] > 0.5  # it did clip
+    logged = [line["gradient_norm"] for line in lines(tmp_path / "run")]
+    assert logged == pytest.approx([np.mean(norms[:2]), norms[2]], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [2, 5, 7])
+def test_accumulation_does_not_change_the_run(tmp_path: Path, accumulate: int) -> None:
+    """Micro-batches are other batch shapes (also of no item, beyond the batch's five), so sums round apart: float32, 12 steps."""
+    run_linear(tmp_path / "one", LinearTask(num_valid=2), clip_norm=0.7)
+    run_linear(tmp_path / "two", LinearTask(num_valid=2), {"accumulate": accumulate}, clip_norm=0.7)
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weight, weights(tmp_path / "two")[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 11])
+def test_resume_matches_an_uninterrupted_run(tmp_path: Path, step: int) -> None:
+    run_linear(tmp_path / "whole", LinearTask(dropout=0.3, num_valid=2), {"accumulate": 2})
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_linear(tmp_path / "cut", LinearTask(dropout=0.3, num_valid=2, on_step=fail_at(step)), {"accumulate": 2})
+    assert not is_complete(tmp_path / "cut")
+    task = LinearTask(dropout=0.3, num_valid=2)
+    summary = run_linear(tmp_path / "cut", task, {"accumulate": 2})
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert summary["steps"] == 12 and summary["steps_this_time"] == 12 - step // 4 * 4
+    fingerprints = [read_meta(tmp_path / name)["fingerprint"] for name in ("whole", "cut")]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_resume_across_a_change_of_phase_matches(tmp_path: Path) -> None:
+    run_linear(tmp_path / "whole", LinearTask(dropout=0.3, freeze_steps=6))
+    for step in (5, 9):
+        with pytest.raises(RuntimeError):
+            run_linear(tmp_path / "cut", LinearTask(dropout=0.3, freeze_steps=6, on_step=fail_at(step)))
+    run_linear(tmp_path / "cut", LinearTask(dropout=0.3, freeze_steps=6))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_process_killed_inside_a_save_resumes_to_the_same_run(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "pretrain" / "linear_task.py"), str(tmp_path / "cut")]
+    died = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, capture_output=True, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert any((tmp_path / "cut").glob(".step_00000008.*.tmp/model.safetensors"))
+    assert latest_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "step_00000004"
+    run_linear(tmp_path / "cut", LinearTask(dropout=0.3))
+    run_linear(tmp_path / "whole", LinearTask(dropout=0.3))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob(".*"))
+
+
+def test_a_run_killed_after_its_last_step_only_has_to_be_declared_finished(tmp_path: Path) -> None:
+    first = run_linear(tmp_path / "run")
+    for name in ("meta.json", "summary.json"):
+        (tmp_path / "run" / name).unlink()
+    again = run_linear(tmp_path / "run")
+    assert again["steps_this_time"] == 0 and again["loss_last"] == first["loss_last"] and is_complete(tmp_path / "run")
+
+
+def test_a_torn_line_of_metrics_is_dropped_at_resume(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        run_linear(tmp_path / "cut", LinearTask(on_step=fail_at(7)))
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    run_linear(tmp_path / "cut")
+    assert [line["step"] for line in lines(tmp_path / "cut")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_finished_run_is_refused(tmp_path: Path) -> None:
+    run_linear(tmp_path / "run")
+    with pytest.raises(ValueError, match="run: already holds a finished artefact"):
+        run_linear(tmp_path / "run")
+
+
+def test_resuming_with_other_settings_is_refused_and_the_changed_keys_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        run_linear(tmp_path / "run", LinearTask(on_step=fail_at(5)))
+    with pytest.raises(ValueError, match="unfinished work begun with other settings") as caught:
+        run_linear(tmp_path / "run", LinearTask(), {"seed": 1}, lr=0.1)
+    assert "optimizer.lr: 0.05, now 0.1" in str(caught.value) and "training.seed: 0, now 1" in str(caught.value)
+    assert "betas" not in str(caught.value)
+    run_linear(tmp_path / "run")  # with the old ones it goes on
+
+
+def test_settings_may_change_while_there_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        run_linear(tmp_path / "run", LinearTask(on_step=fail_at(2)))
+    run_linear(tmp_path / "run", lr=0.1)
+    assert read_toml(tmp_path / "run" / "config.toml")["optimizer"]["lr"] == 0.1
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stopped at step 6: loss and gradient_norm not finite.*lower optimizer.lr") as caught:
+        run_linear(tmp_path / "run", LinearTask(nan_from=1), {"log_every": 3})  # epoch 1 begins at step 5
+    kept = tmp_path / "run" / "step_00000004"
+    assert str(kept) in str(caught.value) and latest_checkpoint(tmp_path / "run") == kept
+    assert all(tensor.isfinite().all() for tensor in load_file(kept / "model.safetensors").values())
+    assert not is_complete(tmp_path / "run")
+    with pytest.raises(ValueError, match="none yet"):
+        run_linear(tmp_path / "other", LinearTask(nan_from=0))
+    assert latest_checkpoint(tmp_path / "other") is None
+
+
+def test_nan_between_log_lines_never_reaches_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stopped at step 8"):
+        run_linear(tmp_path / "run", LinearTask(nan_from=1), {"log_every": 1000})
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_00000004"]
+
+
+def test_an_alarm_stops_the_run_with_its_message(tmp_path: Path) -> None:
+    class Alarmed(LinearTask):
+        def alarm(self, metrics: dict[str, float], step: int) -> str | None:
+            return f"collapsed: share_positive {metrics['share_positive']:.1f}" if step > 5 else None
+
+    with pytest.raises(ValueError, match=r"stopped at step 6: collapsed: share_positive 0\.\d.*step_00000004"):
+        run_linear(tmp_path / "run", Alarmed())
+
+
+def test_a_phase_freezes_its_parameters_to_the_bit(tmp_path: Path) -> None:
+    fresh = LinearTask(freeze_steps=4).model.state_dict()
+    task = LinearTask(freeze_steps=4)
+    run_linear(tmp_path / "run", task, {"keep_checkpoints": 9}, weight_decay=0.5)
+    assert task.phases == [0, 1]
+    frozen, free = (load_file(tmp_path / "run" / f"step_{step:08d}" / "model.safetensors") for step in (4, 8))
+    assert torch.equal(frozen["body.weight"], fresh["body.weight"]) and not torch.equal(frozen["head.weight"], fresh["head.weight"])
+    assert not torch.equal(free["body.weight"], fresh["body.weight"])
+
+
+def test_validation_is_over_all_items_without_dropout_and_repeats_itself(tmp_path: Path) -> None:
+    task = LinearTask(dropout=0.5, num_valid=3)
+    summary = run_linear(tmp_path / "run", task, {"validate_every": 5})
+    assert [line["step"] for line in lines(tmp_path / "run") if "valid_loss" in line] == [5, 10, 12]
+    task.model.eval()
+    with torch.no_grad():
+        losses = [task.model(task.collate_validation(items)) for items in task.plan_validation()]
+    mean = sum(loss.total.item() for loss in losses) / 6
+    assert summary["valid_loss"] == pytest.approx(mean, rel=1e-5)  # float32 sums
+    assert summary["valid_absolute_error"] > 0 and "valid_gradient_norm" not in summary
+
+
+def test_every_item_is_served_once_an_epoch_in_the_planned_batches(tmp_path: Path) -> None:
+    task = LinearTask()
+    run_linear(tmp_path / "run", task, {"max_steps": 10, "accumulate": 2, "loader_threads": 3})
+    for epoch in (0, 1):
+        served = [items for number, items in task.served if number == epoch]
+        assert sorted(item for items in served for item in items) == list(range(23))
+
+
+def test_an_empty_plan_is_a_message(tmp_path: Path) -> None:
+    class Empty(LinearTask):
+        def plan(self, epoch: int) -> list[np.ndarray]:
+            return []
+
+    with pytest.raises(ValueError, match="no batch"):
+        run_linear(tmp_path / "run", Empty())
+
+
+def test_a_fault_in_a_loader_thread_reaches_the_user(tmp_path: Path) -> None:
+    class Unreadable(LinearTask):
+        def collate(self, items: np.ndarray, epoch: int) -> None:  # type: ignore[override]
+            raise ValueError("a.wav: is empty")
+
+    with pytest.raises(ValueError, match=r"a\.wav: is empty"):
+        run_linear(tmp_path / "run", Unreadable())
+
+
+def factors(max_steps: int, **options: object) -> list[float]:
+    config = OptimizerConfig(**options)  # type: ignore[arg-type]
+    return [config.factor(step, max_steps) for step in range(max_steps)]
+
+
+def test_schedules_follow_their_formulas() -> None:
+    warmup = [(step + 1) / 4 for step in range(4)]
+    left = [1 - step / 16 for step in range(16)]
+    assert factors(20, schedule="constant", warmup_steps=4) == warmup + [1.0] * 16
+    assert factors(20, schedule="linear", warmup_steps=4) == pytest.approx(warmup + left)
+    assert factors(20, schedule="linear", warmup_steps=4, final_lr_ratio=0.1) == pytest.approx(
+        warmup + [0.1 + 0.9 * x for x in left]
+    )
+    assert factors(20, schedule="polynomial", warmup_steps=4, power=2.0) == pytest.approx(warmup + [x**2 for x in left])
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert factors(20, schedule="cosine", warmup_steps=4) == pytest.approx(warmup + cosine)
+    assert factors(3, schedule="linear", warmup_steps=10) == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [(0.0, 0.05), (0.01, 0.01), (0.2, 0.2)])
+def test_tri_stage_warms_up_holds_and_decays_exponentially(ratio: float, floor: float) -> None:
+    """fairseq's tri_stage: from 0.01 of the rate to all of it, hold, then exp(-k log(1/floor) / decay steps); floor 0.05."""
+    expected = [0.01 + 0.99 * step / 10 for step in range(10)] + [1.0] * 40 + [floor ** (step / 50) for step in range(50)]
+    assert factors(100, schedule="tri_stage", final_lr_ratio=ratio) == pytest.approx(expected)
+    short = factors(100, schedule="tri_stage", tri_stage=(0.0, 0.0, 0.5))
+    assert short[0] == 1.0 and short[50:] == pytest.approx([0.05] * 50)
+
+
+def test_the_logged_learning_rate_is_the_schedules(tmp_path: Path) -> None:
+    run_linear(tmp_path / "run", training={"log_every": 1}, lr=0.02, schedule="linear", warmup_steps=3)
+    expected = [0.02 * x for x in factors(12, schedule="linear", warmup_steps=3)]
+    assert [line["lr"] for line in lines(tmp_path / "run")] == pytest.approx(expected)
+
+
+def test_a_group_can_have_its_own_rate(tmp_path: Path) -> None:
+    class Slow(LinearTask):
+        def parameter_groups(self) -> list[dict]:
+            head, body = self.model.head.parameters(), self.model.body.parameters()
+            return [{"params": list(head)}, {"params": list(body), "lr_scale": 0.0}]
+
+    fresh = Slow().model.state_dict()
+    run_linear(tmp_path / "run", Slow())
+    assert torch.equal(weights(tmp_path / "run")["body.weight"], fresh["body.weight"])
+    assert not torch.equal(weights(tmp_path / "run")["head.weight"], fresh["head.weight"])
+
+
+def test_bfloat16_autocast_keeps_float32_weights(tmp_path: Path) -> None:
+    summary = run_linear(tmp_path / "run", training={"precision": "bfloat16"})
+    assert math.isfinite(summary["loss_last"])
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())

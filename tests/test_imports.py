@@ -1,0 +1,67 @@
+"""The rooms' import direction and a few house rules, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {"pretrain": set(), "quantize": {"pretrain"}, "units": {"pretrain", "quantize"}, "slurm": set()}
+MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+OURS = {*MAY_IMPORT, "wordless", "tests", "benchmarks"}
+NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module named by an import statement, wherever it stands, and by import_module with a constant."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            found |= {node.args[0].value} if node.args and isinstance(node.args[0], ast.Constant) else set()
+    return found
+
+
+def test_the_walk_finds_the_rooms() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(MAY_IMPORT)
+    assert "pretrain.config" in imports(ROOT / "pretrain" / "encoder.py")
+    assert "torch.utils.tensorboard" in imports(ROOT / "pretrain" / "engine.py")  # inside a function
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    rooms = {name.split(".")[0] for name in imports(path)} & OURS
+    assert rooms <= MAY_IMPORT[room] | {room}
+
+
+@pytest.mark.parametrize("path", [*MODULES, ROOT / "wordless.py"], ids=[*NAMES, "wordless.py"])
+def test_nothing_of_ours_is_a_pickle(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+    assert "torch.save" not in imports(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("save", "load") and getattr(node.value, "id", None) == "torch":
+            pytest.fail(f"torch.{node.attr} at line {node.lineno}")
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False
+
+
+@pytest.mark.parametrize("path", [*MODULES, ROOT / "wordless.py"], ids=[*NAMES, "wordless.py"])
+def test_only_slurm_reads_its_variables(path: Path) -> None:
+    assert path.parent.name == "slurm" or "SLURM_" not in path.read_text()
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    drawers = {"utils", "util", "common", "helpers", "helper", "misc"}
+    assert not [
+        path for path in (*MODULES, *(ROOT / "tests").rglob("*.py")) if drawers & {path.stem, *path.relative_to(ROOT).parts[:-1]}
+    ]

@@ -1,0 +1,142 @@
+"""The whole pipeline at tiny size, through the command line: the recipes, running again, changed settings, one's own audio."""
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pretrain.artefact import is_complete, read_meta
+from wordless import main
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+DEMO, DEMO_WAV2VEC2 = ROOT / "recipes/demo.toml", ROOT / "recipes/demo_wav2vec2.toml"
+SHRUNK = {  # by verb: what makes a stage take a moment
+    "speech": {"hours": 0.03, "num_voices": 7, "num_dev_voices": 1, "num_test_voices": 2},
+    "cluster": {"num_classes": 16},
+    "pretrain": {
+        "encoder.architecture": "tiny", "batches.batch_seconds": 20, "training.max_steps": 4, "training.log_every": 2,
+        "training.validate_every": 0, "optimizer.warmup_steps": 0,
+    },
+    "train-lm": {"model.dim": 32, "model.num_layers": 1, "training.max_steps": 4, "training.validate_every": 0},
+    "sample": {"prompt_units": 5, "max_units": 20},
+    "finetune": {
+        "label_minutes": 0.5, "training.max_steps": 4, "training.validate_every": 0, "ctc.freeze_steps": 1,
+        "characters": '"abcdefghijklmnopqrstuvwxyz|"',  # half a minute of transcripts has not every letter
+    },
+}  # fmt: skip
+
+
+def shrunk(recipe: Path) -> list[str]:
+    stages = {name: table["verb"] for name, table in tomllib.loads(recipe.read_text()).items() if isinstance(table, dict)}
+    return [f"{name}.{key}={value}" for name, verb in stages.items() for key, value in SHRUNK.get(verb, {}).items()]
+
+
+def run(recipe: Path, folder: Path, *arguments: str) -> int:
+    return main(["run", str(recipe), f"run={folder}", *shrunk(recipe), *arguments])
+
+
+def written(folder: Path) -> int:
+    return (folder / "meta.json").stat().st_mtime_ns
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    assert run(DEMO, folder) == 0
+    return folder
+
+
+def test_the_demo_ends_with_a_page_and_the_numbers_that_matter(demo: Path) -> None:
+    summary = json.loads((demo / "summary.json").read_text())
+    assert summary["audio"]["hours"] == pytest.approx(0.03, rel=0.2)
+    assert all(stage["seconds"] > 0 for stage in summary["stages"].values())
+    assert {"speech", "hubert1", "labels2", "lm", "text_scratch"} <= summary["stages"].keys()
+    for iteration in ("iteration1", "iteration2"):
+        assert {"loss_first", "loss_last"} <= summary["pretrain"][iteration].keys()
+    assert summary["units"].keys() == {"mfcc", "iteration1", "iteration2"}
+    assert all(0 < units["pnmi"] < 1 and units["num_classes"] == 16 for units in summary["units"].values())
+    assert {"bits_per_unit", "unigram_bits_per_unit", "bigram_bits_per_unit"} <= summary["lm"].keys()
+    assert {"wer_pretrained", "wer_scratch"} <= summary["ctc"].keys()
+    assert "</html>" in (demo / "report.html").read_text()
+
+
+def test_every_artefact_of_the_demo_passes_check(demo: Path) -> None:
+    folders = sorted(path.parent for path in demo.glob("*/meta.json"))
+    assert len(folders) == 21
+    for folder in folders:
+        assert main(["check", str(folder)]) == 0
+
+
+def test_each_artefact_names_the_fingerprints_of_what_it_was_made_from(demo: Path) -> None:
+    metas = {path.parent.name: read_meta(path.parent) for path in demo.glob("*/meta.json")}
+    assert metas["manifest"]["parents"] == {"source": metas["speech"]["fingerprint"]}
+    assert metas["hubert2"]["parents"]["labels"] == metas["labels1"]["fingerprint"]
+    assert metas["labels2"]["codebook"] == metas["codebook2"]["fingerprint"] == metas["corpus"]["codebook"]
+    weights = metas["hubert2"]["files"]["step_00000004/model.safetensors"]
+    assert metas["codebook2"]["source"]["encoder"] == weights[:16] == metas["ctc_scratch"]["parents"]["encoder"]
+
+
+def test_running_again_skips_every_stage(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.glob("*/*") if path.is_file()}
+    assert run(DEMO, demo) == 0
+    told = capsys.readouterr().err
+    assert told.count("stands already") == 21
+    assert {path: path.stat().st_mtime_ns for path in demo.glob("*/*") if path.is_file()} == before
+
+
+def test_a_changed_setting_is_refused_by_name_until_redo_repeats_what_follows_from_it(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(demo, copy, symlinks=True)
+    for meta in copy.glob("*/meta.json"):  # the copy's configs are to name the copy's folders
+        meta.write_text(meta.read_text().replace(str(demo), str(copy)))
+    assert run(DEMO, copy, "lm.training.seed=1") == 2
+    assert "lm: " in (told := capsys.readouterr().err)
+    assert "training.seed: 0 -> 1" in told
+    assert "--redo" in told
+    before = {name: written(copy / name) for name in ("corpus", "lm", "lm_scores", "samples", "ctc_scratch")}
+    assert run(DEMO, copy, "lm.training.seed=1", "--redo", "--only", "lm") == 0
+    capsys.readouterr()
+    assert run(DEMO, copy, "lm.training.seed=1") == 2  # what was made from the old one is not taken for new
+    assert "lm_scores" in (told := capsys.readouterr().err)
+    assert "was made from lm" in told
+    assert run(DEMO, copy, "lm.training.seed=1", "--redo") == 0
+    changed = {name for name in before if written(copy / name) != before[name]}
+    assert changed == {"lm", "lm_scores", "samples"}
+
+
+def test_the_demo_runs_on_a_folder_of_audio_without_transcripts(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = demo / "speech" / "audio"
+    assert run(DEMO, tmp_path / "own", "--skip", "speech", f"manifest.source={audio}") == 0
+    told = capsys.readouterr().err
+    assert told.count("skipped, the manifest has no text") == 4
+    summary = json.loads((tmp_path / "own" / "summary.json").read_text())
+    assert "pnmi" not in summary["units"]["iteration2"]
+    assert summary["units"]["iteration2"]["perplexity"] > 1
+    assert summary["lm"]["bits_per_unit"] > 0
+    assert "wer_pretrained" not in summary["ctc"]
+    assert "middle" in read_meta(tmp_path / "own" / "codebook2")["fit"]["chosen_by"]
+
+
+def test_wav2vec2_runs_the_same_chain(demo: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "wav2vec2"
+    assert run(DEMO_WAV2VEC2, run_folder, "--skip", "speech", f"manifest.source={demo / 'speech' / 'speech.jsonl'}") == 0
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert {"loss_first", "loss_last", "code_perplexity"} <= summary["pretrain"]["wav2vec2"].keys()
+    assert summary["units"]["wav2vec2"]["pnmi"] > 0
+    assert summary["units"]["mfcc"]["pnmi"] > 0
+    assert summary["lm"]["bits_per_unit"] > 0
+    assert {"wer_pretrained", "wer_scratch"} <= summary["ctc"].keys()
+    assert is_complete(run_folder / "samples")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(recipe)]) == 0
+    assert f"{recipe}: a valid" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""What README.md and CONTRIBUTING.md show is run: commands in order at tiny size, configs as shown, make's targets, links."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pretrain.config import read_toml
+from wordless import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+KNOWN = {"wordless", "make", ".venv/bin/pre-commit", ".venv/bin/python"}  # first words that are checked here or need no check
+SHRUNK = {  # by verb: what makes the README's sizes tiny
+    "cluster": ["num_classes=8"],
+    "pretrain": ["encoder.architecture=tiny", "training.max_steps=2", "batches.batch_seconds=8"],
+    "train-lm": ["training.max_steps=2", "model.dim=16", "model.num_layers=1"],
+    "finetune": ["training.max_steps=2"],
+    "sample": ["max_units=20"],
+    "run": ["--dry-run"],  # tests/test_pipeline.py runs the recipes
+}
+
+
+def fences(page: Path, languages: str) -> list[str]:
+    return re.findall(rf"^```(?:{languages})\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line.removeprefix("$ ") for fence in fences(page, "sh|console") for line in fence.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_every_command_shown_is_one_that_these_tests_know() -> None:
+    assert {words[0] for page in PAGES for words in commands(page)} <= KNOWN
+
+
+def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "recipes", "recipes")
+    Path("audio").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        envelope = np.repeat(rng.uniform(0.05, 1, 12 + number % 5), 1600)
+        soundfile.write(f"audio/{number:02}.wav", 0.1 * envelope * rng.standard_normal(len(envelope)).clip(-3, 3), 16000)
+        Path(f"audio/{number:02}.txt").write_text("one two" if number % 2 else "two one")
+    for fence in fences(ROOT / "README.md", "toml"):
+        name = re.match(r"# (\S+\.toml)\n", fence)
+        assert name is not None, f"the first line of a config says where it goes: {fence}"
+        Path(name[1]).write_text(fence)
+        assert main(["check", name[1]]) == 0
+    for words in commands(ROOT / "README.md"):
+        if words[0] == "wordless":
+            elsewhere = ["--dry-run"] if words[-2:] == ["--on", "slurm"] else []
+            assert main([*words[1:], *SHRUNK.get(words[1], []), *elsewhere]) == 0, shlex.join(words)
+    assert "</html>" in Path("runs/own/report.html").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_make_targets_shown_exist(page: Path) -> None:
+    shown = [words for words in commands(page) if words[0] == "make"]
+    assert shown
+    for words in shown:
+        done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_links_lead_to_files(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_readme_lists_every_recipe() -> None:
+    text = (ROOT / "README.md").read_text()
+    for recipe in (ROOT / "recipes").glob("*.toml"):
+        assert read_toml(recipe)
+        assert f"recipes/{recipe.name}" in text

@@ -1,0 +1,272 @@
+"""`report` on small runs made with the artefacts' own writers: noise for audio, invented losses."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from pretrain.artefact import commit, write_json
+from pretrain.labels import commit_labels, write_shard
+from pretrain.manifest import Manifest, write_manifest
+from quantize.codebook import write_codebook
+from quantize.quality import MeasureConfig, measure
+from units.report import ReportConfig, compare, in_words, mark_words, report
+
+HOSTILE = "<script>alert('x')</script> $a_{b \\frac & \"c"
+NUM_CLASSES = 6
+
+
+def write_speech(run: Path, text: str | None, phones: bool) -> Manifest:
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number, split in enumerate(["train", "train", "dev", "test", "test", "test"]):
+        name = f"{split}-{number}"
+        (run / "audio").mkdir(parents=True, exist_ok=True)
+        soundfile.write(run / "audio" / f"{name}.wav", 0.1 * rng.standard_normal(8000), 16000)
+        alignment = [(0.0, 0.1, "sil"), (0.1, 0.3, "$a$"), (0.3, 0.5, "<b>")] if phones else None
+        where = {"path": str(run / "audio" / f"{name}.wav"), "start": 0, "num_samples": 8000, "sample_rate": 16000}
+        rows.append({"id": name, **where, "split": split, "speaker": f"{split} speaker", "text": text, "phones": alignment})
+    quarantine = [{"id": "bad", "path": "bad.wav", "reason": "is empty"}]
+    write_manifest(run / "manifest", rows, {}, {}, quarantine)
+    return Manifest(run / "manifest")
+
+
+def write_units(run: Path, manifest: Manifest, name: str, source: dict[str, Any], quality: float) -> None:
+    """A codebook, labels that follow the phones in `quality` of the frames, and their measurement on the test split."""
+    rng = np.random.default_rng(1)
+    centroids = rng.standard_normal((1, NUM_CLASSES, 4))
+    fit = {"sweep": {"0": 0.2, "1": 0.3}, "chosen_by": "highest PNMI on 'dev'"} if "layer" in source else {}
+    codebook = write_codebook(run / f"codebook_{name}", centroids, np.zeros(4), source, fit, {}, {})
+    truth = (np.arange(24) > 4).astype(int) + (np.arange(24) > 14)
+    noisy = [np.where(rng.random(24) < quality, truth, rng.integers(0, NUM_CLASSES, 24)) for _ in manifest.ids]
+    write_shard(run / f"labels_{name}", 0, manifest.ids, noisy)
+    config = {"codebook": str(run / f"codebook_{name}"), "encoder": None}
+    parents = {"manifest": manifest.fingerprint, "codebook": codebook}
+    commit_labels(run / f"labels_{name}", 1, config, parents, codebook=codebook, num_classes=NUM_CLASSES)
+    labels, out = str(run / f"labels_{name}"), str(run / f"units_{name}")
+    measure(MeasureConfig(manifest=str(run / "manifest"), labels=labels, out=out, split="test"))
+
+
+def write_training(folder: Path, kind: str, metric: str, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    lines = [{"step": step, "loss": 5 - step / 10, metric: 4 - step / 10, f"valid_{metric}": 4.0} for step in (10, 20, 30)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = {"steps": 30, "seconds": 1.5, "loss_first": 4.0, "loss_last": 2.0, "valid_loss": 4.0, "valid_accuracy": 0.1}
+    write_json(folder / "summary.json", summary)
+    commit(folder, kind, config, {}, ["summary.json"])
+
+
+def write_language_model(run: Path) -> None:
+    write_training(run / "lm", "unit-lm", "bits", {})
+    bits = {"bits_per_unit": 2.0, "unigram_bits_per_unit": 2.5, "bigram_bits_per_unit": 2.2, "uniform_bits_per_unit": 2.8}
+    rates = {"perplexity": 4.0, "bits_per_second": 40.0, "num_documents": 3, "num_units": 60, "num_tokens": 63}
+    write_json(run / "lm_scores" / "summary.json", {"split": "test", **bits, **rates, "seconds_of_speech": 1.5})
+    commit(run / "lm_scores", "scores", {}, {}, ["summary.json"])
+    (run / "samples").mkdir()
+    line = {"document": "test-3", "prompt": [1, 2], "continuation": [3] * 80, "log_likelihood": -1.0, "finished": False}
+    (run / "samples" / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    commit(run / "samples", "samples", {}, {}, ["samples.jsonl"])
+
+
+def write_recogniser(run: Path, manifest: Manifest, name: str, wer: float, hypothesis: str) -> None:
+    write_training(run / f"ctc_{name}", "recognizer", "cer", {"label_minutes": 5.0})
+    rows = manifest.select("test")
+    texts = [utterance.text for utterance in rows]
+    table = {"id": rows.ids, "speaker": [None] * len(rows), "text": texts, "hypothesis": [hypothesis] * (len(rows) - 1) + [""]}
+    (run / f"text_{name}").mkdir()
+    pq.write_table(pa.table(table), run / f"text_{name}" / "transcripts.parquet")
+    write_json(run / f"text_{name}" / "summary.json", {"utterances": 3, "wer": wer, "cer": wer / 2})
+    commit(run / f"text_{name}", "transcripts", {"split": "test"}, {}, ["summary.json"])
+
+
+def write_run(run: Path, *, text: str | None = "one two three", phones: bool = True, lm: bool = True) -> ReportConfig:
+    """A run with what is asked for; the config names every stage, as a recipe does."""
+    manifest = write_speech(run, text, phones)
+    write_units(run, manifest, "mfcc", {"kind": "mfcc"}, 0.3)
+    write_units(run, manifest, "iteration1", {"kind": "encoder", "encoder": "e", "layer": 1}, 0.9)
+    write_training(run / "hubert1", "encoder", "prediction_loss", {})
+    if lm:
+        write_language_model(run)
+    if text:
+        write_recogniser(run, manifest, "pretrained", 0.25, "one too three")
+        write_recogniser(run, manifest, "scratch", 0.75, HOSTILE)
+    records = {
+        "hubert1": {"verb": "pretrain", "seconds": 1.5, "summary": {}},
+        "report": {"verb": "report", "seconds": 9, "summary": {}},
+    }
+    write_json(run / "stages.json", records)
+    names, models = ("mfcc", "iteration1"), ("pretrained", "scratch")
+    return ReportConfig(
+        out=str(run),
+        title="A <small> run",
+        manifest=str(run / "manifest"),
+        pretrain={"iteration1": str(run / "hubert1")},
+        units={name: str(run / f"units_{name}") for name in names},
+        labels={name: str(run / f"labels_{name}") for name in names},
+        lm=str(run / "lm"),
+        lm_scores=str(run / "lm_scores"),
+        samples=str(run / "samples"),
+        ctc={name: str(run / f"ctc_{name}") for name in models},
+        transcripts={name: str(run / f"text_{name}") for name in models},
+    )
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> ReportConfig:
+    config = write_run(tmp_path_factory.mktemp("report") / "run")
+    report(config)
+    return config
+
+
+class Loads(HTMLParser):
+    """What a page would fetch or run."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+def page_of(config: ReportConfig) -> str:
+    return Path(config.out, "report.html").read_text()
+
+
+def test_the_summary_holds_the_numbers_of_every_stage(full: ReportConfig) -> None:
+    summary = json.loads(Path(full.out, "summary.json").read_text())
+    assert summary["audio"]["hours"] == pytest.approx(3 / 3600)
+    assert (summary["audio"]["utterances"], summary["audio"]["quarantined"]) == (6, 1)
+    assert summary["audio"]["splits"]["test"] == {"hours": pytest.approx(1.5 / 3600), "utterances": 3, "speakers": 1}
+    assert summary["audio"]["held_out"] == ["dev", "test"]
+    assert summary["stages"] == {"hubert1": {"verb": "pretrain", "seconds": 1.5}}
+    assert (summary["pretrain"]["iteration1"]["loss_first"], summary["pretrain"]["iteration1"]["loss_last"]) == (4.0, 2.0)
+    assert 0 < summary["units"]["mfcc"]["pnmi"] < summary["units"]["iteration1"]["pnmi"] < 1
+    assert summary["units"]["mfcc"]["features"] == "MFCC"
+    assert summary["units"]["iteration1"]["layer"] == 1
+    lm = summary["lm"]
+    assert (lm["bits_per_unit"], lm["unigram_bits_per_unit"], lm["bigram_bits_per_unit"]) == (2.0, 2.5, 2.2)
+    assert (lm["perplexity"], lm["bits_per_second"]) == (4.0, 40.0)
+    ctc = summary["ctc"]
+    assert (ctc["wer_pretrained"], ctc["wer_scratch"], ctc["cer_pretrained"], ctc["cer_scratch"]) == (0.25, 0.75, 0.125, 0.375)
+
+
+def test_the_page_loads_nothing_from_elsewhere(full: ReportConfig) -> None:
+    page = page_of(full)
+    loads = Loads(page)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(loads.tags)
+    assert len(loads.sources) == 3
+    assert "url(" not in page
+    assert "@import" not in page
+    for source in loads.sources:
+        prefix, content = source.split(",", 1)
+        assert prefix == "data:image/svg+xml;base64"
+        svg = base64.b64decode(content).decode()
+        assert "<script" not in svg
+        assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', svg))
+
+
+def test_the_page_tells_what_the_stages_found(full: ReportConfig) -> None:
+    page = page_of(full)
+    assert "The units of iteration1 tell more about the phones than units from MFCC" in page
+    assert "The unit language model beats the bigram: 2.00 bits per unit against 2.20" in page
+    assert "Pretraining helps the recogniser: 25.0% of words wrong, 75.0% from random weights." in page
+    assert "whose speakers were never heard in training" in page
+    assert '<span class="wrong">too</span>' in page
+    assert "Trained on 5.0 minutes of transcribed speech." in page
+    assert "no complete output" not in page
+    assert "Left out as unusable: 1 (quarantine.jsonl" in page
+
+
+def test_text_of_the_corpus_cannot_become_markup(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", text=HOSTILE, lm=False)
+    report(config)
+    page = page_of(config)
+    assert "script" not in Loads(page).tags
+    assert "&lt;script&gt;" in page
+    assert "A &lt;small&gt; run" in page
+
+
+def test_a_run_without_phones_transcripts_and_language_model_has_a_page_that_says_so(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", text=None, phones=False, lm=False)
+    shown = report(config)
+    page = page_of(config)
+    for absent in ("lm", "lm_scores", "samples", "ctc pretrained", "ctc scratch", "transcripts pretrained", "transcripts scratch"):
+        assert f"({absent})" in page
+    assert "There are no phone alignments" in page
+    assert "PNMI is" not in page
+    assert "Recogniser" not in page
+    assert len(Loads(page).sources) == 2  # the curves and the utterance; no matrix
+    summary = json.loads(Path(config.out, "summary.json").read_text())
+    assert (summary["lm"], summary["ctc"]) == ({}, {})
+    assert "pnmi" not in summary["units"]["mfcc"]
+    assert shown["units"]["mfcc"]["perplexity"] > 1
+
+
+def test_a_manifest_alone_is_enough(full: ReportConfig, tmp_path: Path) -> None:
+    report(ReportConfig(out=str(tmp_path / "new"), manifest=full.manifest, split="no such split"))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "summary.json"]
+
+
+def test_writing_again_gives_the_same_files_and_touches_no_other(full: ReportConfig) -> None:
+    run = Path(full.out)
+
+    def contents() -> dict[str, bytes]:
+        return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = contents()
+    shown = report(full)
+    assert contents() == before
+    assert shown["report"] == str(run / "report.html")
+    assert shown["ctc"] == {"wer_pretrained": 0.25, "wer_scratch": 0.75}
+
+
+def test_labels_of_another_manifest_are_refused_by_name(full: ReportConfig, tmp_path: Path) -> None:
+    other = write_speech(tmp_path / "other", None, phones=False)
+    with pytest.raises(ValueError, match=rf"labels_mfcc: labels of manifest .* is {other.fingerprint}"):
+        report(full.model_copy(update={"manifest": str(other.folder), "out": str(tmp_path / "new")}))
+
+
+def test_an_artefact_of_the_wrong_kind_is_refused(full: ReportConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'unit-lm' is needed"):
+        report(full.model_copy(update={"lm": full.lm_scores, "out": str(tmp_path)}))
+
+
+def test_the_words_are_honest_when_learning_did_not_pay(full: ReportConfig) -> None:
+    summary = json.loads(Path(full.out, "summary.json").read_text())
+    summary["units"]["iteration1"]["pnmi"] = summary["units"]["mfcc"]["pnmi"] - 0.1
+    summary["lm"]["bits_per_unit"] = 2.3
+    summary["ctc"]["wer_pretrained"] = 0.7501
+    words = " ".join(in_words(summary))
+    assert "tell less about the phones than units from MFCC" in words
+    assert "is worse than a bigram" in words
+    assert "Pretraining makes no difference to the recogniser" in words
+
+
+def test_an_earlier_iteration_that_was_better_is_named(full: ReportConfig) -> None:
+    summary = json.loads(Path(full.out, "summary.json").read_text())
+    summary["units"]["iteration2"] = {**summary["units"]["iteration1"], "pnmi": 0.01, "num_classes": 50}
+    words = " ".join(in_words(summary))
+    assert "The units of iteration2 tell less" in words
+    assert "Those of iteration1 are better" in words
+    assert "not a fair one" in words
+
+
+def test_differences_too_small_to_mean_anything_are_called_none() -> None:
+    assert [compare(value, 0.5, "less", "same", "more") for value in (0.4, 0.499, 0.501, 0.6)] == ["less", "same", "same", "more"]
+
+
+def test_right_words_are_those_of_the_alignment_behind_wer() -> None:
+    assert mark_words("the cat sat", "a the cat") == [("a", False), ("the", True), ("cat", True)]
+    assert mark_words("the cat", "") == []

@@ -1,0 +1,265 @@
+"""The verb `report`: one self-contained page of a run, `report.html`, and its numbers, `summary.json`, in the run's folder.
+
+It reads what other stages wrote and computes nothing anew. A stage whose folder is not complete is left out, and the page says
+so. Both files may be written again at any time: each is replaced in one piece, and nothing else in the folder is touched.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import jiwer
+import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from pretrain.artefact import atomic_path, git_commit, is_complete, library_versions, read_meta, write_json
+from pretrain.audio import SAMPLE_RATE
+from pretrain.config import Config
+from pretrain.labels import Labels
+from pretrain.manifest import Manifest, Utterance
+from units.figures import SHOWN_SECONDS, STYLE, PhoneCounts, draw_curves, draw_matrix, draw_utterance
+
+KINDS = {
+    "pretrain": "encoder", "units": "measurement", "labels": "labels", "lm": "unit-lm", "lm_scores": "scores",
+    "samples": "samples", "ctc": "recognizer", "transcripts": "transcripts",
+}  # fmt: skip
+SAME = 0.005  # differences below this are called neither better nor worse
+
+
+class ReportConfig(Config):
+    """`out` is the run's folder. Tables map a name that the page uses to the folder of a stage; units are compared with `mfcc`."""
+
+    out: str
+    title: str = "A run of wordless"
+    manifest: str
+    split: str = Field("test", description="the utterance to draw is one of these")
+    pretrain: dict[str, str] = Field({}, description="name -> pretraining run")
+    units: dict[str, str] = Field({}, description="name -> measurement; the last one's matrix is drawn")
+    labels: dict[str, str] = Field({}, description="name -> labels to draw")
+    lm: str | None = None
+    lm_scores: str | None = None
+    samples: str | None = None
+    ctc: dict[str, str] = Field({}, description="name -> fine-tuning run; `pretrained` and `scratch` are compared")
+    transcripts: dict[str, str] = Field({}, description="name -> transcripts, under the names of `ctc`")
+
+
+class Stage(NamedTuple):
+    """A complete artefact that the page tells of."""
+
+    name: str
+    folder: Path
+    meta: dict[str, Any]
+
+    def read(self, name: str = "summary.json") -> Any:
+        return json.loads((self.folder / name).read_text())
+
+    def lines(self, name: str) -> list[Any]:
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def phone_counts(self) -> PhoneCounts:
+        """Of a measurement."""
+        joint = np.load(self.folder / "joint.npy", allow_pickle=False)
+        return PhoneCounts(self.read("phones.json"), joint, self.meta["config"]["silence"])
+
+
+Stages = dict[str, dict[str, Stage]]
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Write `out/report.html` and `out/summary.json`; returns the headline numbers and the page's path."""
+    manifest, out = Manifest(config.manifest), Path(config.out)
+    stages, omitted = find_stages(config)
+    summary = summarise(config, manifest, stages)
+    labels = {name: open_labels(stage.folder, manifest) for name, stage in stages["labels"].items()}
+    utterance = choose_utterance(manifest.select(config.split if config.split in manifest.splits else None), labels)
+    counts = {name: known for name, stage in stages["units"].items() if (known := stage.phone_counts()).phones}
+    trained = ("pretrain", "lm", "ctc")
+    runs = {group: {name: stage.lines("metrics.jsonl") for name, stage in stages[group].items()} for group in trained}
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "curves": draw_curves(runs, summary["lm"]),
+            "utterance": draw_utterance(utterance, labels, counts) if utterance else None,
+            "matrix": draw_matrix(list(counts.values())[-1]) if counts else None,
+        }
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    pages.filters["number"] = format_number
+    page = pages.get_template("report.html.j2").render(
+        config=config, manifest=manifest, stages=stages, omitted=omitted, summary=summary, words=in_words(summary),
+        figures=figures, utterance=utterance, shown_seconds=SHOWN_SECONDS, matrix_of=list(counts)[-1] if counts else "",
+        transcripts=transcript_examples(stages["transcripts"]),
+        samples=[line for stage in stages["samples"].values() for line in stage.lines("samples.jsonl")[:4]],
+        versions={**library_versions(), "matplotlib": matplotlib.__version__}, git_commit=git_commit(),
+    )  # fmt: skip
+    with atomic_path(out / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    write_json(out / "summary.json", summary)
+    return {**headline(summary), "report": str(out / "report.html")}
+
+
+def find_stages(config: ReportConfig) -> tuple[Stages, list[str]]:
+    """The complete stages by group and name, and a line for each that is not complete. Another kind of artefact: ValueError."""
+    stages: Stages = {}
+    omitted = []
+    for group, kind in KINDS.items():
+        value = getattr(config, group)
+        folders = value if isinstance(value, dict) else {group: value} if value else {}
+        complete = {name: Path(folder) for name, folder in folders.items() if is_complete(folder)}
+        stages[group] = {name: Stage(name, folder, read_meta(folder, kind)) for name, folder in complete.items()}
+        omitted += [
+            f"{folder} ({' '.join(dict.fromkeys((group, name)))})" for name, folder in folders.items() if name not in complete
+        ]
+    return stages, omitted
+
+
+def open_labels(folder: Path, manifest: Manifest) -> Labels:
+    """Labels of this very manifest, or ValueError."""
+    labels = Labels(folder)
+    if (theirs := labels.meta["parents"].get("manifest")) != manifest.fingerprint:
+        raise ValueError(f"{folder}: labels of manifest {theirs}, but {manifest.folder} is {manifest.fingerprint}; encode this one")
+    return labels
+
+
+# Numbers
+
+
+def summarise(config: ReportConfig, manifest: Manifest, stages: Stages) -> dict[str, Any]:
+    """What `summary.json` holds: audio, stages, pretrain, units, lm and ctc."""
+    path = Path(config.out, "stages.json")
+    records = {name: r for name, r in (json.loads(path.read_text()) if path.is_file() else {}).items() if r["verb"] != "report"}
+    lm = {key: value for stage in stages["lm_scores"].values() for key, value in stage.read().items()}
+    ctc: dict[str, Any] = {}
+    for name, stage in stages["transcripts"].items():
+        ctc |= {f"{rate}_{name}": value for rate, value in stage.read().items() if rate in ("wer", "cer")}
+        ctc["split"] = stage.meta["config"]["split"]
+    for name, stage in stages["ctc"].items():
+        ctc.setdefault("training", {})[name] = {"label_minutes": stage.meta["config"].get("label_minutes"), **stage.read()}
+    return {
+        "audio": count_audio(manifest),
+        "stages": {name: {"verb": record["verb"], "seconds": record["seconds"]} for name, record in records.items()},
+        "pretrain": {name: stage.read() for name, stage in stages["pretrain"].items()},
+        "units": {
+            name: {**stage.read(), "split": stage.meta["config"]["split"], **origin(stage)}
+            for name, stage in stages["units"].items()
+        },
+        "lm": lm | ({"training": stages["lm"]["lm"].read()} if stages["lm"] else {}),
+        "ctc": ctc,
+    }
+
+
+def count_audio(manifest: Manifest) -> dict[str, Any]:
+    """Hours, utterances and speakers, in all and by split; `held_out` are the splits that share no speaker with `train`."""
+
+    def speakers(rows: Manifest) -> set[str | None]:
+        return set(rows.table["speaker"].to_pylist())
+
+    def count(rows: Manifest) -> dict[str, Any]:
+        hours = float(rows.lengths.sum() / SAMPLE_RATE / 3600)
+        return {"hours": hours, "utterances": len(rows), "speakers": len(speakers(rows) - {None})}
+
+    splits = {split: manifest.select(split) for split in sorted(manifest.splits, key=lambda split: (split != "train", split))}
+    trained = speakers(splits["train"]) | {None} if "train" in splits else speakers(manifest)
+    return {
+        **count(manifest),
+        "quarantined": read_meta(manifest.folder)["num_quarantined"],
+        "splits": {split: count(rows) for split, rows in splits.items()},
+        "held_out": [split for split, rows in splits.items() if not speakers(rows) & trained],
+    }
+
+
+def origin(stage: Stage) -> dict[str, Any]:
+    """What the measured units were clustered from, if their codebook still stands."""
+    labels = stage.meta["config"]["labels"]
+    codebook = read_meta(labels)["config"].get("codebook") if is_complete(labels) else None
+    meta: dict[str, Any] = read_meta(codebook) if codebook and is_complete(codebook) else {}
+    if meta.get("fingerprint") != stage.meta["parents"]["codebook"]:
+        return {}
+    layer = meta["source"].get("layer")
+    if layer is None:
+        return {"features": meta["source"]["kind"].upper()}
+    choice = {"chosen_by": meta["fit"].get("chosen_by", "given"), "pnmi_by_layer": meta["fit"].get("sweep", {})}
+    return {"features": f"layer {layer}", "layer": layer, **choice}
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers to print at the end of a run, under the keys of the summary."""
+    lm = ("bits_per_unit", "bigram_bits_per_unit", "unigram_bits_per_unit")
+    shown = {"audio": ("hours", "utterances", "quarantined"), "lm": lm, "ctc": ("wer_pretrained", "wer_scratch")}
+    numbers = {group: {key: summary[group][key] for key in keys if key in summary[group]} for group, keys in shown.items()}
+    units = {name: {key: unit[key] for key in ("pnmi", "perplexity") if key in unit} for name, unit in summary["units"].items()}
+    minutes = sum(stage["seconds"] for stage in summary["stages"].values()) / 60
+    return {"audio": numbers["audio"], "units": units, "lm": numbers["lm"], "ctc": numbers["ctc"], "minutes": minutes}
+
+
+def in_words(summary: dict[str, Any]) -> list[str]:
+    """The run in a few sentences that follow from the numbers, whichever way they point."""
+    audio, units, lm, ctc = (summary[group] for group in ("audio", "units", "lm", "ctc"))
+    spoken = f"{audio['hours']:.2f} hours" if audio["hours"] >= 1 else f"{audio['hours'] * 60:.1f} minutes"
+    by = f" by {audio['speakers']} speakers" if audio["speakers"] else ""
+    words = [f"The corpus is {spoken} of speech in {audio['utterances']:,} utterances{by}."]
+    splits = {numbers["split"] for numbers in (*units.values(), lm, ctc) if "split" in numbers}
+    if len(splits) == 1 and (split := splits.pop()) is not None:
+        unseen = ", whose speakers were never heard in training" if split in audio["held_out"] else ""
+        words.append(f"Results are those on the {split} split{unseen}.")
+    learned = {name: unit for name, unit in units.items() if "pnmi" in unit and name != "mfcc"}
+    if learned and "pnmi" in units.get("mfcc", {}):
+        name, last, mfcc = list(learned)[-1], list(learned.values())[-1], units["mfcc"]
+        about = "about the phones"
+        verdict = compare(last["pnmi"], mfcc["pnmi"], f"less {about} than", f"as much {about} as", f"more {about} than")
+        words.append(f"The units of {name} tell {verdict} units from MFCC: PNMI {last['pnmi']:.3f} against {mfcc['pnmi']:.3f}.")
+        if last["num_classes"] != mfcc["num_classes"]:
+            words.append("Their numbers of classes differ, so this comparison is not a fair one.")
+        best = max(learned, key=lambda name: learned[name]["pnmi"])
+        if learned[best]["pnmi"] > last["pnmi"] + SAME:
+            words.append(f"Those of {best} are better, with {learned[best]['pnmi']:.3f}.")
+    elif units and not any("pnmi" in unit for unit in units.values()):
+        words.append("There are no phone alignments, so how well the units match phones is not known.")
+    if "bits_per_unit" in lm:
+        bits, bigram, unigram = (lm[f"{name}bits_per_unit"] for name in ("", "bigram_", "unigram_"))
+        verdict = compare(bits, bigram, "beats the bigram", "is no better than a bigram", "is worse than a bigram")
+        words.append(f"The unit language model {verdict}: {bits:.2f} bits per unit against {bigram:.2f} (unigram {unigram:.2f}).")
+    if "wer_pretrained" in ctc and "wer_scratch" in ctc:
+        pretrained, scratch = ctc["wer_pretrained"], ctc["wer_scratch"]
+        verdict = compare(pretrained, scratch, "helps", "makes no difference to", "hurts")
+        words.append(f"Pretraining {verdict} the recogniser: {pretrained:.1%} of words wrong, {scratch:.1%} from random weights.")
+    return words
+
+
+def compare(value: float, other: float, less: str, same: str, more: str) -> str:
+    """The phrase for how `value` stands to `other`."""
+    return same if abs(value - other) < SAME else less if value < other else more
+
+
+def format_number(value: float | None, digits: int = 2, percent: bool = False) -> str:
+    """A number for a table; a dash for none."""
+    return "\N{EN DASH}" if value is None else f"{value:.{digits}%}" if percent else f"{value:,.{digits}f}"
+
+
+def transcript_examples(transcripts: dict[str, Stage], count: int = 8) -> list[dict[str, Any]]:
+    """Utterances spread evenly over the transcripts: `text`, and `hypotheses` by name as (word, is right) pairs."""
+    tables = {name: pq.read_table(stage.folder / "transcripts.parquet").to_pylist() for name, stage in transcripts.items()}
+    said = {name: {row["id"]: row["hypothesis"] for row in rows} for name, rows in tables.items()}
+    rows = [row for row in next(iter(tables.values()), []) if row["text"]]
+    chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))] if rows else []
+    return [
+        {"text": row["text"], "hypotheses": {name: mark_words(row["text"], by_id[row["id"]]) for name, by_id in said.items()}}
+        for row in chosen
+        if all(row["id"] in by_id for by_id in said.values())
+    ]
+
+
+def mark_words(reference: str, hypothesis: str) -> list[tuple[str, bool]]:
+    """The hypothesis' words, each with whether WER's alignment counts it as right."""
+    aligned = jiwer.process_words(reference, hypothesis)
+    right = {i for chunk in aligned.alignments[0] if chunk.type == "equal" for i in range(chunk.hyp_start_idx, chunk.hyp_end_idx)}
+    return [(word, i in right) for i, word in enumerate(aligned.hypotheses[0])]
+
+
+def choose_utterance(rows: Manifest, labels: dict[str, Labels]) -> Utterance | None:
+    """Of the utterances with all `labels`, one whose length is nearest to half of what the figure shows; with phones if any has."""
+    silent = rows.table["phones"].is_null().to_numpy(zero_copy_only=False)
+    order = np.lexsort((np.abs(rows.lengths - SHOWN_SECONDS / 2 * SAMPLE_RATE), silent))
+    return next((rows[i] for i in order.tolist() if all(rows.table["id"][i].as_py() in known for known in labels.values())), None)
