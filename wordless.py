@@ -219,6 +219,8 @@ class Recipe:
 
     def run(self, skip: set[str], only: set[str], redo: bool) -> dict[str, Any]:
         """Run what does not stand yet, in order; returns the summary of the last stage (in most recipes the report)."""
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(f"{self.source}: a recipe runs in one process; give torchrun or slurm.tasks_per_node a training verb")
         unknown = (skip | only) - set(self.stages)
         if unknown:
             raise ValueError(f"{self.source}: no stage {', '.join(sorted(unknown))}; there are {', '.join(self.stages)}")

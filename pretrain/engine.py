@@ -164,8 +164,8 @@ class World(NamedTuple):
             torch.cuda.set_device(chosen)
         if size > 1 and not dist.is_initialized():
             # Under a name of its own: the launcher's store still holds the addresses of a group this process left before.
-            store, rank, size = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(f"run{next(_groups_joined)}", store)
+            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # public, but its stub exports it not
+            store = dist.PrefixStore(f"run{next(_groups_joined)}", store)  # type: ignore[attr-defined]
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         return cls(rank, size, chosen)
 

@@ -32,7 +32,7 @@ class FinetuneConfig(Config):
     label_minutes: float | None = Field(None, gt=0, description="a seeded draw of this much labelled audio; all when not given")
     encoder: str = Field(description="a pretraining run")
     initialization: Literal["pretrained", "random"] = Field("pretrained", description="random: its architecture, fresh weights")
-    characters: str | None = Field(None, description="the vocabulary; taken from the training transcripts when not given")
+    characters: str | None = Field(None, description="the vocabulary; taken from the transcripts of split and valid_split when not given")
     text: TextConfig = TextConfig()
     ctc: CTCConfig = CTCConfig()
     batches: BatchConfig = BatchConfig()
@@ -40,13 +40,18 @@ class FinetuneConfig(Config):
     training: TrainingConfig
 
 
+def transcribed(manifest: Manifest) -> np.ndarray:
+    """Numbers of the rows that have a transcript."""
+    return np.flatnonzero([bool(utterance.text) for utterance in manifest])
+
+
 def draw_labelled(manifest: Manifest, minutes: float | None, seed: int) -> np.ndarray:
     """Row numbers of about `minutes` of transcribed audio, speakers taking turns; a smaller budget lies inside a larger one."""
-    usable = [row for row in range(len(manifest)) if manifest[row].text]
-    if not usable:
+    usable = transcribed(manifest)
+    if not len(usable):
         raise ValueError(f"{manifest.folder}: no utterance has a transcript; `finetune` needs some")
     if minutes is None:
-        return np.array(usable)
+        return usable
     queues: dict[str | None, list[int]] = {}
     for row in np.random.default_rng([seed, 3]).permutation(usable).tolist():
         queues.setdefault(manifest[row].speaker, []).append(row)
@@ -64,8 +69,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     seed = config.training.seed
     chosen = manifest.select(config.split)
     labelled = chosen.take(draw_labelled(chosen, config.label_minutes, seed))
-    texts = [config.text.normalize(utterance.text or "") for utterance in labelled]
-    vocabulary = Vocabulary(list(config.characters.replace(" ", "|"))) if config.characters else Vocabulary.of(texts)
+    valid = manifest.select(config.valid_split) if config.valid_split in manifest.splits else None
+    valid = valid.take(transcribed(valid)) if valid else None
+    if config.characters:
+        vocabulary = Vocabulary(list(config.characters.replace(" ", "|")))
+    else:  # the alphabet of the whole corpus: a letter that the drawn minutes happen to miss is still a letter
+        known = [chosen, *([valid] if valid else [])]
+        vocabulary = Vocabulary.of([config.text.normalize(utterance.text) for rows in known for utterance in rows if utterance.text])
     encoder, encoder_fingerprint = load_encoder(config.encoder)
     torch.manual_seed(seed)
     model = Recognizer(encoder.config, len(vocabulary), config.ctc.final_dropout)
@@ -73,8 +83,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if pretrained:
         model.encoder.load_state_dict(encoder.state_dict())
     train_set = SpeechBatches(labelled, config.batches, seed, crop=False)
-    valid = config.valid_split if config.valid_split in manifest.splits else None
-    valid_set = SpeechBatches(manifest.select(valid), config.batches, seed, crop=False) if valid else None
+    valid_set = SpeechBatches(valid, config.batches, seed, crop=False) if valid else None
     task = CTCTask(model, config.ctc, vocabulary, config.text, train_set, valid_set, frozen_phases=pretrained, seed=seed)
     summary = train(
         task, out=config.out, kind="recognizer", training=config.training, optimizer=config.optimizer, config=config.resolved(),
