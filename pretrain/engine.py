@@ -6,6 +6,7 @@ Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use Di
 function of (seed, epoch, rank, step), so resuming from a checkpoint continues bit for bit.
 """
 
+import gc
 import itertools
 import json
 import math
@@ -175,9 +176,14 @@ class World(NamedTuple):
         return tensor
 
     def leave(self) -> None:
-        """Wait for the others and leave the group: a process that exits with one open may abort after its work is done."""
+        """Wait for the others and leave the group: a process that exits with one open may abort after its work is done.
+
+        No DistributedDataParallel may be in use any more. One that holds the group's last reference would end it while holding the
+        interpreter's lock, which gloo's threads may be waiting for: the process would hang.
+        """
         if self.size > 1:
             dist.barrier()
+            gc.collect()
             dist.destroy_process_group()
 
     def barrier(self) -> None:
@@ -205,8 +211,7 @@ def train(
     require_absent(run)
     world = World.join(training.device)
     main = world.rank == 0
-    if main:
-        _write_or_compare_config(run, config)
+    _write_or_compare_config(run, config, write=main)
     task.model.to(world.device)
     adamw = torch.optim.AdamW(
         task.parameter_groups(),
@@ -290,6 +295,7 @@ def train(
         write_json(run / "summary.json", summary)
         last_checkpoint = f"step_{training.max_steps:08d}/model.safetensors"
         commit(run, kind, config, parents, [last_checkpoint], **extra)
+    model = task.model  # lets go of the wrapper
     world.leave()
     return summary
 
@@ -467,8 +473,8 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
-    """Write `config.toml`, or check that unfinished work in `run` was begun with the same settings."""
+def _write_or_compare_config(run: Path, config: dict[str, Any], write: bool) -> None:
+    """Check that unfinished work in `run` was begun with the same settings, on every rank; one of them writes `config.toml`."""
     text = tomli_w.dumps(without_none(config))
     path = run / "config.toml"
     if path.is_file() and latest_checkpoint(run) is not None and path.read_text() != text:
@@ -476,8 +482,9 @@ def _write_or_compare_config(run: Path, config: dict[str, Any]) -> None:
         keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         changed = "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
         raise ValueError(f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder")
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
+    if write:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

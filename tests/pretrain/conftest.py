@@ -37,11 +37,11 @@ def write_labels(folder: Path, counts: dict[str, int], num_classes: int = 5) -> 
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_corpus() -> Callable[..., Manifest]:
     return write_corpus
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_labels() -> Callable[..., Path]:
     return write_labels

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.frontend import num_frames
+from pretrain.manifest import Manifest
 from tests.pretrain.distributed_worker import main
 
 ROOT = Path(__file__).parents[2]
@@ -19,10 +21,15 @@ SCENARIOS = ["plain", "waveform", "layer_drop", "accumulated", "linear", "single
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one/ and two/, each holding a run per scenario."""
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]
+) -> Path:
+    """A folder with one/ and two/, each holding a run per scenario: the two processes also join and leave six groups in turn."""
     folder = tmp_path_factory.mktemp("distributed")
-    write_corpus(folder / "corpus")
+    rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
+    waves = [0.1 * rng.standard_normal(length) for length in lengths]
+    manifest = make_corpus(folder / "corpus", waves, splits=["train"] * 6 + ["dev"] * 2)
+    make_labels(folder / "corpus" / "labels", {name: num_frames(n) for name, n in zip(manifest.ids, lengths, strict=True)})
     arguments = [str(ROOT / "tests" / "pretrain" / "distributed_worker.py"), str(folder / "corpus"), str(folder / "two")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -31,25 +38,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output, _ = two.communicate(timeout=120)
     assert two.returncode == 0, output[-4000:]
     return folder
-
-
-def write_corpus(folder: Path) -> None:
-    import soundfile
-
-    from pretrain.labels import commit_labels, write_shard
-    from pretrain.manifest import write_manifest
-
-    rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
-    rows = []
-    folder.mkdir()
-    for number, length in enumerate(lengths):
-        path = folder / f"u{number}.wav"
-        soundfile.write(path, 0.1 * rng.standard_normal(length), 16000)
-        rows.append({"id": path.stem, "path": str(path), "start": 0, "num_samples": length, "sample_rate": 16000,
-                     "split": "dev" if number > 5 else "train"})  # fmt: skip
-    write_manifest(folder / "manifest", rows, {}, {})
-    write_shard(folder / "labels", 0, [row["id"] for row in rows], [rng.integers(0, 6, num_frames(length)) for length in lengths])
-    commit_labels(folder / "labels", 1, {}, {}, codebook="c0de", num_classes=6)
 
 
 def curve(run: Path) -> list[dict[str, float]]:
@@ -62,8 +50,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs: Path, scenario: 
     one, two = runs / "one" / scenario, runs / "two" / scenario
     assert any("valid_loss" in line for line in curve(one))
     for alone, together in zip(curve(one), curve(two), strict=True):
-        # Sums in another order in float32, and AdamW's first steps divide small gradients by their own size.
-        assert together == pytest.approx(alone, rel=2e-3, abs=1e-5), f"step {alone['step']}"
+        # Sums in another order in float32; measured 5e-7. AdamW's first steps can make more of it by dividing small gradients.
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-6), f"step {alone['step']}"
     steps = sorted(path.name for path in one.glob("step_*"))
     assert steps == sorted(path.name for path in two.glob("step_*"))
     first, second = (load_file(run / steps[-1] / "model.safetensors") for run in (one, two))
