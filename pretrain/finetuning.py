@@ -1,5 +1,6 @@
 """The verb `finetune`: CTC on transcripts, from a pretrained encoder or, for comparison, from random weights."""
 
+import unicodedata
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ from pydantic import Field
 from pretrain.audio import SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.config import Config
-from pretrain.ctc import CTCConfig, CTCTask, Recognizer, TextConfig, Vocabulary
+from pretrain.ctc import SPACE, CTCConfig, CTCTask, Recognizer, TextConfig, Vocabulary
 from pretrain.encoder import load_encoder
 from pretrain.engine import OptimizerConfig, TrainingConfig, train
 from pretrain.manifest import Manifest
@@ -32,7 +33,9 @@ class FinetuneConfig(Config):
     label_minutes: float | None = Field(None, gt=0, description="a seeded draw of this much labelled audio; all when not given")
     encoder: str = Field(description="a pretraining run")
     initialization: Literal["pretrained", "random"] = Field("pretrained", description="random: its architecture, fresh weights")
-    characters: str | None = Field(None, description="the vocabulary; taken from the transcripts of split and valid_split when not given")
+    characters: str | None = Field(
+        None, description="the vocabulary; taken from the transcripts of split and valid_split when not given"
+    )
     text: TextConfig = TextConfig()
     ctc: CTCConfig = CTCConfig()
     batches: BatchConfig = BatchConfig()
@@ -72,10 +75,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     valid = manifest.select(config.valid_split) if config.valid_split in manifest.splits else None
     valid = valid.take(transcribed(valid)) if valid else None
     if config.characters:
-        vocabulary = Vocabulary(list(config.characters.replace(" ", "|")))
+        characters = unicodedata.normalize("NFC", config.characters).replace(" ", SPACE)
+        vocabulary = Vocabulary(list(dict.fromkeys(characters)))
     else:  # the alphabet of the whole corpus: a letter that the drawn minutes happen to miss is still a letter
         known = [chosen, *([valid] if valid else [])]
-        vocabulary = Vocabulary.of([config.text.normalize(utterance.text) for rows in known for utterance in rows if utterance.text])
+        vocabulary = Vocabulary.of(
+            [config.text.normalize(utterance.text) for rows in known for utterance in rows if utterance.text]
+        )
     encoder, encoder_fingerprint = load_encoder(config.encoder)
     torch.manual_seed(seed)
     model = Recognizer(encoder.config, len(vocabulary), config.ctc.final_dropout)
@@ -90,5 +96,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         parents={"manifest": manifest.fingerprint, "encoder": encoder_fingerprint},
         extra={"vocabulary": vocabulary.symbols, "config_encoder": encoder.config.resolved()},
     )  # fmt: skip
-    minutes = float(labelled.lengths.sum() / SAMPLE_RATE / 60)
-    return {**summary, "label_minutes": minutes, "utterances": len(labelled), "vocabulary": len(vocabulary)}
+    minutes = float(labelled.lengths[train_set.items].sum() / SAMPLE_RATE / 60)
+    used = {"label_minutes": minutes, "utterances": len(train_set.items), "utterances_left_out": train_set.num_left_out}
+    return {**summary, **used, "vocabulary": len(vocabulary)}

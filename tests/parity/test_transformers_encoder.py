@@ -92,7 +92,9 @@ def layer_outputs(theirs: Any, waves: Tensor, **inputs: Any) -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize(("kind", "family"), [("base", "Wav2Vec2"), ("large", "Wav2Vec2"), ("base", "Hubert"), ("hubert_large", "Hubert")])
+@pytest.mark.parametrize(
+    ("kind", "family"), [("base", "Wav2Vec2"), ("large", "Wav2Vec2"), ("base", "Hubert"), ("hubert_large", "Hubert")]
+)
 @torch.no_grad()
 def test_every_layer_equals_that_of_transformers(kind: str, family: str) -> None:
     torch.manual_seed(0)
@@ -105,7 +107,9 @@ def test_every_layer_equals_that_of_transformers(kind: str, family: str) -> None
     expected = layer_outputs(theirs, waves)
     for layer, features in enumerate([*ours.extract_all(waves, lengths), ours(waves, lengths)]):
         # float32, the same operations in another order through seven convolutions and three layers; features of order 1 to 10
-        torch.testing.assert_close(features, expected[layer], rtol=1e-4, atol=1e-4, msg=lambda text, at=layer: f"layer {at}: {text}")
+        torch.testing.assert_close(
+            features, expected[layer], rtol=1e-4, atol=1e-4, msg=lambda text, at=layer: f"layer {at}: {text}"
+        )
     if config.conv_norm == "layer":  # with GroupNorm theirs see the padding, and ours do not
         lengths, attention = torch.tensor([9000, 5000, 7040]), torch.ones(3, 9000, dtype=torch.long)
         for row, length in enumerate(lengths.tolist()):

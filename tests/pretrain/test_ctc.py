@@ -298,3 +298,24 @@ def test_transcripts_outside_the_given_characters_stop_fine_tuning(
         ValueError, match=r"2 transcripts cannot be used:\n  'u00': 'ab cd' has \['d'\].*\n  'u01': 'da' has \['d'\]"
     ):
         finetune(config(tmp_path, manifest, characters="abc "))
+
+
+def test_the_vocabulary_is_the_corpuss_or_the_given_characters_each_once(
+    tmp_path: Path, encoder_run: Path, make_corpus: Callable[..., Manifest]
+) -> None:
+    splits = ["train", "train", "dev", "test"]
+    texts = ["ab", "c", "d", "\u017c"]
+    manifest = make_corpus(tmp_path, [spell(text) for text in ("ab", "c", "d", "a")], texts=texts, splits=splits)
+    summary = finetune(config(tmp_path, manifest, label_minutes=0.002))  # the draw misses letters, the corpus does not
+    assert summary["utterances"] == 1 and load_recognizer(tmp_path / "recognizer")[1].symbols == ["a", "b", "c", "d"]
+    finetune(config(tmp_path, manifest, characters="dcbaa e\u0301", out=str(tmp_path / "given")))  # e and a combining accent
+    assert load_recognizer(tmp_path / "given")[1].symbols == ["d", "c", "b", "a", "|", "\u00e9"]
+
+
+def test_utterances_too_long_for_a_batch_are_counted_as_left_out(
+    tmp_path: Path, encoder_run: Path, make_corpus: Callable[..., Manifest]
+) -> None:
+    manifest = make_corpus(tmp_path, [spell("ab"), spell("abcdabcd")], texts=["ab", "abcdabcd"])
+    summary = finetune(config(tmp_path, manifest, batches={"crop_seconds": 0.5}))
+    assert (summary["utterances"], summary["utterances_left_out"]) == (1, 1)
+    assert summary["label_minutes"] == pytest.approx(0.3 / 60)

@@ -21,9 +21,7 @@ SCENARIOS = ["plain", "waveform", "layer_drop", "accumulated", "linear", "single
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]
-) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]) -> Path:
     """A folder with one/ and two/, each holding a run per scenario: the two processes also join and leave six groups in turn."""
     folder = tmp_path_factory.mktemp("distributed")
     rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
@@ -31,11 +29,23 @@ def runs(
     manifest = make_corpus(folder / "corpus", waves, splits=["train"] * 6 + ["dev"] * 2)
     make_labels(folder / "corpus" / "labels", {name: num_frames(n) for name, n in zip(manifest.ids, lengths, strict=True)})
     arguments = [str(ROOT / "tests" / "pretrain" / "distributed_worker.py"), str(folder / "corpus"), str(folder / "two")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--log-dir",
+        str(folder / "logs"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     two = subprocess.Popen([*launch, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    main(folder / "corpus", folder / "one")
-    output, _ = two.communicate(timeout=120)
+    try:
+        main(folder / "corpus", folder / "one")
+        output, _ = two.communicate(timeout=120)
+    finally:
+        two.terminate()  # torchrun ends its processes; nothing happens where they have ended
     assert two.returncode == 0, output[-4000:]
     return folder
 

@@ -207,7 +207,10 @@ def test_a_hubert_run_stopped_anywhere_continues_bit_for_bit(
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
     curves = [
-        [{k: v for k, v in json.loads(line).items() if k != "s_per_second"} for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if k != "s_per_second"}
+            for line in Path(run.out, "metrics.jsonl").read_text().splitlines()
+        ]
         for run in (whole, cut)
     ]
     assert curves[0] == curves[1]

@@ -98,7 +98,10 @@ def test_labels_of_another_length_are_named(tmp_path: Path) -> None:
 
 def test_units_outside_the_codebook_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"document 'a' has the unit 4; the codebook c0de has 0 .. 3"):
-        pack(make(tmp_path, FRAMES, num_classes=4))
+        frames = np.array([0, 4], np.uint16)  # labels cannot be committed so; another tool's may be
+        write_corpus(
+            tmp_path, [Document("a", None, frames)], {}, {}, num_units=4, codebook="c0de", frame_rate_hz=50.0, deduplicated=True
+        )
 
 
 @pytest.mark.parametrize(
