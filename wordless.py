@@ -226,10 +226,10 @@ class Recipe:
             raise ValueError(f"{self.source}: no stage {', '.join(sorted(unknown))}; there are {', '.join(self.stages)}")
         self.check()
         records = _read_records(self.folder)
-        for name in self.stages:
-            if name not in skip and (not only or name in only):
-                self._run_stage(name, records, redo)
-        return next((records[name]["summary"] for name in reversed(self.stages) if name in records), {})
+        chosen = [name for name in self.stages if name not in skip and (not only or name in only)]
+        for name in chosen:
+            self._run_stage(name, records, redo)
+        return next((records[name]["summary"] for name in reversed(chosen) if name in records), {})
 
     def _run_stage(self, name: str, records: dict[str, Any], redo: bool) -> None:
         import shutil

@@ -33,7 +33,7 @@ class TextConfig(Config):
     punctuation: Literal["remove", "keep"] = "remove"
 
     def normalize(self, text: str) -> str:
-        text = text.replace(SPACE, " ")  # the vocabulary's sign for the space
+        text = text.replace(SPACE, " ").replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")  # the sign for the space; don’t is don't
         text = {"lower": text.lower(), "upper": text.upper(), "keep": text}[self.case]
         text = unicodedata.normalize("NFC", text)  # after the case, which can take characters apart
         if self.punctuation == "remove":  # an apostrophe between letters belongs to the word

@@ -131,6 +131,7 @@ class TrainingConfig(Config):
     """Length, seed, precision and rhythm of a run."""
 
     max_steps: int = Field(gt=0)
+    max_epochs: float | None = Field(None, gt=0, description="passes over the data, where that comes before max_steps")
     seed: int = 0
     accumulate: int = Field(1, ge=1, description="micro-batches a rank computes for one update")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast on a GPU that has it")
@@ -202,7 +203,7 @@ def train(
     parents: dict[str, str],
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train to `training.max_steps`, from the newest checkpoint in `out` if there is one; returns the run's summary.
+    """Train to `max_steps` or `max_epochs`, from the newest checkpoint in `out` if there is one; returns the run's summary.
 
     Errors: ValueError when `out` is finished, was begun with other settings, or the run diverges or collapses (the last good
     checkpoint stays and is named).
@@ -211,6 +212,9 @@ def train(
     require_absent(run)
     world = World.join(training.device)
     main = world.rank == 0
+    max_steps = training.max_steps
+    if training.max_epochs is not None:
+        max_steps = max(1, min(max_steps, round(training.max_epochs * len(task.plan(0)))))
     _write_or_compare_config(run, config, write=main)
     task.model.to(world.device)
     adamw = torch.optim.AdamW(
@@ -242,11 +246,11 @@ def train(
 
     batches = _batches(task, (state["epoch"], state["batch"]), training, world)
     with (
-        progress(f"train {run.name}", training.max_steps, "step", done=start)
+        progress(f"train {run.name}", max_steps, "step", done=start)
         if main
         else nullcontext(lambda *_, **__: None) as advance
     ):
-        for step in range(start, training.max_steps):
+        for step in range(start, max_steps):
             if phase != task.phase(step):
                 phase = task.phase(step)
                 task.enter_phase(phase)
@@ -266,11 +270,11 @@ def train(
             norm = _scale_and_clip(task.model, world.size / count.clamp(min=1e-8), optimizer.clip_norm)
             window.add_norm(norm)
             for group in adamw.param_groups:
-                group["lr"] = optimizer.lr * group.get("lr_scale", 1.0) * optimizer.factor(step, training.max_steps)
+                group["lr"] = optimizer.lr * group.get("lr_scale", 1.0) * optimizer.factor(step, max_steps)
             adamw.step()
             adamw.zero_grad(set_to_none=True)
             window.amount += amount
-            step_done, last = step + 1, step + 1 == training.max_steps
+            step_done, last = step + 1, step + 1 == max_steps
             save_due = last or step_done % training.checkpoint_every == 0
             metrics: dict[str, float] = {}
             if save_due or step_done % training.log_every == 0:
@@ -290,10 +294,10 @@ def train(
     summary: dict[str, Any] = {}
     if main:
         assert log is not None
-        summary = log.summarise(training.max_steps, time.monotonic() - began, training.max_steps - done_before)
+        summary = log.summarise(max_steps, time.monotonic() - began, max_steps - done_before)
         log.close()
         write_json(run / "summary.json", summary)
-        last_checkpoint = f"step_{training.max_steps:08d}/model.safetensors"
+        last_checkpoint = f"step_{max_steps:08d}/model.safetensors"
         commit(run, kind, config, parents, [last_checkpoint], **extra)
     model = task.model  # lets go of the wrapper
     world.leave()

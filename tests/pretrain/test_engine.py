@@ -256,6 +256,12 @@ def test_every_item_is_served_once_an_epoch_in_the_planned_batches(tmp_path: Pat
         assert sorted(item for items in served for item in items) == list(range(23))
 
 
+def test_max_epochs_ends_a_run_before_max_steps(tmp_path: Path) -> None:
+    summary = run_linear(tmp_path / "two", training={"max_steps": 100, "max_epochs": 2.0})
+    assert summary["steps"] == 10  # 23 items in batches of 5 are 5 steps an epoch
+    assert run_linear(tmp_path / "short", training={"max_steps": 4, "max_epochs": 2.0})["steps"] == 4
+
+
 def test_an_empty_plan_is_a_message(tmp_path: Path) -> None:
     class Empty(LinearTask):
         def plan(self, epoch: int) -> list[np.ndarray]:
