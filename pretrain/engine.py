@@ -245,11 +245,7 @@ def train(
         world.barrier()
 
     batches = _batches(task, (state["epoch"], state["batch"]), training, world)
-    with (
-        progress(f"train {run.name}", max_steps, "step", done=start)
-        if main
-        else nullcontext(lambda *_, **__: None) as advance
-    ):
+    with progress(f"train {run.name}", max_steps, "step", done=start) if main else nullcontext(lambda *_, **__: None) as advance:
         for step in range(start, max_steps):
             if phase != task.phase(step):
                 phase = task.phase(step)
