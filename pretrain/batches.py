@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
 from pretrain.config import Config
+from pretrain.engine import Task
 from pretrain.manifest import Manifest
 
 
@@ -74,6 +75,22 @@ class SpeechBatches:
 
     def seconds(self, items: np.ndarray) -> float:
         return float(self.lengths[items].sum()) / SAMPLE_RATE
+
+
+class SpeechTask(Task):
+    """A training task whose items are the utterances of `train_set`, validated on `valid_set` if there is one."""
+
+    train_set: SpeechBatches
+    valid_set: SpeechBatches | None
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        return self.train_set.plan(epoch)
+
+    def plan_validation(self) -> list[np.ndarray]:
+        return self.valid_set.plan_in_order() if self.valid_set else []
+
+    def amount(self, items: np.ndarray) -> float:
+        return self.train_set.seconds(items)
 
 
 def pad(arrays: list[np.ndarray], value: float | int | bool) -> Tensor:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.batches import SpeechBatches, pad
+from pretrain.batches import SpeechBatches, SpeechTask, pad
 from pretrain.checkpoint import load_weights
 from pretrain.config import Config, parse_config
 from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.engine import Loss, Task
+from pretrain.engine import Loss
 from pretrain.frontend import num_frames
 from pretrain.masking import span_mask
 
@@ -113,7 +113,7 @@ class Recognizer(nn.Module):
         return Loss(total, batch.num_targets.sum().float(), {})
 
 
-class CTCTask(Task):
+class CTCTask(SpeechTask):
     """CTC on `train_set`; with `frozen_phases` the head learns alone for `freeze_steps` (a pretrained encoder)."""
 
     model: Recognizer
@@ -127,15 +127,6 @@ class CTCTask(Task):
         for batches in (train_set, valid_set):
             if batches is not None:
                 _check_transcripts(batches, vocabulary, text)
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        return self.train_set.plan(epoch)
-
-    def plan_validation(self) -> list[np.ndarray]:
-        return self.valid_set.plan_in_order() if self.valid_set else []
-
-    def amount(self, items: np.ndarray) -> float:
-        return self.train_set.seconds(items)
 
     def collate(self, items: np.ndarray, epoch: int) -> CTCBatch:
         rngs = [self.train_set.rng(item, epoch) for item in items.tolist()]

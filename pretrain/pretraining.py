@@ -7,10 +7,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.batches import BatchConfig, SpeechBatches, pad
+from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.config import Config
 from pretrain.encoder import EncoderConfig
-from pretrain.engine import OptimizerConfig, Task, TrainingConfig, train
+from pretrain.engine import OptimizerConfig, TrainingConfig, train
 from pretrain.frontend import num_frames
 from pretrain.hubert import IGNORED, Hubert, HubertBatch, HubertConfig, perplexity
 from pretrain.labels import Labels
@@ -50,7 +50,7 @@ class PretrainConfig(Config):
         return self
 
 
-class PretrainTask(Task):
+class PretrainTask(SpeechTask):
     """What both objectives share; `_draw` of a subclass adds its own targets."""
 
     model: Hubert | Wav2Vec2
@@ -61,15 +61,6 @@ class PretrainTask(Task):
         self.train_set = SpeechBatches(manifest.select(config.split), config.batches, seed)
         use_valid = config.valid_split is not None and config.valid_split in manifest.splits
         self.valid_set = SpeechBatches(manifest.select(config.valid_split), config.batches, seed) if use_valid else None
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        return self.train_set.plan(epoch)
-
-    def plan_validation(self) -> list[np.ndarray]:
-        return self.valid_set.plan_in_order() if self.valid_set else []
-
-    def amount(self, items: np.ndarray) -> float:
-        return self.train_set.seconds(items)
 
     def collate(self, items: np.ndarray, epoch: int) -> Any:
         return self._collate(self.train_set, items, epoch)
