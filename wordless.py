@@ -235,6 +235,7 @@ class Recipe:
         import shutil
 
         from pretrain.artefact import is_complete, read_meta, write_json
+        from pretrain.config import differences
 
         table = self.stages[name]
         _, function = VERBS[table["verb"]].load()
@@ -245,7 +246,8 @@ class Recipe:
         out = Path(config.out)
         if table["verb"] != "report" and is_complete(out):
             meta, resolved = read_meta(out), config.resolved()
-            changed, replaced = _changed(meta["config"], resolved), _replaced_inputs(meta, resolved)
+            changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(meta["config"], resolved)]
+            replaced = _replaced_inputs(meta, resolved)
             if not changed and not replaced:
                 _say(f"{name}: stands already ({out})")
                 return
@@ -264,14 +266,6 @@ class Recipe:
 def _read_records(folder: Path) -> dict[str, Any]:
     path = folder / "stages.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _changed(old: Any, new: Any, key: str = "") -> list[str]:
-    """Where two resolved configs differ, as `key: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old.keys() | new.keys())
-        return [line for name in names for line in _changed(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))]
-    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
 
 
 def _replaced_inputs(meta: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
@@ -364,14 +358,10 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
-    for key, value in _flatten(summary).items():
+    from pretrain.config import flatten
+
+    for key, value in flatten(summary).items():
         print(f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
-
-
-def _flatten(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {name: item for part, inner in value.items() for name, item in _flatten(inner, f"{key}.{part}".lstrip(".")).items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.checkpoint import latest_checkpoint, load_checkpoint, remove_old_checkpoints, save_checkpoint
-from pretrain.config import Config, without_none
+from pretrain.config import Config, differences, without_none
 from pretrain.progress import progress
 
 
@@ -478,18 +478,9 @@ def _write_or_compare_config(run: Path, config: dict[str, Any], write: bool) -> 
     text = tomli_w.dumps(without_none(config))
     path = run / "config.toml"
     if path.is_file() and latest_checkpoint(run) is not None and path.read_text() != text:
-        old, new = _flatten(tomllib.loads(path.read_text())), _flatten(tomllib.loads(text))
-        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        changed = "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in keys)
+        changes = differences(tomllib.loads(path.read_text()), tomllib.loads(text))
+        changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes)
         raise ValueError(f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder")
     if write:
         with atomic_path(path) as temporary:
             temporary.write_text(text)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

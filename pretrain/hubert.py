@@ -22,9 +22,7 @@ class HubertConfig(Config):
     mask_length: int = Field(10, ge=1)
     final_dim: int = Field(256, ge=1)
     temperature: float = Field(0.1, gt=0)
-    unmasked_weight: float = Field(
-        0.0, ge=0, description="weight of the loss on frames that are not masked (1 - alpha in the paper)"
-    )
+    unmasked_weight: float = Field(0.0, ge=0, description="weight of the loss on frames that are not masked")
     feature_penalty: float = Field(10.0, ge=0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.encoder import Encoder, EncoderConfig
 from pretrain.engine import Loss
+from pretrain.frontend import num_frames
 from pretrain.hubert import feature_penalty
 
 
@@ -111,7 +112,7 @@ class Wav2Vec2(nn.Module):
         soft_perplexity = torch.exp(-(usage * (usage + 1e-7).log()).sum(1)).sum()
         size = self.config.num_groups * self.config.num_entries
         diversity = (size - soft_perplexity) / size
-        valid = torch.arange(features.shape[1], device=x.device) < ((batch.num_samples - 400) // 320 + 1)[:, None]
+        valid = torch.arange(features.shape[1], device=x.device) < num_frames(batch.num_samples)[:, None]
         total = loss + self.config.diversity_weight * count * diversity
         total = total + feature_penalty(features, valid, batch.num_masked.float(), self.config.feature_penalty)
         hard = torch.zeros_like(usage).scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=usage.dtype))
