@@ -19,8 +19,9 @@ from pretrain.checkpoint import load_weights
 from pretrain.config import Config, parse_config
 from pretrain.encoder import Encoder, EncoderConfig
 from pretrain.engine import Loss
-from pretrain.frontend import num_frames
+from pretrain.kernels import dropout
 from pretrain.masking import span_mask
+from pretrain.packing import Layout, pack
 
 BLANK = 0
 SPACE = "|"
@@ -82,13 +83,13 @@ class CTCConfig(Config):
 
 
 class CTCBatch(NamedTuple):
-    """A padded batch of utterances with their transcripts."""
+    """A packed batch of utterances with their transcripts."""
 
-    waveforms: Tensor  # (batch, samples) float32
-    num_samples: Tensor  # (batch,)
+    waveforms: Tensor  # (samples,) float32
+    layout: Layout
     targets: Tensor  # (batch, characters) int64, 0 where padded
-    num_targets: Tensor  # (batch,)
-    mask: Tensor | None  # (batch, frames) bool
+    num_targets: tuple[int, ...]  # of each utterance
+    mask: Tensor | None  # (frames,) bool
     channel_mask: Tensor | None  # (batch, dim) bool
 
 
@@ -102,15 +103,15 @@ class Recognizer(nn.Module):
         self.head = nn.Linear(encoder.dim, num_classes)
 
     def logits(self, batch: CTCBatch) -> Tensor:  # (batch, frames, classes)
-        features = self.encoder.feature_norm(self.encoder.features(batch.waveforms, batch.num_samples))
-        x = self.encoder.contextualize(features, batch.num_samples, batch.mask, batch.channel_mask)
-        return self.head(F.dropout(x, self.final_dropout, self.training))
+        features = self.encoder.feature_norm(self.encoder.features(batch.waveforms, batch.layout))
+        x = self.encoder.contextualize(features, batch.layout, batch.mask, batch.channel_mask)
+        return batch.layout.pad(self.head(dropout(x, self.final_dropout, self.training)))
 
     def forward(self, batch: CTCBatch) -> Loss:
         log_probs = self.logits(batch).float().log_softmax(2).transpose(0, 1)  # (frames, batch, classes)
-        frames = num_frames(batch.num_samples)
-        total = F.ctc_loss(log_probs, batch.targets, frames, batch.num_targets, blank=BLANK, reduction="sum")
-        return Loss(total, batch.num_targets.sum().float(), {})
+        lengths = (torch.tensor(batch.layout.num_frames), torch.tensor(batch.num_targets))  # on the CPU, where they are needed
+        total = F.ctc_loss(log_probs, batch.targets, *lengths, blank=BLANK, reduction="sum")
+        return Loss(total, total.new_full((), sum(batch.num_targets)), {})
 
 
 class CTCTask(SpeechTask):
@@ -132,11 +133,11 @@ class CTCTask(SpeechTask):
         rngs = [self.train_set.rng(item, epoch) for item in items.tolist()]
         batch = self._load(self.train_set, items, rngs)
         config, dim = self.config, self.model.encoder.config.dim
-        frames = num_frames(batch.num_samples).tolist()
+        frames = batch.layout.num_frames
         mask = channel_mask = None
         if config.mask_start_probability > 0:
             masks = [span_mask(n, config.mask_start_probability, config.mask_length, r) for n, r in zip(frames, rngs, strict=True)]
-            mask = pad(masks, False)
+            mask = torch.from_numpy(np.concatenate(masks))
         if config.mask_channel_probability > 0:
             spans = [span_mask(dim, config.mask_channel_probability, config.mask_channel_length, r, min_spans=0) for r in rngs]
             channel_mask = pad(spans, False)
@@ -149,8 +150,11 @@ class CTCTask(SpeechTask):
     def _load(self, batches: SpeechBatches, items: np.ndarray, rngs: list[np.random.Generator]) -> CTCBatch:
         waveforms = [batches.load(item, rng)[0] for item, rng in zip(items.tolist(), rngs, strict=True)]
         targets = [self.vocabulary.encode(self.text.normalize(batches.manifest[item].text or "")) for item in items.tolist()]
-        counts = [torch.tensor([len(array) for array in arrays]) for arrays in (waveforms, targets)]
-        return CTCBatch(pad(waveforms, 0), counts[0], pad(targets, 0), counts[1], None, None)
+        buffer, layout = pack(waveforms)
+        return CTCBatch(buffer, layout, pad(targets, 0), tuple(len(target) for target in targets), None, None)
+
+    def blocks(self) -> list[torch.nn.Module]:
+        return list(self.model.encoder.layers)
 
     def before_step(self, step: int) -> None:
         self.model.encoder.draw_layers(self.seed, step)

@@ -1,28 +1,25 @@
-"""Front ends: waveform (batch, samples) at 16 kHz to one frame per 320 samples.
+"""Front ends: packed waveforms (pretrain/packing.py) at 16 kHz to one frame per 320 samples.
 
-Both give floor((n - 400) / 320) + 1 frames for n samples, whatever the padding, and a frame depends on its utterance alone.
-Activations are (batch, time, channel): a strided convolution is then a matrix product over a view.
+Both give floor((n - 400) / 320) + 1 frames for n samples, and a frame depends on its own utterance alone.
+Activations are (time, channel): a strided convolution is then a matrix product over a view.
 """
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.audio import HOP
+from pretrain.kernels import Int8Linear, gelu_conv, segment_linear
+from pretrain.packing import Layout
+
 if TYPE_CHECKING:
     from pretrain.encoder import EncoderConfig
 
 CONV_KERNELS = (10, 3, 3, 3, 3, 2, 2)
 CONV_STRIDES = (5, 2, 2, 2, 2, 2, 2)
-
-Count = TypeVar("Count", int, Tensor)
-
-
-def num_frames(num_samples: Count) -> Count:
-    """Frames of `num_samples` samples (int or tensor), exact for 400 samples and more."""
-    return (num_samples - 400) // 320 + 1
 
 
 class WaveformFrontEnd(nn.Module):
@@ -41,52 +38,59 @@ class WaveformFrontEnd(nn.Module):
         )
         self.biases = nn.ParameterList(torch.zeros(config.conv_dim) for _ in CONV_KERNELS) if config.conv_bias else None
         self.norms = nn.ModuleList(nn.LayerNorm(config.conv_dim) for _ in range(1 if self.group_norm else len(CONV_KERNELS)))
+        self.int8: list[Int8Linear] = []
 
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        x = self._first(waveforms, num_samples)
+    def use_int8(self) -> None:
+        """Compute all convolutions but the first in 8 bits, from now on."""
+        self.int8 = [Int8Linear(weight.flatten(0, 1).T, kernel=len(weight)) for weight in [*self.weights][1:]]
+
+    def forward(self, waveforms: Tensor, layout: Layout) -> Tensor:
+        """Packed waveforms (samples,) to (frames, dim)."""
+        x = self._first(waveforms, layout)  # (time, channel) over the whole buffer
         for layer in range(1, len(CONV_KERNELS)):
-            x = strided_conv(F.gelu(x), self.weights[layer])  # (batch, time, channel)
-            x = x if self.biases is None else x + self.biases[layer]
-            x = x if self.group_norm else self.norms[layer](x)
-        return F.gelu(x)
+            weight = self.int8[layer - 1] if self.int8 else self.weights[layer]
+            x = gelu_conv(x, weight, None if self.biases is None else self.biases[layer], self._norm(layer - 1))
+        x, norm = layout.drop_between(x), self._norm(len(CONV_KERNELS) - 1)
+        return F.gelu(x if norm is None else norm(x))
 
-    def _first(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        windows = waveforms.unfold(1, CONV_KERNELS[0], CONV_STRIDES[0])  # (batch, time, 10)
+    def _norm(self, layer: int) -> nn.LayerNorm | None:
+        """The layer norm between a convolution and its GELU; the group norm is in the first convolution's weights."""
+        norm = None if self.group_norm else self.norms[layer]
+        assert norm is None or isinstance(norm, nn.LayerNorm)
+        return norm
+
+    def _first(self, waveforms: Tensor, layout: Layout) -> Tensor:
+        kernel, stride = CONV_KERNELS[0], CONV_STRIDES[0]
+        windows = waveforms.unfold(0, kernel, stride)  # (time, 10)
         weight = self.weights[0].squeeze(1)  # (10, channel)
-        if self.group_norm:
-            scale, shift = _group_norm_of_linear(windows, (num_samples - 10) // 5 + 1, weight, self.norms[0])
-            return torch.baddbmm(shift[:, None, :].to(windows.dtype), windows, weight * scale[:, None, :].to(weight.dtype))
-        x = windows @ weight
-        return self.norms[0](x if self.biases is None else x + self.biases[0])
+        if not self.group_norm:
+            x = windows @ weight
+            return x if self.biases is None else x + self.biases[0]
+        sizes = [slot * HOP // stride for slot in layout.slots]
+        sizes[-1] -= sum(sizes) - len(windows)
+        parts = windows.split(sizes)
+        valid = [part[: (length - kernel) // stride + 1] for part, length in zip(parts, layout.num_samples, strict=True)]
+        scale, shift = _group_norm_of_linear(valid, weight, self.norms[0])
+        return segment_linear(parts, weight * scale[:, None, :], shift)
 
 
-def _group_norm_of_linear(windows: Tensor, lengths: Tensor, weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift (batch, channel) that make windows @ weight the GroupNorm (one group per channel) over valid windows.
+def _group_norm_of_linear(windows: list[Tensor], weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift (batch, channel) that make windows @ weight the GroupNorm (one group per channel) over each utterance.
 
-    With one input channel a channel's mean and variance over time follow from the mean m and the covariance S of the windows,
-    as w.m and w'Sw: no pass over the largest activation of the network. Statistics in float64.
+    With one input channel a channel's mean and variance over time follow from the mean m and the covariance S of the windows
+    (time_i, 10), as w.m and w'Sw: no pass over the largest activation of the network. Statistics in float64.
     """
     assert isinstance(norm, nn.LayerNorm)
-    with torch.autocast(windows.device.type, enabled=False):
-        valid = torch.arange(windows.shape[1], device=windows.device) < lengths[:, None]
-        masked = windows.double() * valid[..., None]  # (batch, time, 10)
-        count = lengths[:, None].double()
-        mean = masked.sum(1) / count  # (batch, 10)
-        covariance = masked.transpose(1, 2) @ masked / count[..., None] - mean[:, :, None] * mean[:, None, :]
-        wide = weight.double()
-        variance = torch.einsum("kc,bkl,lc->bc", wide, covariance, wide).clamp(min=0)
+    with torch.autocast(weight.device.type, enabled=False):
+        wide = [part.double() for part in windows]
+        mean = torch.stack([part.mean(0) for part in wide])  # (batch, 10)
+        product = torch.stack([part.T @ part / len(part) for part in wide])
+        covariance = product - mean[:, :, None] * mean[:, None, :]
+        kernel = weight.double()
+        variance = torch.einsum("kc,bkl,lc->bc", kernel, covariance, kernel).clamp(min=0)
         scale = norm.weight.double() * torch.rsqrt(variance + norm.eps)  # (batch, channel)
-        shift = norm.bias.double() - scale * (mean @ wide)
-    return scale.float(), shift.float()
-
-
-def strided_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolution with stride 2 and kernel 2 or 3: x (batch, time, in), weight (kernel, in, out) -> (batch, frames, out)."""
-    kernel, channels, _ = weight.shape
-    frames = (x.shape[1] - kernel) // 2 + 1
-    pairs = x[:, : 2 * frames].unflatten(1, (frames, 2)).flatten(2)  # (batch, frames, 2 in), a view
-    y = pairs @ weight[:2].reshape(2 * channels, -1)
-    return y if kernel == 2 else y + x[:, 2 : 2 * frames + 1 : 2] @ weight[2]
+        shift = norm.bias.double() - scale * (mean @ kernel)
+    return scale.to(weight.dtype), shift.to(weight.dtype)
 
 
 class FilterbankFrontEnd(nn.Module):
@@ -105,25 +109,29 @@ class FilterbankFrontEnd(nn.Module):
         self.register_buffer("mel", torch.from_numpy(mel_matrix(config.num_mels)), persistent=False)
 
     @torch.no_grad()
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
+    def forward(self, waveforms: Tensor, layout: Layout) -> Tensor:
+        """Packed waveforms (samples,) to (frames, dim)."""
         with torch.autocast(waveforms.device.type, enabled=False):
-            mel = log_mel(waveforms, self.window, self.mel)  # (batch, time, mel), 100 Hz
-        lengths = (num_samples - 400) // 160 + 1
-        valid = (torch.arange(mel.shape[1], device=mel.device) < lengths[:, None])[..., None]
-        mean = (mel * valid).sum(1, keepdim=True) / lengths[:, None, None]
-        variance = ((mel - mean).square() * valid).sum(1, keepdim=True) / lengths[:, None, None]
-        mel = (mel - mean) * torch.rsqrt(variance + 1e-5)
-        frames = num_frames(waveforms.shape[1])
-        first = 2 * torch.arange(frames, device=mel.device)
-        second = torch.minimum((first + 1).expand(len(mel), -1), (lengths - 1)[:, None]).clamp(min=0)  # (batch, frames)
-        return torch.cat([mel[:, first], mel.gather(1, second[..., None].expand(-1, -1, mel.shape[2]))], dim=2)
+            mel = log_mel(waveforms, self.window, self.mel)  # (windows at 100 Hz over the whole buffer, mel)
+        starts = [first * (HOP // 160) for first, _ in layout.slot_bounds]
+        return torch.cat([
+            _stack(mel[start : start + (length - 400) // 160 + 1], frames)
+            for start, length, frames in zip(starts, layout.num_samples, layout.num_frames, strict=True)
+        ])  # fmt: skip
+
+
+def _stack(mel: Tensor, frames: int) -> Tensor:
+    """One utterance's log-mel energies (windows, mel), normalised, two windows to a frame: (frames, 2 mel)."""
+    mel = (mel - mel.mean(0)) * torch.rsqrt(mel.var(0, correction=0) + 1e-5)
+    first, second = mel[: 2 * frames : 2], mel[1 : 2 * frames : 2]
+    return torch.cat([first, second if len(second) == frames else torch.cat([second, first[-1:]])], dim=1)
 
 
 def log_mel(waveforms: Tensor, window: Tensor, mel: Tensor) -> Tensor:
-    """Kaldi-like log-mel energies (batch, time, mel) of waveforms in [-1, 1]: 400-sample windows every 160, no edge padding."""
-    frames = (waveforms * 32768.0).unfold(1, 400, 160)  # (batch, time, 400)
-    frames = frames - frames.mean(2, keepdim=True)
-    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
+    """Kaldi-like log-mel energies (..., time, mel) of waveforms in [-1, 1]: 400-sample windows every 160, no edge padding."""
+    frames = (waveforms * 32768.0).unfold(-1, 400, 160)  # (..., time, 400)
+    frames = frames - frames.mean(-1, keepdim=True)
+    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
     spectrum = torch.fft.rfft((frames - 0.97 * previous) * window, n=512)
     power = spectrum.real.square() + spectrum.imag.square()
     return (power @ mel).clamp(min=1.0).log()

@@ -1,5 +1,6 @@
 """HuBERT: predict the cluster of masked frames (Hsu et al., 2021, arXiv 2106.07447, section II)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.encoder import Encoder, EncoderConfig
 from pretrain.engine import Loss
-
-IGNORED = -100
+from pretrain.packing import Layout, pack
+from pretrain.pnmi import entropy_bits
 
 
 class HubertConfig(Config):
-    """The paper's settings; `unmasked_weight` is its (1 - alpha) / alpha."""
+    """The paper's settings; `unmasked_weight` is its (1 - alpha) / alpha, but for the mean that `Hubert` takes."""
 
     mask_start_probability: float = Field(0.08, gt=0, lt=1)
     mask_length: int = Field(10, ge=1)
@@ -27,21 +28,43 @@ class HubertConfig(Config):
 
 
 class HubertBatch(NamedTuple):
-    """A padded batch with masks and targets."""
+    """A packed batch with masks and targets. Frames are numbered through the batch."""
 
-    waveforms: Tensor  # (batch, samples) float32
-    num_samples: Tensor  # (batch,)
-    mask: Tensor  # (batch, frames) bool, False where padded
-    labels: Tensor  # (batch, frames) int64, IGNORED where padded
+    waveforms: Tensor  # (samples,) float32
+    layout: Layout
+    mask: Tensor  # (frames,) bool
+    masked: Tensor  # (masked,) int64: the masked frames that have a label
+    masked_labels: Tensor  # (masked,) int64
+    seen: Tensor  # (seen,) int64: the other frames that have a label
+    seen_labels: Tensor  # (seen,) int64
+    seen_weights: Tensor  # (seen,) float32: the utterance's masked frames for each of its seen ones
+    penalty_weights: Tensor  # (frames,) float32: the utterance's masked frames for each of its frames
+
+
+def hubert_batch(waveforms: Sequence[np.ndarray], masks: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> HubertBatch:
+    """Pack utterances: waveforms (samples_i,), masks (frames_i,) bool, labels (up to frames_i,) integer; frames that lack a label
+    at the end of an utterance are no targets."""
+    buffer, layout = pack(waveforms)
+    target = np.full(layout.total_frames, -1, np.int64)
+    for (first, _), known in zip(layout.frame_bounds, labels, strict=True):
+        target[first : first + len(known)] = known
+    mask = np.concatenate(masks)
+    masked, seen = np.flatnonzero(mask & (target >= 0)), np.flatnonzero(~mask & (target >= 0))
+    owner = np.repeat(np.arange(len(waveforms)), layout.num_frames)
+    counts = [np.bincount(owner[frames], minlength=len(waveforms)) for frames in (masked, seen)]
+    seen_weights = (counts[0] / np.maximum(counts[1], 1))[owner[seen]]
+    penalty_weights = (counts[0] / np.array(layout.num_frames))[owner]
+    arrays = (mask, masked, target[masked], seen, target[seen], seen_weights.astype(np.float32), penalty_weights.astype(np.float32))
+    return HubertBatch(buffer, layout, *map(torch.from_numpy, arrays))
 
 
 class Hubert(nn.Module):
     """Cosine similarity of projected frames with one embedding per class, over a temperature; cross entropy (equation 3).
 
     "Positive and all other classes as negatives" is a softmax over the classes, so one normalised matrix product gives the
-    logits. Returns the loss summed over masked frames. What is a mean in the paper (the penalty on the front end's features, the
-    loss on frames that are not masked) is an utterance's mean times its number of masked frames, so that every term is a sum
-    over utterances and no split of a batch changes it.
+    logits. Returns the loss summed over masked frames. The penalty on the front end's features, a mean in the paper, and, by our own
+    choice, the loss on frames that are not masked (the paper sums it) are an utterance's mean times its number of masked frames, so
+    that every term is a sum over utterances and no split of a batch changes it.
     """
 
     def __init__(self, encoder: EncoderConfig, config: HubertConfig, num_classes: int):
@@ -52,21 +75,16 @@ class Hubert(nn.Module):
         self.class_embeddings = nn.Parameter(torch.randn(num_classes, config.final_dim))
 
     def forward(self, batch: HubertBatch) -> Loss:
-        features = self.encoder.features(batch.waveforms, batch.num_samples)  # (batch, frames, front_end.dim)
-        x = self.encoder.contextualize(self.encoder.feature_norm(features), batch.num_samples, batch.mask)
-        known = batch.labels != IGNORED
-        masked = batch.mask & known
-        losses, correct, histogram = self._predict(x[masked], batch.labels[masked])
-        counts = masked.sum(1).float()  # (batch,)
-        loss, count = losses.sum(), counts.sum()
-        total = loss + feature_penalty(features, known, counts, self.config.feature_penalty)
+        features = self.encoder.features(batch.waveforms, batch.layout)  # (frames, front_end.dim)
+        x = self.encoder.contextualize(self.encoder.feature_norm(features), batch.layout, batch.mask)
+        losses, correct, histogram = self._predict(x.index_select(0, batch.masked), batch.masked_labels)
+        loss, count = losses.sum(), losses.new_full((), len(losses))
+        total = loss + feature_penalty(features, batch.penalty_weights, self.config.feature_penalty)
         metrics = {"prediction_loss": (loss.detach(), count), "accuracy": (correct, count), "_predicted": (histogram, count)}
         if self.config.unmasked_weight > 0:
-            seen = known & ~batch.mask
-            seen_losses, seen_correct, _ = self._predict(x[seen], batch.labels[seen])
-            weights = (counts / seen.sum(1).clamp(min=1))[:, None].expand(seen.shape)  # (batch, frames)
-            total = total + self.config.unmasked_weight * (seen_losses * weights[seen]).sum()
-            metrics["accuracy_unmasked"] = (seen_correct, seen.sum().float())
+            seen_losses, seen_correct, _ = self._predict(x.index_select(0, batch.seen), batch.seen_labels)
+            total = total + self.config.unmasked_weight * (seen_losses * batch.seen_weights).sum()
+            metrics["accuracy_unmasked"] = (seen_correct, losses.new_full((), len(seen_losses)))
         return Loss(total, count, metrics)
 
     def _predict(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,18 +99,14 @@ class Hubert(nn.Module):
         return F.cross_entropy(logits, labels, reduction="none"), (predicted == labels).sum().float(), histogram
 
 
-def feature_penalty(features: Tensor, valid: Tensor, counts: Tensor, weight: float) -> Tensor:
-    """wav2vec 2.0's L2 penalty: `weight` times each utterance's mean square feature times its `counts`; 0 for a fixed front end.
-
-    features (batch, frames, channels), valid (batch, frames) bool, counts (batch,): masked frames. Summed over the batch.
-    """
-    if weight == 0 or not features.requires_grad:
+def feature_penalty(features: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """wav2vec 2.0's L2 penalty: `scale` times the frames' mean square features (frames, channels) summed with `weights` (frames,);
+    0 for a fixed front end. An utterance's weights sum to its number of masked frames."""
+    if scale == 0 or not features.requires_grad:
         return features.new_zeros(())
-    square = features.float().square().mean(2)  # (batch, frames)
-    return weight * (counts * (square * valid).sum(1) / valid.sum(1).clamp(min=1)).sum()
+    return scale * (features.float().square().mean(1) * weights).sum()  # no product that autocast would round
 
 
 def perplexity(histogram: np.ndarray) -> float:
     """2 to the entropy in bits of a histogram: how many classes are in effective use."""
-    p = histogram[histogram > 0] / histogram.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
+    return float(2 ** entropy_bits(histogram))

@@ -11,11 +11,11 @@ import torch
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.audio import SAMPLE_RATE, load_audio
-from pretrain.batches import BatchConfig, SpeechBatches, pad
+from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.config import Config
 from pretrain.ctc import CTCBatch, load_recognizer
-from pretrain.frontend import num_frames
 from pretrain.manifest import Manifest
+from pretrain.packing import pack
 from pretrain.progress import progress
 
 
@@ -50,11 +50,10 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
     with progress("transcribe", batches.seconds(batches.items), "s audio") as advance:
         for items in batches.plan_in_order():
             waveforms = [load_audio(manifest[item]) for item in items.tolist()]
-            lengths = torch.tensor([len(waveform) for waveform in waveforms])
-            nothing = torch.zeros(0)
-            batch = CTCBatch(pad(waveforms, 0).to(device), lengths.to(device), nothing, nothing, None, None)
+            buffer, layout = pack(waveforms)
+            batch = CTCBatch(buffer.to(device), layout, torch.zeros(0), (), None, None)
             paths = model.logits(batch).argmax(2).cpu().numpy()
-            for item, path, frames in zip(items.tolist(), paths, num_frames(lengths).tolist(), strict=True):
+            for item, path, frames in zip(items.tolist(), paths, layout.num_frames, strict=True):
                 hypotheses[item] = text.normalize(vocabulary.decode(path[:frames]))
             advance(batches.seconds(items))
     seconds = time.monotonic() - began

@@ -1,5 +1,6 @@
 """wav2vec 2.0: tell the quantised true frame from distractors (Baevski et al., 2020, arXiv 2006.11477, section 3)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.encoder import Encoder, EncoderConfig
 from pretrain.engine import Loss
-from pretrain.frontend import num_frames
 from pretrain.hubert import feature_penalty
+from pretrain.kernels import dropout
+from pretrain.packing import Layout, pack
 
 
 class Wav2Vec2Config(Config):
@@ -25,6 +27,7 @@ class Wav2Vec2Config(Config):
     num_entries: int = Field(320, ge=2, description="codebook entries a group")
     code_dim: int = Field(256, ge=1)
     final_dim: int = Field(256, ge=1)
+    feature_dropout: float = Field(0.1, ge=0, lt=1, description="on what the quantiser is given")
     temperature: float = Field(0.1, gt=0, description="of the contrastive softmax")
     gumbel_temperature: tuple[float, float] = (2.0, 0.5)
     gumbel_decay: float = Field(0.999995, gt=0, le=1, description="per step")
@@ -39,14 +42,27 @@ class Wav2Vec2Config(Config):
 
 
 class Wav2Vec2Batch(NamedTuple):
-    """A padded batch with masks and distractors."""
+    """A packed batch with masks and distractors. Frames are numbered through the batch."""
 
-    waveforms: Tensor  # (batch, samples) float32
-    num_samples: Tensor  # (batch,)
-    mask: Tensor  # (batch, frames) bool, False where padded
-    masked_frames: Tensor  # (batch, masked) int64: numbers of the masked frames, 0 where padded
-    num_masked: Tensor  # (batch,)
-    distractors: Tensor  # (batch, masked, distractors) int64: places among the utterance's masked frames
+    waveforms: Tensor  # (samples,) float32
+    layout: Layout
+    mask: Tensor  # (frames,) bool
+    masked: Tensor  # (masked,) int64: the masked frames
+    num_masked: tuple[int, ...]  # of each utterance
+    distractors: Tensor  # (masked, distractors) int64: places among the utterance's own masked frames
+    penalty_weights: Tensor  # (frames,) float32: the utterance's masked frames for each of its frames
+
+
+def wav2vec2_batch(
+    waveforms: Sequence[np.ndarray], masks: Sequence[np.ndarray], distractors: Sequence[np.ndarray]
+) -> Wav2Vec2Batch:
+    """Pack utterances: waveforms (samples_i,), masks (frames_i,) bool, distractors (masked_i, distractors)."""
+    buffer, layout = pack(waveforms)
+    mask, num_masked = np.concatenate(masks), tuple(int(mask.sum()) for mask in masks)
+    weights = np.repeat(np.array(num_masked) / np.array(layout.num_frames), layout.num_frames).astype(np.float32)
+    arrays = map(torch.from_numpy, (mask, np.flatnonzero(mask), np.concatenate(distractors), weights))
+    all_masked, masked, drawn, penalty_weights = arrays
+    return Wav2Vec2Batch(buffer, layout, all_masked, masked, num_masked, drawn, penalty_weights)
 
 
 def draw_distractors(num_masked: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -97,24 +113,21 @@ class Wav2Vec2(nn.Module):
         self.quantizer.temperature = max(last, first * self.config.gumbel_decay**step)
 
     def forward(self, batch: Wav2Vec2Batch) -> Loss:
-        features = self.encoder.features(batch.waveforms, batch.num_samples)
-        normed = self.encoder.feature_norm(features)  # (batch, frames, front_end.dim)
-        x = self.encoder.contextualize(normed, batch.num_samples, batch.mask)
-        places = batch.masked_frames[..., None]  # (batch, masked, 1)
-        real = torch.arange(places.shape[1], device=x.device) < batch.num_masked[:, None]  # (batch, masked)
-        predicted = self.project(x.gather(1, places.expand(-1, -1, x.shape[2])))  # (batch, masked, final_dim)
-        targets, codes, soft = self.quantizer(normed.gather(1, places.expand(-1, -1, normed.shape[2]))[real])
-        loss, correct = self._contrast(
-            predicted, self._restore(self.project_code(targets), real), self._restore(codes, real), batch, real
+        features = self.encoder.features(batch.waveforms, batch.layout)
+        normed = self.encoder.feature_norm(features)  # (frames, front_end.dim)
+        x = self.encoder.contextualize(normed, batch.layout, batch.mask)
+        predicted = self.project(x.index_select(0, batch.masked))  # (masked, final_dim)
+        targets, codes, soft = self.quantizer(
+            dropout(normed.index_select(0, batch.masked), self.config.feature_dropout, self.training)
         )
-        count = real.sum().float()
-        usage = soft.sum(0) / count.clamp(min=1)  # (groups, entries): how much each entry is used over the batch
+        losses, correct = self._contrast(predicted, self.project_code(targets), codes, batch)
+        loss, count = losses.sum(), losses.new_full((), len(losses))
+        usage = soft.sum(0) / max(1, len(soft))  # (groups, entries): how much each entry is used over the batch
         soft_perplexity = torch.exp(-(usage * (usage + 1e-7).log()).sum(1)).sum()
         size = self.config.num_groups * self.config.num_entries
         diversity = (size - soft_perplexity) / size
-        valid = torch.arange(features.shape[1], device=x.device) < num_frames(batch.num_samples)[:, None]
         total = loss + self.config.diversity_weight * count * diversity
-        total = total + feature_penalty(features, valid, batch.num_masked.float(), self.config.feature_penalty)
+        total = total + feature_penalty(features, batch.penalty_weights, self.config.feature_penalty)
         hard = torch.zeros_like(usage).scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=usage.dtype))
         metrics = {
             "contrastive_loss": (loss.detach(), count),
@@ -124,24 +137,19 @@ class Wav2Vec2(nn.Module):
         }
         return Loss(total, count, metrics)
 
-    def _contrast(
-        self, predicted: Tensor, targets: Tensor, codes: Tensor, batch: Wav2Vec2Batch, real: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Summed cross entropy of the true target among the distractors, and how often it wins."""
+    def _contrast(self, predicted: Tensor, targets: Tensor, codes: Tensor, batch: Wav2Vec2Batch) -> tuple[Tensor, Tensor]:
+        """Cross entropy (masked,) of the true target among the distractors, and how often it wins."""
         with torch.autocast(predicted.device.type, enabled=False):
-            similarity = F.normalize(predicted.float(), dim=2) @ F.normalize(targets.float(), dim=2).transpose(1, 2)
-            logits = similarity / self.config.temperature  # (batch, masked, masked)
-        positive = logits.diagonal(dim1=1, dim2=2)[..., None]
-        same = (codes[:, :, None] == codes[:, None]).all(3)  # a distractor with the true frame's codes is no distractor
-        negatives = logits.masked_fill(same, float("-inf")).gather(2, batch.distractors)  # (batch, masked, distractors)
-        choices = torch.cat([positive, negatives], dim=2)[real]
-        correct = (choices.detach().argmax(1) == 0) & (choices.detach()[:, 1:].max(1).values < choices.detach()[:, 0])
-        labels = torch.zeros(len(choices), dtype=torch.long, device=choices.device)
-        return F.cross_entropy(choices, labels, reduction="sum"), correct.sum().float()
-
-    @staticmethod
-    def _restore(rows: Tensor, real: Tensor) -> Tensor:
-        """Rows of the real masked frames (n, …) back to (batch, masked, …), zero where padded."""
-        padded = rows.new_zeros(*real.shape, *rows.shape[1:])
-        padded[real] = rows
-        return padded
+            predicted = F.normalize(predicted.float(), dim=1) / self.config.temperature
+            targets = F.normalize(targets.float(), dim=1)
+            choices = []
+            parts = zip(*(x.split(batch.num_masked) for x in (predicted, targets, codes, batch.distractors)), strict=True)
+            for query, key, code, others in parts:
+                logits = query @ key.T  # (masked, masked) of one utterance
+                same = (code[:, None] == code[None]).all(2)  # a distractor with the true frame's codes is no distractor
+                negatives = logits.masked_fill(same, float("-inf")).gather(1, others)  # (masked, distractors)
+                choices.append(torch.cat([logits.diagonal()[:, None], negatives], dim=1))
+        logits = torch.cat(choices)
+        correct = logits.detach()[:, 1:].max(1).values < logits.detach()[:, 0]
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        return F.cross_entropy(logits, labels, reduction="none"), correct.sum().float()

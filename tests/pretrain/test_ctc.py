@@ -20,6 +20,7 @@ from pretrain.ctc import CTCBatch, CTCConfig, CTCTask, Recognizer, TextConfig, V
 from pretrain.encoder import EncoderConfig, load_encoder
 from pretrain.finetuning import FinetuneConfig, draw_labelled, finetune
 from pretrain.manifest import Manifest
+from pretrain.packing import pack
 from pretrain.transcription import TranscribeConfig, transcribe
 
 TONES = {"a": 300.0, "b": 700.0, "c": 1500.0, "d": 3100.0, " ": 0.0}
@@ -103,10 +104,9 @@ def test_the_loss_sums_over_all_alignments() -> None:
     """Against every path of the frames that spells the target, and only over the utterance's own frames."""
     torch.manual_seed(0)
     model = Recognizer(EncoderConfig(architecture="tiny"), 3).eval()
-    lengths, targets = torch.tensor([1680, 1040]), torch.tensor([[1, 2, 2], [1, 0, 0]])  # 5 and 3 frames
-    waves = 0.1 * torch.randn(2, 1680)
-    waves[1, 1040:] = 0
-    batch = CTCBatch(waves, lengths, targets, torch.tensor([3, 1]), None, None)
+    targets = torch.tensor([[1, 2, 2], [1, 0, 0]])
+    waves, layout = pack([0.1 * np.random.default_rng(n).standard_normal(n, dtype=np.float32) for n in (1680, 1040)])  # 5, 3 frames
+    batch = CTCBatch(waves, layout, targets, (3, 1), None, None)
     loss = model(batch)
     expected = 0.0
     with torch.no_grad():
@@ -177,8 +177,9 @@ def test_training_masks_spans_of_time_and_channels_and_validation_nothing(
     job = task(manifest, Vocabulary.of(["ab cd"]), mask_channel_probability=0.05, mask_channel_length=4)
     batch = job.collate(np.array([0, 1]), 0)
     assert batch.mask is not None and batch.channel_mask is not None
-    assert batch.mask.any(1).all() and not batch.mask[1, 22:].any() and batch.channel_mask.shape == (2, 64)
-    assert batch.num_targets.tolist() == [11, 3] and batch.targets[1, 3:].tolist() == [0] * 8
+    assert batch.layout.num_frames == (82, 22) and len(batch.mask) == 104
+    assert all(mask.any() and not mask.all() for mask in batch.layout.split(batch.mask)) and batch.channel_mask.shape == (2, 64)
+    assert batch.num_targets == (11, 3) and batch.targets[1, 3:].tolist() == [0] * 8
     job.valid_set = job.train_set
     plain = job.collate_validation(np.array([0, 1]))
     assert plain.mask is None and plain.channel_mask is None and torch.equal(plain.waveforms, batch.waveforms)

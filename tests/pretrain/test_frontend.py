@@ -4,11 +4,14 @@ import kaldi_native_fbank
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.audio import num_frames as frames_of_audio
+from pretrain.audio import num_frames
 from pretrain.encoder import EncoderConfig
-from pretrain.frontend import CONV_KERNELS, CONV_STRIDES, FilterbankFrontEnd, WaveformFrontEnd, log_mel, mel_matrix, num_frames
+from pretrain.frontend import CONV_KERNELS, CONV_STRIDES, FilterbankFrontEnd, WaveformFrontEnd, log_mel, mel_matrix
+from pretrain.packing import Layout, pack
 from tests.reference.convolutions import convolve, randomize
 
 LENGTHS = [400, 719, 720, 5000, 8000]
@@ -27,10 +30,16 @@ def waveforms(lengths: list[int] = LENGTHS) -> list[Tensor]:
     return [0.1 * torch.randn(length, generator=generator) + 0.02 for length in lengths]
 
 
-def padded(waves: list[Tensor], extra: int = 0, value: float = 0.0) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, waves)) + extra
-    rows = [torch.cat([wave, torch.full((longest - len(wave),), value)]) for wave in waves]
-    return torch.stack(rows), torch.tensor([len(wave) for wave in waves])
+def packed(waves: list[Tensor]) -> tuple[Tensor, Layout]:
+    return pack([wave.numpy() for wave in waves])
+
+
+def between(buffer: Tensor, layout: Layout) -> Tensor:
+    """Marks the samples that fill the utterances' slots up to multiples of 320."""
+    mark = torch.ones(len(buffer), dtype=torch.bool)
+    for (first, _), length in zip(layout.slot_bounds, layout.num_samples, strict=True):
+        mark[320 * first : 320 * first + length] = False
+    return mark
 
 
 KINDS = [
@@ -46,17 +55,18 @@ def test_the_number_of_frames_is_exact_for_every_length() -> None:
         left = length
         for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True):
             left = (left - kernel) // stride + 1
-        assert num_frames(length) == left == frames_of_audio(length)
-    assert torch.equal(num_frames(torch.arange(400, 2001)), torch.tensor([num_frames(n) for n in range(400, 2001)]))
+        assert num_frames(length) == left
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_front_end_gives_that_number(kind: dict) -> None:
+def test_every_front_end_gives_that_number_alone_and_beside_others(kind: dict) -> None:
     module = front_end(**{**kind, "conv_dim": 2, "num_mels": 4})
-    for length in [*range(400, 420), *range(700, 740), *range(1030, 1060), *range(1061, 2000, 31), 2000]:
-        x = module(torch.ones(2, length).cumsum(1) / length, torch.tensor([length, length]))
-        assert x.shape == (2, num_frames(length), module.dim)
+    lengths = [*range(400, 420), *range(700, 740), *range(1030, 1060), *range(1061, 2000, 31), 2000]
+    waves = [torch.ones(length).cumsum(0) / length for length in lengths]
+    for wave, length in zip(waves, lengths, strict=True):
+        assert module(*packed([wave])).shape == (num_frames(length), module.dim)
+    assert module(*packed(waves)).shape == (sum(map(num_frames, lengths)), module.dim)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -64,63 +74,88 @@ def test_every_front_end_gives_that_number(kind: dict) -> None:
 def test_waveform_front_end_equals_a_plain_convolution_stack(kind: dict) -> None:
     module = front_end(**kind)
     assert isinstance(module, WaveformFrontEnd)
-    x = module(*padded(waveforms(), extra=777))
-    for row, wave in zip(x, waveforms(), strict=True):
-        expected = convolve(module, wave)
+    buffer, layout = packed(waveforms())
+    for row, wave in zip(layout.split(module(buffer, layout)), waveforms(), strict=True):
         # float32 sums in another order through seven layers; activations are of order 1
-        torch.testing.assert_close(row[: len(expected)], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(row, convolve(module, wave), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_waveform_front_end_has_the_gradients_of_a_plain_convolution_stack(kind: dict) -> None:
+@pytest.mark.parametrize("lengths", [[2500], LENGTHS], ids=["alone", "batch"])
+def test_waveform_front_end_has_the_gradients_of_a_plain_convolution_stack(kind: dict, lengths: list[int]) -> None:
     module = front_end(**kind).double()  # in float64 the two orders of summation agree closely, so the tolerance can be tight
     assert isinstance(module, WaveformFrontEnd)
-    wave = waveforms([2500])[0].double()
-    weight = torch.randn(num_frames(2500), 24, dtype=torch.float64)
-    (module(wave[None], torch.tensor([2500]))[0] * weight).sum().backward()
+    waves = waveforms(lengths)
+    buffer, layout = packed(waves)
+    buffer = buffer.double().requires_grad_(
+        kind["conv_norm"] == "layer"
+    )  # the group norm's statistics are of the waveform as given
+    weight = torch.randn(layout.total_frames, 24, dtype=torch.float64)
+    (module(buffer, layout) * weight).sum().backward()
     ours = [p.grad.clone() for p in module.parameters() if p.grad is not None]
     module.zero_grad()
-    (convolve(module, wave) * weight).sum().backward()
+    leaves = [wave.double().requires_grad_() for wave in waves]
+    (torch.cat([convolve(module, wave) for wave in leaves]) * weight).sum().backward()
     theirs = [p.grad for p in module.parameters()]
     assert len(ours) == len(theirs)
     for mine, reference in zip(ours, theirs, strict=True):
-        # the folded group norm's scale and shift pass through float32
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
+        # sums over thousands of windows in another order, beside the largest of the tensor
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-9 * float(reference.abs().max()))
+    if buffer.requires_grad:
+        assert buffer.grad is not None
+        torch.testing.assert_close(buffer.grad[~between(buffer, layout)], torch.cat([wave.grad for wave in leaves]))
+        assert not buffer.grad[between(buffer, layout)].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(400, 3000) | st.sampled_from([640, 960, *LENGTHS]), min_size=1, max_size=5))
 @torch.no_grad()
-def test_an_utterance_has_the_same_frames_alone_and_in_any_batch(kind: dict) -> None:
+def test_an_utterance_has_the_same_frames_alone_and_in_any_batch(kind: dict, lengths: list[int]) -> None:
     module = front_end(**kind)
-    together = module(*padded(waveforms(), extra=3333))
-    for row, wave in zip(together, waveforms(), strict=True):
-        alone = module(wave[None], torch.tensor([len(wave)]))[0]
+    buffer, layout = packed(waveforms(lengths))
+    for row, wave in zip(layout.split(module(buffer, layout)), waveforms(lengths), strict=True):
+        alone = module(*packed([wave]))
         # the same float32 products in matrices of another shape
-        torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(row, alone, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gain", [1000.0, float("nan")], ids=["loud", "nan"])
 @torch.no_grad()
-def test_what_stands_in_the_padding_does_not_matter(kind: dict) -> None:
+def test_what_the_neighbours_hold_does_not_matter_to_the_last_bit(kind: dict, gain: float) -> None:
     module = front_end(**kind)
-    zeros, lengths = padded(waveforms())
-    noise, _ = padded(waveforms(), value=0.7)
-    for row, other, length in zip(module(zeros, lengths), module(noise, lengths), lengths.tolist(), strict=True):
-        torch.testing.assert_close(row[: num_frames(length)], other[: num_frames(length)], rtol=1e-5, atol=2e-5)
+    buffer, layout = packed(waveforms())
+    expected = layout.split(module(buffer, layout))
+    for number, (first, last) in enumerate(layout.slot_bounds):
+        beside = buffer * gain
+        beside[320 * first : 320 * last] = buffer[320 * first : 320 * last]
+        assert torch.equal(layout.split(module(beside, layout))[number], expected[number])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.7, float("nan")], ids=["offset", "nan"])
+@torch.no_grad()
+def test_what_stands_between_utterances_does_not_matter(kind: dict, value: float) -> None:
+    module = front_end(**kind)
+    buffer, layout = packed(waveforms())
+    filled = torch.where(between(buffer, layout), value, buffer)
+    assert not torch.equal(filled, buffer)
+    assert torch.equal(module(filled, layout), module(buffer, layout))
 
 
 @torch.no_grad()
 def test_base_is_nearly_deaf_to_gain() -> None:
     module = front_end(conv_norm="group")
-    wave, lengths = padded([waveforms([8000])[0]])
+    wave, layout = packed(waveforms([8000]))
     # eps = 1e-5 of the group norm against channel variances of order 0.01
-    torch.testing.assert_close(module(wave, lengths), module(3 * wave, lengths), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(module(wave, layout), module(3 * wave, layout), rtol=0.05, atol=0.02)
 
 
 @torch.no_grad()
 def test_silence_gives_finite_frames() -> None:
     for kind in KINDS:
-        assert front_end(**kind)(torch.zeros(1, 1000), torch.tensor([1000])).isfinite().all()
+        assert front_end(**kind)(*packed([torch.zeros(1000), torch.zeros(400)])).isfinite().all()
 
 
 @torch.no_grad()
@@ -129,10 +164,10 @@ def test_a_filterbank_frame_stacks_the_two_windows_of_its_20_ms() -> None:
     assert isinstance(module, FilterbankFrontEnd)
     for length in (400, 559, 560, 719, 720, 880, 4000):
         wave = waveforms([length])[0]
-        rows = log_mel(wave[None], module.window, module.mel)[0]
+        rows = log_mel(wave, module.window, module.mel)
         assert len(rows) == (length - 400) // 160 + 1
         rows = (rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-5).sqrt()
-        frames = module(wave[None], torch.tensor([length]))[0]
+        frames = module(*packed([wave]))
         assert len(frames) == num_frames(length)
         for t, frame in enumerate(frames):
             second = min(2 * t + 1, len(rows) - 1)
@@ -142,9 +177,9 @@ def test_a_filterbank_frame_stacks_the_two_windows_of_its_20_ms() -> None:
 @torch.no_grad()
 def test_a_click_shows_in_the_frames_whose_windows_hold_it() -> None:
     module = front_end(front_end="filterbank")
-    wave = torch.zeros(1, 400 + 320 * 20)
-    wave[0, 320 * 10 + 200] = 0.5  # the centre of frame 10's first window
-    loud = module(wave, torch.tensor([wave.shape[1]]))[0, :, :20].mean(1)
+    wave = torch.zeros(400 + 320 * 20)
+    wave[320 * 10 + 200] = 0.5  # the centre of frame 10's first window
+    loud = module(*packed([wave]))[:, :20].mean(1)
     assert int(loud.argmax()) == 10
 
 

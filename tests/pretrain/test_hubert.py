@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from pretrain import pretraining
+from pretrain.audio import num_frames
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.encoder import EncoderConfig
-from pretrain.frontend import num_frames
-from pretrain.hubert import IGNORED, Hubert, HubertBatch, HubertConfig, perplexity
+from pretrain.hubert import Hubert, HubertBatch, HubertConfig, feature_penalty, hubert_batch, perplexity
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest
 from pretrain.pretraining import HubertTask, PretrainConfig, pretrain
@@ -30,28 +30,65 @@ def model(front_end: str = "filterbank", num_classes: int = 7, **options: Any) -
     return module
 
 
-def batch(lengths: list[int] = LENGTHS, num_classes: int = 7) -> HubertBatch:
-    """Row i is the same whatever the other rows are."""
-    waves, frames = torch.zeros(len(lengths), max(lengths)), num_frames(max(lengths))
-    mask, labels = torch.zeros(len(lengths), frames, dtype=torch.bool), torch.full((len(lengths), frames), IGNORED)
-    for row, length in enumerate(lengths):
-        generator = torch.Generator().manual_seed(length)
-        waves[row, :length] = 0.1 * torch.randn(length, generator=generator)
-        own = num_frames(length)
-        mask[row, :own] = torch.rand(own, generator=generator) < 0.4
-        labels[row, :own] = torch.randint(num_classes, (own,), generator=generator)
-        labels[row, own - 1] = IGNORED  # one label fewer than frames
-        mask[row, own - 1] = True
-    return HubertBatch(waves, torch.tensor(lengths), mask, labels)
+def utterance(length: int, num_classes: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Waveform, mask and labels, one label fewer than frames; the frame without is masked."""
+    rng = np.random.default_rng(length)
+    frames = num_frames(length)
+    mask = rng.random(frames) < 0.4
+    mask[-1] = True
+    return (0.1 * rng.standard_normal(length)).astype(np.float32), mask, rng.integers(0, num_classes, frames - 1)
+
+
+def batch(lengths: list[int] = LENGTHS) -> HubertBatch:
+    return hubert_batch(*zip(*map(utterance, lengths), strict=True))
+
+
+def parts(lengths: list[int] = LENGTHS) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Masks, labels (-1 where there is none) and, of frames with a label, which are masked: of each utterance."""
+    found = [utterance(length) for length in lengths]
+    masks = [torch.from_numpy(mask) for _, mask, _ in found]
+    labels = [torch.from_numpy(np.append(known, -1)) for *_, known in found]
+    return masks, labels, [mask & (known >= 0) for mask, known in zip(masks, labels, strict=True)]
+
+
+@torch.no_grad()
+def projected(module: Hubert, data: HubertBatch) -> tuple[Tensor, ...]:
+    """What the loss compares with the class embeddings: (frames, final_dim) of each utterance."""
+    encoder = module.encoder
+    features = encoder.feature_norm(encoder.features(data.waveforms, data.layout))
+    return data.layout.split(module.project(encoder.contextualize(features, data.layout, data.mask)))
+
+
+def test_a_batch_numbers_its_frames_and_weighs_them_by_utterance() -> None:
+    data, (masks, labels, targets) = batch(), parts()
+    assert data.layout.num_samples == tuple(LENGTHS) and torch.equal(data.mask, torch.cat(masks))
+    whole, owner = torch.cat(labels), torch.repeat_interleave(torch.tensor(data.layout.num_frames))
+    assert torch.equal(data.masked, torch.where(torch.cat(targets))[0]) and torch.equal(data.masked_labels, whole[data.masked])
+    seen = torch.where((whole >= 0) & ~data.mask)[0]
+    assert torch.equal(data.seen, seen) and torch.equal(data.seen_labels, whole[seen])
+    for number, (target, frames) in enumerate(zip(targets, data.layout.num_frames, strict=True)):
+        own, its = owner == number, owner[data.seen] == number
+        count = float(target.sum())
+        # float32 sums: an utterance's weights amount to its masked frames with a label
+        assert float(data.penalty_weights[own].sum()) == pytest.approx(count, rel=1e-6)
+        assert float(data.seen_weights[its].sum()) == pytest.approx(count, rel=1e-6)
+        assert data.penalty_weights[own].unique().numel() == data.seen_weights[its].unique().numel() == 1
+        assert int(own.sum()) == frames
+    assert [x.dtype for x in (data.waveforms, data.seen_weights, data.penalty_weights)] == [torch.float32] * 3
+
+
+def test_an_utterance_all_of_whose_frames_are_masked_has_none_to_see() -> None:
+    wave, mask, labels = utterance(3000)
+    data = hubert_batch([wave, wave], [np.ones_like(mask), mask], [labels, labels])
+    assert data.seen_weights.isfinite().all() and (data.seen >= len(mask)).all()
+    assert float(data.penalty_weights[: len(mask)].sum()) == pytest.approx(len(labels))
 
 
 def test_the_loss_is_the_papers_summed_over_masked_frames() -> None:
-    module, data = model(), batch()
+    module, data, (masks, labels, targets) = model(), batch(), parts()
     loss = module(data)
-    with torch.no_grad():
-        x = module.project(module.encoder(data.waveforms, data.num_samples, data.mask))
-    total, count, correct = hubert_loss(x, module.class_embeddings.detach(), data.labels, data.mask, 0.1)
-    assert int(loss.count) == count == int((data.mask & (data.labels != IGNORED)).sum()) > 10
+    total, count, correct = hubert_loss(projected(module, data), module.class_embeddings.detach(), labels, masks, 0.1)
+    assert int(loss.count) == count == int(torch.cat(targets).sum()) > 10
     assert loss.total.item() == pytest.approx(total, rel=1e-5)  # float32 against float64
     assert loss.metrics["prediction_loss"][0].item() == pytest.approx(total, rel=1e-5)
     assert loss.metrics["accuracy"][0].item() == correct
@@ -59,27 +96,23 @@ def test_the_loss_is_the_papers_summed_over_masked_frames() -> None:
     assert histogram.shape == (7,) and histogram.sum() == count
 
 
-def test_the_temperature_divides_and_padding_adds_nothing() -> None:
-    module, data = model(temperature=0.5), batch()
-    with torch.no_grad():
-        x = module.project(module.encoder(data.waveforms, data.num_samples, data.mask))
-        total, _, _ = hubert_loss(x, module.class_embeddings, data.labels, data.mask, 0.5)
-        assert module(data).total.item() == pytest.approx(total, rel=1e-5)
-        wider = HubertBatch(
-            F.pad(data.waveforms, (0, 3200)), data.num_samples, F.pad(data.mask, (0, 10)), F.pad(data.labels, (0, 10), value=IGNORED)
-        )  # fmt: skip
-        assert module(wider).total.item() == pytest.approx(total, rel=1e-5)
+def test_the_temperature_divides_and_what_lies_between_utterances_adds_nothing() -> None:
+    module, data, (masks, labels, _) = model("waveform", temperature=0.5, feature_penalty=0.0), batch(), parts()
+    total, _, _ = hubert_loss(projected(module, data), module.class_embeddings.detach(), labels, masks, 0.5)
+    assert module(data).total.item() == pytest.approx(total, rel=1e-5)
+    filled = torch.full_like(data.waveforms, 0.7)
+    for (first, _), length in zip(data.layout.slot_bounds, LENGTHS, strict=True):
+        filled[320 * first : 320 * first + length] = data.waveforms[320 * first : 320 * first + length]
+    assert not torch.equal(filled, data.waveforms)
+    assert module(data._replace(waveforms=filled)).total.item() == module(data).total.item()
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "filterbank"])
 def test_the_penalty_is_each_utterances_mean_square_feature_times_its_masked_frames(front_end: str) -> None:
-    data = batch()
+    data, (_, _, targets) = batch(), parts()
     module = model(front_end, feature_penalty=10.0)
-    features = module.encoder.features(data.waveforms, data.num_samples).detach()
-    expected = 0.0
-    for row, mask, labels in zip(features, data.mask, data.labels, strict=True):
-        known = labels != IGNORED
-        expected += 10.0 * float((mask & known).sum()) * float(row[known].square().mean())
+    features = data.layout.split(module.encoder.features(data.waveforms, data.layout).detach())
+    expected = sum(10.0 * float(target.sum()) * float(own.square().mean()) for own, target in zip(features, targets, strict=True))
     if front_end == "filterbank":  # nothing there to keep small
         expected = 0.0
     loss = module(data)
@@ -87,42 +120,65 @@ def test_the_penalty_is_each_utterances_mean_square_feature_times_its_masked_fra
 
 
 def test_unmasked_frames_weigh_like_their_mean() -> None:
-    data = batch()
+    data, (masks, labels, targets) = batch(), parts()
     plain, both = model(), model(unmasked_weight=0.5)
-    expected = plain(data).total.item()
-    x = both.project(both.encoder(data.waveforms, data.num_samples, data.mask)).detach()
-    for row, mask, labels in zip(x, data.mask, data.labels, strict=True):
-        seen = ~mask & (labels != IGNORED)
-        total, count, _ = hubert_loss(row[None], both.class_embeddings.detach(), labels[None], seen[None], 0.1)
-        expected += 0.5 * total / count * int((mask & (labels != IGNORED)).sum())
-    assert both(data).total.item() == pytest.approx(expected, rel=1e-5)
-    assert int(both(data).count) == int(plain(data).count)
+    expected, seen_correct, seen_count = plain(data).total.item(), 0, 0
+    for x, mask, label, target in zip(projected(both, data), masks, labels, targets, strict=True):
+        total, count, correct = hubert_loss([x], both.class_embeddings.detach(), [label], [~mask], 0.1)
+        expected += 0.5 * total / count * int(target.sum())
+        seen_correct, seen_count = seen_correct + correct, seen_count + count
+    loss = both(data)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+    assert int(loss.count) == int(plain(data).count)
+    assert [int(value) for value in loss.metrics["accuracy_unmasked"]] == [seen_correct, seen_count]
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "filterbank"])
 def test_every_term_is_a_sum_over_utterances_so_that_batches_can_be_split(front_end: str) -> None:
     module = model(front_end, unmasked_weight=0.5)
     together = module(batch())
-    parts = [module(batch([length])) for length in LENGTHS]
+    apart = [module(batch([length])) for length in LENGTHS]
     # float32, matrices of other shapes
-    assert together.total.item() == pytest.approx(sum(part.total.item() for part in parts), rel=1e-5)
-    assert together.count.item() == sum(part.count.item() for part in parts)
+    assert together.total.item() == pytest.approx(sum(part.total.item() for part in apart), rel=1e-5)
+    assert together.count.item() == sum(part.count.item() for part in apart)
     together.total.backward()
     whole = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
-    sum(part.total for part in parts).backward()
+    sum(part.total for part in apart).backward()
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             # gradients of thousands of summed products in float32, beside the largest of the tensor
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-4 * float(whole[name].abs().max()))
 
 
-def test_a_batch_without_a_masked_frame_has_loss_and_count_zero() -> None:
-    data = batch()
-    for front_end in ("waveform", "filterbank"):
-        loss = model(front_end, unmasked_weight=1.0)(data._replace(mask=torch.zeros_like(data.mask)))
-        loss.total.backward()
-        assert loss.total.item() == loss.count.item() == 0
+@pytest.mark.parametrize("front_end", ["waveform", "filterbank"])
+def test_a_batch_without_a_masked_frame_has_loss_and_count_zero(front_end: str) -> None:
+    waves, masks, labels = zip(*map(utterance, LENGTHS), strict=True)
+    module = model(front_end, unmasked_weight=1.0)
+    loss = module(hubert_batch(waves, [np.zeros_like(mask) for mask in masks], labels))
+    loss.total.backward()
+    assert loss.total.item() == loss.count.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "filterbank"])
+def test_autocast_to_bfloat16_runs_with_a_loss_in_float32(front_end: str) -> None:
+    module, data = model(front_end, unmasked_weight=0.5), batch()
+    expected = module(data).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module(data)
+    assert loss.total.dtype == torch.float32
+    assert loss.total.item() == pytest.approx(expected.item(), rel=0.02)  # 8 bits of mantissa, averaged over 50 frames
+    loss.total.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_the_penalty_is_in_float32_under_autocast() -> None:
+    features, weights = torch.randn(300, 8, requires_grad=True), torch.rand(300)
+    expected = feature_penalty(features, weights, 10.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = feature_penalty(features, weights, 10.0)
+    assert found.dtype == torch.float32 and found.item() == expected.item()
 
 
 def test_perplexity_counts_classes_in_use() -> None:
@@ -156,8 +212,11 @@ def test_a_label_more_or_fewer_is_accepted(
     frames = num_frames(4000)
     make_labels(tmp_path / "labels", {"u00": frames + difference})
     task = HubertTask(config(tmp_path, manifest), manifest, Labels(tmp_path / "labels"))
-    labels = task.collate(np.array([0]), 0).labels[0]
-    assert len(labels) == frames and int((labels == IGNORED).sum()) == max(0, -difference)
+    data = task.collate(np.array([0]), 0)
+    assert data.layout.num_frames == (frames,)
+    known = torch.cat([data.masked, data.seen]).sort().values
+    assert known.tolist() == list(range(frames + min(0, difference)))  # each frame that has a label, once
+    assert torch.equal(torch.cat([data.masked_labels, data.seen_labels]), torch.cat([data.masked, data.seen]) % 5)
 
 
 @pytest.mark.parametrize("difference", [-2, 2, 12])

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain import pretraining
-from pretrain.batches import pad
+from pretrain.audio import num_frames
 from pretrain.encoder import EncoderConfig
-from pretrain.frontend import num_frames
 from pretrain.manifest import Manifest
 from pretrain.pretraining import PretrainConfig, Wav2Vec2Task, pretrain
-from pretrain.wav2vec2 import GumbelQuantizer, Wav2Vec2, Wav2Vec2Batch, Wav2Vec2Config, draw_distractors
+from pretrain.wav2vec2 import GumbelQuantizer, Wav2Vec2, Wav2Vec2Batch, Wav2Vec2Config, draw_distractors, wav2vec2_batch
 from tests.reference.convolutions import randomize
 from tests.reference.losses import contrastive_loss, diversity
 
@@ -31,37 +30,46 @@ def model(front_end: str = "filterbank", **options: Any) -> Wav2Vec2:
     return module
 
 
-def batch(lengths: list[int] = LENGTHS, num_distractors: int = 8) -> tuple[Wav2Vec2Batch, list[torch.Tensor]]:
-    waves, masks, frames, distractors = [], [], [], []
-    for length in lengths:
-        rng = np.random.default_rng(length)
-        waves.append((0.1 * rng.standard_normal(length)).astype(np.float32))
-        mask = rng.random(num_frames(length)) < 0.5
-        masks.append(mask)
-        frames.append(np.flatnonzero(mask))
-        distractors.append(draw_distractors(int(mask.sum()), num_distractors, rng))
-    counts = torch.tensor([len(array) for array in frames])
-    data = Wav2Vec2Batch(pad(waves, 0), torch.tensor(lengths), pad(masks, False), pad(frames, 0), counts, pad(distractors, 0))
-    return data, [torch.from_numpy(array) for array in distractors]
+def utterance(length: int, num_distractors: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Waveform, mask and distractors."""
+    rng = np.random.default_rng(length)
+    wave = (0.1 * rng.standard_normal(length)).astype(np.float32)
+    mask = rng.random(num_frames(length)) < 0.5
+    return wave, mask, draw_distractors(int(mask.sum()), num_distractors, rng)
+
+
+def batch(lengths: list[int] = LENGTHS) -> Wav2Vec2Batch:
+    return wav2vec2_batch(*zip(*map(utterance, lengths), strict=True))
+
+
+def test_a_batch_numbers_its_frames_and_weighs_them_by_utterance() -> None:
+    data = batch()
+    waves, masks, distractors = zip(*map(utterance, LENGTHS), strict=True)
+    assert data.layout.num_samples == tuple(map(len, waves)) and data.num_masked == tuple(int(mask.sum()) for mask in masks)
+    assert np.array_equal(data.mask, np.concatenate(masks)) and torch.equal(data.masked, torch.where(data.mask)[0])
+    assert np.array_equal(data.distractors, np.concatenate(distractors))
+    for weights, count in zip(data.layout.split(data.penalty_weights), data.num_masked, strict=True):
+        assert weights.unique().numel() == 1 and float(weights.sum()) == pytest.approx(count, rel=1e-6)  # float32
+    assert data.waveforms.dtype == data.penalty_weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize("entries", [{"num_entries": 5, "num_groups": 2}, {"num_entries": 2, "num_groups": 1}])
 def test_the_loss_is_the_papers_summed_over_masked_frames(entries: dict) -> None:
     """With one group of two entries about half of the distractors are the positive in disguise, and some frames have no other."""
     module = model(**entries, diversity_weight=0.3)
-    data, distractors = batch()
+    data = batch()
     loss = module(data)
     with torch.no_grad():
-        normed = module.encoder.feature_norm(module.encoder.features(data.waveforms, data.num_samples))
-        x = module.project(module.encoder.contextualize(normed, data.num_samples, data.mask))
-        quantized, codes, soft = module.quantizer(normed.flatten(0, 1))
-    targets = module.project_code(quantized).detach().unflatten(0, x.shape[:2])
-    codes = codes.unflatten(0, x.shape[:2])
-    total, count, correct = contrastive_loss(x, targets, codes, data.mask, distractors, 0.1)
+        normed = module.encoder.feature_norm(module.encoder.features(data.waveforms, data.layout))
+        x = module.project(module.encoder.contextualize(normed, data.layout, data.mask))
+        quantized, codes, soft = module.quantizer(normed)
+        targets = module.project_code(quantized)
+    each = [data.layout.split(rows) for rows in (x, targets, codes, data.mask)]
+    total, count, correct = contrastive_loss(*each, data.distractors.split(data.num_masked), 0.1)  # type: ignore[arg-type]
     assert int(loss.count) == count == int(data.mask.sum()) > 20
     assert loss.metrics["contrastive_loss"][0].item() == pytest.approx(total, rel=1e-5)  # float32 against float64
     assert loss.metrics["accuracy"][0].item() == correct
-    spread = diversity(soft.unflatten(0, x.shape[:2])[data.mask])
+    spread = diversity(soft[data.mask])
     # (size - perplexity) cancels: 1e-6 of size remain
     assert loss.metrics["diversity_loss"][0].item() == pytest.approx(spread * count, abs=1e-6 * count * 10)
     assert loss.total.item() == pytest.approx(total + 0.3 * spread * count, rel=1e-5)
@@ -72,7 +80,7 @@ def test_the_loss_is_the_papers_summed_over_masked_frames(entries: dict) -> None
 
 def test_a_distractor_with_the_codes_of_the_positive_does_not_count() -> None:
     module = model()
-    data, _ = batch()
+    data = batch()
     torch.nn.init.zeros_(module.quantizer.logits.weight)  # every frame has the same codes
     loss = module(data)
     assert loss.metrics["contrastive_loss"][0].item() == 0
@@ -82,7 +90,7 @@ def test_a_distractor_with_the_codes_of_the_positive_does_not_count() -> None:
 
 
 def test_the_diversity_is_zero_for_even_use_and_nearly_one_for_one_entry() -> None:
-    data, _ = batch()
+    data = batch()
     for bias, expected in ((0.0, 0.0), (50.0, 1 - 2 / 10)):  # perplexity 5 in each of two groups, or 1
         module = model()
         torch.nn.init.zeros_(module.quantizer.logits.weight)
@@ -92,41 +100,66 @@ def test_the_diversity_is_zero_for_even_use_and_nearly_one_for_one_entry() -> No
         assert (total / count).item() == pytest.approx(expected, abs=1e-5)  # the logarithm's 1e-7
 
 
-def test_padding_and_batch_mates_change_nothing_but_the_diversity() -> None:
+def test_batch_mates_change_nothing_but_the_diversity() -> None:
     module = model("waveform", diversity_weight=0.0)
-    together = module(batch()[0])
-    parts = [module(batch([length])[0]) for length in LENGTHS]
+    together = module(batch())
+    parts = [module(batch([length])) for length in LENGTHS]
     # float32, matrices of other shapes
     assert together.total.item() == pytest.approx(sum(part.total.item() for part in parts), rel=1e-5)
     assert together.count.item() == sum(part.count.item() for part in parts)
+    assert together.metrics["accuracy"][0].item() == sum(part.metrics["accuracy"][0].item() for part in parts)
+    together.total.backward()
+    whole = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    sum(part.total for part in parts).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            # gradients of thousands of summed products in float32, beside the largest of the tensor; a key's bias moves no
+            # attention weight, so its gradient is rounding alone
+            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-4 * float(whole[name].abs().max()) + 1e-4)
+
+
+def test_what_lies_between_utterances_changes_nothing() -> None:
+    module, data = model("waveform"), batch()
+    filled = torch.full_like(data.waveforms, 0.7)
+    for (first, _), length in zip(data.layout.slot_bounds, LENGTHS, strict=True):
+        filled[320 * first : 320 * first + length] = data.waveforms[320 * first : 320 * first + length]
+    assert not torch.equal(filled, data.waveforms)
+    assert module(data._replace(waveforms=filled)).total.item() == module(data).total.item()
 
 
 def test_the_penalty_reaches_a_waveform_front_end() -> None:
-    data, _ = batch()
+    data = batch()
     module = model("waveform", diversity_weight=0.0, feature_penalty=10.0)
-    features = module.encoder.features(data.waveforms, data.num_samples).detach()
-    frames = num_frames(data.num_samples).tolist()
-    expected = sum(
-        10 * int(n) * float(row[:t].square().mean()) for row, t, n in zip(features, frames, data.num_masked, strict=True)
-    )
+    features = data.layout.split(module.encoder.features(data.waveforms, data.layout).detach())
+    expected = sum(10 * count * float(own.square().mean()) for own, count in zip(features, data.num_masked, strict=True))
     loss = module(data)
     assert (loss.total - loss.metrics["contrastive_loss"][0]).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("lengths", [[1100], [700], [700, 9000], [400, 450]])
 def test_utterances_with_one_masked_frame_or_none_are_no_fault(lengths: list[int]) -> None:
-    data, _ = batch(lengths)
+    waves = [utterance(length)[0] for length in lengths]
     masks = [np.zeros(num_frames(length), bool) for length in lengths]
     masks[0][: 1 if lengths[0] > 1000 else 0] = True
-    frames = [np.flatnonzero(mask) for mask in masks]
-    distractors = [draw_distractors(len(array), 8, np.random.default_rng(0)) for array in frames]
-    counts = torch.tensor([len(array) for array in frames])
+    distractors = [draw_distractors(int(mask.sum()), 8, np.random.default_rng(0)) for mask in masks]
     module = model("waveform").train()
-    loss = module(
-        data._replace(mask=pad(masks, False), masked_frames=pad(frames, 0), num_masked=counts, distractors=pad(distractors, 0))
-    )
+    loss = module(wav2vec2_batch(waves, masks, distractors))
     loss.total.backward()
-    assert int(loss.count) == counts.sum() and loss.total.isfinite()
+    assert int(loss.count) == sum(int(mask.sum()) for mask in masks) and loss.total.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("front_end", ["waveform", "filterbank"])
+def test_autocast_to_bfloat16_runs_with_a_loss_in_float32(front_end: str) -> None:
+    module, data = model(front_end), batch()
+    expected = module(data).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module(data)
+    assert loss.total.dtype == torch.float32
+    # 8 bits of mantissa, and a code here and there that another entry wins
+    assert loss.total.item() == pytest.approx(expected.item(), rel=0.05)
+    loss.total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
@@ -199,10 +232,12 @@ def test_a_run_of_the_verb_tells_its_codes_perplexity(tmp_path: Path, manifest: 
 def test_batches_of_the_verb_hold_each_utterances_own_masked_frames(tmp_path: Path, manifest: Manifest) -> None:
     task = Wav2Vec2Task(config(tmp_path, manifest), manifest)
     data = task.collate(np.array([2, 0, 3]), 1)
-    for row, count in enumerate(data.num_masked.tolist()):
-        assert data.masked_frames[row, :count].tolist() == torch.where(data.mask[row])[0].tolist()
-        assert data.distractors[row, :count].max() < count
-    assert data.distractors.shape == (3, int(data.num_masked.max()), 10)
+    assert len(data.num_masked) == 3 and torch.equal(data.masked, torch.where(data.mask)[0])
+    for mask, count, drawn in zip(
+        data.layout.split(data.mask), data.num_masked, data.distractors.split(data.num_masked), strict=True
+    ):
+        assert int(mask.sum()) == count > 0 and int(drawn.min()) >= 0 and int(drawn.max()) < count
+    assert data.distractors.shape == (sum(data.num_masked), 10)
 
 
 def test_a_collapsed_codebook_stops_the_run_with_a_message(

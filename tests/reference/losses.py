@@ -1,6 +1,7 @@
-"""The two objectives frame by frame, as the papers write them: loops, in float64."""
+"""The two objectives frame by frame, as the papers write them: loops, in float64. Every argument is one tensor an utterance."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,23 +17,25 @@ def cross_entropy(positive: float, negatives: list[float]) -> float:
     return math.log(sum(math.exp(score - highest) for score in [positive, *negatives])) + highest - positive
 
 
-def hubert_loss(projected: Tensor, embeddings: Tensor, labels: Tensor, mask: Tensor, temperature: float) -> tuple[float, int, int]:
+def hubert_loss(
+    projected: Sequence[Tensor], embeddings: Tensor, labels: Sequence[Tensor], masks: Sequence[Tensor], temperature: float
+) -> tuple[float, int, int]:
     """HuBERT, equation 3: frame against its class and all classes as negatives, the positive's duplicate at minus infinity.
 
-    projected (batch, frames, dim), embeddings (classes, dim), labels (batch, frames; negative where unknown), mask (batch,
-    frames). Returns the loss summed over masked frames, how many they are and how many are predicted right.
+    projected[i] (frames, dim), embeddings (classes, dim), labels[i] (frames,; negative where unknown), masks[i] (frames,).
+    Returns the loss summed over masked frames, how many they are and how many are predicted right.
     """
-    projected, embeddings = projected.double(), embeddings.double()
+    embeddings = embeddings.double()
     total, count, correct = 0.0, 0, 0
-    for i in range(len(projected)):
-        for t in range(projected.shape[1]):
-            if not mask[i, t] or labels[i, t] < 0:
+    for frames, numbers, mask in zip(projected, labels, masks, strict=True):
+        for frame, label, masked in zip(frames.double(), numbers.tolist(), mask.tolist(), strict=True):
+            if not masked or label < 0:
                 continue
-            positive = cosine(projected[i, t], embeddings[labels[i, t]]) / temperature
+            positive = cosine(frame, embeddings[label]) / temperature
             negatives = []
             for number, embedding in enumerate(embeddings):
-                duplicate = number == int(labels[i, t])
-                negatives.append(-math.inf if duplicate else cosine(projected[i, t], embedding) / temperature)
+                duplicate = number == label
+                negatives.append(-math.inf if duplicate else cosine(frame, embedding) / temperature)
             total += cross_entropy(positive, negatives)
             correct += positive > max(negatives)
             count += 1
@@ -40,24 +43,25 @@ def hubert_loss(projected: Tensor, embeddings: Tensor, labels: Tensor, mask: Ten
 
 
 def contrastive_loss(
-    projected: Tensor, targets: Tensor, codes: Tensor, mask: Tensor, distractors: list[Tensor], temperature: float
-) -> tuple[float, int, int]:
+    projected: Sequence[Tensor], targets: Sequence[Tensor], codes: Sequence[Tensor], masks: Sequence[Tensor],
+    distractors: Sequence[Tensor], temperature: float,
+) -> tuple[float, int, int]:  # fmt: skip
     """wav2vec 2.0, equation 3: a masked frame's own quantised target among those of other masked frames of the utterance.
 
-    projected and targets (batch, frames, dim), codes (batch, frames, groups), distractors[i] (masked, K) as places among the
-    masked frames. A distractor with the positive's codes is at minus infinity.
+    projected[i] and targets[i] (frames, dim), codes[i] (frames, groups), masks[i] (frames,), distractors[i] (masked, K) as places
+    among the masked frames. A distractor with the positive's codes is at minus infinity.
     """
-    projected, targets = projected.double(), targets.double()
     total, count, correct = 0.0, 0, 0
-    for i in range(len(projected)):
-        frames = torch.where(mask[i])[0].tolist()
-        for place, t in enumerate(frames):
-            positive = cosine(projected[i, t], targets[i, t]) / temperature
+    for queries, keys, numbers, mask, drawn in zip(projected, targets, codes, masks, distractors, strict=True):
+        frames = torch.where(mask)[0].tolist()
+        for t, others in zip(frames, drawn.tolist(), strict=True):
+            query = queries[t].double()
+            positive = cosine(query, keys[t].double()) / temperature
             negatives = []
-            for other in distractors[i][place].tolist():
+            for other in others:
                 u = frames[other]
-                same = bool((codes[i, u] == codes[i, t]).all())
-                negatives.append(-math.inf if same else cosine(projected[i, t], targets[i, u]) / temperature)
+                same = bool((numbers[u] == numbers[t]).all())
+                negatives.append(-math.inf if same else cosine(query, keys[u].double()) / temperature)
             total += cross_entropy(positive, negatives)
             correct += positive > max(negatives)
             count += 1
