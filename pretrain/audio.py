@@ -1,19 +1,24 @@
 """Audio in: any wav, flac, ogg or mp3 becomes a float32 mono waveform at 16 kHz, and every fault becomes a ValueError.
 
+A recording is a file or a member of an uncompressed tar; of either only the samples that are wanted are read.
+
 Frames are the encoder's: 400-sample windows (25 ms) every 320 samples (20 ms), so frame t is centred on t * 20 + 12.5 ms.
 """
 
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
     from pretrain.manifest import Phone, Utterance
 
 SAMPLE_RATE = 16000
@@ -21,6 +26,7 @@ MIN_SAMPLES = 400
 HOP = 320
 
 _BLOCK = 1 << 20  # native samples decoded at a time while probing, so that a day-long file needs no day-long array
+_READ_AHEAD = 1 << 17  # bytes read from a tar at a time: half of ten seconds of flac
 _UNKNOWN_SIZE = 0x7FFFFF00  # streamed WAVs carry a data size of (nearly) 2 or 4 GiB that means nothing
 
 
@@ -29,31 +35,42 @@ def num_frames(num_samples: int) -> int:
     return (num_samples - MIN_SAMPLES) // HOP + 1 if num_samples >= MIN_SAMPLES else 0
 
 
-def load_audio(utterance: "Utterance") -> np.ndarray:
-    """Decode one utterance: float32, (utterance.length,), mono (channels averaged), 16 kHz.
+class Member(NamedTuple):
+    """Where a recording lies in an uncompressed tar, in bytes."""
 
-    Only the utterance's own samples are read from a longer file. An unreadable, truncated or too short file, another sample
-    rate than the manifest recorded, and NaN or infinite samples are ValueErrors that name the file.
+    offset: int
+    size: int
+
+
+def load_audio(utterance: "Utterance", first: int = 0, count: int | None = None) -> np.ndarray:
+    """Decode one utterance: float32, (utterance.length,), mono (channels averaged), 16 kHz; or `count` samples of it from `first`.
+
+    Only these samples are read from a longer recording, except of one that must be resampled, where the whole utterance is. An
+    unreadable, truncated or too short recording, another sample rate than the manifest recorded, and NaN or infinite samples are
+    ValueErrors that name the file and the utterance.
     """
-    path, wanted = utterance.path, utterance.num_samples
+    rate, start, wanted, length = utterance.sample_rate, utterance.start, utterance.num_samples, utterance.length
+    if rate == SAMPLE_RATE and count is not None:
+        start, wanted, length = start + first, count, count
+        first = 0
     try:
-        with _open(path) as file:
-            if file.samplerate != utterance.sample_rate:
-                raise ValueError(f"is at {file.samplerate} Hz where the manifest has {utterance.sample_rate}; index it again")
-            file.seek(min(utterance.start, file.frames))
+        with _open(utterance.path, utterance.member) as file:
+            if file.samplerate != rate:
+                raise ValueError(f"is at {file.samplerate} Hz where the manifest has {rate}; index it again")
+            file.seek(min(start, file.frames))
             wave = file.read(wanted, dtype="float32", always_2d=True)
-        _require_samples(len(wave), wanted, utterance.sample_rate)
+        _require_samples(len(wave), wanted, rate)
         _require_finite(wave)
         wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
-        if utterance.sample_rate != SAMPLE_RATE:
-            wave = soxr.resample(wave, utterance.sample_rate, SAMPLE_RATE)
+        if rate != SAMPLE_RATE:
+            wave = soxr.resample(wave, rate, SAMPLE_RATE)
         if utterance.length < MIN_SAMPLES:
             raise ValueError(_too_short(utterance.length))
     except ValueError as error:
-        raise ValueError(f"{path} (utterance {utterance.id!r}): {error}") from None
+        raise ValueError(f"{utterance.path} (utterance {utterance.id!r}): {error}") from None
     # Resamplers round to the nearest sample, and compressed formats may end a few samples early: make the length exact.
-    wave = wave[: utterance.length]
-    return np.ascontiguousarray(np.pad(wave, (0, utterance.length - len(wave))))
+    wave = np.pad(wave[:length], (0, max(0, length - len(wave))))
+    return np.ascontiguousarray(wave if count is None else wave[first : first + count])
 
 
 def probe_audio(
@@ -62,13 +79,15 @@ def probe_audio(
     duration_seconds: float | None = None,
     num_samples: int | None = None,
     decode: bool = True,
+    member: Member | None = None,
 ) -> tuple[int, int, int]:
     """Examine a recording or a segment of it: (start, num_samples, sample_rate), in native samples.
 
-    `duration_seconds` cuts a segment; `num_samples` is what a list claims that the whole file has. With `decode` every sample
-    is decoded and checked (in blocks); without it, only the header is read. What is wrong is the message of a ValueError.
+    `duration_seconds` cuts a segment; `num_samples` is what a list claims that the whole file has; `member` is where the recording
+    lies in a tar at `path`. With `decode` every sample is decoded and checked (in blocks); without it, only the header is read.
+    What is wrong is the message of a ValueError.
     """
-    with _open(path) as file:
+    with _open(path, member) as file:
         rate, available = file.samplerate, file.frames
         start = round(offset_seconds * rate)
         count = available - start
@@ -106,14 +125,20 @@ def phone_frames(phones: "Sequence[Phone]", num_frames: int) -> np.ndarray:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[soundfile.SoundFile]:
-    """Open for reading; the reasons for which a file cannot be read or decoded, as short ValueErrors without its name."""
+def _open(path: str, member: Member | None) -> Iterator[soundfile.SoundFile]:
+    """Open for reading; the reasons for which a recording cannot be read or decoded, as short ValueErrors without its name."""
     if not os.path.isfile(path):
         raise ValueError("no such file")
-    if os.path.getsize(path) == 0:
+    size = os.path.getsize(path)
+    if (size if member is None else member.size) == 0:
         raise ValueError("is empty (0 bytes)")
+    if member is not None and size < sum(member):
+        raise ValueError(f"is truncated: {max(0, size - member.offset)} of {member.size} bytes are in the tar")
     try:
-        with soundfile.SoundFile(path) as file:
+        source: AbstractContextManager[str | io.BufferedReader] = (
+            nullcontext(path) if member is None else io.BufferedReader(_Window(path, member), _READ_AHEAD)
+        )
+        with source as opened, soundfile.SoundFile(opened) as file:
             # libsndfile quietly shortens a WAV whose data chunk promises more than the file holds; its log tells.
             cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
             if cut and int(cut[2]) < int(cut[1]) < _UNKNOWN_SIZE:
@@ -122,6 +147,34 @@ def _open(path: str) -> Iterator[soundfile.SoundFile]:
     except soundfile.LibsndfileError as error:
         detail = error.error_string.rstrip(".") or f"decoder error {error.code}"
         raise ValueError(f"cannot be decoded ({detail}): damaged, truncated or not audio") from None
+
+
+class _Window(io.RawIOBase):
+    """A member of a tar as a file of its own: nothing before or behind it can be read."""
+
+    def __init__(self, path: str, member: Member):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._member, self._position = member, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self._member.size)[whence])
+        return self._position
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer)[: max(0, self._member.size - self._position)]
+        count = os.preadv(self._file.fileno(), [view], self._member.offset + self._position)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _decode(file: soundfile.SoundFile, start: int, count: int) -> int:

@@ -1,8 +1,12 @@
 """Batches of speech: which utterances go together, where each is cropped, and their waveforms.
 
-Utterances of like length share a batch; no utterance is left out for being shorter than the crop. Everything is a pure function
-of (seed, epoch, utterance), whatever the number of ranks.
+A batch is filled with utterances in random order, whatever their lengths, and then shared among the micro-batches so that each
+has about the same amount of audio: nothing is padded, so like lengths need not go together (sorted by length, the slowest
+micro-batch has up to 25 % more to do). No utterance is left out for being shorter than the crop. Everything is a pure function of
+(seed, epoch, utterance), whatever the number of ranks.
 """
+
+import heapq
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ from pretrain.manifest import Manifest
 class BatchConfig(Config):
     """How much audio goes together, and what is cropped or left out."""
 
-    batch_seconds: float = Field(87.5, gt=0, description="audio in a global batch, padding included")
+    batch_seconds: float = Field(87.5, gt=0, description="audio in a global batch, at most")
     crop_seconds: float = Field(15.6, ge=0.025, description="longer utterances are cropped at random, on multiples of 320 samples")
     min_seconds: float = Field(0.1, ge=0.025, description="shorter utterances are left out (counted)")
 
@@ -30,35 +34,32 @@ class SpeechBatches:
         self.manifest, self.config, self.seed, self.crop = manifest, config, seed, crop
         # A crop of 320 k + 80 samples has exactly k frames and wastes nothing.
         self.crop_samples = int(config.crop_seconds * SAMPLE_RATE) // HOP * HOP + MIN_SAMPLES - HOP
-        fits = manifest.lengths >= max(MIN_SAMPLES, config.min_seconds * SAMPLE_RATE)
+        lengths = manifest.lengths
+        fits = lengths >= max(MIN_SAMPLES, config.min_seconds * SAMPLE_RATE)
         if not crop:
-            fits &= manifest.lengths <= config.crop_seconds * SAMPLE_RATE
+            fits &= lengths <= config.crop_seconds * SAMPLE_RATE
         self.items = np.flatnonzero(fits)
         self.num_left_out = len(manifest) - len(self.items)
-        self.lengths = np.minimum(manifest.lengths, self.crop_samples) if crop else manifest.lengths  # samples after cropping
+        self.lengths = np.minimum(lengths, self.crop_samples) if crop else lengths  # samples after cropping
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """Batches of at most batch_seconds with padding, sorted by length up to 10 % noise, in random order."""
-        rng = np.random.default_rng([self.seed, 1, epoch + 1])
-        order = rng.permutation(self.items)
-        order = order[np.argsort(self.lengths[order] * rng.uniform(0.95, 1.05, len(order)), kind="stable")]
-        batches = [np.array(batch) for batch in self._fill(order)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        """Batches of at most batch_seconds of audio, filled in random order; an utterance that is longer is a batch alone."""
+        return self._fill(np.random.default_rng([self.seed, 1, epoch + 1]).permutation(self.items))
 
     def plan_in_order(self) -> list[np.ndarray]:
         """The same batches every time, by length: for validation and decoding."""
-        return [np.array(batch) for batch in self._fill(self.items[np.argsort(self.lengths[self.items], kind="stable")])]
+        return self._fill(self.items[np.argsort(self.lengths[self.items], kind="stable")])
 
-    def _fill(self, order: np.ndarray) -> list[list[int]]:
-        limit = self.config.batch_seconds * SAMPLE_RATE
-        batches: list[list[int]] = []
-        longest = 0
-        for item in order.tolist():
-            longest = max(longest, int(self.lengths[item]))
-            if not batches or longest * (len(batches[-1]) + 1) > limit:
-                batches.append([])
-                longest = int(self.lengths[item])
-            batches[-1].append(item)
+    def _fill(self, order: np.ndarray) -> list[np.ndarray]:
+        ends = np.cumsum(self.lengths[order])
+        # Where the batch that begins with each utterance would end: then only one step a batch is left for Python.
+        room = ends - self.lengths[order] + int(self.config.batch_seconds * SAMPLE_RATE)
+        following = np.maximum(np.searchsorted(ends, room, side="right"), np.arange(1, len(order) + 1))
+        batches, first = [], 0
+        while first < len(order):
+            last = following.item(first)
+            batches.append(order[first:last])
+            first = last
         return batches
 
     def rng(self, item: int, epoch: int) -> np.random.Generator:
@@ -67,11 +68,11 @@ class SpeechBatches:
 
     def load(self, item: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Waveform (samples,) of one utterance, cropped, and the frame that the crop starts at."""
-        waveform = load_audio(self.manifest[item])
-        first = 0
-        if self.crop and len(waveform) > self.crop_samples:
-            first = int(rng.integers((len(waveform) - self.crop_samples) // HOP + 1))
-        return waveform[first * HOP : first * HOP + self.lengths[item]], first
+        utterance = self.manifest[item]
+        if not self.crop or utterance.length <= self.crop_samples:
+            return load_audio(utterance), 0
+        first = int(rng.integers((utterance.length - self.crop_samples) // HOP + 1))
+        return load_audio(utterance, first * HOP, self.crop_samples), first
 
     def seconds(self, items: np.ndarray) -> float:
         return float(self.lengths[items].sum()) / SAMPLE_RATE
@@ -85,6 +86,17 @@ class SpeechTask(Task):
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         return self.train_set.plan(epoch)
+
+    def split(self, items: np.ndarray, parts: int) -> list[np.ndarray]:
+        """Micro-batches of like total length: the longest first, each to the part that has least. Each part keeps the batch's order."""
+        lengths = self.train_set.lengths[items]
+        place = np.empty(len(items), np.int64)
+        totals = [(0, part) for part in range(parts)]
+        for longest in np.argsort(-lengths, kind="stable").tolist():
+            total, part = totals[0]
+            place[longest] = part
+            heapq.heapreplace(totals, (total + int(lengths[longest]), part))
+        return [items[place == part] for part in range(parts)]
 
     def plan_validation(self) -> list[np.ndarray]:
         return self.valid_set.plan_in_order() if self.valid_set else []

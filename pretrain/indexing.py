@@ -20,16 +20,16 @@ from pretrain.audio import probe_audio
 from pretrain.config import Config
 from pretrain.manifest import write_manifest
 from pretrain.progress import console, progress
-from pretrain.sources import Candidate, attach_alignments, name_speakers, read_source, require_distinct_ids
+from pretrain.sources import Candidate, attach_alignments, name_speakers, read_sources, require_distinct_ids
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class IndexConfig(Config):
-    """What to index. `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
+    """What to index: a source or a list of them (see `pretrain.sources`). `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
     group, is the speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...]} for utterances by id."""
 
-    source: str
+    source: str | Annotated[list[str], Field(min_length=1)]
     out: str
     speaker_pattern: str | None = None
     alignments: str | None = None
@@ -50,6 +50,15 @@ class IndexConfig(Config):
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return pattern
 
+    @property
+    def sources(self) -> list[str]:
+        return [self.source] if isinstance(self.source, str) else self.source
+
+    @property
+    def named(self) -> str:
+        """The sources, for messages."""
+        return ", ".join(self.sources)
+
     @model_validator(mode="after")
     def _leaves_something_to_train_on(self) -> Self:
         if self.dev_share + self.test_share >= 1:
@@ -57,59 +66,74 @@ class IndexConfig(Config):
         return self
 
 
+Found = tuple[Candidate, tuple[int, int, int]]  # what is usable, and its start, num_samples and sample_rate
+
+
 def index(config: IndexConfig) -> dict[str, Any]:
     """Write the manifest of `config.source`; the summary counts what was found, kept and quarantined, in all and by split."""
     require_absent(config.out)
-    candidates = read_source(config.source)
+    candidates = read_sources(config.sources)
     require_distinct_ids(candidates)
     if config.speaker_pattern is not None:
         name_speakers(candidates, config.speaker_pattern)
     if config.alignments is not None:
         attach_alignments(candidates, config.alignments)
-    rows, quarantine = _verify(candidates, config)
+    found, quarantine = _verify(candidates, config)
     _report_quarantine(quarantine, len(candidates), config)
-    _split(rows, config)
-    write_manifest(config.out, rows, config.resolved(), _parents(config.source), quarantine)
-    assert len(rows) + len(quarantine) == len(candidates)
-    splits = sorted({row["split"] for row in rows})
+    assert len(found) + len(quarantine) == len(candidates)
+    _split([candidate for candidate, _ in found], config)
+    root = os.path.commonpath({os.path.dirname(os.path.abspath(candidate.path)) for candidate in candidates})
+    write_manifest(config.out, map(_row, found), config.resolved(), _parents(config.sources), quarantine, root)
+    splits = sorted({candidate.split or "" for candidate, _ in found})
     return {
         "found": len(candidates),
         "quarantined": len(quarantine),
-        **_count(rows),
-        "splits": {split: _count([row for row in rows if row["split"] == split]) for split in splits},
-        "has_text": any(row["text"] is not None for row in rows),
-        "has_phones": any(row["phones"] is not None for row in rows),
+        **_count(found),
+        "splits": {split: _count([pair for pair in found if pair[0].split == split]) for split in splits},
+        "has_text": any(candidate.text is not None for candidate, _ in found),
+        "has_phones": any(candidate.phones is not None for candidate, _ in found),
     }
 
 
-def _count(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _count(found: list[Found]) -> dict[str, Any]:
     return {
-        "utterances": len(rows),
-        "hours": sum(row["num_samples"] / row["sample_rate"] for row in rows) / 3600,
-        "speakers": len({row["speaker"] for row in rows} - {None}),
+        "utterances": len(found),
+        "hours": sum(num_samples / sample_rate for _, (_, num_samples, sample_rate) in found) / 3600,
+        "speakers": len({candidate.speaker for candidate, _ in found} - {None}),
     }
 
 
-def _parents(source: str) -> dict[str, str]:
-    folder = Path(source).parent
-    return {"source": read_meta(folder)["fingerprint"]} if Path(source).is_file() and is_complete(folder) else {}
+def _row(found: Found) -> dict[str, Any]:
+    candidate, (start, num_samples, sample_rate) = found
+    return {
+        "id": candidate.id, "path": candidate.path, "start": start, "num_samples": num_samples, "sample_rate": sample_rate,
+        "member_offset": candidate.member and candidate.member.offset, "member_size": candidate.member and candidate.member.size,
+        "split": candidate.split, "speaker": candidate.speaker, "text": candidate.text, "phones": candidate.phones,
+    }  # fmt: skip
 
 
-# Examining the recordings
+def _parents(sources: list[str]) -> dict[str, str]:
+    """The fingerprints of sources that are files of an artefact, such as `speech.jsonl`, by their place among the sources."""
+    files = {"source" + (f"_{n}" if n else ""): Path(source) for n, source in enumerate(sources)}
+    return {
+        name: read_meta(file.parent)["fingerprint"] for name, file in files.items() if file.is_file() and is_complete(file.parent)
+    }
 
 
-def _verify(candidates: list[Candidate], config: IndexConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, quarantine) in the source's order. Threads suffice: decoding happens outside the interpreter's lock."""
-    rows, quarantine = [], []
+def _verify(candidates: list[Candidate], config: IndexConfig) -> tuple[list[Found], list[dict[str, Any]]]:
+    """Examine every recording with a few threads: (usable ones, quarantine), both in the candidates' order."""
+    usable: list[Found] = []
+    quarantine: list[dict[str, Any]] = []
 
     def examine(candidate: Candidate) -> tuple[int, int, int] | str:
         try:
-            return probe_audio(
+            return candidate.problem or probe_audio(
                 candidate.path,
                 candidate.offset_seconds,
                 candidate.duration_seconds,
                 candidate.num_samples,
                 config.verify == "decode",
+                candidate.member,
             )
         except ValueError as error:
             return str(error)
@@ -119,14 +143,11 @@ def _verify(candidates: list[Candidate], config: IndexConfig) -> tuple[list[dict
             batch = candidates[first : first + 4096]
             for candidate, found in zip(batch, pool.map(examine, batch), strict=True):
                 advance(1)
-                row = {"id": candidate.id, "path": candidate.path}
                 if isinstance(found, str):
-                    quarantine.append({**row, "reason": found})
-                    continue
-                start, num_samples, sample_rate = found
-                about = {"split": candidate.split, "speaker": candidate.speaker, "text": candidate.text, "phones": candidate.phones}
-                rows.append({**row, "start": start, "num_samples": num_samples, "sample_rate": sample_rate, **about})
-    return rows, quarantine
+                    quarantine.append({"id": candidate.id, "path": os.path.abspath(candidate.path), "reason": found})
+                else:
+                    usable.append((candidate, found))
+    return usable, quarantine
 
 
 def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config: IndexConfig) -> None:
@@ -139,7 +160,7 @@ def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config:
         remedy = (
             "" if len(quarantine) == num_found else f" (max_bad_share is {config.max_bad_share}; raise it to go on without them)"
         )
-        raise ValueError(f"{config.source}: {len(quarantine)} of {num_found} recordings cannot be used{remedy}:{worst}{more}")
+        raise ValueError(f"{config.named}: {len(quarantine)} of {num_found} recordings cannot be used{remedy}:{worst}{more}")
     table = Table("recording", "reason", title=f"{len(quarantine)} of {num_found} recordings left out (all in quarantine.jsonl)")
     for row in quarantine[:20]:
         table.add_row(escape(row["path"]), escape(row["reason"]))
@@ -149,21 +170,22 @@ def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config:
 # Drawing splits
 
 
-def _split(rows: list[dict[str, Any]], config: IndexConfig) -> None:
+def _split(candidates: list[Candidate], config: IndexConfig) -> None:
     """Fill in `split` unless the source gave it: by speaker when three or more are known, otherwise by utterance.
 
     Who goes where follows from a hash of the seed and the name, never from the order of rows. Utterances of unknown speakers
     stay in train when the split is by speaker.
     """
-    without = [row["id"] for row in rows if row["split"] is None]
-    if len(without) < len(rows):
+    without = [candidate.id for candidate in candidates if candidate.split is None]
+    if len(without) < len(candidates):
         if without:
-            raise ValueError(f"{config.source}: {without[0]!r} has no split though others do; give one to all rows or to none")
+            raise ValueError(f"{config.named}: {without[0]!r} has no split though others do; give one to all rows or to none")
         return
-    by = "speaker" if len({row["speaker"] for row in rows} - {None}) >= 3 else "id"
-    names = draw_splits({row[by] for row in rows} - {None}, config)
-    for row in rows:
-        row["split"] = names.get(row[by], "train")
+    by_speaker = len({candidate.speaker for candidate in candidates} - {None}) >= 3
+    drawn_by = [candidate.speaker if by_speaker else candidate.id for candidate in candidates]
+    splits = draw_splits({name for name in drawn_by if name is not None}, config)
+    for candidate, name in zip(candidates, drawn_by, strict=True):
+        candidate.split = "train" if name is None else splits[name]
 
 
 def draw_splits(names: Iterable[str], config: IndexConfig) -> dict[str, str]:
@@ -173,6 +195,6 @@ def draw_splits(names: Iterable[str], config: IndexConfig) -> dict[str, str]:
     counts = {split: max(1, int(share * len(order) + 1e-9)) for split, share in shares.items() if share > 0}
     if sum(counts.values()) >= len(order):
         few = f"{len(order)} are too few to draw {' and '.join(counts)} from and leave a train split"
-        raise ValueError(f"{config.source}: {few}; set dev_share or test_share to 0")
+        raise ValueError(f"{config.named}: {few}; set dev_share or test_share to 0")
     parts = [split for split, count in counts.items() for _ in range(count)]
     return dict(zip(order, [*parts, *["train"] * (len(order) - len(parts))], strict=True))

@@ -3,18 +3,25 @@
 A folder of shards. `shard_00000.npy` holds the labels of its utterances end to end, uint16, (frames,) or (frames, levels);
 `shard_00000.parquet` names them (`id`, `num_frames`) and is written after the array, so that a shard exists when its table
 does. `meta.json` comes when every shard stands. `pretrain` owns the format because HuBERT reads it; `quantize` writes it.
+
+Labels are read at 50 Hz. Those that were declared as 100 Hz (`frame_rate_hz`) are read as every second one: a Kaldi frame of
+10 ms with the number 2t has the 400-sample window of the encoder's frame t.
 """
 
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.artefact import atomic_path, commit, read_meta
 
 MAX_CLASSES = 2**16
+_hash = hash  # of ids, 64 bits; keyed anew in every process, so only for use within one
 
 
 def shard_stands(folder: Path, shard: int) -> bool:
@@ -44,21 +51,27 @@ def commit_labels(
     num_classes: int,
     num_levels: int = 1,
     frame_rate_hz: float = 50.0,
-    expected_ids: set[str] | None = None,
+    expected_ids: Iterable[str] | pa.ChunkedArray | None = None,
 ) -> str:
     """Declare the labels complete. Verifies that every shard stands and the ids are exactly `expected_ids`, each once."""
-    ids: list[str] = []
+    found = [np.empty(0, np.int64)]
     for shard in range(num_shards):
         if not shard_stands(folder, shard):
             raise ValueError(f"{folder}: shard {shard} of {num_shards} is missing")
         table, array = _read_shard(folder, shard)
-        ids += table["id"].to_pylist()
+        found.append(_hashes(table["id"]))
         if (levels := 1 if array.ndim == 1 else array.shape[1]) != num_levels:
             raise ValueError(f"{folder}: shard {shard} has {levels} levels, not {num_levels}")
         if array.size and (highest := int(array.max())) >= num_classes:
             raise ValueError(f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes")
-    if len(set(ids)) != len(ids) or (expected_ids is not None and set(ids) != expected_ids):
-        raise ValueError(f"{folder}: the shards hold {len(set(ids))} distinct of {len(ids)} utterances, not exactly what was asked")
+    # Sixty-four bits of each id take the place of ten million strings.
+    hashes = np.sort(np.concatenate(found))
+    expected = None if expected_ids is None else np.sort(_hashes(expected_ids))
+    num_distinct = len(np.unique(hashes))
+    if num_distinct != len(hashes) or (expected is not None and not np.array_equal(hashes, expected)):
+        raise ValueError(
+            f"{folder}: the shards hold {num_distinct} distinct of {len(hashes)} utterances, not exactly what was asked"
+        )
     files = [f"shard_{shard:05d}{suffix}" for shard in range(num_shards) for suffix in (".npy", ".parquet")]
     return commit(
         folder, "labels", config, parents, files,
@@ -67,11 +80,13 @@ def commit_labels(
 
 
 class Labels:
-    """Read access by utterance id, memory-mapped.
+    """Read access by utterance id, memory-mapped; at 50 Hz, whatever the rate in the files.
 
     >>> labels = Labels("runs/demo/labels1")  # doctest: +SKIP
     >>> labels["george-7"]                    # uint16 (frames,) or (frames, levels)  # doctest: +SKIP
     """
+
+    frame_rate_hz = 50.0
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -80,40 +95,117 @@ class Labels:
         self.codebook: str = self.meta["codebook"]
         self.num_classes: int = self.meta["num_classes"]
         self.num_levels: int = self.meta["num_levels"]
-        self.frame_rate_hz: float = self.meta["frame_rate_hz"]
-        self._arrays: list[np.ndarray] = []
-        self._places: dict[str, tuple[int, int, int]] = {}
-        for shard in range(self.meta["num_shards"]):
-            table, array = _read_shard(self.folder, shard)
-            counts = table["num_frames"].to_numpy()
-            ends = np.cumsum(counts)
-            for name, end, count in zip(table["id"].to_pylist(), ends.tolist(), counts.tolist(), strict=True):
-                self._places[name] = (shard, end - count, end)
-            self._arrays.append(array)
+        if (stored_rate := self.meta["frame_rate_hz"]) not in (50, 100):
+            raise ValueError(
+                f"{folder}: labels at {stored_rate} Hz cannot be used; the encoder has 50 frames a second (100 can be halved)"
+            )
+        self._step = int(stored_rate) // 50
+        shards = [_read_shard(self.folder, shard) for shard in range(self.meta["num_shards"])]
+        self._arrays = [array for _, array in shards]
+        self._ids = pa.chunked_array([table["id"].combine_chunks() for table, _ in shards], pa.string())
+        self._ends = np.cumsum([len(table) for table, _ in shards])  # rows up to the end of each shard
+        counts = [table["num_frames"].to_numpy() for table, _ in shards]
+        self._counts = np.concatenate([np.empty(0, np.int64), *counts])  # frames of each row, at the stored rate
+        self._starts = np.concatenate([np.empty(0, np.int64), *(np.cumsum(count) - count for count in counts)])  # in its shard
 
     def __getitem__(self, utterance: str) -> np.ndarray:
-        shard, start, end = self._place(utterance)
-        return np.asarray(self._arrays[shard][start:end])
+        row = self._row(utterance)
+        array = self._arrays[int(np.searchsorted(self._ends, row, side="right"))]
+        return np.asarray(array[self._starts[row] : self._starts[row] + self._counts[row] : self._step])
 
     def __contains__(self, utterance: object) -> bool:
-        return utterance in self._places
+        return isinstance(utterance, str) and self._find(utterance) >= 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._counts)
 
     @property
     def ids(self) -> list[str]:
         """Utterance ids in the order they were written."""
-        return list(self._places)
+        return list(self._ids.to_pylist())
 
     def num_frames(self, utterance: str) -> int:
-        _, start, end = self._place(utterance)
-        return end - start
+        return -(-int(self._counts[self._row(utterance)]) // self._step)
 
-    def _place(self, utterance: str) -> tuple[int, int, int]:
-        if utterance not in self._places:
-            raise ValueError(f"{self.folder}: no labels for utterance {utterance!r}")
-        return self._places[utterance]
+    def frame_counts(self, ids: Iterable[str] | pa.ChunkedArray) -> np.ndarray:
+        """Labels of each of many utterances, (ids,) int64. One that has none is a ValueError that names it."""
+        counts = []
+        for chunk in _chunks(ids):
+            rows = self._find_many(chunk)
+            if (rows < 0).any():
+                raise self._missing(chunk[int(np.argmin(rows))].as_py())
+            counts.append(-(-self._counts[rows] // self._step))
+        return np.concatenate([np.empty(0, np.int64), *counts])
+
+    def require_frames(self, ids: Iterable[str] | pa.ChunkedArray, num_frames: np.ndarray) -> None:
+        """Every utterance has as many labels as frames, give or take one, or a ValueError names one that has not."""
+        ids = pa.chunked_array(list(_chunks(ids)), pa.string())
+        have = self.frame_counts(ids)
+        wrong = np.flatnonzero(np.abs(have - num_frames) > 1)
+        if not len(wrong):
+            return
+        share = have.sum() / max(1, num_frames.sum())
+        hint = ""
+        if self._step == 1 and 1.8 < share < 2.2:
+            hint = (
+                "; they look like 100 Hz labels: declare frame_rate_hz = 100 where they are written, and every second one is taken"
+            )
+        elif self._step == 2 and 0.45 < share < 0.55:
+            hint = "; they are declared as 100 Hz and look like 50: correct frame_rate_hz where they are written"
+        first = int(wrong[0])
+        raise ValueError(
+            f"{self.folder}: {have[first]} labels for utterance {ids[first].as_py()!r}, which has {num_frames[first]} frames of 20 ms"
+            f" ({len(wrong)} of {len(have)} utterances differ by more than one){hint}"
+        )
+
+    def _row(self, utterance: str) -> int:
+        if (row := self._find(utterance)) < 0:
+            raise self._missing(utterance)
+        return row
+
+    def _missing(self, utterance: str) -> ValueError:
+        return ValueError(f"{self.folder}: no labels for utterance {utterance!r}")
+
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of all ids in ascending order, and the row of each: 16 bytes an utterance where a dict takes 300."""
+        hashes = _hashes(self._ids)
+        order = np.argsort(hashes)
+        return hashes[order], order
+
+    def _find(self, utterance: str) -> int:
+        """Row of an utterance, -1 if it has none."""
+        hashes, order = self._index
+        first, last = (int(np.searchsorted(hashes, np.int64(_hash(utterance)), side=side)) for side in ("left", "right"))
+        return next((int(row) for row in order[first:last] if self._ids[int(row)].as_py() == utterance), -1)
+
+    def _find_many(self, ids: pa.StringArray) -> np.ndarray:
+        hashes, order = self._index
+        if not len(hashes):
+            return np.full(len(ids), -1)
+        rows = order[np.minimum(np.searchsorted(hashes, _hashes(ids)), len(hashes) - 1)]
+        shards = np.searchsorted(self._ends, rows, side="right")
+        same = np.zeros(len(ids), bool)
+        for shard in np.unique(shards).tolist():  # taking from the chunked array would copy all of it
+            here = np.flatnonzero(shards == shard)
+            names = self._ids.chunk(shard).take(pa.array(rows[here] - (self._ends[shard - 1] if shard else 0)))
+            same[here] = pc.equal(names, ids.take(pa.array(here))).to_numpy(zero_copy_only=False)
+        for other in np.flatnonzero(~same):  # two ids of one hash, or no labels
+            rows[other] = self._find(ids[int(other)].as_py())
+        return rows
+
+
+def _chunks(ids: Iterable[str] | pa.ChunkedArray) -> Iterator[pa.StringArray]:
+    """Some ten thousand ids at a time."""
+    whole = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([pa.array(list(ids), pa.string())])
+    return (whole[first : first + 65536].combine_chunks() for first in range(0, len(whole), 65536))
+
+
+def _hashes(ids: Iterable[str] | pa.ChunkedArray | pa.StringArray) -> np.ndarray:
+    """Of each id, (ids,) int64."""
+    if isinstance(ids, pa.StringArray):
+        return np.fromiter(map(_hash, ids.to_pylist()), np.int64, len(ids))
+    return np.concatenate([np.empty(0, np.int64), *map(_hashes, _chunks(ids))])
 
 
 def _read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:

@@ -1,25 +1,33 @@
 """The manifest: a Parquet table with one row per utterance, written by `index` and read by everything that needs audio.
 
-Columns: `id`, `path` (absolute), `start` and `num_samples` (samples at the file's own `sample_rate`) and, where known, `split`,
-`speaker`, `text` and `phones` (start and end in seconds from the utterance's start, in order). `quarantine.jsonl` beside it
-lists what was left out and why.
+Columns: `id`, `path` (below the `root` that `meta.json` records, or absolute), `start` and `num_samples` (samples at the file's
+own `sample_rate`), `member_offset` and `member_size` (bytes, where the recording is a member of the tar at `path`) and, where
+known, `split`, `speaker`, `text` and `phones` (start and end in seconds from the utterance's start, in order).
+`quarantine.jsonl` beside it lists what was left out and why.
+
+Tens of millions of rows are nothing special: opening reads two numbers and the split of each row, and a row is read, with the
+thousand beside it, when it is asked for.
 """
 
 import copy
+import itertools
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.artefact import atomic_path, commit, read_meta
-from pretrain.audio import SAMPLE_RATE, num_frames
+from pretrain.audio import SAMPLE_RATE, Member, num_frames
+
+ROW_GROUP = 1024  # rows read together: reading one at random takes half a millisecond, and ten million make 9,766 groups
 
 SCHEMA = pa.schema(
     [
@@ -28,6 +36,8 @@ SCHEMA = pa.schema(
         pa.field("start", pa.int64(), nullable=False),
         pa.field("num_samples", pa.int64(), nullable=False),
         pa.field("sample_rate", pa.int32(), nullable=False),
+        pa.field("member_offset", pa.int64()),
+        pa.field("member_size", pa.int64()),
         pa.field("split", pa.string()),
         pa.field("speaker", pa.string()),
         pa.field("text", pa.string()),
@@ -46,7 +56,10 @@ class Phone(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One row: where its samples lie, and what is known of them. `start` and `num_samples` count at `sample_rate`."""
+    """One row: where its samples lie, and what is known of them. `start` and `num_samples` count at `sample_rate`.
+
+    In a tar at `path`, the recording is the `member_size` bytes from `member_offset`.
+    """
 
     id: str
     path: str
@@ -57,6 +70,13 @@ class Utterance:
     speaker: str | None = None
     text: str | None = None
     phones: list[Phone] | None = None
+    member_offset: int | None = None
+    member_size: int | None = None
+
+    @property
+    def member(self) -> Member | None:
+        """Where the recording lies in the tar at `path`; None for a file of its own."""
+        return None if self.member_offset is None or self.member_size is None else Member(self.member_offset, self.member_size)
 
     @property
     def length(self) -> int:
@@ -70,7 +90,9 @@ class Utterance:
 
 
 class Manifest:
-    """Read access to a manifest, or to one split of it.
+    """Read access to a manifest, or to one split of it; safe to read from several threads.
+
+    Where the audio has moved since it was indexed, write its new folder as `root` in meta.json.
 
     >>> for utterance in Manifest("runs/demo/manifest").select("test"):  # doctest: +SKIP
     ...     print(utterance.id, utterance.length)
@@ -78,14 +100,19 @@ class Manifest:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.fingerprint: str = read_meta(folder, "manifest")["fingerprint"]
-        self.table: pa.Table = pq.read_table(self.folder / "manifest.parquet", schema=SCHEMA).combine_chunks()
+        meta = read_meta(folder, "manifest")
+        self.fingerprint: str = meta["fingerprint"]
+        self.root: str = meta.get("root", "/")
+        self._file = _File(self.folder / "manifest.parquet")
+        self._rows: np.ndarray | None = None  # row numbers in the file; None: all of them, in order
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return self._file.num_rows if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> Utterance:
-        row = {name: self.table[name][index].as_py() for name in SCHEMA.names}
+        index = range(len(self))[index]
+        row = self._file.row(index if self._rows is None else int(self._rows[index]))
+        row["path"] = os.path.join(self.root, row["path"])
         if row["phones"] is not None:
             row["phones"] = [Phone(**phone) for phone in row["phones"]]
         return Utterance(**row)
@@ -93,67 +120,172 @@ class Manifest:
     def __iter__(self) -> Iterator[Utterance]:
         return (self[index] for index in range(len(self)))
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column as it is in the file, read now: a value for each row."""
+        column = self._file.column(name)
+        return column if self._rows is None else column.take(pa.array(self._rows))
+
     @property
     def ids(self) -> list[str]:
-        return list(self.table["id"].to_pylist())
+        """Every id, as Python strings: `column("id")` is a tenth of the size."""
+        return list(self.column("id").to_pylist())
 
     @property
     def lengths(self) -> np.ndarray:
-        """Samples at 16 kHz, (len(self),) int64."""
-        num_samples, sample_rates = self.table["num_samples"].to_numpy(), self.table["sample_rate"].to_numpy()
-        return np.asarray(num_samples * SAMPLE_RATE // sample_rates, dtype=np.int64)
+        """Samples at 16 kHz, (len(self),) int64, not to be written to."""
+        return self._file.lengths if self._rows is None else self._file.lengths[self._rows]
 
     @property
     def has_text(self) -> bool:
-        return bool(self.table["text"].null_count < len(self))
+        return self._file.has("text", self._rows)
 
     @property
     def has_phones(self) -> bool:
-        return bool(self.table["phones"].null_count < len(self))
+        return self._file.has("phones", self._rows)
 
     @property
     def splits(self) -> set[str]:
-        return set(self.table["split"].drop_null().to_pylist())
+        names, codes = self._splits
+        counts = np.bincount(codes, minlength=len(names))
+        return {name for name, count in zip(names, counts, strict=True) if count and name is not None}
+
+    @property
+    def _splits(self) -> tuple[list[str | None], np.ndarray]:
+        names, codes = self._file.splits
+        return names, codes if self._rows is None else codes[self._rows]
 
     def select(self, split: str | None) -> Self:
         """The rows of one split (None: every row), under the same fingerprint. An unknown split is a ValueError."""
         if split is None:
             return self
-        chosen = copy.copy(self)
-        chosen.table = self.table.filter(pc.field("split") == split).combine_chunks()
-        if len(chosen) == 0:
+        if split not in self.splits:
             raise ValueError(
                 f"{self.folder}: no utterances of split {split!r}; it has {', '.join(sorted(self.splits)) or 'no splits'}"
             )
-        return chosen
+        names, codes = self._splits
+        return self.take(np.flatnonzero(codes == names.index(split)))
 
     def take(self, rows: np.ndarray) -> Self:
         """The given row numbers, in that order, under the same fingerprint."""
         chosen = copy.copy(self)
-        chosen.table = self.table.take(pa.array(rows)).combine_chunks()
+        chosen._rows = np.asarray(rows, np.int64) if self._rows is None else self._rows[rows]
         return chosen
+
+
+class _File:
+    """`manifest.parquet`: numbers and splits whole, rows by row group."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._local = threading.local()  # Arrow's readers are not promised to be safe to share
+        try:
+            self._metadata = pq.read_metadata(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path}: missing or damaged ({error}); index the audio again") from None
+        self._names = [name for name in SCHEMA.names if name in self._metadata.schema.to_arrow_schema().names]
+        groups = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+        self._ends = np.cumsum(groups, dtype=np.int64)
+        self.num_rows: int = self._metadata.num_rows
+
+    def row(self, row: int) -> dict[str, Any]:
+        """One row by column. Its row group stays decoded for the thread's next call."""
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        if getattr(self._local, "group", None) != group:
+            self._local.columns = self._reader.read_row_group(group, self._names, use_threads=False).combine_chunks().columns
+            self._local.group = group
+        place = row - self._start(group)
+        return {name: column[place].as_py() for name, column in zip(self._names, self._local.columns, strict=True)}
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if name not in self._names:
+            return pa.chunked_array([pa.nulls(self.num_rows, SCHEMA.field(name).type)])
+        return self._reader.read([name], use_threads=False)[name]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Samples at 16 kHz, (rows,) int64."""
+        lengths, done = np.empty(self.num_rows, np.int64), 0
+        for batch in self._reader.iter_batches(columns=["num_samples", "sample_rate"], use_threads=False):
+            num_samples, sample_rate = (column.to_numpy() for column in batch.columns)
+            lengths[done : done + len(batch)] = num_samples * SAMPLE_RATE // sample_rate
+            done += len(batch)
+        lengths.flags.writeable = False  # shared by everybody who reads this file
+        return lengths
+
+    @cached_property
+    def splits(self) -> tuple[list[str | None], np.ndarray]:
+        """The names of the splits, None among them where rows have none, and the number of each row's, (rows,) int32."""
+        numbers: dict[str | None, int] = {}
+        codes, done = np.empty(self.num_rows, np.int32), 0
+        for batch in self._reader.iter_batches(columns=["split"], use_threads=False):
+            encoded = batch.column(0).dictionary_encode(null_encoding="encode")
+            known = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
+            codes[done : done + len(batch)] = np.array(known, np.int32)[encoded.indices.to_numpy()]
+            done += len(batch)
+        return list(numbers), codes
+
+    def has(self, name: str, rows: np.ndarray | None) -> bool:
+        """Whether any of the rows (None: any at all) has a value. The file's statistics say where to look."""
+        if name not in self._names:
+            return False
+        columns = [i for i in range(len(self._metadata.schema)) if self._metadata.schema.column(i).path.split(".")[0] == name]
+        rows = None if rows is None else np.sort(rows)
+        groups = range(len(self._ends)) if rows is None else np.unique(np.searchsorted(self._ends, rows, side="right")).tolist()
+        for group in groups:
+            chunks = [self._metadata.row_group(group).column(i) for i in columns]
+            if all(chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks):
+                continue
+            if rows is None:
+                return True
+            valid = self._reader.read_row_group(group, [name], use_threads=False)[name].is_valid().to_numpy()
+            first, last = np.searchsorted(rows, [self._start(group), self._ends[group]])
+            if valid[rows[first:last] - self._start(group)].any():
+                return True
+        return False
+
+    @property
+    def _reader(self) -> pq.ParquetFile:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = pq.ParquetFile(self._path, metadata=self._metadata, pre_buffer=False)
+        return self._local.reader
+
+    def _start(self, group: int) -> int:
+        return int(self._ends[group - 1]) if group else 0
 
 
 def write_manifest(
     folder: str | Path,
-    rows: list[dict[str, Any]],
+    rows: Iterable[dict[str, Any]],
     config: dict[str, Any],
     parents: dict[str, str],
     quarantine: list[dict[str, Any]] | None = None,
+    root: str = "/",
 ) -> str:
-    """Write and commit a manifest of `rows` (dicts by column; unknown ones may be left out). Returns its fingerprint.
+    """Write and commit a manifest of `rows` (dicts by column; unknown ones may be left out), a row group at a time.
 
-    `phones` are (start, end, phone) triples; `quarantine` rows say id, path and reason.
+    `phones` are (start, end, phone) triples; `quarantine` rows say id, path and reason. Paths below `root` are stored relative
+    to it, so that the fingerprint, which this returns, does not change when a corpus moves.
     """
-    folder, quarantine = Path(folder), quarantine or []
-    table = pa.Table.from_pylist([{**row, "path": os.path.abspath(row["path"])} for row in rows], schema=SCHEMA)
-    assert len(set(table["id"].to_pylist())) == table.num_rows, "ids are unique"
-    with atomic_path(folder / "manifest.parquet") as temporary:
-        pq.write_table(table, temporary)
+    folder, quarantine, root = Path(folder), quarantine or [], os.path.abspath(root)
+    hashes: list[np.ndarray] = []
+    seconds = 0.0
+    rows = iter(rows)
+    with atomic_path(folder / "manifest.parquet") as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+        while group := list(itertools.islice(rows, ROW_GROUP)):
+            stored = [{**row, "path": _below(os.path.abspath(row["path"]), root)} for row in group]
+            writer.write_table(pa.Table.from_pylist(stored, schema=SCHEMA))
+            hashes.append(np.array([hash(row["id"]) for row in group]))
+            seconds += sum(row["num_samples"] / row["sample_rate"] for row in group)
+    count = sum(map(len, hashes))
+    # Sixty-four bits of each id instead of ten million strings: two ids agree by chance once in 400,000 such manifests.
+    assert count == 0 or len(np.unique(np.concatenate(hashes))) == count, "ids are unique"
     with atomic_path(folder / "quarantine.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine))
-    seconds = sum(row["num_samples"] / row["sample_rate"] for row in rows)
     return commit(
-        folder, "manifest", config, parents, ["manifest.parquet", "quarantine.jsonl"],
-        num_utterances=len(rows), hours=seconds / 3600, num_quarantined=len(quarantine),
+        folder, "manifest", config, parents, ["manifest.parquet"],
+        root=root, num_utterances=count, hours=seconds / 3600, num_quarantined=len(quarantine),
     )  # fmt: skip
+
+
+def _below(path: str, root: str) -> str:
+    return path.removeprefix(os.path.join(root, ""))

@@ -5,12 +5,16 @@ A source is one of
   speaker) or from `X.txt` beside `X.wav`;
 - a fairseq `.tsv`: the root on the first line, then `path<TAB>samples`; a `.wrd` file of the same name holds transcripts;
 - JSON lines (`.jsonl` or NeMo's `.json`): `audio_filepath` and, where known, `id`, `text`, `speaker`, `split`, `offset` and
-  `duration` in seconds, and `phones` as [start, end, phone]; other keys are ignored. Relative paths start at the file's folder.
+  `duration` in seconds, and `phones` as [start, end, phone]; other keys are ignored. Relative paths start at the file's folder;
+- an uncompressed `.tar`, read in place (see `pretrain.shards`); those beneath a folder are found too;
+- a glob such as `shards/*.tar` of any of these, or a list of sources.
 
-An id, where none is given, is the path below the folder without its suffix.
+An id, where none is given, is the path below the folder without its suffix, for a member of a tar the tar's path, a slash and the
+member's. With several sources the source's own name comes first, so that equal names in two corpora stay apart.
 """
 
 import difflib
+import glob
 import math
 import os
 import re
@@ -23,7 +27,9 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
+from pretrain.audio import Member
 from pretrain.manifest import Phone
+from pretrain.shards import is_tar, list_members, read_member, require_uncompressed
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 
@@ -32,7 +38,7 @@ Row = TypeVar("Row", bound=BaseModel)
 
 @dataclass(slots=True)
 class Candidate:
-    """An utterance that the source claims; `origin` is where, for messages."""
+    """An utterance that the source claims; `origin` is where, for messages, and `problem` what is already known to be wrong."""
 
     id: str
     path: str
@@ -45,28 +51,63 @@ class Candidate:
     offset_seconds: float = 0.0
     duration_seconds: float | None = None
     num_samples: int | None = None
+    member: Member | None = None
+    problem: str | None = None
 
 
-def read_source(source: str) -> list[Candidate]:
-    """What a folder, a `.tsv` or a JSON-lines file lists, unverified. A source of no known kind is a ValueError."""
+def read_sources(sources: list[str]) -> list[Candidate]:
+    """What the sources list, unverified. One that does not exist, is of no known kind or holds no audio is a ValueError."""
+    if len(sources) > 1:
+        return [candidate for source in sources for candidate in _read_source(source, _prefix(Path(os.path.abspath(source))))]
+    return _read_source(sources[0], "")
+
+
+def _prefix(path: Path) -> str:
+    """What keeps the ids of several sources apart; those of tars begin with the tar's name anyway."""
+    return "" if is_tar(path) or glob.has_magic(path.name) else _without_suffix(path, path.name) + "/"
+
+
+def _without_suffix(path: Path, name: str) -> str:
+    """`name` without its suffix where `path` is a file; a folder such as `cv-1.0` has none."""
+    return os.path.splitext(name)[0] if path.is_file() else name
+
+
+def _read_source(source: str, prefix: str) -> list[Candidate]:
+    """`prefix` comes before every id that the source does not give itself."""
     path = Path(source)
-    if path.is_dir():
-        candidates = _read_folder(path)
-    elif not path.is_file():
-        raise ValueError(f"{source}: no such folder or file")
-    elif path.suffix == ".tsv":
-        candidates = _read_tsv(path)
-    elif path.suffix in (".jsonl", ".json"):
-        candidates = _read_json_lines(path)
+    if glob.has_magic(source) and not path.exists():
+        paths = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+        base = Path(os.path.commonpath([os.path.dirname(os.path.abspath(match)) for match in paths])) if paths else path
+        candidates = []
+        for match in paths:
+            name = Path(os.path.abspath(match)).relative_to(base)
+            own = "" if is_tar(match) else _without_suffix(match, name.as_posix()) + "/"
+            candidates += _read_one(match, prefix + own, base)
     else:
-        raise ValueError(f"{source}: a source is a folder, a .tsv, or JSON lines (.jsonl or .json)")
+        candidates = _read_one(path, prefix, path.parent)
     if not candidates:
-        raise ValueError(f"{source}: no audio found" + (f" (looked for {', '.join(sorted(SUFFIXES))})" if path.is_dir() else ""))
+        looked_for = f" (looked for {', '.join(sorted(SUFFIXES))} and .tar)" if path.is_dir() else ""
+        raise ValueError(f"{source}: no audio found{looked_for}")
     return candidates
 
 
-def _read_folder(root: Path) -> list[Candidate]:
-    candidates = []
+def _read_one(path: Path, prefix: str, base: Path) -> list[Candidate]:
+    """Of a tar the ids start with its path below `base`."""
+    if path.is_dir():
+        return _read_folder(path, prefix)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such folder or file")
+    if is_tar(path):
+        return _read_tar(path, base, prefix)
+    if path.suffix == ".tsv":
+        return _read_tsv(path, prefix)
+    if path.suffix in (".jsonl", ".json"):
+        return _read_json_lines(path, prefix)
+    raise ValueError(f"{path}: a source is a folder, a .tar, a .tsv, JSON lines (.jsonl or .json), or a glob of them")
+
+
+def _read_folder(root: Path, prefix: str) -> list[Candidate]:
+    candidates, tars = [], []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         transcripts: dict[str, str] = {}
@@ -75,19 +116,75 @@ def _read_folder(root: Path) -> list[Candidate]:
                 transcripts |= {stem: text for stem, _, text in (line.partition(" ") for line in _lines(Path(folder, name)))}
         for name in sorted(names):
             path = Path(folder, name)
+            if is_tar(path) and not name.startswith("."):
+                tars.append(path)
             if path.suffix.lower() not in SUFFIXES or name.startswith("."):
                 continue
             relative = path.relative_to(root)
-            candidate = Candidate(relative.with_suffix("").as_posix(), str(path), relative.as_posix(), str(path))
+            candidate = Candidate(prefix + relative.with_suffix("").as_posix(), str(path), relative.as_posix(), str(path))
             if path.stem in transcripts:
                 candidate.text, candidate.speaker = transcripts[path.stem], path.stem.split("-")[0]
             elif path.with_suffix(".txt").is_file():
                 candidate.text = " ".join(_lines(path.with_suffix(".txt"))).strip()
             candidates.append(candidate)
+    if candidates:  # the archive that a corpus came in often lies beside it
+        tars = [path for path in tars if path.suffix == ".tar"]
+    packed = []
+    loose = {os.path.splitext(candidate.path)[0]: candidate.path for candidate in candidates}
+    for path in tars:
+        members = _read_tar(path, root, prefix)
+        _refuse_unpacked(path, root, members, loose)
+        packed += members
+    return candidates + packed
+
+
+def _refuse_unpacked(tar: Path, root: Path, members: list[Candidate], loose: dict[str, str]) -> None:
+    """A tar beside the files that came out of it would count them twice: a ValueError where one member has a file of its name.
+
+    `loose` are recordings by path without suffix. Files lie where tar puts them: beside it, below the root, or in a folder of its
+    name.
+    """
+    shard = tar.relative_to(root).with_suffix("")
+    for member in members:
+        key = os.path.splitext(os.path.relpath(member.relative, shard))[0]
+        for folder in (tar.parent, root, tar.with_suffix("")):
+            if twin := loose.get(os.path.join(folder, key)):
+                raise ValueError(
+                    f"{member.origin}: {twin} has its name, as if the tar had been unpacked beside its files, and would count twice; "
+                    "move one of them away, or give one of them as the source"
+                )
+
+
+def _read_tar(path: Path, base: Path, prefix: str) -> list[Candidate]:
+    require_uncompressed(path)
+    shard = Path(os.path.abspath(path)).relative_to(os.path.abspath(base)).with_suffix("").as_posix()
+    candidates: list[Candidate] = []
+    texts: dict[str, str] = {}
+    about: dict[str, _About] = {}
+    for name, member, problem in list_members(path):
+        stem, suffix = os.path.splitext(name)
+        origin = f"{path}, member {name}"
+        if not name:
+            candidates.append(Candidate(prefix + shard, str(path), shard, str(path), problem=problem))
+        elif suffix.lower() in SUFFIXES and not os.path.basename(name).startswith("."):
+            relative = f"{shard}/{name}"
+            candidates.append(Candidate(f"{prefix}{shard}/{stem}", str(path), relative, origin, member=member, problem=problem))
+        elif suffix == ".txt" and problem is None:
+            texts[stem] = " ".join(_decode(read_member(path, member), origin).split("\n")).strip()
+        elif suffix == ".json" and problem is None:
+            about[stem] = _parse(_About, read_member(path, member), origin)
+    for candidate in candidates:
+        stem = os.path.splitext(candidate.relative.removeprefix(shard + "/"))[0]
+        # WebDataset's key ends at the first dot: `7.mic1.flac` and `7.json` are one sample.
+        names = (stem, os.path.join(os.path.dirname(stem), os.path.basename(stem).partition(".")[0]))
+        found = next((about[name] for name in names if name in about), _About())
+        candidate.text = next((texts[name] for name in names if name in texts), found.text)
+        candidate.speaker, candidate.split = found.speaker, found.split
+        candidate.phones = None if found.phones is None else _phones(found.phones, candidate.origin)
     return candidates
 
 
-def _read_tsv(path: Path) -> list[Candidate]:
+def _read_tsv(path: Path, prefix: str) -> list[Candidate]:
     root, *lines = _lines(path)
     transcripts: list[str] | None = _lines(path.with_suffix(".wrd")) if path.with_suffix(".wrd").is_file() else None
     if transcripts is not None and len(transcripts) != len(lines):
@@ -98,7 +195,8 @@ def _read_tsv(path: Path) -> list[Candidate]:
         if match is None:
             raise ValueError(f"{path} line {row + 2}: expected path<TAB>samples, got {line!r}")
         audio = os.path.join(root, match[1])
-        candidate = Candidate(os.path.splitext(match[1])[0], audio, match[1], f"{path} line {row + 2}", num_samples=int(match[2]))
+        name = prefix + os.path.splitext(match[1])[0]
+        candidate = Candidate(name, audio, match[1], f"{path} line {row + 2}", num_samples=int(match[2]))
         candidate.text = transcripts[row] if transcripts else None
         candidates.append(candidate)
     return candidates
@@ -107,15 +205,18 @@ def _read_tsv(path: Path) -> list[Candidate]:
 Triples = list[tuple[Annotated[FiniteFloat, Field(ge=0)], FiniteFloat, str]]
 
 
-class _AudioRow(BaseModel, coerce_numbers_to_str=True):
-    audio_filepath: str
-    id: str | None = None
+class _About(BaseModel, coerce_numbers_to_str=True):
     text: str | None = None
     speaker: str | None = None
     split: str | None = None
+    phones: Triples | None = None
+
+
+class _AudioRow(_About):
+    audio_filepath: str
+    id: str | None = None
     offset: Annotated[FiniteFloat, Field(ge=0)] | None = None
     duration: Annotated[FiniteFloat, Field(gt=0)] | None = None
-    phones: Triples | None = None
 
 
 class _AlignmentRow(BaseModel, coerce_numbers_to_str=True):
@@ -123,24 +224,23 @@ class _AlignmentRow(BaseModel, coerce_numbers_to_str=True):
     phones: Triples
 
 
-def _read_json_lines(path: Path) -> list[Candidate]:
-    rows = list(_parse_lines(path, _AudioRow))
-    paths = [os.path.abspath(path.parent / row.audio_filepath) for _, row in rows]
-    # Ids are relative to the list's folder, or to what all paths share when some lie elsewhere; segments add their start.
-    base = os.path.abspath(path.parent)
-    if not all(audio.startswith(os.path.join(base, "")) for audio in paths):
-        base = os.path.commonpath(map(os.path.dirname, paths))
-    repeated = {audio for audio, count in Counter(paths).items() if count > 1}
+def _read_json_lines(path: Path, prefix: str) -> list[Candidate]:
     candidates = []
-    for (origin, row), audio in zip(rows, paths, strict=True):
-        relative = os.path.relpath(audio, base)
-        name = os.path.splitext(relative)[0] + (f"-{row.offset or 0:.3f}" if audio in repeated else "")
+    base = os.path.abspath(path.parent)
+    for origin, row in _parse_lines(path, _AudioRow):
+        audio = os.path.abspath(path.parent / row.audio_filepath)
         phones = None if row.phones is None else _phones(row.phones, origin)
         candidates.append(
-            Candidate(
-                row.id or name, audio, relative, origin, row.speaker, row.text, row.split, phones, row.offset or 0.0, row.duration
-            )
+            Candidate(row.id or "", audio, "", origin, row.speaker, row.text, row.split, phones, row.offset or 0.0, row.duration)
         )
+    # Ids are relative to the list's folder, or to what all paths share when some lie elsewhere; segments add their start.
+    if not all(candidate.path.startswith(os.path.join(base, "")) for candidate in candidates):
+        base = os.path.commonpath({os.path.dirname(candidate.path) for candidate in candidates})
+    repeated = {path for path, count in Counter(candidate.path for candidate in candidates).items() if count > 1}
+    for candidate in candidates:
+        candidate.relative = os.path.relpath(candidate.path, base)
+        segment = f"-{candidate.offset_seconds:.3f}" if candidate.path in repeated else ""
+        candidate.id = candidate.id or prefix + os.path.splitext(candidate.relative)[0] + segment
     return candidates
 
 
@@ -167,27 +267,33 @@ def _phones(triples: Triples, origin: str) -> list[Phone]:
 def _parse_lines(path: Path, row_class: type[Row]) -> Iterator[tuple[str, Row]]:
     """(origin, row) for each line that is not blank; the first mistake is a ValueError naming the line, key and remedy."""
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path} line {number}"
-        try:
-            yield origin, row_class.model_validate_json(line)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] != "missing" or key not in row_class.model_fields:
-                got = repr(problem["input"])
-                raise ValueError(f"{origin}: {key + ': ' if key else ''}{problem['msg']}, got {got[:80]}") from None
-            near = difflib.get_close_matches(key, problem["input"], n=1)
-            hint = f"did you mean it by {near[0]!r}?" if near else f"it has {', '.join(problem['input']) or 'no keys'}"
-            raise ValueError(f"{origin}: no {key!r}; {hint}") from None
+        if line.strip():
+            yield (origin := f"{path} line {number}"), _parse(row_class, line, origin)
+
+
+def _parse(row_class: type[Row], text: str | bytes, origin: str) -> Row:
+    try:
+        return row_class.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "missing" or key not in row_class.model_fields:
+        got = repr(problem["input"])
+        raise ValueError(f"{origin}: {key + ': ' if key else ''}{problem['msg']}, got {got[:80]}")
+    near = difflib.get_close_matches(key, problem["input"], n=1)
+    hint = f"did you mean it by {near[0]!r}?" if near else f"it has {', '.join(problem['input']) or 'no keys'}"
+    raise ValueError(f"{origin}: no {key!r}; {hint}")
 
 
 def _lines(path: Path) -> list[str]:
+    return _decode(path.read_bytes(), str(path)).removesuffix("\n").split("\n")
+
+
+def _decode(data: bytes, origin: str) -> str:
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+        raise ValueError(f"{origin}: not UTF-8 text ({error})") from None
 
 
 def require_distinct_ids(candidates: list[Candidate]) -> None:
@@ -196,7 +302,10 @@ def require_distinct_ids(candidates: list[Candidate]) -> None:
     for candidate in candidates:
         other = seen.setdefault(candidate.id, candidate)
         if other is not candidate:
-            raise ValueError(f"id {candidate.id!r} names both {other.origin} and {candidate.origin}; ids must differ")
+            raise ValueError(
+                f"id {candidate.id!r} names both {other.origin} and {candidate.origin}; ids must differ. "
+                "Give `id` in JSON lines, rename a source, or index a folder that holds both"
+            )
 
 
 def name_speakers(candidates: list[Candidate], pattern: str) -> None:

@@ -62,7 +62,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
     def documents() -> Iterator[Document]:
         with progress("pack", len(manifest), "utterance") as advance:
             for name, split, length in zip(
-                manifest.ids, manifest.table["split"].to_pylist(), manifest.lengths.tolist(), strict=True
+                manifest.ids, manifest.column("split").to_pylist(), manifest.lengths.tolist(), strict=True
             ):
                 frames = labels[name]
                 if len(frames) != num_frames(length):

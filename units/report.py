@@ -154,7 +154,7 @@ def count_audio(manifest: Manifest) -> dict[str, Any]:
     """Hours, utterances and speakers, in all and by split; `held_out` are the splits that share no speaker with `train`."""
 
     def speakers(rows: Manifest) -> set[str | None]:
-        return set(rows.table["speaker"].to_pylist())
+        return set(rows.column("speaker").to_pylist())
 
     def count(rows: Manifest) -> dict[str, Any]:
         hours = float(rows.lengths.sum() / SAMPLE_RATE / 3600)
@@ -260,6 +260,6 @@ def mark_words(reference: str, hypothesis: str) -> list[tuple[str, bool]]:
 
 def choose_utterance(rows: Manifest, labels: dict[str, Labels]) -> Utterance | None:
     """Of the utterances with all `labels`, one whose length is nearest to half of what the figure shows; with phones if any has."""
-    silent = rows.table["phones"].is_null().to_numpy(zero_copy_only=False)
+    silent = rows.column("phones").is_null().to_numpy(zero_copy_only=False)
     order = np.lexsort((np.abs(rows.lengths - SHOWN_SECONDS / 2 * SAMPLE_RATE), silent))
-    return next((rows[i] for i in order.tolist() if all(rows.table["id"][i].as_py() in known for known in labels.values())), None)
+    return next((rows[i] for i in order.tolist() if all(rows[i].id in known for known in labels.values())), None)

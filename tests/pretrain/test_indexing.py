@@ -25,6 +25,7 @@ def record(path: Path, num_samples: int = 4000, rate: int = 16000, value: float 
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -123,6 +124,57 @@ def test_segments_of_one_file_get_ids_of_their_own(tmp_path: Path) -> None:
     assert manifest.ids == ["x-0.000", "x-0.250", "x-0.500"] and [u.start for u in manifest] == [0, 4000, 8000]
 
 
+def test_several_sources_make_one_index_whose_ids_stay_apart(tmp_path: Path) -> None:
+    """One folder, a list over several roots and a glob of lists; equal names in different corpora."""
+    record(tmp_path / "libri/x.wav")
+    record(tmp_path / "elsewhere/vox/x.wav", 5000)
+    write_lines(tmp_path / "lists/vox.jsonl", [{"audio_filepath": str(tmp_path / "elsewhere/vox/x.wav")}])
+    for number in range(2):
+        record(tmp_path / f"parts/{number}/x.wav", 6000 + number)
+        (tmp_path / f"parts/{number}.tsv").write_text(f"{tmp_path}/parts/{number}\nx.wav\t{6000 + number}\n")
+    sources = [str(tmp_path / name) for name in ("libri", "lists/vox.jsonl", "parts/*.tsv")]
+    index(IndexConfig(source=sources, out=str(tmp_path / "m"), dev_share=0.0, test_share=0.0))
+    manifest = Manifest(tmp_path / "m")
+    assert manifest.ids == ["libri/x", "vox/x", "0/x", "1/x"] and manifest.root == str(tmp_path)
+    assert [len(load_audio(utterance)) for utterance in manifest] == [4000, 5000, 6000, 6001]
+
+
+def test_indexing_a_corpus_again_elsewhere_gives_the_same_fingerprint(tmp_path: Path) -> None:
+    fingerprints = set()
+    for place in ("a", "b/c"):
+        record(tmp_path / place / "corpus/s/x.wav")
+        record(tmp_path / place / "corpus/y.wav", 0)
+        record(tmp_path / place / "corpus/z.wav")
+        manifest = run(tmp_path / place / "corpus", max_bad_share=0.5)[1]
+        fingerprints.add(manifest.fingerprint)
+        assert [u.path for u in manifest] == [str(tmp_path / place / "corpus" / name) for name in ("z.wav", "s/x.wav")]
+    assert len(fingerprints) == 1
+    (tmp_path / "a/corpus").rename(tmp_path / "moved")
+    meta = tmp_path / "a/manifest/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"root": str(tmp_path / "moved")}))
+    assert all(len(load_audio(utterance)) == 4000 for utterance in Manifest(tmp_path / "a/manifest"))
+
+
+def test_versions_of_a_corpus_stay_apart(tmp_path: Path) -> None:
+    for version in ("cv-1.0", "cv-1.1"):
+        record(tmp_path / version / "x.wav")
+    folders = [str(tmp_path / version) for version in ("cv-1.0", "cv-1.1")]
+    for name, source in (("list", folders), ("glob", str(tmp_path / "cv-*"))):
+        index(IndexConfig(source=source, out=str(tmp_path / name), dev_share=0.0, test_share=0.0))
+        assert Manifest(tmp_path / name).ids == ["cv-1.0/x", "cv-1.1/x"]
+    record(tmp_path / "other/cv-1.0/x.wav")
+    with pytest.raises(ValueError, match=r"id 'cv-1.0/x' names both .*; ids must differ. Give `id` in JSON lines, rename a source"):
+        index(IndexConfig(source=[folders[0], str(tmp_path / "other/cv-1.0")], out=str(tmp_path / "m")))
+
+
+def test_the_quarantine_has_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path / "c/x.wav")
+    (tmp_path / "c/bad.wav").touch()
+    monkeypatch.chdir(tmp_path)
+    index(IndexConfig(source="c", out="m", dev_share=0.0, test_share=0.0, max_bad_share=0.5))
+    assert json.loads(Path("m/quarantine.jsonl").read_text())["path"] == str(tmp_path / "c/bad.wav")
+
+
 def test_ids_of_recordings_elsewhere_start_where_they_share_a_folder(tmp_path: Path) -> None:
     rows = [{"audio_filepath": str(record(tmp_path / f"data/{name}.wav"))} for name in ("a/x", "b/x")]
     (tmp_path / "lists").mkdir()
@@ -163,7 +215,7 @@ def test_a_source_must_exist_and_hold_audio(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name}: no audio found"):
             run(tmp_path / name)
     (tmp_path / "list.csv").touch()
-    with pytest.raises(ValueError, match=r"list.csv: a source is a folder, a .tsv, or JSON lines"):
+    with pytest.raises(ValueError, match=r"list.csv: a source is a folder, a .tar, a .tsv, JSON lines .* or a glob"):
         run(tmp_path / "list.csv")
 
 

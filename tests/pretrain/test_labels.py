@@ -1,10 +1,13 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain import labels as module
+from pretrain.audio import num_frames
 from pretrain.labels import Labels, commit_labels, shard_stands, write_shard
 
 
@@ -106,3 +109,79 @@ def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
 def test_the_declared_levels_are_the_arrays_levels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard 0 has 3 levels, not 2"):
         write(tmp_path, [["a"]], levels=3, num_levels=2)
+
+
+# Many at once, and other frame rates
+
+
+@settings(max_examples=30)
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=30, unique=True), st.integers(1, 4), st.data())
+def test_many_utterances_are_found_as_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], num_shards: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("labels")
+    written = write(folder, [names[i::num_shards] for i in range(num_shards) if names[i::num_shards]])
+    labels = Labels(folder)
+    asked = data.draw(st.lists(st.sampled_from(names), max_size=40))
+    expected = [len(written[name]) for name in asked]
+    assert labels.frame_counts(asked).tolist() == expected
+    pieces = [pa.array(asked[:5], pa.string()), pa.array(asked[5:], pa.string())]
+    assert labels.frame_counts(pa.chunked_array(pieces)).tolist() == expected
+    with pytest.raises(ValueError, match="no labels for utterance 'longer'"):
+        labels.frame_counts([*asked, "longer", *asked])
+
+
+def test_ids_whose_hashes_agree_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard, ids in enumerate([["a", "b"], ["c", "d", "e"]]):
+        write_shard(tmp_path, shard, ids, label_arrays([ord(name) for name in ids]))
+    commit_labels(tmp_path, 2, {}, {}, codebook="c", num_classes=100)
+    monkeypatch.setattr(module, "_hash", lambda name: 7)
+    labels = Labels(tmp_path)
+    assert labels.frame_counts(list("edabcab")).tolist() == [ord(name) for name in "edabcab"]
+    assert len(labels["d"]) == ord("d") and "f" not in labels
+    with pytest.raises(ValueError, match="no labels for utterance 'f'"):
+        labels.frame_counts(["a", "f", "b"])
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+def test_labels_at_100_hz_are_read_as_every_second_one(tmp_path: Path, levels: int | None) -> None:
+    written = write(tmp_path, [["a", "four"], ["cc"]], levels, frame_rate_hz=100.0)
+    labels = Labels(tmp_path)
+    assert labels.frame_rate_hz == 50.0 and labels.meta["frame_rate_hz"] == 100.0
+    for name, array in written.items():
+        np.testing.assert_array_equal(labels[name], array[::2])
+        assert labels.num_frames(name) == labels.frame_counts([name])[0] == len(array[::2])
+
+
+@given(st.integers(400, 100_000))
+def test_every_second_kaldi_frame_is_a_frame_of_the_encoder(num_samples: int) -> None:
+    starts_of_10_ms = np.arange(0, num_samples - 400 + 1, 160)  # snip_edges: the windows of 25 ms that fit
+    np.testing.assert_array_equal(starts_of_10_ms[::2], np.arange(num_frames(num_samples)) * 320)
+
+
+def test_labels_of_another_rate_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, [["a"]], frame_rate_hz=25.0)
+    with pytest.raises(ValueError, match=r"labels at 25.0 Hz cannot be used; the encoder has 50 frames a second"):
+        Labels(tmp_path)
+
+
+def test_one_label_more_or_less_is_rounding_and_two_are_fatal(tmp_path: Path) -> None:
+    counts = write(tmp_path, [["a", "bb"], ["ccc"]])  # 4, 5 and 6 labels
+    labels = Labels(tmp_path)
+    for difference in (-1, 0, 1):
+        labels.require_frames(list(counts), np.array([4, 5 + difference, 6]))
+    for difference in (-2, 2):
+        message = rf"5 labels for utterance 'bb', which has {5 + difference} frames of 20 ms \(1 of 3 utterances differ"
+        with pytest.raises(ValueError, match=message):
+            labels.require_frames(list(counts), np.array([4, 5 + difference, 6]))
+
+
+def test_a_wrong_frame_rate_is_guessed_at(tmp_path: Path) -> None:
+    write_shard(tmp_path, 0, ["a", "b"], label_arrays([200, 301]))
+    for rate, frames, hint in (
+        (50.0, [100, 151], "look like 100 Hz labels: declare frame_rate_hz = 100"),
+        (100.0, [200, 301], "look like 50"),
+    ):
+        commit_labels(tmp_path, 1, {}, {}, codebook="c", num_classes=100, frame_rate_hz=rate)
+        with pytest.raises(ValueError, match=hint):
+            Labels(tmp_path).require_frames(["a", "b"], np.array(frames))

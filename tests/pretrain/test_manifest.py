@@ -1,14 +1,18 @@
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.artefact import commit
-from pretrain.manifest import Manifest, Phone, Utterance, write_manifest
+from pretrain.batches import BatchConfig, SpeechBatches
+from pretrain.manifest import ROW_GROUP, Manifest, Phone, Utterance, write_manifest
 
 
 def row(name: str, **columns: Any) -> dict[str, Any]:
@@ -39,10 +43,22 @@ def test_meta_counts_utterances_hours_and_quarantine(tmp_path: Path) -> None:
     assert meta["hours"] == pytest.approx(2 / 3600)
 
 
-def test_paths_are_stored_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_manifest("m", [row("a", path="audio/../a.wav")], {}, {})
     assert Manifest("m")[0].path == str(tmp_path / "a.wav")
+
+
+def test_a_corpus_that_moves_keeps_its_fingerprint(tmp_path: Path) -> None:
+    rows = [[row("a", path=f"{root}/x/a.wav"), row("b", path="/elsewhere/b.wav")] for root in ("/here", "/there", "/the")]
+    prints = [write_manifest(tmp_path / str(n), rows[n], {}, {}, root=root) for n, root in enumerate(["/here", "/there/", "/the"])]
+    assert len(set(prints)) == 1
+    assert [u.path for u in Manifest(tmp_path / "1")] == ["/there/x/a.wav", "/elsewhere/b.wav"]
+    meta = tmp_path / "1" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"root": "/new"}))
+    moved = Manifest(tmp_path / "1").select(None)
+    assert [u.path for u in moved] == ["/new/x/a.wav", "/elsewhere/b.wav"] and moved.fingerprint == prints[0]
+    assert write_manifest(tmp_path / "3", rows[1], {}, {}, root="/the") != prints[0]  # /there is not below /the
 
 
 def test_the_fingerprint_follows_the_rows_and_nothing_else(tmp_path: Path) -> None:
@@ -77,6 +93,78 @@ def test_lengths_are_those_of_the_utterances(tmp_path_factory: pytest.TempPathFa
     assert manifest.lengths.dtype == np.int64
     assert manifest.lengths.tolist() == [u.length for u in manifest] == [n * 16000 // rate for n, rate in sizes]
     assert all(u.num_frames == max(0, (u.length - 400) // 320 + 1) for u in manifest if u.length >= 400)
+
+
+def many(num_rows: int) -> Iterator[dict[str, Any]]:
+    """Three splits, text in one of them, phones in one row; lengths that tell the row."""
+    for i in range(num_rows):
+        known = {"text": f"text {i}"} if i % 3 == 1 else {}
+        known |= {"phones": [(0.0, 1.0, "a")]} if i == 2500 else {}
+        yield row(f"u{i}", num_samples=400 + i, split=[None, "train", "dev"][i % 3], member_offset=512 * i, member_size=i, **known)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Three and a bit row groups, written from an iterator."""
+    folder = tmp_path_factory.mktemp("large")
+    write_manifest(folder, many(3 * ROW_GROUP + 77), {}, {})
+    return Manifest(folder)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 3 * ROW_GROUP + 76), min_size=1, max_size=20))
+def test_rows_are_the_same_in_any_order_and_selection(large: Manifest, rows: list[int]) -> None:
+    expected = [f"u{i}" for i in rows]
+    assert [large[i].id for i in rows] == expected
+    taken = large.take(np.array(rows))
+    assert taken.ids == [u.id for u in taken] == expected
+    assert taken.lengths.tolist() == [u.length for u in taken] == [400 + i for i in rows]
+    assert taken.take(np.arange(len(rows))[::-1]).ids == expected[::-1]
+    assert taken.has_text == any(i % 3 == 1 for i in rows) and taken.has_phones == (2500 in rows)
+    assert taken.splits == {["train", "dev"][i % 3 - 1] for i in rows if i % 3}
+    assert all(u.member == (512 * i, i) for i, u in zip(rows, taken, strict=True))
+
+
+def test_a_large_manifest_selects_by_split(large: Manifest) -> None:
+    assert large.has_text and large.has_phones and large.splits == {"train", "dev"} and len(large) == 3 * ROW_GROUP + 77
+    dev, train = large.select("dev"), large.select("train")
+    assert dev.ids == [f"u{i}" for i in range(2, len(large), 3)] and dev.splits == {"dev"}
+    assert not dev.has_text and train.has_text and not dev.has_phones and train.has_phones  # row 2500 is of train
+    with pytest.raises(ValueError, match="no utterances of split 'dev'; it has train"):
+        train.select("dev")
+    with pytest.raises(IndexError):
+        dev[len(dev)]
+    assert dev[-1].id == dev.ids[-1]
+
+
+def test_threads_may_read_at_once(large: Manifest) -> None:
+    rows = np.random.default_rng(0).integers(0, len(large), 200).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert [u.id for u in pool.map(large.__getitem__, rows)] == [f"u{i}" for i in rows]
+
+
+def test_opening_and_planning_decodes_no_row(large: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pq.ParquetFile, "read", None)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
+    manifest = Manifest(large.folder).select("train")
+    plan = SpeechBatches(manifest, BatchConfig(min_seconds=0.025), 0).plan(0)
+    assert sum(map(len, plan)) == len(manifest)
+
+
+def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="unique"):
+        write_manifest(tmp_path, [row(str(i % 1500)) for i in range(1501)], {}, {})
+    assert not (tmp_path / "meta.json").exists()
+
+
+def test_a_manifest_written_before_tars_were_read_still_opens(tmp_path: Path) -> None:
+    write_manifest(tmp_path, [row("a")], {}, {})
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["member_offset", "member_size", "speaker"]), path)
+    assert Manifest(tmp_path)[0] == Utterance("a", "/audio/a.wav", 0, 16000, 16000)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"manifest.parquet: missing or damaged"):
+        Manifest(tmp_path)
 
 
 def test_what_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
