@@ -6,6 +6,8 @@
 
 There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is written under a
 temporary name, fsynced and renamed, so a visible one is complete; one whose hashes do not match is passed over with a warning.
+Sharded training (FSDP2) writes the same whole tensors and reads its shards out of them: neither sharding nor the number of
+ranks shows in a checkpoint.
 """
 
 import json
@@ -21,18 +23,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.artefact import read_meta, sha256_file, sync_folder
+from pretrain.parallel import placed_like, whole
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write `run/step_XXXXXXXX` atomically and return it. `state` must be JSON-able and is given back by `load_checkpoint`."""
+def save_checkpoint(
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, write: bool = True
+) -> Path:
+    """Write `run/step_XXXXXXXX` atomically and return it. `state` must be JSON-able and is given back by `load_checkpoint`.
+
+    Every rank must call this where the model is sharded, for its shards; one of them writes.
+    """
     final = run / f"step_{step:08d}"
+    weights, moments = _gather(model.state_dict(), write), _gather(_optimizer_tensors(model, optimizer), write)
+    if not write:
+        return final
     temporary = run / f".step_{step:08d}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this one's id, as happens in containers
     temporary.mkdir(parents=True)
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
         hashes = {name: sha256_file(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
         (temporary / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
         for path in temporary.iterdir():
@@ -68,16 +78,18 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore model and optimiser in place; returns the stored state."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    """Restore model and optimiser in place, each tensor split as the model's is; returns the stored state."""
+    own = model.state_dict()
+    weights = load_file(path / "model.safetensors")
+    model.load_state_dict({name: placed_like(tensor, own[name]) if name in own else tensor for name, tensor in weights.items()})
     stored = load_file(path / "optimizer.safetensors")
     for name, parameter in model.named_parameters():
         if f"step.{name}" in stored:
             optimizer.state[parameter] = {
                 # AdamW keeps its step count on the CPU unless the fused GPU kernel runs; the optimiser moves it where it wants it.
                 "step": stored[f"step.{name}"].to(parameter.device if parameter.is_cuda else "cpu"),
-                "exp_avg": stored[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": stored[f"exp_avg_sq.{name}"].to(parameter.device),
+                "exp_avg": placed_like(stored[f"exp_avg.{name}"], parameter),
+                "exp_avg_sq": placed_like(stored[f"exp_avg_sq.{name}"], parameter),
             }
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return state
@@ -103,8 +115,18 @@ def load_weights(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], st
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    return tensors
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one after another; where they are not kept, this rank's part in gathering them."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            gathered[name] = full.cpu().contiguous()
+    return gathered

@@ -2,18 +2,17 @@
 
 A `Task` supplies the model, the batches and, through the model's forward, a `Loss` (sum, count, metrics). The engine divides
 the gradient once by the count over all ranks and accumulation steps, so any split of a global batch gives the same update.
-Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use DistributedDataParallel. Randomness is a
-function of (seed, epoch, rank, step), so resuming from a checkpoint continues bit for bit.
+Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use DistributedDataParallel or FSDP2
+(pretrain/parallel.py). Randomness is a function of (seed, epoch, rank, step), so resuming from a checkpoint continues bit for
+bit. A run may go on with another number of processes, `accumulate` or `sharding`: it stays the same up to rounding, and up to
+what is drawn by rank (dropout).
 """
 
-import gc
-import itertools
-import json
 import math
-import os
 import time
 import tomllib
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,15 +21,25 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tomli_w
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.checkpoint import latest_checkpoint, load_checkpoint, remove_old_checkpoints, save_checkpoint
 from pretrain.config import Config, differences, without_none
+from pretrain.kernels import keep_freed_memory
+from pretrain.parallel import (
+    World,
+    compile_in_place,
+    gathered,
+    recompute_in_backward,
+    replicate,
+    scale_and_clip,
+    shard,
+    without_reduction,
+)
 from pretrain.progress import progress
+from pretrain.runlog import RunLog, Window
 
 
 class Loss(NamedTuple):
@@ -46,6 +55,13 @@ class Task:
 
     model: nn.Module
     unit: str = "s"
+
+    def blocks(self) -> list[nn.Module]:
+        """The model's repeated parts (transformer layers): what is sharded, recomputed and compiled one at a time.
+
+        Each is called as a module in every forward, also where its output is not used.
+        """
+        return []
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Global batches of item numbers, a pure function of (seed, epoch)."""
@@ -69,6 +85,10 @@ class Task:
     def collate_validation(self, items: np.ndarray) -> Any:
         return self.collate(items, epoch=-1)
 
+    def evaluate(self) -> dict[str, float]:
+        """What else a validation tells, logged as `valid_NAME`. Called on every rank, without gradients, in eval mode."""
+        return {}
+
     def before_step(self, step: int) -> None:
         """Set what depends on the step alone: temperatures, layer gates."""
 
@@ -89,7 +109,8 @@ class Task:
         return {name: float(value) for name, value in metrics.items() if value.ndim == 0}
 
     def alarm(self, metrics: dict[str, float], step: int) -> str | None:
-        """A message that stops the run (collapse), or None. NaN is the engine's business."""
+        """A message that stops the run (collapse), or None: from the numbers of a log line, where there was a validation those
+        of the validation among them (`valid_NAME`). NaN is the engine's business."""
         return None
 
 
@@ -135,7 +156,11 @@ class TrainingConfig(Config):
     seed: int = 0
     accumulate: int = Field(1, ge=1, description="micro-batches a rank computes for one update")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 autocast on a GPU that has it")
-    compile: bool = False
+    compile: bool = Field(False, description="torch.compile: each block, or the whole model where it has none")
+    sharding: Literal["none", "full"] = Field(
+        "none", description="several processes: whole copies of the model (DDP), or split over the ranks (FSDP2)"
+    )
+    activation_checkpointing: bool = Field(False, description="keep each block's input alone and recompute it in backward")
     device: str = "auto"
     log_every: int = Field(10, ge=1)
     validate_every: int = Field(0, ge=0, description="0: at the end only")
@@ -144,52 +169,11 @@ class TrainingConfig(Config):
     loader_threads: int = Field(2, ge=1)
 
 
-_groups_joined = itertools.count()
-
-
-class World(NamedTuple):
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: str) -> "World":
-        """Read RANK, LOCAL_RANK and WORLD_SIZE and, with more than one process, join the group (nccl on GPUs, else gloo)."""
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = torch.device(device)
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
-            torch.cuda.set_device(chosen)
-        if size > 1 and not dist.is_initialized():
-            # Under a name of its own: the launcher's store still holds the addresses of a group this process left before.
-            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # public, but its stub exports it not
-            store = dist.PrefixStore(f"run{next(_groups_joined)}", store)  # type: ignore[attr-defined]
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-        return cls(rank, size, chosen)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def leave(self) -> None:
-        """Wait for the others and leave the group: a process that exits with one open may abort after its work is done.
-
-        No DistributedDataParallel may be in use any more. One that holds the group's last reference would end it while holding the
-        interpreter's lock, which gloo's threads may be waiting for: the process would hang.
-        """
-        if self.size > 1:
-            dist.barrier()
-            gc.collect()
-            dist.destroy_process_group()
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+# What an unfinished run may go on with: how a step is computed, not what.
+NEUTRAL = {
+    "training.accumulate", "training.sharding", "training.activation_checkpointing", "training.compile", "training.device",
+    "training.loader_threads", "training.keep_checkpoints",
+}  # fmt: skip
 
 
 def train(
@@ -211,12 +195,14 @@ def train(
     run, extra = Path(out), extra or {}
     require_absent(run)
     world = World.join(training.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     main = world.rank == 0
     max_steps = training.max_steps
     if training.max_epochs is not None:
         max_steps = max(1, min(max_steps, round(training.max_epochs * len(task.plan(0)))))
     _write_or_compare_config(run, config, write=main)
-    task.model.to(world.device)
+    _place(task, training, world)
     adamw = torch.optim.AdamW(
         task.parameter_groups(),
         lr=optimizer.lr,
@@ -231,40 +217,41 @@ def train(
         load_checkpoint(checkpoint, task.model, adamw) if checkpoint else {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0}
     )
     start, began = state["step"], time.monotonic() - state["seconds"]
-    log = _Log(run, start) if main else None
-    window = _Window()
+    log = RunLog(run, start) if main else None
+    window = Window()
     phase: int | None = None
     model: nn.Module = task.model
     done_before = start
 
     def save(step: int, position: tuple[int, int]) -> None:
+        stored = {"epoch": position[0], "batch": position[1], "seconds": time.monotonic() - began}
+        save_checkpoint(run, step, task.model, adamw, {**stored, "kind": kind, "extra": extra, "config": config}, write=main)
         if main:
-            stored = {"epoch": position[0], "batch": position[1], "seconds": time.monotonic() - began}
-            save_checkpoint(run, step, task.model, adamw, {**stored, "kind": kind, "extra": extra, "config": config})
             remove_old_checkpoints(run, training.keep_checkpoints)
         world.barrier()
 
-    batches = _batches(task, (state["epoch"], state["batch"]), training, world)
+    batches = load_ahead(task, (state["epoch"], state["batch"]), training, world)
     with progress(f"train {run.name}", max_steps, "step", done=start) if main else nullcontext(lambda *_, **__: None) as advance:
         for step in range(start, max_steps):
             if phase != task.phase(step):
                 phase = task.phase(step)
                 task.enter_phase(phase)
-                model = _wrap(task.model, world, training.compile)
-            position, micro_batches, amount = next(batches)
+                model = replicate(task.model, world)
+            position, parts, micro_batches, amount = next(batches)
             task.before_step(step)
             torch.manual_seed(_mix(training.seed, step, world.rank))
             task.model.train()
             count = torch.zeros((), device=world.device)
             for number, (batch, weight) in enumerate(micro_batches):
-                with _no_sync(model, number < len(micro_batches) - 1), _autocast(training.precision, world.device):
-                    loss = _weighted(model(_move(batch, world.device)), weight)
-                loss.total.backward()
+                with without_reduction(model, number < parts - 1):
+                    with autocast(training.precision, world.device):
+                        loss = _weighted(model(to_device(batch, world.device)), weight)
+                    loss.total.backward()
                 count += loss.count
                 window.add(loss)
             world.sum(count)
-            norm = _scale_and_clip(task.model, world.size / count.clamp(min=1e-8), optimizer.clip_norm)
-            window.add_norm(norm)
+            norm = scale_and_clip(task.model, world.size / count.clamp(min=1e-8), optimizer.clip_norm)
+            window.add_norm(norm, step + 1)
             for group in adamw.param_groups:
                 group["lr"] = optimizer.lr * group.get("lr_scale", 1.0) * optimizer.factor(step, max_steps)
             adamw.step()
@@ -272,17 +259,17 @@ def train(
             window.amount += amount
             step_done, last = step + 1, step + 1 == max_steps
             save_due = last or step_done % training.checkpoint_every == 0
+            validate_due = last or bool(training.validate_every and step_done % training.validate_every == 0)
             metrics: dict[str, float] = {}
-            if save_due or step_done % training.log_every == 0:
+            if save_due or validate_due or step_done % training.log_every == 0:
                 metrics = task.describe(window.reduce(world))
                 metrics |= {"lr": adamw.param_groups[0]["lr"], f"{task.unit}_per_second": window.rate()}
-                _stop_if_broken(task, metrics, step_done, run)
-                window = _Window()
-            if last or (training.validate_every and step_done % training.validate_every == 0):
-                valid = _validate(task, world, training)
-                metrics |= {f"valid_{name}": value for name, value in valid.items()}
-            if metrics and log is not None:
-                log.write(step_done, metrics)
+                if validate_due:
+                    metrics |= {f"valid_{name}": value for name, value in _validate(task, world, training).items()}
+                _stop_if_broken(task, metrics, window.first_not_finite, step_done, run, training, optimizer)
+                window = Window()
+                if log is not None:
+                    log.write(step_done, metrics)
             advance(1, note=f"loss {metrics['loss']:.3f}" if "loss" in metrics else None)
             if save_due:
                 save(step_done, (position[0], position[1] + 1))
@@ -300,10 +287,13 @@ def train(
     return summary
 
 
-def _batches(
+def load_ahead(
     task: Task, position: tuple[int, int], training: TrainingConfig, world: World
-) -> Generator[tuple[tuple[int, int], list[tuple[Any, float]], float], None, None]:
-    """(epoch, batch) and this rank's micro-batches from `position` on, for ever, loaded ahead by threads in a fixed order."""
+) -> Generator[tuple[tuple[int, int], int, Iterator[tuple[Any, float]], float], None, None]:
+    """(epoch, batch), how many micro-batches this rank has of it, those, and the global amount; from `position` on, for ever.
+
+    Threads load a few micro-batches ahead, in a fixed order, however many make up a step.
+    """
 
     def order() -> Generator[tuple[tuple[int, int], list[tuple[np.ndarray, float]], float], None, None]:
         epoch, first = position
@@ -314,18 +304,41 @@ def _batches(
             for number in range(first, len(plan)):
                 parts = task.split(plan[number], world.size * training.accumulate)[world.rank :: world.size]
                 # Every rank runs the same number of forwards; one left without items repeats an item with weight 0.
-                weighted = [(part, 1.0) if len(part) else (plan[number][:1], 0.0) for part in parts]
+                weighted = [(part, 1.0) if len(part) else (plan[number][:1], 0.0) for part in parts if len(part) or world.size > 1]
                 yield (epoch, number), weighted, task.amount(plan[number])
             epoch, first = epoch + 1, 0
 
-    pool = ThreadPoolExecutor(training.loader_threads)
-    queue: list[tuple[tuple[int, int], list[tuple[Future[Any], float]], float]] = []
-    try:
+    def load(items: np.ndarray, epoch: int) -> Any:
+        batch = task.collate(items, epoch)
+        if world.device.type != "cuda":
+            return batch
+        return type(batch)(*[x.pin_memory() if isinstance(x, Tensor) else x for x in batch])  # copied without waiting
+
+    def jobs() -> Generator[tuple[np.ndarray, int, float], None, None]:
         for place, parts, amount in order():
-            queue.append((place, [(pool.submit(task.collate, items, place[0]), weight) for items, weight in parts], amount))
-            if len(queue) > training.loader_threads + 1:
-                ready = queue.pop(0)
-                yield ready[0], [(future.result(), weight) for future, weight in ready[1]], ready[2]
+            steps.append((place, len(parts), amount))
+            yield from ((items, place[0], weight) for items, weight in parts)
+
+    def submit_ahead() -> None:
+        while len(pending) < training.loader_threads + 2:
+            items, epoch, weight = next(source)
+            pending.append((pool.submit(load, items, epoch), weight))
+
+    def take(count: int) -> Generator[tuple[Any, float], None, None]:
+        for _ in range(count):
+            submit_ahead()
+            future, weight = pending.popleft()
+            yield future.result(), weight
+
+    pool = ThreadPoolExecutor(training.loader_threads)
+    steps: deque[tuple[tuple[int, int], int, float]] = deque()
+    pending: deque[tuple[Future[Any], float]] = deque()
+    source = jobs()
+    try:
+        while True:
+            submit_ahead()
+            place, count, amount = steps.popleft()
+            yield place, count, take(count), amount
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -333,122 +346,56 @@ def _batches(
 @torch.no_grad()
 def _validate(task: Task, world: World, training: TrainingConfig) -> dict[str, float]:
     task.model.eval()
-    window = _Window()
+    window = Window()
     torch.manual_seed(_mix(training.seed, -1, 0))
     plan = task.plan_validation()
     if not plan:
         return {}
-    # As in training, a rank without a batch of its own repeats one with weight 0, so that all ranks reduce the same sums.
-    for items, weight in [(items, 1.0) for items in plan[world.rank :: world.size]] or [(plan[0], 0.0)]:
-        with _autocast(training.precision, world.device):
-            window.add(_weighted(task.model(_move(task.collate_validation(items), world.device)), weight))
-    return {name: value for name, value in task.describe(window.reduce(world)).items() if name != "gradient_norm"}
+    # As in training, every rank runs the same number of forwards: one without a batch of its own repeats one with weight 0.
+    share = [(items, 1.0) for items in plan[world.rank :: world.size]]
+    share += [(plan[0], 0.0)] * (-(-len(plan) // world.size) - len(share))
+    with gathered(task.model), autocast(training.precision, world.device):
+        for items, weight in share:
+            window.add(_weighted(task.model(to_device(task.collate_validation(items), world.device)), weight))
+        more = task.evaluate()
+    return {**task.describe(window.reduce(world)), **more}
 
 
-class _Window:
-    """Sums of metrics since the last log line, on the device: nothing here waits for it until `reduce`."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[Tensor]] = {}
-        self.amount = 0.0
-        self.began = time.monotonic()
-
-    def add(self, loss: Loss) -> None:
-        for name, (total, count) in {"loss": (loss.total, loss.count), **loss.metrics}.items():
-            pair = [total.detach().double(), torch.as_tensor(count, device=total.device).detach().double()]
-            self.sums[name] = [a + b for a, b in zip(self.sums[name], pair, strict=True)] if name in self.sums else pair
-
-    def add_norm(self, norm: Tensor) -> None:
-        pair = [norm.double(), torch.ones_like(norm).double()]
-        self.sums["gradient_norm"] = [
-            a + b for a, b in zip(self.sums.get("gradient_norm", [norm.new_zeros(()).double()] * 2), pair, strict=True)
-        ]
-
-    def reduce(self, world: World) -> dict[str, Tensor]:
-        return {
-            name: (world.sum(total) / world.sum(count).clamp(min=1e-12)).cpu() for name, (total, count) in sorted(self.sums.items())
-        }
-
-    def rate(self) -> float:
-        return self.amount / max(time.monotonic() - self.began, 1e-9)
+def _place(task: Task, training: TrainingConfig, world: World) -> None:
+    """The model on its device, sharded, recomputed and compiled as `training` says."""
+    blocks = task.blocks()
+    if training.activation_checkpointing and not blocks:
+        raise ValueError("training.activation_checkpointing: this model has no blocks to recompute; leave the key out")
+    if training.compile:
+        compile_in_place(task.model, blocks)
+    if training.activation_checkpointing:
+        recompute_in_backward(blocks)
+    if training.sharding == "full" and world.size > 1:
+        shard(task.model, blocks, world)
+    else:
+        task.model.to(world.device)
 
 
-class _Log:
-    """`metrics.jsonl` and TensorBoard events. Lines after the step that training resumes from are dropped."""
-
-    def __init__(self, run: Path, start: int):
-        from torch.utils.tensorboard import SummaryWriter  # half a second that only training needs
-
-        self.path = run / "metrics.jsonl"
-        self.lines: list[dict[str, Any]] = []
-        if self.path.is_file():
-            self.lines = [line for line in map(_parse_line, self.path.read_text().splitlines()) if line and line["step"] <= start]
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.path, "a")  # noqa: SIM115  # closed by close()
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        line = {"step": step, **metrics}
-        self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
-
-    def summarise(self, steps: int, seconds: float, steps_now: int) -> dict[str, Any]:
-        losses = [line["loss"] for line in self.lines if "loss" in line]
-        summary = {
-            "steps": steps,
-            "seconds": seconds,
-            "steps_this_time": steps_now,
-            "loss_first": losses[0],
-            "loss_last": losses[-1],
-        }
-        summary |= {name: value for name, value in self.lines[-1].items() if name not in ("step", "loss", "lr")}
-        return summary
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
-
-
-def _parse_line(text: str) -> dict[str, Any] | None:
-    try:
-        line: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:  # the last line of a killed run
-        return None
-    return line
-
-
-def _stop_if_broken(task: Task, metrics: dict[str, float], step: int, run: Path) -> None:
+def _stop_if_broken(
+    task: Task, metrics: dict[str, float], first: int | None, step: int, run: Path,
+    training: TrainingConfig, optimizer: OptimizerConfig,
+) -> None:  # fmt: skip
+    """Raise ValueError when a number is not finite (since step `first`) or the task is alarmed, naming the checkpoint to go back to."""
     broken = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics.get(name, 0.0))]
-    reason = f"{' and '.join(broken)} not finite" if broken else task.alarm(metrics, step)
+    if broken:
+        reason = f"{' and '.join(broken)} not finite{f', first in step {first}' if first else ''}. Try a lower optimizer.lr"
+        reason += f" (now {optimizer.lr:g}), a longer optimizer.warmup_steps (now {optimizer.warmup_steps})"
+        reason += (
+            f", a lower optimizer.clip_norm (now {optimizer.clip_norm:g}{'' if optimizer.clip_norm else ': nothing is clipped'})"
+        )
+        reason += ' or, if it ran in bfloat16, training.precision = "float32"' if training.precision != "float32" else ""
+    else:
+        reason = task.alarm(metrics, step) or ""
     if reason:
         kept = latest_checkpoint(run)
-        remedy = "try a lower optimizer.lr, a longer warmup_steps or optimizer.clip_norm" if broken else ""
-        raise ValueError(f"{run}: stopped at step {step}: {reason}. {remedy} The last good checkpoint: {kept or 'none yet'}")
-
-
-def _scale_and_clip(model: nn.Module, scale: Tensor, clip_norm: float) -> Tensor:
-    """Multiply all gradients by `scale`, then clip their global norm; returns the norm before clipping. No host sync."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) * scale
-    if clip_norm > 0:
-        scale = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, scale)
-    return norm.detach()
-
-
-def _wrap(model: nn.Module, world: World, compiled: bool) -> nn.Module:
-    wrapped: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]  # torch types it as a callable
-    if world.size > 1 and any(p.requires_grad for p in model.parameters()):
-        wrapped = DistributedDataParallel(wrapped, device_ids=[world.device] if world.device.type == "cuda" else None)
-    return wrapped
-
-
-def _no_sync(model: nn.Module, skip: bool) -> AbstractContextManager[None]:
-    return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
+        raise ValueError(
+            f"{run}: stopped at step {step}: {reason.removesuffix('.')}. The last good checkpoint: {kept or 'none yet'}"
+        )
 
 
 def _weighted(loss: Loss, weight: float) -> Loss:
@@ -458,13 +405,15 @@ def _weighted(loss: Loss, weight: float) -> Loss:
     return Loss(loss.total * weight, loss.count * weight, metrics)
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The context that a forward runs in: `TrainingConfig.precision` on this device."""
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def _move(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The tensors of a batch, a NamedTuple, on `device`; what else it holds stays."""
     return type(batch)(*[x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch])
 
 
@@ -479,8 +428,11 @@ def _write_or_compare_config(run: Path, config: dict[str, Any], write: bool) -> 
     path = run / "config.toml"
     if path.is_file() and latest_checkpoint(run) is not None and path.read_text() != text:
         changes = differences(tomllib.loads(path.read_text()), tomllib.loads(text))
-        changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes)
-        raise ValueError(f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder")
+        changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes if key not in NEUTRAL)
+        if changed:
+            raise ValueError(
+                f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder"
+            )
     if write:
         with atomic_path(path) as temporary:
             temporary.write_text(text)

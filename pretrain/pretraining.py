@@ -1,5 +1,10 @@
-"""The verb `pretrain`: HuBERT or wav2vec 2.0 on a manifest."""
+"""The verb `pretrain`: HuBERT or wav2vec 2.0 on a manifest.
 
+A global batch gives the same update however it is split over ranks and micro-batches, with one exception, as in fairseq:
+wav2vec 2.0's diversity term is that of each micro-batch (an entropy of a mean is not a sum over frames).
+"""
+
+import os
 from typing import Any, Literal
 
 import numpy as np
@@ -7,23 +12,31 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask, pad
+from pretrain.alarms import AlarmConfig, Variation, hubert_alarm, variation_alarm, wav2vec2_alarm
+from pretrain.audio import HOP, MIN_SAMPLES, num_frames
+from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
+from pretrain.checkpoint import load_weights
 from pretrain.config import Config
 from pretrain.encoder import EncoderConfig
 from pretrain.engine import OptimizerConfig, TrainingConfig, train
-from pretrain.frontend import num_frames
-from pretrain.hubert import IGNORED, Hubert, HubertBatch, HubertConfig, perplexity
+from pretrain.hubert import Hubert, HubertBatch, HubertConfig, hubert_batch, perplexity
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest
 from pretrain.masking import span_mask
-from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Batch, Wav2Vec2Config, draw_distractors
+from pretrain.packing import pack
+from pretrain.pnmi import pnmi_of_features
+from pretrain.progress import console
+from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Batch, Wav2Vec2Config, draw_distractors, wav2vec2_batch
 
 
-class AlarmConfig(Config):
-    """When a run counts as collapsed: after `after_steps`, the perplexity of the predicted classes or codes below `perplexity`."""
+class EvaluationConfig(Config):
+    """PNMI of a layer's units at every validation, `valid_pnmi`: k-means on at most `max_seconds` of the valid split."""
 
-    after_steps: int = Field(200, ge=0)
-    perplexity: float = Field(2.0, ge=0)
+    layer: int = Field(6, ge=0, description="after that layer's residual; 0 is the first layer's input")
+    num_classes: int = Field(100, ge=2)
+    max_seconds: float = Field(
+        600.0, gt=0, description="of utterances with phones, drawn once; longer ones are cropped as in training"
+    )
 
 
 class PretrainConfig(Config):
@@ -35,6 +48,7 @@ class PretrainConfig(Config):
     valid_split: str | None = "dev"
     objective: Literal["hubert", "wav2vec2"]
     labels: str | None = Field(None, description="HuBERT's targets: a labels folder")
+    init: str | None = Field(None, description="start from the weights of this run, for example an earlier iteration")
     encoder: EncoderConfig = EncoderConfig()
     hubert: HubertConfig = HubertConfig()
     wav2vec2: Wav2Vec2Config = Wav2Vec2Config()
@@ -42,11 +56,14 @@ class PretrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     alarm: AlarmConfig = AlarmConfig()
+    evaluation: EvaluationConfig | None = Field(None, description="needs phone alignments in the valid split")
 
     @model_validator(mode="after")
     def _labels_belong_to_hubert(self) -> "PretrainConfig":
         if (self.objective == "hubert") != (self.labels is not None):
             raise ValueError('`labels` is needed for objective = "hubert" and only there')
+        if self.evaluation is not None and self.evaluation.layer > self.encoder.num_layers:
+            raise ValueError(f"evaluation.layer {self.evaluation.layer}: this encoder has layers 0 to {self.encoder.num_layers}")
         return self
 
 
@@ -59,8 +76,47 @@ class PretrainTask(SpeechTask):
         self.config = config
         seed = config.training.seed
         self.train_set = SpeechBatches(manifest.select(config.split), config.batches, seed)
-        use_valid = config.valid_split is not None and config.valid_split in manifest.splits
-        self.valid_set = SpeechBatches(manifest.select(config.valid_split), config.batches, seed) if use_valid else None
+        self.valid_set: SpeechBatches | None = None
+        if config.valid_split is not None and config.valid_split in manifest.splits:
+            self.valid_set = SpeechBatches(manifest.select(config.valid_split), config.batches, seed)
+        elif config.valid_split is not None:
+            have = ", ".join(sorted(manifest.splits)) or "no splits"
+            _say(f"no validation: {manifest.folder} has no utterances of valid_split = {config.valid_split!r}; it has {have}")
+        self.judged = self._draw_aligned()
+
+    def _draw_aligned(self) -> list[int]:
+        """Utterances of the valid split to judge a layer by: with phones, in random order, up to `evaluation.max_seconds`."""
+        if self.config.evaluation is None:
+            return []
+        chosen: list[int] = []
+        seconds = 0.0
+        if self.valid_set is not None and self.valid_set.manifest.has_phones:
+            for item in np.random.default_rng([self.config.training.seed, 4]).permutation(self.valid_set.items).tolist():
+                if seconds >= self.config.evaluation.max_seconds:
+                    break
+                if self.valid_set.manifest[item].phones:
+                    chosen.append(item)
+                    seconds += self.valid_set.seconds(np.array([item]))
+        if not chosen:
+            _say(f"no valid_pnmi: no utterance of valid_split = {self.config.valid_split!r} has phones (index with `alignments`)")
+        return chosen
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.encoder.layers)
+
+    def evaluate(self) -> dict[str, float]:
+        """`pnmi` of the configured layer."""
+        if self.config.evaluation is None or not self.judged:
+            return {}
+        assert self.valid_set is not None
+        device = next(self.model.parameters()).device
+        pieces = []
+        for item in self.judged:
+            waveform, first = self.valid_set.load(item, self.valid_set.rng(item, -1))
+            buffer, layout = pack([waveform])
+            layers = self.model.encoder.extract_packed(buffer.to(device), layout, self.config.evaluation.layer)
+            pieces.append((self.valid_set.manifest[item], first, layers[-1].float().cpu().numpy()))
+        return {"pnmi": pnmi_of_features(pieces, self.config.evaluation.num_classes, self.config.training.seed)}
 
     def collate(self, items: np.ndarray, epoch: int) -> Any:
         return self._collate(self.train_set, items, epoch)
@@ -76,13 +132,12 @@ class PretrainTask(SpeechTask):
         self.model.encoder.draw_layers(self.config.training.seed, step)
 
     def alarm(self, metrics: dict[str, float], step: int) -> str | None:
-        name = "prediction_perplexity" if isinstance(self.model, Hubert) else "code_perplexity"
-        if step < self.config.alarm.after_steps or metrics[name] >= self.config.alarm.perplexity:
+        if step < self.config.alarm.after_steps:
             return None
-        return (
-            f"collapsed: {name} is {metrics[name]:.2f}, below alarm.perplexity = {self.config.alarm.perplexity}. Try a lower "
-            "optimizer.lr, a longer optimizer.warmup_steps, or (wav2vec 2.0) a higher wav2vec2.diversity_weight."
-        )
+        return self._collapse(metrics, step) or variation_alarm(metrics, self.config.alarm)
+
+    def _collapse(self, metrics: dict[str, float], step: int) -> str | None:
+        raise NotImplementedError
 
 
 class HubertTask(PretrainTask):
@@ -96,7 +151,9 @@ class HubertTask(PretrainTask):
         for batches in (self.train_set, self.valid_set):
             if batches is not None:
                 check_label_counts(batches, labels)
+        self.chance = _commonest_share(self.train_set, labels)
         self.model = Hubert(config.encoder, config.hubert, labels.num_classes)
+        Variation(self.model)
 
     def _collate(self, batches: SpeechBatches, items: np.ndarray, epoch: int) -> HubertBatch:
         waveforms, masks, labels = [], [], []
@@ -104,16 +161,16 @@ class HubertTask(PretrainTask):
             rng = batches.rng(item, epoch)
             waveform, first = batches.load(item, rng)
             frames = num_frames(len(waveform))
-            target = np.full(frames, IGNORED, np.int64)
-            known = self.labels[batches.manifest[item].id][first : first + frames].astype(np.int64)
-            target[: len(known)] = known
             waveforms.append(waveform)
             masks.append(span_mask(frames, self.config.hubert.mask_start_probability, self.config.hubert.mask_length, rng))
-            labels.append(target)
-        return HubertBatch(pad(waveforms, 0), _lengths(waveforms), pad(masks, False), pad(labels, IGNORED))
+            labels.append(self.labels[batches.manifest[item].id][first : first + frames])
+        return hubert_batch(waveforms, masks, labels)
 
     def describe(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         return {**super().describe(metrics), "prediction_perplexity": perplexity(metrics["_predicted"].numpy())}
+
+    def _collapse(self, metrics: dict[str, float], step: int) -> str | None:
+        return hubert_alarm(metrics, step, self.config.alarm, self.chance, self.config.optimizer.warmup_steps)
 
 
 class Wav2Vec2Task(PretrainTask):
@@ -122,9 +179,10 @@ class Wav2Vec2Task(PretrainTask):
     def __init__(self, config: PretrainConfig, manifest: Manifest):
         super().__init__(config, manifest)
         self.model = Wav2Vec2(config.encoder, config.wav2vec2)
+        Variation(self.model)
 
     def _collate(self, batches: SpeechBatches, items: np.ndarray, epoch: int) -> Wav2Vec2Batch:
-        waveforms, masks, masked_frames, distractors = [], [], [], []
+        waveforms, masks, distractors = [], [], []
         for item in items.tolist():
             rng = batches.rng(item, epoch)
             waveform, _ = batches.load(item, rng)
@@ -132,12 +190,8 @@ class Wav2Vec2Task(PretrainTask):
             mask = span_mask(frames, self.config.wav2vec2.mask_start_probability, self.config.wav2vec2.mask_length, rng)
             waveforms.append(waveform)
             masks.append(mask)
-            masked_frames.append(np.flatnonzero(mask))
-            distractors.append(draw_distractors(len(masked_frames[-1]), self.config.wav2vec2.num_distractors, rng))
-        count = _lengths(masked_frames)
-        return Wav2Vec2Batch(
-            pad(waveforms, 0), _lengths(waveforms), pad(masks, False), pad(masked_frames, 0), count, pad(distractors, 0)
-        )  # fmt: skip
+            distractors.append(draw_distractors(int(mask.sum()), self.config.wav2vec2.num_distractors, rng))
+        return wav2vec2_batch(waveforms, masks, distractors)
 
     def before_step(self, step: int) -> None:
         super().before_step(step)
@@ -148,18 +202,64 @@ class Wav2Vec2Task(PretrainTask):
         perplexities = [perplexity(group) for group in metrics["_codes"].numpy()]
         return {**super().describe(metrics), "code_perplexity": float(np.mean(perplexities))}
 
+    def _collapse(self, metrics: dict[str, float], step: int) -> str | None:
+        config = self.config.wav2vec2
+        return wav2vec2_alarm(metrics, self.config.alarm, config.num_entries, config.diversity_weight)
+
 
 def check_label_counts(batches: SpeechBatches, labels: Labels) -> None:
     """Every utterance has labels and their number differs from its frames by at most one, or ValueError names it."""
-    for item in batches.items.tolist():
-        utterance = batches.manifest[item]
-        have, want = labels.num_frames(utterance.id), utterance.num_frames
-        if abs(have - want) > 1:
-            raise ValueError(f"{labels.folder}: {have} labels for utterance {utterance.id!r}, which has {want} frames of 20 ms")
+    rows = batches.manifest.take(batches.items)
+    labels.require_frames(rows.column("id"), (rows.lengths - MIN_SAMPLES) // HOP + 1)
 
 
-def _lengths(arrays: list[np.ndarray]) -> Tensor:
-    return torch.tensor([len(array) for array in arrays])
+def _commonest_share(batches: SpeechBatches, labels: Labels, utterances: int = 500) -> float:
+    """The share of the commonest label among `utterances` of the training set: what saying it always would get right."""
+    counts = np.zeros(labels.num_classes, np.int64)
+    for item in batches.items[:: max(1, len(batches.items) // utterances)].tolist():
+        counts += np.bincount(labels[batches.manifest[item].id], minlength=labels.num_classes)
+    return float(counts.max() / max(1, counts.sum()))
+
+
+def initialize(model: Hubert | Wav2Vec2, run: str, codebook: str | None = None) -> str:
+    """Load the weights of `run` (config key `init`) into `model`; returns their fingerprint.
+
+    Two things may differ, and are said: a run that holds an encoder alone leaves the heads as they were drawn, and so do class
+    embeddings of another number of classes or another codebook. Any other name or shape that does not fit is a ValueError.
+    """
+    weights, meta, fingerprint = load_weights(run)
+    own = model.state_dict()
+    fresh: list[str] = []
+    if all(name.startswith("encoder.") for name in weights):
+        fresh = [name for name in own if not name.startswith("encoder.")]
+    elif "class_embeddings" in own and "class_embeddings" in weights:
+        theirs, other = weights["class_embeddings"], meta.get("codebook") not in (None, codebook)
+        if theirs.shape[1:] == own["class_embeddings"].shape[1:] and (other or len(theirs) != len(own["class_embeddings"])):
+            fresh = ["class_embeddings"]
+    if fresh:
+        _say(f"init: {run} gives no {', '.join(fresh)} for this run; drawn anew")
+    weights = {name: tensor for name, tensor in weights.items() if name not in fresh}
+    problems = [f"{name} is missing there" for name in own if name not in weights and name not in fresh]
+    problems += [f"{name} is not part of this model" for name in weights if name not in own]
+    problems += [
+        f"{name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} here"
+        for name, tensor in weights.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"init: the weights of {run} do not fit: {'; '.join(problems[:8])}{more}. `objective`, `encoder` and the head's sizes must "
+            "be those of that run"
+        )
+    model.load_state_dict(weights, strict=False)
+    return fingerprint
+
+
+def _say(text: str) -> None:
+    """A line on stderr, from one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -175,6 +275,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         task = HubertTask(config, manifest, labels)
     else:
         task = Wav2Vec2Task(config, manifest)
+    if config.init is not None:
+        parents["init"] = initialize(task.model, config.init, extra.get("codebook"))
     summary = train(
         task, out=config.out, kind="encoder", training=config.training, optimizer=config.optimizer,
         config=config.resolved(), parents=parents, extra=extra,

@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import Field
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.audio import phone_frames
 from pretrain.config import Config
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
+from pretrain.pnmi import JointCounts, entropy_bits, phone_metrics
 from pretrain.progress import progress
 
 
@@ -90,54 +90,6 @@ def matching_labels(utterance: Utterance, labels: Labels) -> np.ndarray:
 def deduplicated(labels: np.ndarray) -> np.ndarray:
     """Units: labels (frames,) with runs of one class collapsed."""
     return labels[np.flatnonzero(np.diff(labels.astype(np.int64), prepend=-1))]
-
-
-class JointCounts:
-    """Frames by phone and class, collected utterance by utterance."""
-
-    def __init__(self, num_classes: int):
-        self._num_classes = num_classes
-        self._rows: dict[str, np.ndarray] = {}
-
-    def add(self, utterance: Utterance, labels: np.ndarray) -> None:
-        assert utterance.phones is not None
-        names, which = np.unique(phone_frames(utterance.phones, len(labels)), return_inverse=True)
-        pairs, counts = np.unique(which * self._num_classes + labels, return_counts=True)
-        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-            name = str(names[pair // self._num_classes])
-            row = self._rows.setdefault(name, np.zeros(self._num_classes, dtype=np.int64))
-            row[pair % self._num_classes] += count
-
-    def matrix(self) -> tuple[list[str], np.ndarray]:
-        """Phones in alphabetical order, and their counts (phones, classes) int64."""
-        phones = sorted(self._rows)
-        return phones, np.array([self._rows[phone] for phone in phones], dtype=np.int64).reshape(-1, self._num_classes)
-
-
-def entropy_bits(counts: np.ndarray) -> float:
-    """Entropy in bits of a distribution given by counts of any shape; 0 of none."""
-    p = counts[counts > 0] / max(1, counts.sum())
-    return float(-(p * np.log2(p)).sum() + 0.0)
-
-
-def phone_metrics(joint: np.ndarray) -> dict[str, float]:
-    """Of joint counts (phones, classes): with y the phone and z the class, and p over frames,
-
-    `phone_purity` Σ_z max_y p(y,z), `cluster_purity` Σ_y max_z p(y,z), `pnmi` I(y;z)/H(y) (Hsu et al. 2021, equation 6; it
-    is also homogeneity), `completeness` I/H(z), `v_measure` their harmonic mean. A zero entropy leaves nothing to tell: 1.
-    """
-    total = max(1, joint.sum())
-    phone_bits, class_bits = entropy_bits(joint.sum(axis=1)), entropy_bits(joint.sum(axis=0))
-    shared = max(0.0, phone_bits + class_bits - entropy_bits(joint))
-    pnmi = shared / phone_bits if phone_bits else 1.0
-    completeness = shared / class_bits if class_bits else 1.0
-    return {
-        "pnmi": pnmi,
-        "phone_purity": float(joint.max(axis=0, initial=0).sum() / total),
-        "cluster_purity": float(joint.max(axis=1, initial=0).sum() / total),
-        "completeness": completeness,
-        "v_measure": 2 * pnmi * completeness / (pnmi + completeness) if pnmi + completeness else 0.0,
-    }
 
 
 def usage_metrics(counts: np.ndarray) -> dict[str, float]:

@@ -137,6 +137,7 @@ class LanguageModel(nn.Module):
 class LanguageModelTask(Task):
     """Next-unit prediction over packed pieces of documents."""
 
+    model: LanguageModel
     unit = "token"
 
     def __init__(self, config: TrainLMConfig, corpus: UnitCorpus):
@@ -148,6 +149,9 @@ class LanguageModelTask(Task):
         if config.valid_split is not None and config.valid_split in corpus.splits:
             self.held_out = Pieces(corpus, corpus.documents(config.valid_split), config.model.context)
         self.worst = math.log(corpus.vocabulary_size) + 1
+
+    def blocks(self) -> list[torch.nn.Module]:
+        return list(self.model.decoder.layers)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.config.training.seed, epoch]).permutation(len(self.pieces))

@@ -3,38 +3,86 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/pretrain/distributed_worker.py CORPUS OUT
 """
 
+import gc
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pretrain.engine import TrainingConfig
-from pretrain.pretraining import PretrainConfig, pretrain
+from pretrain.pretraining import HubertTask, PretrainConfig, pretrain
 from tests.pretrain.linear_task import LinearTask, run_linear
 
+STILL = {"input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+DROPPING: dict[str, Any] = {"layer_drop": 0.5, "num_layers": 3}
+NOISY: dict[str, Any] = {**DROPPING, "input_dropout": 0.1, "dropout": 0.1, "attention_dropout": 0.1}
 
-def hubert(corpus: Path, out: Path, *, accumulate: int = 1, encoder: dict | None = None) -> None:
+
+def hubert(corpus: Path, out: Path, encoder: dict[str, Any] | None = None, **training: Any) -> None:
     """Batches of about three utterances, one of them of a single one; validation is one batch, so one rank has none."""
-    still = {"input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    settings = {"max_steps": 6, "log_every": 1, "checkpoint_every": 3, "validate_every": 3, "device": "cpu", **training}
     config = PretrainConfig.model_validate({
-        "out": str(out), "manifest": str(corpus / "manifest"), "objective": "hubert", "labels": str(corpus / "labels"),
-        "encoder": {"architecture": "tiny", "num_mels": 20, **still, **(encoder or {})},
+        "out": str(out), "manifest": str(corpus / "aligned"), "objective": "hubert", "labels": str(corpus / "labels"),
+        "encoder": {"architecture": "tiny", "num_mels": 20, **STILL, **(encoder or {})},
         "hubert": {"final_dim": 16, "unmasked_weight": 0.5},
         "batches": {"batch_seconds": 2.0, "crop_seconds": 0.8},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2, "clip_norm": 1.0}, "alarm": {"after_steps": 1000},
-        "training": TrainingConfig(max_steps=6, log_every=1, checkpoint_every=3, validate_every=3, device="cpu", accumulate=accumulate),
+        "evaluation": {"layer": 1, "num_classes": 3},
+        "training": TrainingConfig(**settings),
     })  # fmt: skip
     pretrain(config)
+
+
+def cut(corpus: Path, out: Path, **training: Any) -> None:
+    """The run `noisy` up to a power cut in step 6 of 8; its last checkpoint is of step 4."""
+    before_step = HubertTask.before_step
+
+    def fail(task: HubertTask, step: int) -> None:
+        before_step(task, step)
+        if step == 6:
+            raise RuntimeError("power cut")
+
+    HubertTask.before_step = fail  # type: ignore[method-assign]
+    try:
+        noisy(corpus, out, **training)
+    except RuntimeError as error:
+        if str(error) != "power cut":
+            raise
+    else:
+        raise AssertionError("the run was not cut")
+    finally:
+        HubertTask.before_step = before_step  # type: ignore[method-assign]
+    gc.collect()
+
+
+def noisy(corpus: Path, out: Path, **training: Any) -> None:
+    hubert(corpus, out, NOISY, max_steps=8, checkpoint_every=4, validate_every=4, **training)
 
 
 def main(corpus: Path, out: Path) -> None:
     torch.set_num_threads(1)
     hubert(corpus, out / "plain")
-    hubert(corpus, out / "waveform", encoder={"front_end": "waveform"})
-    hubert(corpus, out / "layer_drop", encoder={"layer_drop": 0.5, "num_layers": 3})
+    hubert(corpus, out / "waveform", {"front_end": "waveform"})
+    hubert(corpus, out / "layer_drop", DROPPING, max_steps=24, checkpoint_every=12)
     hubert(corpus, out / "accumulated", accumulate=3)
     run_linear(out / "linear", LinearTask(num_valid=3, freeze_steps=5), clip_norm=0.5)  # phases; batches of 5 and 3
     run_linear(out / "single", LinearTask(batch=1, num_valid=1))  # a rank never has an item of its own
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    for name, how in {"none": {}, "full": {"sharding": "full"}}.items():
+        noisy(corpus, out / f"noisy_{name}", **how)
+        for later, then in {"none": {}, "full": {"sharding": "full"}}.items():
+            cut(corpus, out / f"{name}_then_{later}", **how)
+            noisy(corpus, out / f"{name}_then_{later}", **then)
+    full = {"sharding": "full"}
+    hubert(corpus, out / "sharded_layer_drop", DROPPING, max_steps=24, checkpoint_every=12, **full)
+    hubert(corpus, out / "sharded_accumulated", accumulate=3, **full)
+    noisy(corpus, out / "recomputed", activation_checkpointing=True)
+    noisy(corpus, out / "sharded_recomputed", activation_checkpointing=True, **full)
+    run_linear(out / "sharded_linear", LinearTask(num_valid=3, freeze_steps=5), full, clip_norm=0.5)
+    run_linear(out / "sharded_single", LinearTask(batch=1, num_valid=1), full)
 
 
 if __name__ == "__main__":

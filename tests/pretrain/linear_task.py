@@ -61,6 +61,9 @@ class LinearTask(Task):
         self.phases: list[int] = []
         self.served: list[tuple[int, list[int]]] = []
 
+    def blocks(self) -> list[nn.Module]:
+        return [self.model.body]
+
     def plan(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([7, epoch]).permutation(23)
         return [order[start : start + self.batch] for start in range(0, 23, self.batch)]

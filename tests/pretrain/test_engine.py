@@ -191,6 +191,17 @@ def test_resuming_with_other_settings_is_refused_and_the_changed_keys_named(tmp_
     run_linear(tmp_path / "run")  # with the old ones it goes on
 
 
+def test_how_a_step_is_computed_may_change_between_sessions(tmp_path: Path) -> None:
+    run_linear(tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        run_linear(tmp_path / "cut", LinearTask(on_step=fail_at(5)))
+    how = {"accumulate": 2, "sharding": "full", "activation_checkpointing": True, "loader_threads": 1, "keep_checkpoints": 1}
+    run_linear(tmp_path / "cut", LinearTask(), how)
+    for one, two in zip(curve(tmp_path / "whole"), curve(tmp_path / "cut"), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)  # other sums in float32
+    assert read_toml(tmp_path / "cut" / "config.toml")["training"]["accumulate"] == 2
+
+
 def test_settings_may_change_while_there_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         run_linear(tmp_path / "run", LinearTask(on_step=fail_at(2)))
@@ -206,13 +217,14 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path: Path) ->
     assert str(kept) in str(caught.value) and latest_checkpoint(tmp_path / "run") == kept
     assert all(tensor.isfinite().all() for tensor in load_file(kept / "model.safetensors").values())
     assert not is_complete(tmp_path / "run")
+    assert "first in step 6" in str(caught.value) and "optimizer.clip_norm (now 0: nothing is clipped)" in str(caught.value)
     with pytest.raises(ValueError, match="none yet"):
         run_linear(tmp_path / "other", LinearTask(nan_from=0))
     assert latest_checkpoint(tmp_path / "other") is None
 
 
-def test_nan_between_log_lines_never_reaches_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stopped at step 8"):
+def test_nan_between_log_lines_never_reaches_a_checkpoint_and_its_step_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stopped at step 8.*first in step 6"):
         run_linear(tmp_path / "run", LinearTask(nan_from=1), {"log_every": 1000})
     assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_00000004"]
 
@@ -246,6 +258,43 @@ def test_validation_is_over_all_items_without_dropout_and_repeats_itself(tmp_pat
     mean = sum(loss.total.item() for loss in losses) / 6
     assert summary["valid_loss"] == pytest.approx(mean, rel=1e-5)  # float32 sums
     assert summary["valid_absolute_error"] > 0 and "valid_gradient_norm" not in summary
+
+
+def test_what_a_task_evaluates_is_logged_with_the_validation(tmp_path: Path) -> None:
+    class Judged(LinearTask):
+        def evaluate(self) -> dict[str, float]:
+            assert not self.model.training and not torch.is_grad_enabled()
+            return {"score": 0.25}
+
+    run_linear(tmp_path / "run", Judged(num_valid=1), {"validate_every": 5})
+    assert [line.get("valid_score") for line in lines(tmp_path / "run") if "valid_loss" in line] == [0.25] * 3
+
+
+def test_a_parameter_without_a_gradient_is_a_fault_whatever_the_mode(tmp_path: Path) -> None:
+    """DDP would wait for it, AdamW pass over it: one process and several would train differently."""
+    task = LinearTask()
+    task.model.register_parameter("spare", torch.nn.Parameter(torch.zeros(3)))
+    with pytest.raises(AssertionError, match="does not depend on spare"):
+        run_linear(tmp_path / "run", task)
+
+
+def test_recomputed_blocks_give_the_same_run(tmp_path: Path) -> None:
+    task = LinearTask(dropout=0.3)
+    calls = []
+    task.model.body.forward = lambda x, forward=task.model.body.forward: (calls.append(1), forward(x))[1]
+    run_linear(tmp_path / "kept", LinearTask(dropout=0.3))
+    run_linear(tmp_path / "recomputed", task, {"activation_checkpointing": True})
+    assert len(calls) == 2 * 12  # in the forward and the backward pass of each step
+    assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
+
+
+def test_recomputing_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
+    class Plain(LinearTask):
+        def blocks(self) -> list[torch.nn.Module]:
+            return []
+
+    with pytest.raises(ValueError, match="activation_checkpointing: this model has no blocks"):
+        run_linear(tmp_path / "run", Plain(), {"activation_checkpointing": True})
 
 
 def test_every_item_is_served_once_an_epoch_in_the_planned_batches(tmp_path: Path) -> None:

@@ -9,16 +9,8 @@ from pretrain.artefact import read_meta
 from pretrain.audio import phone_frames
 from pretrain.labels import commit_labels, write_shard
 from pretrain.manifest import Manifest, Utterance, write_manifest
-from quantize.quality import (
-    JointCounts,
-    MeasureConfig,
-    deduplicated,
-    entropy_bits,
-    measure,
-    phone_metrics,
-    rate_metrics,
-    usage_metrics,
-)
+from pretrain.pnmi import JointCounts, entropy_bits, phone_metrics
+from quantize.quality import MeasureConfig, deduplicated, measure, rate_metrics, usage_metrics
 
 
 def write_labels(folder: Path, labels: dict[str, np.ndarray], num_classes: int) -> str:
