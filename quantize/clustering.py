@@ -16,11 +16,11 @@ from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.labels import MAX_CLASSES
 from pretrain.manifest import Manifest, Utterance
+from pretrain.pnmi import JointCounts, phone_metrics
 from pretrain.progress import console, progress
 from quantize.codebook import write_codebook
-from quantize.features import EncoderSource, FeatureSource, MfccSource, open_encoder_source
+from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource, Precision, open_encoder_source
 from quantize.kmeans import kmeans, nearest
-from quantize.quality import JointCounts, phone_metrics
 
 FRAMES_PER_HOUR = 50 * 3600
 VISIT = 4  # audio that may be decoded and encoded, relative to the frames wanted
@@ -38,6 +38,7 @@ class ClusterConfig(Config):
     cmvn: bool = Field(False, description="normalise MFCC over each utterance")
     encoder: str | None = Field(None, description="run folder, for features = 'encoder'")
     layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field("best", description="0 is the first layer's input")
+    convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     select_split: str = Field("dev", description="where 'best' is judged; its phones are used")
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES)
     hours: float = Field(10.0, gt=0)
@@ -46,7 +47,8 @@ class ClusterConfig(Config):
     max_iterations: int = Field(100, ge=1)
     tolerance: float = Field(1e-4, ge=0, description="stop when inertia falls by less, relatively")
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="padded audio per batch; 0 is one utterance at a time")
+    batch_seconds: float | None = Field(None, ge=0, description="audio per batch; 0 is one utterance at a time")
+    precision: Precision = Field("float32", description="of the encoder's matrix products; int8 on a CPU only")
     workers: int = Field(2, ge=1, description="threads that decode")
 
     @model_validator(mode="after")
@@ -55,6 +57,8 @@ class ClusterConfig(Config):
             raise ValueError("features = 'encoder' and encoder = RUN_FOLDER go together")
         if self.features == "encoder" and self.cmvn:
             raise ValueError("cmvn is a matter of MFCC; remove it")
+        if self.features == "mfcc" and self.precision != "float32":
+            raise ValueError("precision is a matter of encoders; remove it or give features = 'encoder'")
         if self.features == "mfcc" and self.layer != "best":  # the default, which a resolved config spells out
             raise ValueError("layer is a matter of encoders; remove it or give features = 'encoder'")
         return self
@@ -74,8 +78,9 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
     else:
         layer = 0 if config.layer == "best" else config.layer
         encoder_source = open_encoder_source(
-            config.encoder, layer, device=config.device, batch_seconds=config.batch_seconds, workers=config.workers
-        )
+            config.encoder, layer, device=config.device, batch_seconds=config.batch_seconds, workers=config.workers,
+            precision=config.precision, convention=config.convention,
+        )  # fmt: skip
         if config.layer == "best":
             choice = choose_layer(config, manifest, rows, encoder_source)
             encoder_source.layer = choice["layer"]

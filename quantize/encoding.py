@@ -20,8 +20,10 @@ from pretrain.labels import Labels, commit_labels, shard_stands, write_shard
 from pretrain.manifest import Manifest
 from pretrain.progress import progress
 from quantize.codebook import Codebook
-from quantize.features import FeatureSource, MfccSource, open_encoder_source
+from quantize.features import FeatureSource, MfccSource, Precision, open_encoder_source
 from quantize.quality import usage_metrics
+
+AGREEMENT_UTTERANCES = 50
 
 
 class EncodeConfig(Config):
@@ -34,7 +36,10 @@ class EncodeConfig(Config):
     encoder: str | None = None
     num_shards: int = Field(8, ge=1, description="at most; never more than utterances")
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="padded audio per batch; 0 is one utterance at a time")
+    batch_seconds: float | None = Field(None, ge=0, description="audio per batch; 0 is one utterance at a time")
+    precision: Precision = Field(
+        "float32", description="of the encoder's matrix products; with another, the summary has the label agreement with float32"
+    )
     workers: int = Field(2, ge=1, description="threads that decode")
 
 
@@ -48,8 +53,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     shards = plan_shards(rows.lengths, config.num_shards)
     _keep_to_plan(out, {
         "manifest": manifest.fingerprint, "split": config.split, "codebook": codebook.fingerprint, "num_shards": len(shards),
+        "precision": config.precision,
     })  # fmt: skip
-    lengths, ids = rows.lengths / SAMPLE_RATE, rows.ids
+    lengths = rows.lengths / SAMPLE_RATE
     left = [shard for shard in range(len(shards)) if not shard_stands(out, shard)]
     seconds_left = float(sum(lengths[shards[shard]].sum() for shard in left))
     with progress("encode", total=float(lengths.sum()), unit="s", done=float(lengths.sum()) - seconds_left) as advance:
@@ -70,7 +76,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         parents["encoder"] = codebook.source["encoder"]
     commit_labels(
         out, len(shards), config.resolved(), parents, codebook=codebook.fingerprint, num_classes=codebook.num_classes,
-        num_levels=codebook.num_levels, expected_ids=set(ids),
+        num_levels=codebook.num_levels, expected_ids=rows.column("id"),
     )  # fmt: skip
     (out / "plan.json").unlink()
     counts = count_classes(Labels(out))
@@ -83,7 +89,18 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
         "audio_seconds_per_second": seconds_left / seconds,
         "seconds": seconds,
         **usage_metrics(counts),
+        **label_agreement(config, codebook, rows, Labels(out)),
     }
+
+
+def label_agreement(config: EncodeConfig, codebook: Codebook, rows: Manifest, labels: Labels) -> dict[str, float]:
+    """With a precision other than float32: the share of frames, of a seeded draw of utterances, with the label of float32."""
+    if config.precision == "float32" or config.encoder is None:
+        return {}
+    chosen = np.random.default_rng(0).permutation(len(rows))[:AGREEMENT_UTTERANCES]
+    exact = open_source(config.model_copy(update={"precision": "float32"}), codebook)
+    same = [labels[row.id] == codebook.assign(features) for row, features in exact.features([rows[int(i)] for i in chosen])]
+    return {"label_agreement": float(np.concatenate(same).mean())}
 
 
 def open_source(config: EncodeConfig, codebook: Codebook) -> FeatureSource:
@@ -92,14 +109,17 @@ def open_source(config: EncodeConfig, codebook: Codebook) -> FeatureSource:
     if wanted["kind"] == "mfcc":
         if config.encoder is not None:
             raise ValueError(f"encoder: {config.codebook} quantises MFCC; remove encoder = {config.encoder!r}")
+        if config.precision != "float32":
+            raise ValueError(f"precision: {config.codebook} quantises MFCC; remove precision = {config.precision!r}")
         return MfccSource(wanted["cmvn"], config.workers)
     if config.encoder is None:
         raise ValueError(
             f"encoder: {config.codebook} quantises layer {wanted['layer']} of encoder {wanted['encoder']}; give its run folder"
         )
     source = open_encoder_source(
-        config.encoder, wanted["layer"], device=config.device, batch_seconds=config.batch_seconds, workers=config.workers
-    )
+        config.encoder, wanted["layer"], device=config.device, batch_seconds=config.batch_seconds, workers=config.workers,
+        precision=config.precision, convention=wanted.get("convention", "residual"),
+    )  # fmt: skip
     if source.fingerprint != wanted["encoder"]:
         raise ValueError(
             f"encoder: {config.codebook} was fitted on encoder {wanted['encoder']}, and {config.encoder} is encoder "
@@ -130,7 +150,9 @@ def _keep_to_plan(out: Path, plan: dict[str, Any]) -> None:
         write_json(path, plan)
         return
     earlier = json.loads(path.read_text())
-    differing = [f"{key} {earlier.get(key)!r} there, {plan[key]!r} now" for key in plan if earlier.get(key) != plan[key]]
+    differing = [
+        f"{key} {earlier.get(key)!r} there, {plan[key]!r} now" for key in plan if earlier.get(key, "float32") != plan[key]
+    ]  # plans of old have no precision
     if differing:
         raise ValueError(
             f"{out}: holds an unfinished encoding of something else ({'; '.join(differing)}); remove it or change `out`"

@@ -4,8 +4,8 @@ A source turns utterances into (frames, dim) float32 arrays, `frames` being `num
 the source, and describes itself for the codebook. Audio is decoded by threads ahead of the computation.
 
 By default an encoder on a CPU takes one utterance at a time: its features are then bit for bit independent of the company
-it is encoded in. With `batch_seconds > 0` utterances of like length share a batch; padding is masked in the encoder, but the
-matrix products see other shapes, and the last bits of a feature may differ (a label on the border of two classes with them).
+it is encoded in. With `batch_seconds > 0` utterances are packed end to end; nothing is padded and none sees another, but the
+matrix products have other shapes, and the last bits of a feature may differ (a label on the border of two classes with them).
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import kaldi_native_fbank
 import numpy as np
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pretrain.encoder import Encoder
 
 T = TypeVar("T")
-Extract = Callable[..., list[Any]]  # (waveforms, num_samples) to tensors (batch, frames, dim)
+Precision = Literal["float32", "bfloat16", "int8"]
+LayerConvention = Literal["residual", "feed_forward"]  # as pretrain.encoder says; named here too, because that imports torch
 
 NUM_CEPSTRA = 13
 WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows, so that memory stays bounded
@@ -89,17 +90,27 @@ class MfccSource:
 
 
 class EncoderSource:
-    """The output of one layer of a trained encoder (0 is the input of the first layer; layer L follows its residual).
+    """The features of one layer of a trained encoder (0 is the input of the first layer; see `LayerConvention` for the others).
 
-    `batch_seconds`: padded audio per batch; 0 is one utterance at a time, None is 0 on the CPU and 200 on a GPU.
+    `batch_seconds`: audio per batch; 0 is one utterance at a time, None is 0 on the CPU and 200 on a GPU. `precision`: of the
+    matrix products; int8 changes the encoder for good, and runs on a CPU.
     """
 
     def __init__(
-        self, encoder: "Encoder", fingerprint: str, layer: int, *,
-        device: str = "cpu", batch_seconds: float | None = None, workers: int = 2,
+        self, encoder: "Encoder", fingerprint: str, layer: int, *, device: str = "cpu", batch_seconds: float | None = None,
+        workers: int = 2, precision: Precision = "float32", convention: LayerConvention = "residual",
     ):  # fmt: skip
+        if device == "cpu":
+            from pretrain.kernels import keep_freed_memory
+
+            keep_freed_memory()
+        self.precision, self.convention = precision, convention
         if not 0 <= layer <= encoder.config.num_layers:
             raise ValueError(f"layer: {layer} does not exist; this encoder has layers 0 to {encoder.config.num_layers}")
+        if precision == "int8":
+            if device != "cpu":
+                raise ValueError(f'precision: "int8" runs on a CPU, not on {device}; "bfloat16" is for GPUs')
+            encoder.use_int8()
         self.encoder, self.fingerprint, self.layer, self.device, self.workers = encoder, fingerprint, layer, device, workers
         self.batch_seconds = batch_seconds if batch_seconds is not None else (0.0 if device == "cpu" else GPU_BATCH_SECONDS)
 
@@ -108,51 +119,49 @@ class EncoderSource:
         return self.encoder.config.dim
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "encoder", "encoder": self.fingerprint, "layer": self.layer}
+        other = {} if self.convention == "residual" else {"convention": self.convention}
+        return {"kind": "encoder", "encoder": self.fingerprint, "layer": self.layer, **other}
 
     def features(self, utterances: Sequence[Utterance]) -> Iterator[tuple[Utterance, np.ndarray]]:
-        """Features of `utterances`, one at a time in the order given, otherwise by length."""
-        for utterance, layers in self._run(utterances, lambda w, n: [self.encoder.extract(w, n, self.layer)]):
+        """Features of `utterances`, in the order given."""
+        for utterance, layers in self._run(utterances, [self.layer]):
             yield utterance, layers[0]
 
     def all_layers(self, utterances: Sequence[Utterance]) -> Iterator[tuple[Utterance, list[np.ndarray]]]:
         """The same for every layer at once; index 0 is the input of the first layer."""
-        yield from self._run(utterances, self.encoder.extract_all)
+        yield from self._run(utterances, list(range(self.encoder.config.num_layers + 1)))
 
-    def _run(self, utterances: Sequence[Utterance], extract: Extract) -> Iterator[tuple[Utterance, list[np.ndarray]]]:
+    def _run(self, utterances: Sequence[Utterance], layers: list[int]) -> Iterator[tuple[Utterance, list[np.ndarray]]]:
         batches = plan_batches(utterances, self.batch_seconds)
         decoded = ahead(load_audio, [utterance for batch in batches for utterance in batch], self.workers)
         for batch in batches:
             waveforms = [waveform for _, waveform in islice(decoded, len(batch))]
-            if len(batch) == 1:
-                yield batch[0], self._extract_one(waveforms[0], extract)
-                continue
-            layers = self._extract(waveforms, extract)
-            for row, utterance in enumerate(batch):
-                yield utterance, [layer[row, : utterance.num_frames] for layer in layers]
+            found = [self._extract_one(waveforms[0], layers)] if len(batch) == 1 else self._extract(waveforms, layers)
+            yield from zip(batch, found, strict=True)
 
-    def _extract_one(self, waveform: np.ndarray, extract: Extract) -> list[np.ndarray]:
+    def _extract_one(self, waveform: np.ndarray, layers: list[int]) -> list[np.ndarray]:
         parts = []
         for start, end, first, last in plan_windows(total := num_frames(len(waveform))):
             stop = len(waveform) if last == total else (last - 1) * HOP + MIN_SAMPLES
-            layers = self._extract([waveform[first * HOP : stop]], extract)
-            parts.append([layer[0, start - first : end - first] for layer in layers])
+            (found,) = self._extract([waveform[first * HOP : stop]], layers)
+            parts.append([features[start - first : end - first] for features in found])
         return [np.concatenate(windows) if len(windows) > 1 else windows[0] for windows in zip(*parts, strict=True)]
 
-    def _extract(self, waveforms: list[np.ndarray], extract: Extract) -> list[np.ndarray]:
+    def _extract(self, waveforms: list[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
+        """For each waveform its features (frames, dim) of each of `layers`."""
         import torch
 
-        lengths = [len(waveform) for waveform in waveforms]
-        padded = np.zeros((len(waveforms), max(lengths)), dtype=np.float32)
-        for row, waveform in enumerate(waveforms):
-            padded[row, : len(waveform)] = waveform
-        with torch.inference_mode():
-            layers = extract(torch.from_numpy(padded).to(self.device), torch.tensor(lengths, device=self.device))
-            return [layer.float().cpu().numpy() for layer in layers]  # each (batch, frames, dim)
+        from pretrain.packing import pack
+
+        buffer, layout = pack(waveforms)
+        with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, self.precision == "bfloat16"):
+            outputs = self.encoder.extract_packed(buffer.to(self.device), layout, max(layers), self.convention)
+            found = [outputs[layer].float().cpu().numpy() for layer in layers]
+        return [[features[first:last] for features in found] for first, last in layout.frame_bounds]
 
 
-def open_encoder_source(run: str, layer: int, *, device: str, batch_seconds: float | None, workers: int) -> EncoderSource:
-    """The encoder of a run folder as a feature source; `device` "auto" is the GPU when torch has one."""
+def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) -> EncoderSource:
+    """The encoder of a run folder as a feature source, with its `options`; `device` "auto" is the GPU when torch has one."""
     import torch
 
     from pretrain.encoder import load_encoder
@@ -160,7 +169,7 @@ def open_encoder_source(run: str, layer: int, *, device: str, batch_seconds: flo
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder, fingerprint = load_encoder(run, device)
-    return EncoderSource(encoder, fingerprint, layer, device=device, batch_seconds=batch_seconds, workers=workers)
+    return EncoderSource(encoder, fingerprint, layer, device=device, **options)
 
 
 def ahead(function: Callable[[Utterance], T], utterances: Iterable[Utterance], workers: int) -> Iterator[tuple[Utterance, T]]:
@@ -182,15 +191,16 @@ def ahead(function: Callable[[Utterance], T], utterances: Iterable[Utterance], w
 
 
 def plan_batches(utterances: Sequence[Utterance], batch_seconds: float) -> list[list[Utterance]]:
-    """One at a time in the order given if `batch_seconds` is 0; else sorted by length, at most so much padded audio each."""
-    if batch_seconds == 0:
-        return [[utterance] for utterance in utterances]
+    """In the order given, at most so much audio each; one at a time if `batch_seconds` is 0."""
     batches: list[list[Utterance]] = []
-    for utterance in sorted(utterances, key=lambda utterance: (utterance.length, utterance.id)):
-        if batches and utterance.length * (len(batches[-1]) + 1) <= batch_seconds * SAMPLE_RATE:
-            batches[-1].append(utterance)
-        else:
-            batches.append([utterance])
+    room = 0.0
+    for utterance in utterances:
+        alone = utterance.num_frames > WINDOW_FRAMES  # goes through the encoder in windows, whatever its neighbours
+        if alone or utterance.length > room:
+            batches.append([])
+            room = batch_seconds * SAMPLE_RATE
+        batches[-1].append(utterance)
+        room = 0.0 if alone else room - utterance.length
     return batches
 
 

@@ -30,6 +30,10 @@ def encoder_codebook(corpus: Path, run: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
+def _power_cut(*_: Any, **__: Any) -> None:
+    raise RuntimeError("power cut")
+
+
 def content(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("shard_*")}
 
@@ -62,6 +66,31 @@ def test_labels_do_not_depend_on_shards_or_workers(corpus: Path, run: Path, enco
         assert summary["num_shards"] <= 12
         found.append(labels_by_id(out))
     assert found[0] == found[1] == found[2]
+
+
+def test_a_lower_precision_tells_how_many_labels_agree_with_float32(
+    corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"manifest": str(corpus), "codebook": encoder_codebook, "encoder": str(run)}
+    assert "label_agreement" not in encode(EncodeConfig(**keys, out=str(tmp_path / "float32")))
+    summary = encode(EncodeConfig(**keys, out=str(tmp_path / "int8"), precision="int8"))
+    exact, quick = (labels_by_id(tmp_path / name) for name in ("float32", "int8"))
+    same = np.concatenate([np.equal(exact[name], quick[name]) for name in exact])
+    assert summary["label_agreement"] == pytest.approx(same.mean()) and same.mean() > 0.8
+
+
+def test_shards_of_another_precision_are_not_added_to(corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "codebook": encoder_codebook,
+        "encoder": str(run),
+        "out": str(tmp_path / "out"),
+    }
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr("quantize.encoding.commit_labels", _power_cut)
+        encode(EncodeConfig(**keys, num_shards=3))
+    with pytest.raises(ValueError, match="precision 'float32' there, 'bfloat16' now"):
+        encode(EncodeConfig(**keys, num_shards=3, precision="bfloat16"))
 
 
 def test_a_lost_shard_is_made_again_with_identical_bytes(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 import quantize.features
 from pretrain.audio import num_frames
+from pretrain.encoder import load_encoder
 from pretrain.manifest import Manifest, Utterance
+from pretrain.packing import Layout
 from quantize.features import EncoderSource, MfccSource, ahead, deltas, mfcc, open_encoder_source, plan_batches, plan_windows
 
 
@@ -132,8 +135,8 @@ class WindowSums:
 
     config = SimpleNamespace(dim=1, num_layers=0)
 
-    def extract(self, waveforms: torch.Tensor, num_samples: torch.Tensor, layer: int) -> torch.Tensor:
-        return waveforms.double().unfold(1, 400, 320).sum(dim=2, keepdim=True)
+    def extract_packed(self, waveforms: torch.Tensor, layout: Layout, last: int, convention: str) -> list[torch.Tensor]:
+        return [layout.drop_between(waveforms.double().unfold(0, 400, 320).sum(dim=1, keepdim=True))]
 
 
 def test_long_utterances_go_through_the_encoder_in_windows_that_keep_every_frame(
@@ -149,12 +152,64 @@ def test_long_utterances_go_through_the_encoder_in_windows_that_keep_every_frame
     assert whole.shape == (utterance.num_frames, 1) and np.array_equal(windowed, whole)
 
 
+def test_a_long_utterance_goes_through_in_windows_whatever_it_is_batched_with(
+    corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utterances = sorted(Manifest(corpus), key=lambda utterance: -utterance.length)[:3]
+    monkeypatch.setattr(quantize.features, "WINDOW_FRAMES", utterances[0].num_frames - 1)
+    options: dict[str, Any] = {"device": "cpu", "workers": 1}
+    ((_, alone),) = open_encoder_source(str(run), 2, batch_seconds=0, **options).features(utterances[:1])
+    for order in (utterances, utterances[::-1]):
+        found = {u.id: features for u, features in open_encoder_source(str(run), 2, batch_seconds=60, **options).features(order)}
+        assert np.array_equal(found[utterances[0].id], alone)
+    assert [len(batch) for batch in plan_batches(utterances, 60)] == [1, 2]
+
+
 @given(st.integers(1, 30_000))
 def test_windows_cover_each_frame_once(total: int) -> None:
     windows = plan_windows(total)
     assert windows[0][0] == 0 and windows[-1][1] == total
     assert all(left[1] == right[0] for left, right in pairwise(windows))
     assert all(0 < end - start <= 5000 and first <= start and last >= end for start, end, first, last in windows)
+
+
+def test_other_precisions_change_features_a_little_and_nothing_but_that(corpus: Path, run: Path) -> None:
+    utterances = list(Manifest(corpus))
+    options: dict[str, Any] = {"device": "cpu", "batch_seconds": None, "workers": 1}
+    expected = {utterance.id: features for utterance, features in open_encoder_source(str(run), 2, **options).features(utterances)}
+    scale = np.concatenate(list(expected.values())).std()
+    # relative errors of a product: 2^-9 of a bfloat16 factor, 1 / 254 of the largest of a row in 8 bits; a few products deep
+    for precision, bound in (("bfloat16", 0.03), ("int8", 0.1)):
+        source = open_encoder_source(str(run), 2, precision=precision, **options)
+        for utterance, features in source.features(utterances):
+            error = np.sqrt(np.mean((features - expected[utterance.id]) ** 2)) / scale
+            assert features.dtype == np.float32 and 0 < error < bound, precision
+
+
+def test_int8_is_refused_on_a_gpu(run: Path) -> None:
+    encoder, _ = load_encoder(run)
+    with pytest.raises(ValueError, match='precision: "int8" runs on a CPU, not on cuda'):
+        EncoderSource(encoder, "", 1, device="cuda", precision="int8")
+
+
+def test_the_other_layer_convention_is_what_the_feed_forward_adds_and_the_codebook_knows_it(corpus: Path, run: Path) -> None:
+    utterances = list(Manifest(corpus))[:2]
+    sources = [
+        open_encoder_source(str(run), 2, device="cpu", batch_seconds=None, workers=1, convention=convention)
+        for convention in ("residual", "feed_forward")
+    ]
+    assert sources[1].describe() == {**sources[0].describe(), "convention": "feed_forward"}
+    after, added = (list(source.all_layers(utterances)) for source in sources)
+    encoder, _ = load_encoder(run)
+    for (_, outputs), (utterance, updates) in zip(after, added, strict=True):
+        assert len(outputs) == len(updates) == 3 and np.array_equal(outputs[0], updates[0])
+        block = encoder.layers[1]
+        with torch.no_grad():
+            stream, update = block.residual_terms(torch.from_numpy(outputs[1]), Layout((utterance.length,)))
+            final = stream + update if encoder.config.norm_first else block.ffn_norm(stream + update)
+        # the same products in the same shapes
+        np.testing.assert_allclose(updates[2], update.numpy(), atol=1e-6)
+        np.testing.assert_allclose(outputs[2], final.numpy(), atol=1e-6)
 
 
 def test_a_layer_that_does_not_exist_is_an_error(run: Path) -> None:
