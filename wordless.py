@@ -33,7 +33,9 @@ class Verb:
 
 VERBS = {
     "speech": Verb("pretrain.speech", "SpeechConfig", "speech", "Make synthetic speech with true phone times (espeak-ng)."),
-    "index": Verb("pretrain.indexing", "IndexConfig", "index", "List and check audio: a manifest from a folder, .tsv or .jsonl."),
+    "index": Verb(
+        "pretrain.indexing", "IndexConfig", "index", "List and check audio: a manifest from a folder, tars, .tsv or .jsonl."
+    ),
     "pretrain": Verb("pretrain.pretraining", "PretrainConfig", "pretrain", "Train a HuBERT or wav2vec 2.0 encoder."),
     "cluster": Verb("quantize.clustering", "ClusterConfig", "cluster", "Fit k-means on MFCC or on an encoder layer."),
     "encode": Verb("quantize.encoding", "EncodeConfig", "encode", "Turn a corpus into labels, in one pass."),
@@ -72,7 +74,9 @@ def _add_verb(name: str, verb: Verb) -> None:
 
 def _add_index(verb: Verb) -> None:
     def command(
-        source: Annotated[str, typer.Argument(help="A folder of audio, a fairseq .tsv, JSON lines, or a CONFIG.toml.")],
+        source: Annotated[
+            str, typer.Argument(help="A folder of audio or tars, a glob, a fairseq .tsv, JSON lines, or a CONFIG.toml.")
+        ],
         out: Annotated[str | None, typer.Argument(help="The manifest's folder (not with a CONFIG.toml).")] = None,
         overrides: Overrides = None,
         on: On = "here",
@@ -152,6 +156,45 @@ def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an a
         recipe = Recipe(tree, str(path))
         recipe.check()
         print(f"{path}: a valid recipe with {len(recipe.stages)} stages")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="A transformers folder, a fairseq .pt or a torchaudio .pth.")],
+    out: Annotated[Path, typer.Argument(help="The run folder to make.")],
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads, where no config and no published width tells.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="K of a fairseq HuBERT; its embeddings may have 4 more rows.")] = None,
+    normalize_waveform: Annotated[
+        bool | None,
+        typer.Option("--normalize-waveform/--no-normalize-waveform", help="Zero mean and unit variance, whatever the source says."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .pt, .pth and .bin files, which are pickles, by torch's weights_only.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Other libraries' wav2vec 2.0 and HuBERT weights to a run."""
+    from pretrain.weights.conversion import ImportConfig, import_weights
+
+    config = ImportConfig(
+        source=str(source), out=str(out), num_heads=num_heads, num_classes=num_classes, normalize_waveform=normalize_waveform,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+    _print_summary(import_weights(config), as_json)
+
+
+@app.command("export")
+def export_model(
+    run: Annotated[Path, typer.Argument(help="A run of `pretrain`, `finetune` or `import`.")],
+    out: Annotated[Path, typer.Argument(help="The folder (huggingface) or file (fairseq, torchaudio) to write.")],
+    form: Annotated[Literal["huggingface", "fairseq", "torchaudio"], typer.Option("--format", help="Whose loader takes it.")],
+    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Leave out the pretraining heads.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A run's weights to other libraries' models."""
+    from pretrain.weights.conversion import export_weights
+
+    _print_summary(export_weights(run, out, form, encoder_only), as_json)
 
 
 class Recipe:
@@ -272,9 +315,13 @@ def _replaced_inputs(meta: dict[str, Any], resolved: dict[str, Any]) -> list[str
     """Inputs of a standing artefact that have been made anew, otherwise, since: `key FINGERPRINT, which FOLDER no longer is`."""
     from pretrain.artefact import is_complete, read_meta
 
+    inputs: dict[str, Any] = {}
+    for key, value in resolved.items():  # those of a list are `source`, `source_1`, …
+        values = value if isinstance(value, list) else [value]
+        inputs |= {key + (f"_{n}" if n else ""): item for n, item in enumerate(values)}
     replaced = []
     for key, fingerprint in meta["parents"].items():
-        path = Path(str(resolved.get(key)))
+        path = Path(str(inputs.get(key)))
         folder = path.parent if path.is_file() else path
         if is_complete(folder):
             now = read_meta(folder)
@@ -360,7 +407,9 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
         return
     from pretrain.config import flatten
 
-    for key, value in flatten(summary).items():
+    for note in summary.get("notes", []):
+        _say(f"note: {note}")
+    for key, value in flatten({key: value for key, value in summary.items() if key != "notes"}).items():
         print(f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pretrain.artefact import is_complete, read_meta
+from pretrain.artefact import commit, is_complete, read_meta
 from pretrain.labels import commit_labels, write_shard
 from pretrain.manifest import Manifest
 from wordless import VERBS, main
@@ -58,7 +58,7 @@ def config(folder: Path, name: str, **keys: Any) -> str:
 def test_help_lists_the_verbs_in_the_order_of_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    places = [text.index(f"\n  {name} ") for name in [*VERBS, "run", "check"]]
+    places = [text.index(f"\n  {name} ") for name in [*VERBS, "run", "check", "import", "export"]]
     assert places == sorted(places)
 
 
@@ -69,7 +69,7 @@ def test_help_imports_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "run", "check"])
+@pytest.mark.parametrize("verb", [*VERBS, "run", "check", "import", "export"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"Usage: wordless {verb}" in capsys.readouterr().out
@@ -207,6 +207,21 @@ def test_check_reads_a_config_with_its_verb_and_its_resources(tmp_path: Path, ca
     assert "a valid config for `encode`" in capsys.readouterr().out
     assert main(["check", config(tmp_path, "bad", verb="encode", manifest="m", codebook="c", out="l", slurm={"node": 1})]) == 2
     assert "slurm.node: unknown key; did you mean 'nodes'?" in capsys.readouterr().err
+
+
+def test_a_source_of_several_that_was_made_anew_is_noticed(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second of the sources is a file of an artefact."""
+    for text in ("one", "two"):
+        row = {"audio_filepath": str(corpus / "audio" / "03.wav"), "id": text}
+        (tmp_path / "made").mkdir(exist_ok=True)
+        (tmp_path / "made" / "speech.jsonl").write_text(json.dumps(row))
+        commit(tmp_path / "made", "speech", {}, {}, ["speech.jsonl"])
+        sources = [str(corpus / "audio"), str(tmp_path / "made" / "speech.jsonl")]
+        path = config(tmp_path, "recipe", run=tmp_path / "run", manifest={"verb": "index", "source": sources})
+        assert main(["run", path]) == (0 if text == "one" else 2)
+    assert "was made from source_1" in capsys.readouterr().err
 
 
 # Places
@@ -378,3 +393,42 @@ def test_transcripts_outside_the_vocabulary_are_refused_by_row(
 def test_a_run_that_is_no_recogniser_does_not_transcribe(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config(tmp_path, "t", manifest=corpus / "manifest", recognizer=corpus / "codebook", out=tmp_path / "t")
     refused(["transcribe", path], capsys, str(corpus / "codebook"), "holds no checkpoint")
+
+
+# import and export
+
+
+def test_a_trained_model_goes_out_and_back_in_and_the_verbs_take_it(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = {"architecture": "tiny", "front_end": "waveform"}
+    trained = config(
+        tmp_path, "w", manifest=corpus / "manifest", out=tmp_path / "w", objective="wav2vec2", **{**TINY, "encoder": encoder}
+    )
+    assert main(["pretrain", trained]) == 0
+    assert main(["export", str(tmp_path / "w"), str(tmp_path / "w.pt"), "--format", "fairseq"]) == 0
+    capsys.readouterr()
+    refused(["import", str(tmp_path / "w.pt"), str(tmp_path / "run")], capsys, f"{tmp_path}/w.pt: is a pickle", "--allow-pickle")
+    assert main(["import", str(tmp_path / "w.pt"), str(tmp_path / "run"), "--allow-pickle", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["format"], summary["objective"], summary["heads"]) == ("fairseq", "wav2vec2", True)
+    weights = [next((tmp_path / name).glob("step_*/model.safetensors")).read_bytes() for name in ("w", "run")]
+    assert weights[0] == weights[1]
+
+    assert main(["check", str(tmp_path / "run")]) == 0
+    keys = {"manifest": corpus / "manifest", "encoder": tmp_path / "run"}
+    assert main(["cluster", config(tmp_path, "c", **keys, features="encoder", layer=1, num_classes=4, out=tmp_path / "c")]) == 0
+    labels = {"manifest": corpus / "manifest", "codebook": tmp_path / "c", "encoder": tmp_path / "run"}
+    assert main(["encode", config(tmp_path, "e", **labels, out=tmp_path / "e")]) == 0
+    tuned = {"training": TINY["training"], "batches": TINY["batches"], "characters": "abcd "}
+    assert main(["finetune", config(tmp_path, "f", **keys, **tuned, out=tmp_path / "f")]) == 0
+    assert main(["export", str(tmp_path / "f"), str(tmp_path / "f.pth"), "--format", "torchaudio"]) == 0
+    told = capsys.readouterr().err
+    assert "note: the CTC head is left out: the encoder alone is exported" in told
+
+
+def test_mistakes_of_import_and_export_end_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["import", str(tmp_path / "none.pt"), str(tmp_path / "r")], capsys, f"{tmp_path}/none.pt: no such file or folder")
+    refused(["export", str(tmp_path / "r"), str(tmp_path / "o"), "--format", "fairseq"], capsys, "holds no checkpoint")
+    assert main(["export", str(tmp_path / "r"), str(tmp_path / "o")]) == 2
+    assert main(["export", str(tmp_path / "r"), str(tmp_path / "o"), "--format", "keras"]) == 2

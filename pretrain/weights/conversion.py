@@ -1,0 +1,231 @@
+"""The verbs `import` and `export`: wav2vec 2.0 and HuBERT weights from and to transformers, fairseq and torchaudio.
+
+An imported model is a finished run folder like those of `pretrain`, at step 0: whatever takes a run takes it. Names and layouts
+are told by pretrain/weights/naming.py, each library's files by its own module.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from torch import Tensor, nn
+
+from pretrain.artefact import atomic_path, commit, require_absent, sync_folder, write_json
+from pretrain.checkpoint import latest_checkpoint, load_weights, save_checkpoint
+from pretrain.config import Config, parse_config, without_none
+from pretrain.encoder import Encoder, EncoderConfig
+from pretrain.hubert import Hubert, HubertConfig
+from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.weights.fairseq import read_fairseq, write_fairseq
+from pretrain.weights.foreign import NUM_HEADS, Foreign, load_pickle, weights_only_hole
+from pretrain.weights.huggingface import HEADS_FILE, read_huggingface, write_huggingface
+from pretrain.weights.naming import ENCODER_NAMES, HEAD_NAMES, Format, Objective, parameters, to_ours, to_theirs
+from pretrain.weights.torchaudio import read_torchaudio, write_torchaudio
+
+
+class ImportConfig(Config):
+    """What `import` was given; the options win over what the source says, or tell what it does not."""
+
+    source: str
+    out: str
+    num_heads: int | None = None
+    num_classes: int | None = None
+    normalize_waveform: bool | None = None
+    allow_pickle: bool = False
+
+
+def read_foreign(config: ImportConfig) -> Foreign:
+    """Find out what `config.source` is and read it."""
+    source, options = Path(config.source), {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform}
+    if source.is_dir():
+        return read_huggingface(source, options, config.allow_pickle)
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model")
+    state = load_pickle(source, config.allow_pickle)
+    if isinstance(state.get("model"), Mapping):
+        return read_fairseq(source, state, options, config.num_classes)
+    if all(isinstance(tensor, Tensor) for tensor in state.values()):
+        if any(name.startswith(("wav2vec2.encoder.layers.", "hubert.encoder.layers.", "feature_projection.")) for name in state):
+            raise ValueError(f"{source}: weights of transformers; give the folder that holds them and config.json")
+        if any("post_extract_proj." in name for name in state):
+            return read_fairseq(source, {"model": state}, options, config.num_classes)
+        return read_torchaudio(source, state, options)
+    raise ValueError(
+        f"{source}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of tensors; it has the keys "
+        f"{', '.join(map(repr, list(state)[:8]))}"
+    )
+
+
+def import_weights(config: ImportConfig) -> dict[str, Any]:
+    """Run the verb `import`; returns what was read, what was inferred and what was left out."""
+    run, source = Path(config.out), Path(config.source)
+    require_absent(run)
+    if run.is_dir() and latest_checkpoint(run) is not None:
+        raise ValueError(f"{run}: holds an unfinished run; remove it or choose another folder")
+    if not (standing := next(path for path in (run, *run.parents) if path.exists())).is_dir():
+        raise ValueError(f"{standing}: is a file; give another name for the run's folder")
+    foreign = read_foreign(config)
+    if config.num_classes is not None and (foreign.form != "fairseq" or not isinstance(foreign.head, HubertConfig)):
+        raise ValueError(f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of special words")
+    notes = list(foreign.notes)
+    if config.allow_pickle and (hole := weights_only_hole()):
+        notes.append(hole)
+    if foreign.head is None:
+        notes.append("there are no pretraining heads in the file: the run is an encoder alone")
+    model = _skeleton(foreign)
+    weights = _ours(foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(source), notes)
+    model.load_state_dict(weights, assign=True)
+    table = {str(foreign.family): foreign.head.resolved()} if foreign.head is not None else {}
+    resolved = {**config.resolved(), "objective": foreign.family, "encoder": foreign.encoder.resolved(), **table}
+    origin = {"format": foreign.form, "name": source.name, "sha256": foreign.sha256}
+    extra = {"objective": foreign.family, "heads": foreign.head is not None, "source": origin, "notes": notes}
+    run.mkdir(parents=True, exist_ok=True)
+    with atomic_path(run / "config.toml") as temporary:
+        temporary.write_text(tomli_w.dumps(without_none(resolved)))
+    stored = {"epoch": 0, "batch": 0, "seconds": 0.0, "kind": "encoder", "extra": extra, "config": resolved}
+    save_checkpoint(run, 0, model, torch.optim.AdamW(model.parameters()), stored)
+    summary = {
+        "format": foreign.form, "objective": foreign.family, "heads": foreign.head is not None,
+        "parameters": sum(tensor.numel() for tensor in weights.values()), "layers": foreign.encoder.num_layers,
+        "dim": foreign.encoder.dim, "num_heads": foreign.encoder.num_heads, "steps": 0,
+        "normalize_waveform": foreign.encoder.normalize_waveform, "notes": notes,
+    }  # fmt: skip
+    write_json(run / "summary.json", summary)
+    commit(run, "encoder", resolved, {"source": foreign.sha256[:16]}, ["step_00000000/model.safetensors"], **extra)
+    return summary
+
+
+def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only: bool = False) -> dict[str, Any]:
+    """Run the verb `export`: a run's newest weights as a folder (huggingface) or a file (fairseq, torchaudio) named `out`."""
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out}: is there already; remove it or choose another name")
+    weights, meta, fingerprint = load_weights(run)
+    tree = meta.get("config_encoder") or meta["config"].get("encoder")
+    if tree is None:
+        raise ValueError(f"{run}: a {meta['kind']!r} run holds no encoder; give a pretraining or fine-tuning run")
+    encoder = parse_config(EncoderConfig, tree, f"{run}/meta.json")
+    objective = _objective_of(weights)
+    named: Objective | None = objective or meta.get("objective")
+    family: Objective = named or "wav2vec2"
+    _refuse_inexpressible(encoder, form, str(run))
+    notes = []
+    if named is None and form != "torchaudio":
+        notes.append("the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written as wav2vec 2.0")
+    if meta["kind"] == "recognizer":
+        notes.append("the CTC head is left out: the encoder alone is exported")
+    if objective and (encoder_only or (form, objective) not in HEAD_NAMES):
+        why = "as --encoder-only says" if encoder_only else f"{form} has no model with the heads of {objective}"
+        notes.append(f"the pretraining heads are left out: {why}")
+        objective = None
+    head: HubertConfig | Wav2Vec2Config | None = None
+    if objective:
+        kind: type[HubertConfig] | type[Wav2Vec2Config] = HubertConfig if objective == "hubert" else Wav2Vec2Config
+        head = parse_config(kind, meta["config"][objective], f"{run}/meta.json")
+    if form == "torchaudio" and objective is None:
+        notes.append("the mask embedding is left out: torchaudio's Wav2Vec2Model has none")
+    if form == "torchaudio" and (flags := _flags_to_import_again(encoder)):
+        notes.append(f"a torchaudio file has no config: `wordless import` of this one needs {flags}")
+    if form == "huggingface" and objective == "hubert":
+        notes.append(
+            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has no place for them"
+        )
+    if form == "fairseq" and objective == "hubert":
+        notes.append("fairseq wants dict.km.txt in its label_dir, the lines `0 1`, `1 1`, … of every class")
+    groups = head.num_groups if isinstance(head, Wav2Vec2Config) else 1
+    tensors = to_theirs(weights, parameters(form, encoder, objective, groups))
+    if form == "huggingface":
+        with _atomic_folder(out) as temporary:
+            write_huggingface(temporary, tensors, encoder, family, head)
+    else:
+        with atomic_path(out) as temporary:
+            if form == "fairseq":
+                write_fairseq(temporary, tensors, encoder, family, head)
+            else:
+                write_torchaudio(temporary, tensors)
+    return {
+        "out": str(out),
+        "format": form,
+        "objective": family,
+        "heads": objective is not None,
+        "weights": fingerprint,
+        "notes": notes,
+    }
+
+
+def _skeleton(foreign: Foreign) -> nn.Module:
+    """The model of a run with these weights, without memory: the encoder with its heads, or alone."""
+    with torch.device("meta"):
+        if isinstance(foreign.head, Wav2Vec2Config):
+            return Wav2Vec2(foreign.encoder, foreign.head)
+        if isinstance(foreign.head, HubertConfig):
+            name = HEAD_NAMES[foreign.form, "hubert"]["class_embeddings"]
+            return Hubert(foreign.encoder, foreign.head, len(foreign.tensors[name]))
+        return nn.ModuleDict({"encoder": Encoder(foreign.encoder)})
+
+
+def _ours(foreign: Foreign, shapes: Mapping[str, torch.Size], source: str, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of a foreign model under our names; a mask embedding that is not there is zero."""
+    tensors = dict(foreign.tensors)
+    name = ENCODER_NAMES[foreign.form]["mask_embedding"]
+    if name not in tensors:
+        tensors[name] = torch.zeros(shapes["encoder.mask_embedding"])
+        notes.append("there is no mask embedding in the file; it is zero")
+    if kinds := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}:
+        notes.append(f"weights in {' and '.join(sorted(kinds))} became float32")
+    groups = foreign.head.num_groups if isinstance(foreign.head, Wav2Vec2Config) else 1
+    objective = foreign.family if foreign.head is not None else None
+    return to_ours(tensors, parameters(foreign.form, foreign.encoder, objective, groups), shapes, source)
+
+
+def _objective_of(weights: Mapping[str, Tensor]) -> Objective | None:
+    if "quantizer.codes" in weights:
+        return "wav2vec2"
+    return "hubert" if "class_embeddings" in weights else None
+
+
+def _refuse_inexpressible(encoder: EncoderConfig, form: Format, run: str) -> None:
+    if encoder.front_end != "waveform":
+        raise ValueError(
+            f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only waveform encoders do"
+        )
+    if form == "fairseq" and encoder.conv_dim == encoder.dim:
+        raise ValueError(
+            f"{run}: fairseq has no projection where conv_dim equals dim ({encoder.dim}), so it cannot hold this model"
+        )
+    if form == "torchaudio" and (encoder.conv_norm == "layer") != encoder.norm_first:
+        raise ValueError(
+            f"{run}: conv_norm = {encoder.conv_norm!r} with norm_first = {encoder.norm_first}: a torchaudio file has no config, and "
+            "readers tell one from the other, as in published models; export to huggingface or fairseq"
+        )
+
+
+def _flags_to_import_again(encoder: EncoderConfig) -> str:
+    """What `import` would take otherwise from the shapes of a file without a config."""
+    flags = [f"--num-heads {encoder.num_heads}"] if NUM_HEADS.get(encoder.dim) != encoder.num_heads else []
+    if encoder.normalize_waveform != (encoder.conv_norm == "layer"):
+        flags.append("--normalize-waveform" if encoder.normalize_waveform else "--no-normalize-waveform")
+    return " ".join(flags)
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success its files are fsynced and it is renamed, on failure removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
