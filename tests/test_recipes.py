@@ -1,0 +1,88 @@
+"""Every recipe is valid, and those of published models say what was published."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wordless
+from pretrain.config import flatten, read_toml
+from pretrain.pretraining import PretrainConfig
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+# fairseq: examples/hubert/config/pretrain/*.yaml, examples/wav2vec/config/pretraining/wav2vec2_base_librispeech.yaml; papers
+ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01, "schedule": "linear", "final_lr_ratio": 0.0}
+BASE = {
+    "num_layers": 12, "dim": 768, "ffn_dim": 3072, "num_heads": 12, "norm_first": False, "conv_norm": "group", "conv_bias": False,
+    "normalize_waveform": False, "input_dropout": 0.1, "dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.0,
+    "layer_drop": 0.05, "feature_gradient_scale": 0.1, "front_end": "waveform", "pos_kernel": 128, "pos_groups": 16,
+}  # fmt: skip
+LARGE = {
+    "num_layers": 24, "dim": 1024, "ffn_dim": 4096, "num_heads": 16, "norm_first": True, "conv_norm": "layer", "conv_bias": False,
+    "normalize_waveform": True, "input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+    "layer_drop": 0.0, "feature_gradient_scale": 1.0, "front_end": "waveform", "pos_kernel": 128, "pos_groups": 16,
+}  # fmt: skip
+HUBERT = {"mask_start_probability": 0.08, "mask_length": 10, "temperature": 0.1, "unmasked_weight": 0.0, "feature_penalty": 10.0}
+WAV2VEC2 = {
+    "mask_start_probability": 0.065, "mask_length": 10, "num_distractors": 100, "num_groups": 2, "num_entries": 320, "code_dim": 256,
+    "final_dim": 256, "temperature": 0.1, "gumbel_temperature": (2.0, 0.5), "gumbel_decay": 0.999995, "diversity_weight": 0.1,
+    "feature_penalty": 10.0,
+}  # fmt: skip
+# stage: GPUs, samples on each, steps, warm-up, learning rate, clipping, encoder, head
+PUBLISHED: dict[tuple[str, str], tuple[int, int, int, int, float, float, dict[str, Any], dict[str, Any]]] = {
+    ("hubert_base_ls960", "hubert1"): (32, 1_400_000, 250_000, 20_000, 5e-4, 10.0, BASE, {**HUBERT, "final_dim": 256}),
+    ("hubert_base_ls960", "hubert2"): (32, 1_400_000, 400_000, 32_000, 5e-4, 10.0, BASE, {**HUBERT, "final_dim": 256}),
+    ("hubert_large_ll60k", "hubert"): (128, 900_000, 400_000, 32_000, 1.5e-3, 1.0, LARGE, {**HUBERT, "final_dim": 768}),
+    ("wav2vec2_base_ls960", "wav2vec2"): (64, 1_400_000, 400_000, 32_000, 5e-4, 0.0, BASE, WAV2VEC2),
+}
+
+
+def stage_config(recipe: str, stage: str) -> PretrainConfig:
+    path = next(path for path in RECIPES if path.stem == recipe)
+    tree = read_toml(path)
+    tree.pop("slurm", None)
+    parsed = wordless.Recipe(tree, str(path)).parse(stage)
+    assert isinstance(parsed, PretrainConfig)
+    return parsed
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_a_recipe_passes_check(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wordless.main(["check", str(path)]) == 0
+    assert "a valid recipe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("recipe", "stage"), PUBLISHED)
+def test_a_published_model_is_trained_as_published(recipe: str, stage: str) -> None:
+    gpus, samples, steps, warmup, rate, clip, encoder, head = PUBLISHED[recipe, stage]
+    config = stage_config(recipe, stage)
+    assert config.batches.batch_seconds * 16000 == gpus * samples and config.training.accumulate == gpus
+    assert config.batches.crop_seconds * 16000 == 250_000 and config.batches.min_seconds * 16000 == 32_000
+    assert (config.training.max_steps, config.optimizer.warmup_steps) == (steps, warmup) and warmup == 0.08 * steps
+    assert (config.optimizer.lr, config.optimizer.clip_norm) == (rate, clip)
+    assert {name: getattr(config.optimizer, name) for name in ADAM} == ADAM
+    assert {name: getattr(config.encoder, name) for name in encoder} == encoder
+    of_objective = config.hubert if config.objective == "hubert" else config.wav2vec2
+    assert {name: getattr(of_objective, name) for name in head} == head
+    assert head.keys() == type(of_objective).model_fields.keys()  # none is left to a default
+
+
+@pytest.mark.parametrize(("recipe", "stage"), PUBLISHED)
+def test_every_value_of_a_published_recipe_has_a_comment(recipe: str, stage: str) -> None:
+    text = next(path for path in RECIPES if path.stem == recipe).read_text()
+    tables = re.findall(rf"^\[{stage}\.(\w+)\][^\n]*\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert {"encoder", "batches", "optimizer", "training"} <= {name for name, _ in tables}
+    for name, body in tables:
+        lines = [line for line in body.splitlines() if "=" in line and not line.startswith("#")]
+        assert name == "evaluation" or all("#" in line for line in lines), (name, lines)
+
+
+def test_the_labels_of_the_published_iterations_are_those_of_the_paper() -> None:
+    """MFCC, K = 100; layer 6 of iteration 1, K = 500; for LARGE, layer 9 of iteration 2, K = 500."""
+    base, large = (flatten(read_toml(path)) for path in RECIPES if path.stem.startswith("hubert_"))
+    assert (base["codebook_mfcc.features"], base["codebook_mfcc.num_classes"], base["codebook_mfcc.cmvn"]) == ("mfcc", 100, False)
+    assert [base[f"codebook1.{key}"] for key in ("encoder", "layer", "num_classes")] == ["@hubert1", 6, 500]
+    assert large["codebook.encoder"] == f"{base['run']}/hubert2" and large["codebook.manifest"] == f"{base['run']}/manifest"
+    assert (large["codebook.layer"], large["codebook.num_classes"]) == (9, 500)
