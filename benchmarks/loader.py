@@ -1,0 +1,244 @@
+"""The loader alone, without a step: seconds of 16 kHz audio delivered per second, as flac, wav and flac in tar shards.
+
+Ours is the engine's own loader: plan, micro-batches, decoding in threads, packing, a few batches ahead. The peer is what the
+field's recipes do: torch's DataLoader with as many worker processes, soundfile, and zero padding, on the same batches. A round is
+an epoch, the same one each time, from the first utterance to the last; nobody has loaded anything before the clock starts. The limit
+is soundfile alone, decoding the same files in as many threads and keeping nothing. `needed` is what the fastest training step on
+this machine consumes, when it is given: the loader should deliver at least twenty times that.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor, nn
+
+from benchmarks import corpus
+from benchmarks.command import argument_parser, run_main
+from benchmarks.measure import Contender, Measurement, machine, sides, take_turns
+from pretrain.audio import SAMPLE_RATE
+from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
+from pretrain.engine import TrainingConfig, load_ahead
+from pretrain.indexing import IndexConfig, index
+from pretrain.manifest import Manifest, Utterance
+from pretrain.packing import Layout, pack
+from pretrain.parallel import World
+
+FORMATS = ("flac", "wav", "tar")
+MODULE = "benchmarks.loader"
+
+
+class Packed(NamedTuple):
+    """What the simplest task would train on."""
+
+    waveforms: Tensor
+    layout: Layout
+
+
+class LoadTask(SpeechTask):
+    """A task that loads one epoch and does nothing. Of the next one, which the engine's loader looks into, nothing is read."""
+
+    model = nn.Identity()
+    valid_set = None
+
+    def __init__(self, manifest: Manifest, batch_seconds: float, seed: int):
+        self.train_set = SpeechBatches(manifest, BatchConfig(batch_seconds=batch_seconds, crop_seconds=30.0), seed)
+
+    def collate(self, items: np.ndarray, epoch: int) -> Packed:
+        items = items[: len(items) if epoch == 0 else 0]
+        return Packed(*pack([self.train_set.load(item, self.train_set.rng(item, epoch))[0] for item in items.tolist()]))
+
+
+class Ours:
+    """The engine's loader, begun and ended within the round."""
+
+    amount = 0.0
+
+    def __init__(self, settings: dict[str, Any], folder: Path):
+        manifest = Manifest(folder / "manifest")
+        self.task = LoadTask(manifest, settings["batch_seconds"], settings["seed"])
+        self.training = TrainingConfig(max_steps=1, loader_threads=settings["threads"])
+        self.steps = len(self.task.plan(0))
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, number: int) -> None: ...
+
+    def run(self) -> None:
+        batches = load_ahead(self.task, (0, 0), self.training, World(0, 1, torch.device("cpu")))
+        self.amount = 0.0
+        for _, _, micro_batches, amount in islice(batches, self.steps):
+            list(micro_batches)
+            self.amount += amount
+        batches.close()
+
+
+def read_audio(utterance: Utterance) -> np.ndarray:
+    """By soundfile alone; a member of a tar from memory."""
+    source: str | io.BytesIO = utterance.path
+    if utterance.member is not None:
+        with open(utterance.path, "rb") as file:
+            file.seek(utterance.member.offset)
+            source = io.BytesIO(file.read(utterance.member.size))
+    wave: np.ndarray = soundfile.read(source, dtype="float32")[0]
+    return wave
+
+
+class Peer:
+    """DataLoader: a data set of waveforms, our batches as its batch sampler, padding as its collate function."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path):
+        manifest = Manifest(folder / "manifest")
+        utterances = list(manifest)
+        task = LoadTask(manifest, settings["batch_seconds"], settings["seed"])
+        self.amount = float(manifest.lengths.sum()) / SAMPLE_RATE
+
+        class Waveforms(torch.utils.data.Dataset[Tensor]):
+            def __len__(self) -> int:
+                return len(utterances)
+
+            def __getitem__(self, item: int) -> Tensor:
+                return torch.from_numpy(read_audio(utterances[item]))
+
+        def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+            lengths = torch.tensor([len(waveform) for waveform in waveforms])
+            return nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
+
+        plan = [items.tolist() for items in task.plan(0)]
+        self.loader = torch.utils.data.DataLoader(
+            Waveforms(), batch_sampler=plan, collate_fn=collate, num_workers=settings["threads"], persistent_workers=True
+        )
+
+    def about(self) -> dict[str, Any]:
+        return {"memory": "of the main process alone, without its workers"}
+
+    def prepare(self, number: int) -> None: ...
+
+    def run(self) -> None:
+        for _ in self.loader:
+            pass
+
+
+class Decoding:
+    """The limit: every file decoded once, in threads, in the order of the manifest."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path):
+        manifest = Manifest(folder / "manifest")
+        self.utterances = list(manifest)
+        self.amount = float(manifest.lengths.sum()) / SAMPLE_RATE
+        self.pool = ThreadPoolExecutor(settings["threads"])
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def prepare(self, number: int) -> None: ...
+
+    def run(self) -> None:
+        # In pieces of a few utterances, so that handing out the work costs next to nothing.
+        list(
+            self.pool.map(
+                lambda first: [len(read_audio(u)) for u in self.utterances[first : first + 8]], range(0, len(self.utterances), 8)
+            )
+        )
+
+
+def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
+    """Names are contenders with the format behind a hyphen."""
+    kind, _, suffix = name.partition("-")
+    contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {"ours": Ours, "dataloader": Peer, "decoding": Decoding}
+    return contenders[kind](settings, folder / suffix)
+
+
+def write_formats(folder: Path, lengths: np.ndarray, seed: int) -> None:
+    """The same utterances as wav, flac and shards of flac, each indexed into a manifest of its own."""
+    (folder / "drawn").mkdir()
+    corpus.write_corpus(folder / "drawn", lengths, 2, seed)
+    waves = sorted((folder / "drawn").glob("*.wav"))
+    for suffix in FORMATS:
+        (folder / suffix / "audio").mkdir(parents=True)
+    for path in waves:
+        wave, rate = soundfile.read(path, dtype="int16")
+        soundfile.write(folder / "wav/audio" / path.name, wave, rate)
+        soundfile.write(folder / "flac/audio" / f"{path.stem}.flac", wave, rate)
+    for number in range(2):
+        with tarfile.open(folder / f"tar/audio/{number}.tar", "w") as tar:
+            for path in waves[number::2]:
+                tar.add(folder / "flac/audio" / f"{path.stem}.flac", f"{path.stem}.flac")
+    for suffix in FORMATS:
+        out = str(folder / suffix / "manifest")
+        index(IndexConfig(source=str(folder / suffix / "audio"), out=out, verify="header", dev_share=0.0, test_share=0.0))
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each format's contenders in turn; the figures of the first format stand for the whole."""
+    load = os.getloadavg()[0]
+    given = "threads rounds warmup seed needed total_seconds lengths batch_seconds".split()
+    settings = {"device": "cpu", **{name: getattr(arguments, name) for name in given}}
+    if min(arguments.batch_seconds, arguments.total_seconds) <= 0:
+        raise ValueError("--batch-seconds and --total-seconds: more than 0 s is needed")
+    lengths = corpus.draw_lengths(arguments.lengths, 10.0, arguments.total_seconds, arguments.seed)
+    formats = {}
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
+        folder = Path(temporary)
+        write_formats(folder, lengths, arguments.seed)
+        (folder / "settings.json").write_text(json.dumps(settings))
+        turns = {key: settings[key] for key in ("rounds", "warmup", "threads")}
+        for suffix in FORMATS if arguments.format == "all" else (arguments.format,):
+            names = [f"{kind}-{suffix}" for kind in ("ours", "decoding", *([] if arguments.peer == "none" else ["dataloader"]))]
+            measured = take_turns(MODULE, dict.fromkeys(names, sys.executable), folder, **turns)
+            formats[suffix] = figures(*(measured.get(f"{kind}-{suffix}") for kind in ("ours", "decoding", "dataloader")))
+    first = next(iter(formats.values()))
+    return {
+        "name": "loader", "unit": "audio seconds per second", **first, "formats": formats,
+        "times_needed": arguments.needed and first["ours"] / arguments.needed, "peer_name": None if arguments.peer == "none" else arguments.peer,
+        "settings": settings, "load_before": load, "corpus": corpus.describe(lengths), "machine": {**machine(), "torch": torch.__version__},
+        "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def figures(ours: Measurement | None, limit: Measurement | None, peer: Measurement | None) -> dict[str, Any]:
+    """DESIGN.md's keys for one format."""
+    assert ours is not None and limit is not None
+    return {**sides(ours, peer), "limit": limit.rate, "share_of_limit": ours.rate / limit.rate}
+
+
+def show(result: dict[str, Any]) -> str:
+    """A line for each format."""
+    lines = [f"{'':5}{'ours':>10}{result['peer_name'] or '(no peer)':>12}{'soundfile alone':>17}   {result['unit']}"]
+    for suffix, found in result["formats"].items():
+        peer = f"{found['peer']:.0f}" if found["peer"] else "-"
+        lines.append(
+            f"{suffix:5}{found['ours']:10.0f}{peer:>12}{found['limit']:17.0f}   peak memory {found['ours_peak_gb']:.2f} GB"
+        )
+    if result["times_needed"]:
+        lines.append(f"{result['times_needed']:.0f} times what the training step consumes")
+    return "\n".join(lines)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Read the command line and run."""
+    parser = argument_parser(__doc__, ["dataloader"])
+    parser.add_argument("--format", choices=["all", *FORMATS], default="all")
+    parser.add_argument("--lengths", choices=["equal", "mixed"], default="equal", help="equal: 10 s; mixed: 1 to 20 s")
+    parser.add_argument("--batch-seconds", type=float, default=87.5)
+    parser.add_argument("--total-seconds", type=float, default=1800.0, help="audio in a round")
+    parser.add_argument("--needed", type=float, metavar="RATE", help="audio seconds per second that the training step consumes")
+    return run_main(MODULE, parser, given, build, compare, show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
