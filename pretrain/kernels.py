@@ -28,7 +28,7 @@ TAPS = 8  # of a grouped convolution in one matrix product
 def keep_freed_memory() -> None:
     """Have the C library keep what tensors free, for the next ones, instead of giving it back to the kernel page by page.
 
-    With glibc, which maps and unmaps every large block, that is a tenth of a training step on a CPU; elsewhere nothing happens.
+    With glibc, which maps and unmaps every large block, that is a few per cent of a training step of BASE on a CPU; elsewhere nothing happens.
     Memory that was needed once stays with the process.
     """
     try:
