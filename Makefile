@@ -4,7 +4,7 @@ BIN := .venv/bin
 AUDIO ?=
 RUN ?= runs/$(if $(AUDIO),audio,demo)
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-all lint
 
 install: .venv/installed
 
@@ -19,6 +19,9 @@ demo: install
 	$(BIN)/wordless run recipes/demo.toml run=$(RUN) $(if $(AUDIO),--skip speech manifest.source=$(AUDIO))
 
 test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
 	$(BIN)/python -m pytest
 
 lint: install

@@ -28,7 +28,7 @@ HUBERT = {"mask_start_probability": 0.08, "mask_length": 10, "temperature": 0.1,
 WAV2VEC2 = {
     "mask_start_probability": 0.065, "mask_length": 10, "num_distractors": 100, "num_groups": 2, "num_entries": 320, "code_dim": 256,
     "final_dim": 256, "temperature": 0.1, "gumbel_temperature": (2.0, 0.5), "gumbel_decay": 0.999995, "diversity_weight": 0.1,
-    "feature_penalty": 10.0,
+    "feature_penalty": 10.0, "feature_dropout": 0.1,
 }  # fmt: skip
 # stage: GPUs, samples on each, steps, warm-up, learning rate, clipping, encoder, head
 PUBLISHED: dict[tuple[str, str], tuple[int, int, int, int, float, float, dict[str, Any], dict[str, Any]]] = {

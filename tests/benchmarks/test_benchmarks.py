@@ -73,6 +73,7 @@ def test_a_result_is_written_once_more_not_over_and_says_what_to_type(tmp_path: 
     assert json.loads((tmp_path / "new/2026-01-02-x-base-quick-kept.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_different_inputs_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="different inputs"):
         contest(SLEEPERS, ["deaf"], tmp_path, SETTINGS, 1e6, peer_python=None)
