@@ -150,8 +150,7 @@ class TransformerLayer(nn.Module):
         reduces the same ones."""
         if not keep:
             return x + 0.0 * sum(parameter.flatten()[0] for parameter in self.parameters())
-        x, update = self.residual_terms(x, layout)
-        return x + update if self.config.norm_first else self.ffn_norm(x + update)
+        return self.join(*self.residual_terms(x, layout))
 
     def residual_terms(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """The two terms of the last residual: the stream after attention, and the feed-forward's output."""
@@ -160,6 +159,10 @@ class TransformerLayer(nn.Module):
             return x, self._feed_forward(self.ffn_norm(x))
         x = self.attention_norm(x + self._attend(x, layout))
         return x, self._feed_forward(x)
+
+    def join(self, x: Tensor, update: Tensor) -> Tensor:
+        """The layer's output from those two."""
+        return x + update if self.config.norm_first else self.ffn_norm(x + update)
 
     def _attend(self, x: Tensor, layout: Layout) -> Tensor:
         heads = self.qkv(x).view(len(x), 3, self.config.num_heads, -1)
@@ -278,11 +281,11 @@ class Encoder(nn.Module):
                 break
             if convention == "feed_forward":
                 assert isinstance(block, TransformerLayer)
-                outputs.append(block.residual_terms(x, layout)[1])
-                if number == layer:
-                    break
-            x = block(x, layout, not self.training or self.gates[number - 1])
-            if convention == "residual":
+                x, update = block.residual_terms(x, layout)
+                outputs.append(update)
+                x = block.join(x, update)
+            else:
+                x = block(x, layout, not self.training or self.gates[number - 1])
                 outputs.append(x)
         return self.norm(x) if self.config.norm_first and layer is None else x
 

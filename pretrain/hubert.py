@@ -53,9 +53,13 @@ def hubert_batch(waveforms: Sequence[np.ndarray], masks: Sequence[np.ndarray], l
     owner = np.repeat(np.arange(len(waveforms)), layout.num_frames)
     counts = [np.bincount(owner[frames], minlength=len(waveforms)) for frames in (masked, seen)]
     seen_weights = (counts[0] / np.maximum(counts[1], 1))[owner[seen]]
-    penalty_weights = (counts[0] / np.array(layout.num_frames))[owner]
-    arrays = (mask, masked, target[masked], seen, target[seen], seen_weights.astype(np.float32), penalty_weights.astype(np.float32))
+    arrays = (mask, masked, target[masked], seen, target[seen], seen_weights.astype(np.float32), weigh_frames(counts[0], layout))
     return HubertBatch(buffer, layout, *map(torch.from_numpy, arrays))
+
+
+def weigh_frames(num_masked: np.ndarray, layout: Layout) -> np.ndarray:
+    """Each utterance's number of masked frames, spread evenly over its frames: (frames,) float32, for `feature_penalty`."""
+    return np.repeat(num_masked / np.array(layout.num_frames), layout.num_frames).astype(np.float32)
 
 
 class Hubert(nn.Module):

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pretrain.artefact import atomic_path, commit, read_meta
-from pretrain.audio import SAMPLE_RATE, Member, num_frames
+from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, Member, num_frames
 
 ROW_GROUP = 1024  # rows read together: reading one at random takes half a millisecond, and ten million make 9,766 groups
 
@@ -134,6 +134,11 @@ class Manifest:
     def lengths(self) -> np.ndarray:
         """Samples at 16 kHz, (len(self),) int64, not to be written to."""
         return self._file.lengths if self._rows is None else self._file.lengths[self._rows]
+
+    @property
+    def num_frames(self) -> np.ndarray:
+        """50 Hz frames, (len(self),) int64; a row has 400 samples or more."""
+        return (self.lengths - MIN_SAMPLES) // HOP + 1
 
     @property
     def has_text(self) -> bool:

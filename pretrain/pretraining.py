@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.alarms import AlarmConfig, Variation, hubert_alarm, variation_alarm, wav2vec2_alarm
-from pretrain.audio import HOP, MIN_SAMPLES, num_frames
+from pretrain.audio import num_frames
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.checkpoint import load_weights
 from pretrain.config import Config
@@ -210,7 +210,7 @@ class Wav2Vec2Task(PretrainTask):
 def check_label_counts(batches: SpeechBatches, labels: Labels) -> None:
     """Every utterance has labels and their number differs from its frames by at most one, or ValueError names it."""
     rows = batches.manifest.take(batches.items)
-    labels.require_frames(rows.column("id"), (rows.lengths - MIN_SAMPLES) // HOP + 1)
+    labels.require_frames(rows.column("id"), rows.num_frames)
 
 
 def _commonest_share(batches: SpeechBatches, labels: Labels, utterances: int = 500) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.encoder import Encoder, EncoderConfig
 from pretrain.engine import Loss
-from pretrain.hubert import feature_penalty
+from pretrain.hubert import feature_penalty, weigh_frames
 from pretrain.kernels import dropout
 from pretrain.packing import Layout, pack
 
@@ -59,9 +59,10 @@ def wav2vec2_batch(
     """Pack utterances: waveforms (samples_i,), masks (frames_i,) bool, distractors (masked_i, distractors)."""
     buffer, layout = pack(waveforms)
     mask, num_masked = np.concatenate(masks), tuple(int(mask.sum()) for mask in masks)
-    weights = np.repeat(np.array(num_masked) / np.array(layout.num_frames), layout.num_frames).astype(np.float32)
-    arrays = map(torch.from_numpy, (mask, np.flatnonzero(mask), np.concatenate(distractors), weights))
-    all_masked, masked, drawn, penalty_weights = arrays
+    weights = weigh_frames(np.array(num_masked), layout)
+    all_masked, masked, drawn, penalty_weights = map(
+        torch.from_numpy, (mask, np.flatnonzero(mask), np.concatenate(distractors), weights)
+    )
     return Wav2Vec2Batch(buffer, layout, all_masked, masked, num_masked, drawn, penalty_weights)
 
 

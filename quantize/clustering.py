@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.artefact import require_absent
-from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
+from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.labels import MAX_CLASSES
 from pretrain.manifest import Manifest, Utterance
@@ -122,7 +122,7 @@ class Sample:
 
     def __init__(self, rows: Manifest, budget: int, seed: int):
         lengths = rows.lengths
-        visited, counts = plan_sample((lengths - MIN_SAMPLES) // HOP + 1, budget, seed)
+        visited, counts = plan_sample(rows.num_frames, budget, seed)
         self.utterances = [rows[int(row)] for row in visited]
         self.size = int(counts.sum())
         self.seconds = float(lengths[visited].sum() / SAMPLE_RATE)

@@ -243,6 +243,15 @@ def test_the_feed_forward_convention_gives_what_a_layers_feed_forward_adds(kind:
         torch.testing.assert_close(module.extract(waves, lengths, layer, "feed_forward"), layout.pad(features))
 
 
+def test_the_feed_forward_convention_runs_each_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = encoder(), []
+    for number, block in enumerate(module.layers, start=1):
+        attend = block._attend
+        monkeypatch.setattr(block, "_attend", lambda *a, number=number, attend=attend: (calls.append(number), attend(*a))[1])
+    module.extract_packed(*packed(), 2, "feed_forward")
+    assert calls == [1, 2]
+
+
 @torch.no_grad()
 def test_masked_frames_are_the_mask_embedding_whatever_they_held() -> None:
     module = encoder()

@@ -18,6 +18,7 @@ from pretrain.manifest import Manifest
 from pretrain.pretraining import HubertTask, PretrainConfig, pretrain
 from tests.reference.convolutions import randomize
 from tests.reference.losses import hubert_loss
+from tests.reference.splitting import assert_batch_is_the_sum_of
 
 LENGTHS = [6000, 3000, 9000]
 
@@ -137,18 +138,7 @@ def test_unmasked_frames_weigh_like_their_mean() -> None:
 def test_every_term_is_a_sum_over_utterances_so_that_batches_can_be_split(front_end: str) -> None:
     module = model(front_end, unmasked_weight=0.5)
     together = module(batch())
-    apart = [module(batch([length])) for length in LENGTHS]
-    # float32, matrices of other shapes
-    assert together.total.item() == pytest.approx(sum(part.total.item() for part in apart), rel=1e-5)
-    assert together.count.item() == sum(part.count.item() for part in apart)
-    together.total.backward()
-    whole = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    module.zero_grad()
-    sum(part.total for part in apart).backward()
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None:
-            # gradients of thousands of summed products in float32, beside the largest of the tensor
-            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-4 * float(whole[name].abs().max()))
+    assert_batch_is_the_sum_of(together, [module(batch([length])) for length in LENGTHS], module)
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "filterbank"])

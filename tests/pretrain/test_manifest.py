@@ -92,6 +92,7 @@ def test_lengths_are_those_of_the_utterances(tmp_path_factory: pytest.TempPathFa
     manifest = Manifest(folder)
     assert manifest.lengths.dtype == np.int64
     assert manifest.lengths.tolist() == [u.length for u in manifest] == [n * 16000 // rate for n, rate in sizes]
+    assert manifest.num_frames.tolist() == [u.num_frames for u in manifest]
     assert all(u.num_frames == max(0, (u.length - 400) // 320 + 1) for u in manifest if u.length >= 400)
 
 
