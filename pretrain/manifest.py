@@ -137,8 +137,8 @@ class Manifest:
 
     @property
     def num_frames(self) -> np.ndarray:
-        """50 Hz frames, (len(self),) int64; a row has 400 samples or more."""
-        return (self.lengths - MIN_SAMPLES) // HOP + 1
+        """50 Hz frames, (len(self),) int64."""
+        return np.maximum(0, (self.lengths - MIN_SAMPLES) // HOP + 1)
 
     @property
     def has_text(self) -> bool:
