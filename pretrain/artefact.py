@@ -138,3 +138,15 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()
+
+
+def keep_to_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Record in `plan.json` what the unfinished work in `folder` is made of; refuse to add to work made of something else."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        write_json(path, plan)
+        return
+    earlier = json.loads(path.read_text())
+    differing = [f"{key} {earlier.get(key)!r} there, {plan[key]!r} now" for key in plan if earlier.get(key) != plan[key]]
+    if differing:
+        raise ValueError(f"{folder}: holds unfinished work on something else ({'; '.join(differing)}); remove it or change `out`")

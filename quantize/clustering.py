@@ -1,31 +1,23 @@
-"""The verb `cluster`: fit a codebook on a seeded sample of frames, and choose the encoder layer it reads.
-
-Frames are drawn while features stream by, so memory holds the sample and never the corpus. Which frames are drawn is a
-function of the seed and the manifest alone.
-"""
+"""The verb `cluster`: fit a codebook on a seeded sample of frames, and choose the encoder layer it reads."""
 
 import time
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.artefact import require_absent
-from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.labels import MAX_CLASSES
-from pretrain.manifest import Manifest, Utterance
-from pretrain.pnmi import JointCounts, phone_metrics
-from pretrain.progress import console, progress
+from pretrain.manifest import Manifest
+from pretrain.progress import console
 from quantize.codebook import write_codebook
-from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource, Precision, open_encoder_source
-from quantize.kmeans import kmeans, nearest
+from quantize.features import FeatureSource, LayerConvention, MfccSource, Precision, open_encoder_source
+from quantize.kmeans import kmeans
+from quantize.sampling import sample_frames
+from quantize.sweep import choose_layer
 
 FRAMES_PER_HOUR = 50 * 3600
-VISIT = 4  # audio that may be decoded and encoded, relative to the frames wanted
-SWEEP_FRAMES = 20_000  # frames per layer that the sweep fits on, and frames of the select split it scores
-SWEEP_ITERATIONS = 20
 
 
 class ClusterConfig(Config):
@@ -82,7 +74,7 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
             precision=config.precision, convention=config.convention,
         )  # fmt: skip
         if config.layer == "best":
-            choice = choose_layer(config, manifest, rows, encoder_source)
+            choice = choose_layer(manifest, config.split, config.select_split, encoder_source, config.num_classes, config.seed)
             encoder_source.layer = choice["layer"]
         source = encoder_source
     frames = sample_frames(source, rows, budget, config.seed)
@@ -101,86 +93,3 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
         parents["encoder"] = source.describe()["encoder"]
     write_codebook(config.out, fit.centroids[None], fit.mean, source.describe(), statistics, config.resolved(), parents)
     return {"num_classes": config.num_classes, **statistics, "seconds": time.monotonic() - began}
-
-
-def plan_sample(num_frames: np.ndarray, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which utterances to visit and how many frames to draw from each: (rows ascending, counts), `budget` frames or all there are.
-
-    Utterances are drawn until they hold `VISIT` times the budget; each then gives the same share of its frames.
-    """
-    order = np.random.default_rng([seed, len(num_frames)]).permutation(len(num_frames))
-    ends = np.cumsum(num_frames[order])
-    rows = np.sort(order[: int(np.searchsorted(ends, VISIT * budget)) + 1])
-    ends = np.cumsum(num_frames[rows], dtype=np.int64)
-    quotas = ends * min(budget, ends[-1]) // ends[-1]  # Python-exact integers: no utterance gives more than it has
-    counts = np.diff(quotas, prepend=0)
-    return rows[counts > 0], counts[counts > 0]
-
-
-class Sample:
-    """Frames drawn from each utterance it visits, in manifest order whatever the order of arrival."""
-
-    def __init__(self, rows: Manifest, budget: int, seed: int):
-        lengths = rows.lengths
-        visited, counts = plan_sample(rows.num_frames, budget, seed)
-        self.utterances = [rows[int(row)] for row in visited]
-        self.size = int(counts.sum())
-        self.seconds = float(lengths[visited].sum() / SAMPLE_RATE)
-        starts = np.cumsum(counts) - counts
-        self._places = {
-            utterance.id: (int(row), int(start), int(count))
-            for utterance, row, start, count in zip(self.utterances, visited, starts, counts, strict=True)
-        }
-        self._seed = seed
-
-    def draw(self, utterance: Utterance) -> tuple[slice, np.ndarray]:
-        """Where this utterance's frames go in the sample, and which of its frames they are."""
-        row, start, count = self._places[utterance.id]
-        chosen = np.random.default_rng([self._seed, row, 1]).choice(utterance.num_frames, size=count, replace=False)
-        return slice(start, start + count), np.sort(chosen)
-
-
-def sample_frames(source: FeatureSource, rows: Manifest, budget: int, seed: int) -> np.ndarray:
-    """Up to `budget` frames of `rows`, (frames, dim) float32."""
-    sample = Sample(rows, budget, seed)
-    frames = np.empty((sample.size, source.dim), dtype=np.float32)
-    with progress("frames to fit on", total=sample.seconds, unit="s") as advance:
-        for utterance, features in source.features(sample.utterances):
-            place, chosen = sample.draw(utterance)
-            frames[place] = features[chosen]
-            advance(utterance.length / SAMPLE_RATE)
-    return frames
-
-
-def choose_layer(config: ClusterConfig, manifest: Manifest, rows: Manifest, source: EncoderSource) -> dict[str, Any]:
-    """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer whose quick k-means on `rows` suits the phones of the select split.
-
-    All layers come out of one pass over a sample of `rows` and one over the select split. Without phone alignments it is
-    the layer in the middle, as in HuBERT's first iteration (6 of 12).
-    """
-    num_layers = source.encoder.config.num_layers
-    judge = manifest.select(config.select_split) if manifest.has_phones else None
-    if judge is None or not judge.has_phones:
-        middle = max(1, num_layers // 2)
-        reason = f"no phone alignments to judge layers by, so the middle one: {middle} of {num_layers}"
-        console.print(f"layer: {reason}")
-        return {"layer": middle, "chosen_by": reason, "sweep": {}}
-    budget = max(SWEEP_FRAMES, 20 * config.num_classes)
-    sample, test = Sample(rows, budget, config.seed), Sample(judge, budget, config.seed)
-    frames = np.empty((num_layers + 1, sample.size, source.dim), dtype=np.float32)
-    counts = [JointCounts(config.num_classes) for _ in frames]
-    with progress("all layers", total=sample.seconds + test.seconds, unit="s") as advance:
-        for utterance, layers in source.all_layers(sample.utterances):
-            place, chosen = sample.draw(utterance)
-            for layer, features in enumerate(layers):
-                frames[layer, place] = features[chosen]
-            advance(utterance.length / SAMPLE_RATE)
-        fits = [kmeans(points, config.num_classes, seed=config.seed, max_iterations=SWEEP_ITERATIONS) for points in frames]
-        for utterance, layers in source.all_layers([utterance for utterance in test.utterances if utterance.phones is not None]):
-            for fit, features, joint in zip(fits, layers, counts, strict=True):
-                joint.add(utterance, nearest(features, fit.centroids, fit.mean))
-            advance(utterance.length / SAMPLE_RATE)
-    scores = [phone_metrics(joint.matrix()[1])["pnmi"] for joint in counts]
-    best = max(range(1, num_layers + 1), key=scores.__getitem__)
-    sweep = {str(layer): score for layer, score in enumerate(scores)}
-    return {"layer": best, "chosen_by": f"highest PNMI on {config.select_split!r}", "sweep": sweep}

@@ -5,7 +5,6 @@ the verb runs again, so an interrupted run loses at most one shard; `plan.json` 
 with another run's inputs.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from pretrain.artefact import require_absent, write_json
+from pretrain.artefact import keep_to_plan, require_absent
 from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.labels import Labels, commit_labels, shard_stands, write_shard
@@ -51,7 +50,7 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
     rows, codebook = manifest.select(config.split), Codebook.open(config.codebook)
     source = open_source(config, codebook)
     shards = plan_shards(rows.lengths, config.num_shards)
-    _keep_to_plan(out, {
+    keep_to_plan(out, {
         "manifest": manifest.fingerprint, "split": config.split, "codebook": codebook.fingerprint, "num_shards": len(shards),
         "precision": config.precision,
     })  # fmt: skip
@@ -141,19 +140,3 @@ def count_classes(labels: Labels) -> np.ndarray:
     for utterance in labels.ids:
         counts += np.bincount(labels[utterance].reshape(labels.num_frames(utterance), -1)[:, 0], minlength=labels.num_classes)
     return counts
-
-
-def _keep_to_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Record what the shards in `out` are made of; refuse to add to shards made of something else."""
-    path = out / "plan.json"
-    if not path.is_file():
-        write_json(path, plan)
-        return
-    earlier = json.loads(path.read_text())
-    differing = [
-        f"{key} {earlier.get(key)!r} there, {plan[key]!r} now" for key in plan if earlier.get(key, "float32") != plan[key]
-    ]  # plans of old have no precision
-    if differing:
-        raise ValueError(
-            f"{out}: holds an unfinished encoding of something else ({'; '.join(differing)}); remove it or change `out`"
-        )

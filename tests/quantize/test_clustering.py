@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from pretrain.config import parse_config
 from pretrain.manifest import Manifest
-from quantize.clustering import VISIT, ClusterConfig, cluster, plan_sample, sample_frames
+from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook
 from quantize.features import MfccSource, open_encoder_source
+from quantize.sampling import VISIT, plan_sample, sample_frames
 
 
 def test_cluster_fits_mfcc_and_says_what_it_did(corpus: Path, tmp_path: Path) -> None:

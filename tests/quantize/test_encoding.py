@@ -130,7 +130,7 @@ def test_unfinished_work_on_something_else_is_not_continued(corpus: Path, mfcc_c
     keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "out": str(tmp_path / "labels")}
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "plan.json").write_text('{"manifest": "x", "split": null, "codebook": "y", "num_shards": 8}')
-    with pytest.raises(ValueError, match="unfinished encoding of something else .*codebook 'y' there"):
+    with pytest.raises(ValueError, match="unfinished work on something else .*codebook 'y' there"):
         encode(EncodeConfig(**keys))
 
 
