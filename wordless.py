@@ -25,6 +25,7 @@ class Verb:
     config: str
     function: str
     help: str
+    text: str | None = None  # the function that writes the summary for a terminal; without one, a line for each value
 
     def load(self) -> tuple[type, Callable[[Any], dict[str, Any]]]:
         module = import_module(self.module)
@@ -39,14 +40,14 @@ VERBS = {
     "pretrain": Verb("pretrain.pretraining", "PretrainConfig", "pretrain", "Train a HuBERT or wav2vec 2.0 encoder."),
     "cluster": Verb("quantize.clustering", "ClusterConfig", "cluster", "Fit k-means on MFCC or on an encoder layer."),
     "encode": Verb("quantize.encoding", "EncodeConfig", "encode", "Turn a corpus into labels, in one pass."),
-    "measure": Verb("quantize.quality", "MeasureConfig", "measure", "Unit quality: PNMI, purities, perplexity, bitrates."),
+    "measure": Verb("quantize.measuring", "MeasureConfig", "measure", "Unit quality: PNMI, ABX, probes; which layer.", "as_text"),
     "pack": Verb("units.corpus", "PackConfig", "pack", "Labels to a packed corpus of deduplicated units."),
     "train-lm": Verb("units.language_model", "TrainLMConfig", "train_lm", "Train the unit language model."),
     "score": Verb("units.scoring", "ScoreConfig", "score", "Likelihood of held-out units, beside unigram and bigram."),
     "sample": Verb("units.sampling", "SampleConfig", "sample", "Continue unit sequences."),
     "finetune": Verb("pretrain.finetuning", "FinetuneConfig", "finetune", "Train a CTC recogniser on transcripts."),
     "transcribe": Verb("pretrain.transcription", "TranscribeConfig", "transcribe", "Decode speech to text; WER and CER."),
-    "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run."),
+    "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run.", text="as_text"),
 }
 RECIPE_KEYS = {"run", "slurm"}
 
@@ -120,7 +121,7 @@ def run_recipe(
     resources = tree.pop("slurm", {})
     stages = Recipe(tree, str(recipe))
     if on == "here" and not dry_run:
-        _print_summary(stages.run(set(skip or []), set(only or []), redo), as_json)
+        _print_summary(*stages.run(set(skip or []), set(only or []), redo), as_json)
         return
     stages.check()
     chosen = [part for name in skip or [] for part in ("--skip", name)] + [part for name in only or [] for part in ("--only", name)]
@@ -160,41 +161,87 @@ def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an a
 
 @app.command("import")
 def import_model(
-    source: Annotated[Path, typer.Argument(help="A transformers folder, a fairseq .pt or a torchaudio .pth.")],
-    out: Annotated[Path, typer.Argument(help="The run folder to make.")],
+    source: Annotated[
+        Path, typer.Argument(help="A transformers folder, a fairseq .pt, a torchaudio .pth; with --codebook a file of centroids.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The run folder, or the codebook's, to make.")],
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, where no config and no published width tells.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="K of a fairseq HuBERT; its embeddings may have 4 more rows.")] = None,
     normalize_waveform: Annotated[
         bool | None,
         typer.Option("--normalize-waveform/--no-normalize-waveform", help="Zero mean and unit variance, whatever the source says."),
     ] = None,
+    codebook: Annotated[
+        bool, typer.Option("--codebook", help="Import k-means instead: scikit-learn or fairseq joblib, .pt, .npy, .safetensors.")
+    ] = False,
+    encoder: Annotated[Path | None, typer.Option(help="With --codebook: the run whose features the centroids are of.")] = None,
+    layer: Annotated[int | None, typer.Option(help="With --codebook: its layer; 0 is the first layer's input.")] = None,
+    convention: Annotated[
+        Literal["residual", "feed_forward"] | None,
+        typer.Option(
+            help="With --codebook: the layer's output (residual, the default), or its feed-forward's before the residual."
+        ),
+    ] = None,
+    mfcc: Annotated[bool, typer.Option("--mfcc", help="With --codebook: the centroids are of 39-dimensional MFCC.")] = False,
+    cmvn: Annotated[bool, typer.Option("--cmvn", help="With --mfcc: normalised over each utterance.")] = False,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .pt, .pth and .bin files, which are pickles, by torch's weights_only.")
+        bool, typer.Option("--allow-pickle", help="Read files that are pickles (.pt, .pth, .bin, joblib); nothing in them is run.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Other libraries' wav2vec 2.0 and HuBERT weights to a run."""
-    from pretrain.weights.conversion import ImportConfig, import_weights
+    """Other libraries' wav2vec 2.0 and HuBERT weights to a run; with --codebook, their k-means to a codebook."""
+    from pretrain.config import parse_config, without_none
 
-    config = ImportConfig(
-        source=str(source), out=str(out), num_heads=num_heads, num_classes=num_classes, normalize_waveform=normalize_waveform,
-        allow_pickle=allow_pickle,
-    )  # fmt: skip
-    _print_summary(import_weights(config), as_json)
+    given = {"source": str(source), "out": str(out), "allow_pickle": allow_pickle}
+    of_runs = {"num_heads": num_heads, "num_classes": num_classes, "normalize_waveform": normalize_waveform}
+    of_codebooks = {"encoder": encoder, "layer": layer, "convention": convention, "mfcc": mfcc or None, "cmvn": cmvn or None}
+    for name, value in (of_runs if codebook else of_codebooks).items():
+        if value is not None:
+            kind = "runs, not codebooks" if codebook else "codebooks; say --codebook too"
+            raise ValueError(f"import: --{name.replace('_', '-')} is for {kind}")
+    if codebook:
+        from quantize.importing import CodebookImportConfig, import_codebook
+
+        tree = without_none({**given, **of_codebooks})
+        _print_summary(None, import_codebook(parse_config(CodebookImportConfig, tree, "import --codebook")), as_json)
+    else:
+        from pretrain.weights.conversion import ImportConfig, import_weights
+
+        _print_summary(None, import_weights(parse_config(ImportConfig, {**given, **of_runs}, "import")), as_json)
 
 
 @app.command("export")
 def export_model(
-    run: Annotated[Path, typer.Argument(help="A run of `pretrain`, `finetune` or `import`.")],
-    out: Annotated[Path, typer.Argument(help="The folder (huggingface) or file (fairseq, torchaudio) to write.")],
-    form: Annotated[Literal["huggingface", "fairseq", "torchaudio"], typer.Option("--format", help="Whose loader takes it.")],
-    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Leave out the pretraining heads.")] = False,
+    source: Annotated[Path, typer.Argument(metavar="RUN|CODEBOOK", help="Of `pretrain`, `finetune`, `cluster` or `import`.")],
+    out: Annotated[Path, typer.Argument(help="The folder (huggingface) or file (every other format) to write.")],
+    form: Annotated[
+        Literal["huggingface", "fairseq", "torchaudio", "npy", "safetensors"],
+        typer.Option("--format", help="A run: whose loader takes it. A codebook: npy or safetensors, float32 centroids (K, dim)."),
+    ],
+    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="A run: leave out the pretraining heads.")] = False,
     as_json: Json = False,
 ) -> None:
-    """A run's weights to other libraries' models."""
+    """A run's weights to other libraries' models; a codebook's centroids to a plain file."""
+    from pretrain.artefact import is_complete, read_meta
+
+    # A run in training has no meta.json yet, and its weights can be exported.
+    kind = read_meta(source)["kind"] if is_complete(source) else None
+    if form == "npy" or form == "safetensors":
+        if kind not in ("codebook", None):
+            raise ValueError(
+                f"{source}: is a {kind!r}; --format {form} is for codebooks, huggingface, fairseq and torchaudio for runs"
+            )
+        if encoder_only:
+            raise ValueError("export: --encoder-only is for runs, not codebooks")
+        from quantize.importing import export_codebook
+
+        _print_summary(None, export_codebook(source, out, form), as_json)
+        return
+    if kind == "codebook":
+        raise ValueError(f"{source}: is a codebook; --format {form} is for runs, npy and safetensors for codebooks")
     from pretrain.weights.conversion import export_weights
 
-    _print_summary(export_weights(run, out, form, encoder_only), as_json)
+    _print_summary(None, export_weights(source, out, form, encoder_only), as_json)
 
 
 class Recipe:
@@ -260,8 +307,8 @@ class Recipe:
             raise ValueError(f"{self.source}: {name}: {value!r} is no earlier stage; there are {', '.join(earlier) or 'none'}")
         return str(Path(self.stages[stage].get("out", self.folder / stage)) / rest)
 
-    def run(self, skip: set[str], only: set[str], redo: bool) -> dict[str, Any]:
-        """Run what does not stand yet, in order; returns the summary of the last stage (in most recipes the report)."""
+    def run(self, skip: set[str], only: set[str], redo: bool) -> tuple[str | None, dict[str, Any]]:
+        """Run what does not stand yet, in order; returns verb and summary of the last stage (in most recipes the report)."""
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError(f"{self.source}: a recipe runs in one process; give torchrun or slurm.tasks_per_node a training verb")
         unknown = (skip | only) - set(self.stages)
@@ -272,7 +319,7 @@ class Recipe:
         chosen = [name for name in self.stages if name not in skip and (not only or name in only)]
         for name in chosen:
             self._run_stage(name, records, redo)
-        return next((records[name]["summary"] for name in reversed(chosen) if name in records), {})
+        return next(((records[name]["verb"], records[name]["summary"]) for name in reversed(chosen) if name in records), (None, {}))
 
     def _run_stage(self, name: str, records: dict[str, Any], redo: bool) -> None:
         import shutil
@@ -347,7 +394,7 @@ def _run_verb(name: str, tree: dict[str, Any], source: str, again: list[str], on
     config_class, function = VERBS[name].load()
     config: Any = parse_config(config_class, tree, source)
     if on == "here" and not dry_run:
-        _print_summary(function(config), as_json)
+        _print_summary(name, function(config), as_json)
     else:
         _run_elsewhere(
             [*again, *(["--json"] if as_json else [])], config.resolved(), resources, source, Path(config.out), on, dry_run
@@ -399,7 +446,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
+def _print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
@@ -409,6 +456,9 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
 
     for note in summary.get("notes", []):
         _say(f"note: {note}")
+    if verb is not None and (writer := VERBS[verb].text) is not None:
+        print(getattr(import_module(VERBS[verb].module), writer)(summary))
+        return
     for key, value in flatten({key: value for key, value in summary.items() if key != "notes"}).items():
         print(f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
 

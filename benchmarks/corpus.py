@@ -6,6 +6,7 @@ another Python needs. Ours reads the same samples from 16-bit wav files through 
 
 import argparse
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def read_corpus(folder: Path) -> Audio:
     return Audio(waveforms, np.split(np.load(folder / "labels.npy").astype(np.int64), np.cumsum(frames)[:-1]))
 
 
-def digest(waveforms: list[np.ndarray]) -> str:
+def digest(waveforms: Iterable[np.ndarray]) -> str:
     """sha256 of float32 samples in utterance order."""
     sha = hashlib.sha256()
     for waveform in waveforms:

@@ -96,11 +96,12 @@ class Agreement:
 
 def compare_features(exact: np.ndarray, quick: np.ndarray, seed: int) -> dict[str, Any]:
     """Two versions of the same features, (frames, dim): labels that agree, and the error relative to the spread."""
-    from quantize.kmeans import kmeans, nearest
+    from quantize.assignment import nearest
+    from quantize.kmeans import kmeans
 
     num_classes = min(NUM_CLASSES, len(exact) // 4)
     fit = kmeans(exact, num_classes, seed=seed)
-    same = nearest(exact, fit.centroids, fit.mean) == nearest(quick, fit.centroids, fit.mean)
+    same = nearest(exact, fit.centroids[0], fit.mean) == nearest(quick, fit.centroids[0], fit.mean)
     error = float(np.linalg.norm(exact - quick) / np.linalg.norm(exact - exact.mean(0)))
     return {"label_agreement": float(same.mean()), "label_classes": num_classes, "feature_error": error}
 

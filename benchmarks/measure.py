@@ -236,13 +236,15 @@ def try_out(module: str, pythons: Mapping[str, str], folder: Path, *, warmup: in
 
 
 def contest(
-    module: str, variants: list[str], folder: Path, settings: dict[str, Any], flops_per_unit: float, *, peer_python: str | None
-) -> dict[str, Any]:
+    module: str, variants: list[str], folder: Path, settings: dict[str, Any], flops_per_unit: float, *, peer_python: str | None,
+    usual: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Ours against the fastest of a peer's `variants` (none: ours alone), as the JSON object of DESIGN.md, "Benchmarks".
 
     On a CPU each variant is tried with the C library's defaults and with freed memory kept. The fastest of all and the fastest
-    with the defaults then run in the same turns, and both are reported. `flops_per_unit` are the model's floating-point
-    operations per unit of work; the limit is the rate at which the measured matrix-product rate would do them.
+    with the defaults then run in the same turns, and both are reported; so does the variant named `usual`, whatever its rate.
+    `flops_per_unit` are the model's floating-point operations per unit of work; the limit is the rate at which the measured
+    matrix-product rate would do them.
     """
     (folder / "settings.json").write_text(json.dumps(settings))
     load = os.getloadavg()[0]
@@ -253,7 +255,8 @@ def contest(
     if settings["device"] == "cpu":
         variants = [name + suffix for name in variants for suffix in ("", KEPT)]
     tried = try_out(module, dict.fromkeys(variants, python), folder, **turns) if len(variants) > 1 else dict.fromkeys(variants, 0.0)
-    finalists = list(dict.fromkeys([*list(tried)[:1], *[name for name in tried if not name.endswith(KEPT)][:1]]))
+    plain = [name for name in tried if not name.endswith(KEPT)]
+    finalists = list(dict.fromkeys([*list(tried)[:1], *plain[:1], *[name for name in plain if name == usual]]))
     pythons = {"ours": sys.executable, **dict.fromkeys(finalists, python), "gemm": sys.executable}
     measured = take_turns(module, pythons, folder, rounds=settings["rounds"], **turns)
     ours, limit = measured["ours"], measured["gemm"].rate / flops_per_unit
@@ -261,14 +264,15 @@ def contest(
     peer = max(finalists, key=lambda name: measured[name].rate, default=None)
     default = next((name for name in finalists if not name.endswith(KEPT)), None)
     theirs = measured[peer] if peer else None
+    others = {"default": default} | ({} if usual is None else {"usual": usual if usual in finalists else None})
     return {
         **sides(ours, theirs),
         **{
-            f"{key}_default": value
-            for key, value in sides(ours, measured[default] if default else None).items()
+            f"{key}_{which}": value
+            for which, name in others.items()
+            for key, value in {**sides(ours, measured[name] if name else None), "peer_name": name}.items()
             if key[:4] != "ours"
         },
-        "peer_name_default": default,
         "limit": limit,
         "share_of_limit": ours.rate / limit,
         "peer_share_of_limit": theirs and theirs.rate / limit,

@@ -41,6 +41,25 @@ def write_shard(folder: Path, shard: int, ids: list[str], labels: list[np.ndarra
         pq.write_table(pa.table({"id": ids, "num_frames": [len(label) for label in labels]}), temporary)
 
 
+def shard_fault(
+    folder: Path, shard: int, ids: Iterable[str] | pa.ChunkedArray | np.ndarray, num_frames: np.ndarray, num_levels: int = 1
+) -> str | None:
+    """What keeps a committed shard from being the labels of exactly these utterances in this order, each of so many frames; None if
+    nothing does. `ids` may be their `id_hashes`."""
+    stem = f"{folder}/shard_{shard:05d}"
+    try:
+        table, array = _read_shard(folder, shard)
+    except ValueError as error:
+        return str(error)
+    if not np.array_equal(id_hashes(table["id"]), ids if isinstance(ids, np.ndarray) else id_hashes(ids)):
+        return f"{stem}.parquet: names other utterances than this shard has"
+    if not np.array_equal(table["num_frames"].to_numpy(), num_frames):
+        return f"{stem}.parquet: other numbers of frames than the utterances have"
+    if _num_levels(array) != num_levels:
+        return f"{stem}.npy: {_num_levels(array)} levels, not {num_levels}"
+    return None
+
+
 def commit_labels(
     folder: Path,
     num_shards: int,
@@ -52,31 +71,67 @@ def commit_labels(
     num_levels: int = 1,
     frame_rate_hz: float = 50.0,
     expected_ids: Iterable[str] | pa.ChunkedArray | None = None,
+    expected_frames: np.ndarray | None = None,
 ) -> str:
-    """Declare the labels complete. Verifies that every shard stands and the ids are exactly `expected_ids`, each once."""
-    found = [np.empty(0, np.int64)]
+    """Declare the labels complete. Verifies that every shard stands, that the ids are exactly `expected_ids`, each once, and that each
+    has its `expected_frames` (in the order of those ids). Doing so twice, or two at once, does no harm."""
+    hashes, frames = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for shard in range(num_shards):
         if not shard_stands(folder, shard):
             raise ValueError(f"{folder}: shard {shard} of {num_shards} is missing")
         table, array = _read_shard(folder, shard)
-        found.append(_hashes(table["id"]))
-        if (levels := 1 if array.ndim == 1 else array.shape[1]) != num_levels:
+        hashes.append(id_hashes(table["id"]))
+        frames.append(table["num_frames"].to_numpy())
+        if (levels := _num_levels(array)) != num_levels:
             raise ValueError(f"{folder}: shard {shard} has {levels} levels, not {num_levels}")
         if array.size and (highest := int(array.max())) >= num_classes:
             raise ValueError(f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes")
-    # Sixty-four bits of each id take the place of ten million strings.
-    hashes = np.sort(np.concatenate(found))
-    expected = None if expected_ids is None else np.sort(_hashes(expected_ids))
-    num_distinct = len(np.unique(hashes))
-    if num_distinct != len(hashes) or (expected is not None and not np.array_equal(hashes, expected)):
-        raise ValueError(
-            f"{folder}: the shards hold {num_distinct} distinct of {len(hashes)} utterances, not exactly what was asked"
-        )
+    _require_exactly(folder, num_shards, np.concatenate(hashes), np.concatenate(frames), expected_ids, expected_frames)
     files = [f"shard_{shard:05d}{suffix}" for shard in range(num_shards) for suffix in (".npy", ".parquet")]
     return commit(
         folder, "labels", config, parents, files,
         codebook=codebook, num_classes=num_classes, num_levels=num_levels, frame_rate_hz=frame_rate_hz, num_shards=num_shards,
     )  # fmt: skip
+
+
+def _require_exactly(
+    folder: Path, num_shards: int, found: np.ndarray, frames: np.ndarray,
+    expected_ids: Iterable[str] | pa.ChunkedArray | None, expected_frames: np.ndarray | None,
+) -> None:  # fmt: skip
+    """Hashes `found` (rows,) of the ids in the shards are those expected, each once, with their frames; a ValueError names what is not.
+
+    Sixty-four bits of each id take the place of ten million strings.
+    """
+    asked: Any = expected_ids
+    if asked is not None and not isinstance(asked, pa.ChunkedArray):
+        asked = pa.chunked_array([pa.array(list(asked), pa.string())])
+    order = np.argsort(found)
+    ordered = found[order]
+    expected = ordered if asked is None else id_hashes(asked)
+    expected_order = np.argsort(expected)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice) or not np.array_equal(ordered, expected[expected_order]):
+        tables = [_read_shard(folder, shard)[0]["id"] for shard in range(num_shards)]
+        missing, foreign = np.setdiff1d(expected, ordered), np.setdiff1d(ordered, expected)
+        problems = [
+            f"{_name_of(some[0], ids)!r}{f' and {len(some) - 1} more' if len(some) > 1 else ''} {what}"
+            for what, some, ids in (
+                ("more than once", twice, tables),
+                ("missing", missing, [asked]),
+                ("not asked for", foreign, tables),
+            )
+            if len(some)
+        ]
+        raise ValueError(
+            f"{folder}: the shards hold {len(np.unique(found))} distinct of {len(found)} utterances, not exactly what was asked: "
+            f"{'; '.join(problems)}; write the labels again"
+        )
+    if expected_frames is not None and len(wrong := np.flatnonzero(frames[order] != expected_frames[expected_order])):
+        row = int(expected_order[wrong[0]])
+        raise ValueError(
+            f"{folder}: {frames[order[wrong[0]]]} labels for utterance {asked[row].as_py()!r}, which has {expected_frames[row]} "
+            f"frames ({len(wrong)} of {len(found)} utterances differ); write the labels again"
+        )
 
 
 class Labels:
@@ -112,6 +167,11 @@ class Labels:
         row = self._row(utterance)
         array = self._arrays[int(np.searchsorted(self._ends, row, side="right"))]
         return np.asarray(array[self._starts[row] : self._starts[row] + self._counts[row] : self._step])
+
+    def first_level(self, utterance: str) -> np.ndarray:
+        """Labels of level 0, uint16 (frames,): those of the plain codebook, for whatever takes one stream of units."""
+        labels = self[utterance]
+        return labels if labels.ndim == 1 else labels[:, 0]
 
     def __contains__(self, utterance: object) -> bool:
         return isinstance(utterance, str) and self._find(utterance) >= 0
@@ -169,7 +229,7 @@ class Labels:
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of all ids in ascending order, and the row of each: 16 bytes an utterance where a dict takes 300."""
-        hashes = _hashes(self._ids)
+        hashes = id_hashes(self._ids)
         order = np.argsort(hashes)
         return hashes[order], order
 
@@ -183,7 +243,7 @@ class Labels:
         hashes, order = self._index
         if not len(hashes):
             return np.full(len(ids), -1)
-        rows = order[np.minimum(np.searchsorted(hashes, _hashes(ids)), len(hashes) - 1)]
+        rows = order[np.minimum(np.searchsorted(hashes, id_hashes(ids)), len(hashes) - 1)]
         shards = np.searchsorted(self._ends, rows, side="right")
         same = np.zeros(len(ids), bool)
         for shard in np.unique(shards).tolist():  # taking from the chunked array would copy all of it
@@ -195,17 +255,32 @@ class Labels:
         return rows
 
 
+def count_classes(folder: str | Path) -> np.ndarray:
+    """Frames (50 a second) by class at each level of finished labels, (levels, K) int64; a shard at a time is in memory."""
+    meta = read_meta(folder, "labels")
+    counts, step = np.zeros((meta["num_levels"], meta["num_classes"]), np.int64), int(meta["frame_rate_hz"]) // 50
+    for shard in range(meta["num_shards"]):
+        table, array = _read_shard(Path(folder), shard)
+        if step > 1:  # of each utterance the frames 0, step, 2 step …
+            lengths = table["num_frames"].to_numpy()
+            places = np.arange(len(array)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            array = array[places % step == 0]
+        for level, classes in enumerate(array.reshape(len(array), -1).T):
+            counts[level] += np.bincount(classes, minlength=counts.shape[1])
+    return counts
+
+
 def _chunks(ids: Iterable[str] | pa.ChunkedArray) -> Iterator[pa.StringArray]:
     """Some ten thousand ids at a time."""
     whole = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([pa.array(list(ids), pa.string())])
     return (whole[first : first + 65536].combine_chunks() for first in range(0, len(whole), 65536))
 
 
-def _hashes(ids: Iterable[str] | pa.ChunkedArray | pa.StringArray) -> np.ndarray:
-    """Of each id, (ids,) int64."""
+def id_hashes(ids: Iterable[str] | pa.ChunkedArray | pa.StringArray) -> np.ndarray:
+    """Of each id, (ids,) int64; comparable within one process."""
     if isinstance(ids, pa.StringArray):
         return np.fromiter(map(_hash, ids.to_pylist()), np.int64, len(ids))
-    return np.concatenate([np.empty(0, np.int64), *map(_hashes, _chunks(ids))])
+    return np.concatenate([np.empty(0, np.int64), *map(id_hashes, _chunks(ids))])
 
 
 def _read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
@@ -214,8 +289,20 @@ def _read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
     try:
         table = pq.read_table(stem.with_suffix(".parquet"))
         array = np.load(stem.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        counts = table["num_frames"].to_numpy() if table.column_names == ["id", "num_frames"] else None
+    except (OSError, EOFError, ValueError, pa.ArrowInvalid) as error:
         raise ValueError(f"{stem}.npy or .parquet: missing or damaged ({error})") from None
-    if (frames := int(table["num_frames"].to_numpy().sum())) != len(array):
+    if counts is None or array.dtype != np.uint16 or array.ndim not in (1, 2):
+        raise ValueError(f"{stem}.npy or .parquet: not a shard of labels")
+    if (frames := int(counts.sum())) != len(array):
         raise ValueError(f"{stem}.npy: {len(array)} frames where the index has {frames}")
     return table, array
+
+
+def _num_levels(array: np.ndarray) -> int:
+    return 1 if array.ndim == 1 else int(array.shape[1])
+
+
+def _name_of(wanted: int, ids: Iterable[pa.ChunkedArray]) -> str:
+    """The id that has this hash."""
+    return next(name for column in ids for name in column.to_pylist() if _hash(name) == wanted)

@@ -47,7 +47,8 @@ def phone_metrics(joint: np.ndarray) -> dict[str, float]:
     """
     total = max(1, joint.sum())
     phone_bits, class_bits = entropy_bits(joint.sum(axis=1)), entropy_bits(joint.sum(axis=0))
-    shared = max(0.0, phone_bits + class_bits - entropy_bits(joint))
+    # Between nothing and all there is of either, which rounding may miss by a bit.
+    shared = min(max(0.0, phone_bits + class_bits - entropy_bits(joint)), phone_bits, class_bits)
     pnmi = shared / phone_bits if phone_bits else 1.0
     completeness = shared / class_bits if class_bits else 1.0
     return {

@@ -141,12 +141,12 @@ class PretrainTask(SpeechTask):
 
 
 class HubertTask(PretrainTask):
-    """HuBERT: the targets are labels from a file."""
+    """HuBERT: the targets are labels from a file, of several levels those of level 0."""
 
     def __init__(self, config: PretrainConfig, manifest: Manifest, labels: Labels):
         super().__init__(config, manifest)
         if labels.num_levels != 1:
-            raise ValueError(f"{labels.folder}: has {labels.num_levels} levels; HuBERT learns from one")
+            _say(f"labels: {labels.folder} has {labels.num_levels} levels; the targets are level 0, the plain codebook's classes")
         self.labels = labels
         for batches in (self.train_set, self.valid_set):
             if batches is not None:
@@ -163,7 +163,7 @@ class HubertTask(PretrainTask):
             frames = num_frames(len(waveform))
             waveforms.append(waveform)
             masks.append(span_mask(frames, self.config.hubert.mask_start_probability, self.config.hubert.mask_length, rng))
-            labels.append(self.labels[batches.manifest[item].id][first : first + frames])
+            labels.append(self.labels.first_level(batches.manifest[item].id)[first : first + frames])
         return hubert_batch(waveforms, masks, labels)
 
     def describe(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -217,7 +217,7 @@ def _commonest_share(batches: SpeechBatches, labels: Labels, utterances: int = 5
     """The share of the commonest label among `utterances` of the training set: what saying it always would get right."""
     counts = np.zeros(labels.num_classes, np.int64)
     for item in batches.items[:: max(1, len(batches.items) // utterances)].tolist():
-        counts += np.bincount(labels[batches.manifest[item].id], minlength=labels.num_classes)
+        counts += np.bincount(labels.first_level(batches.manifest[item].id), minlength=labels.num_classes)
     return float(counts.max() / max(1, counts.sum()))
 
 

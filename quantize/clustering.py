@@ -1,27 +1,35 @@
-"""The verb `cluster`: fit a codebook on a seeded sample of frames, and choose the encoder layer it reads."""
+"""The verb `cluster`: fit a codebook on a seeded sample of frames, and choose the encoder layer it reads.
 
+What an interrupted run has done lies in `out/partial`: the chosen layer, the sample as far as it is collected, the state of
+k-means. The same command goes on from there and ends in the same codebook; `plan.json` keeps another one from doing so.
+"""
+
+import json
+import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.artefact import require_absent
+from pretrain.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
 from pretrain.config import Config
 from pretrain.labels import MAX_CLASSES
 from pretrain.manifest import Manifest
 from pretrain.progress import console
 from quantize.codebook import write_codebook
-from quantize.features import FeatureSource, LayerConvention, MfccSource, Precision, open_encoder_source
+from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource, Precision, open_encoder_source
 from quantize.kmeans import kmeans
-from quantize.sampling import sample_frames
-from quantize.sweep import choose_layer
+from quantize.sampling import Balance, Sample, collect, load_sample, require_space
+from quantize.sweep import choose_layer, read_choice
 
 FRAMES_PER_HOUR = 50 * 3600
+DEFAULT_HOURS = 10.0
 
 
 class ClusterConfig(Config):
-    """`hours`: audio's worth of frames to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`."""
+    """`hours` or `frames`: how much to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`, or `sweep`'s."""
 
     manifest: str
     out: str
@@ -32,8 +40,14 @@ class ClusterConfig(Config):
     layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field("best", description="0 is the first layer's input")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     select_split: str = Field("dev", description="where 'best' is judged; its phones are used")
+    sweep: str | None = Field(None, description="folder of a `measure` with layers = 'all' whose layer 'best' follows")
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES)
-    hours: float = Field(10.0, gt=0)
+    levels: int = Field(1, ge=1, description="each further one quantises what those before leave")
+    spherical: bool = Field(False, description="cluster directions: centred frames and centroids of unit length")
+    hours: float | None = Field(None, gt=0, description=f"audio's worth of frames to fit on; {DEFAULT_HOURS:g} without `frames`")
+    frames: int | None = Field(None, ge=1, description="the same in frames of 20 ms; not with `hours`")
+    balance: Balance = Field("speaker", description="as many frames from every speaker, where speakers are known, or 'none'")
+    memory_gb: float = Field(8.0, ge=0, description="a sample that is larger stays on disk; the codebook is the same")
     seed: int = Field(0, ge=0)
     restarts: int = Field(1, ge=1)
     max_iterations: int = Field(100, ge=1)
@@ -43,8 +57,14 @@ class ClusterConfig(Config):
     precision: Precision = Field("float32", description="of the encoder's matrix products; int8 on a CPU only")
     workers: int = Field(2, ge=1, description="threads that decode")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_hours(cls, keys: Any) -> Any:
+        given = isinstance(keys, dict) and (keys.get("hours") is not None or keys.get("frames") is not None)
+        return keys if given or not isinstance(keys, dict) else {**keys, "hours": DEFAULT_HOURS}
+
     @model_validator(mode="after")
-    def _encoder_when_needed(self) -> "ClusterConfig":
+    def _keys_that_go_together(self) -> "ClusterConfig":
         if (self.features == "encoder") != (self.encoder is not None):
             raise ValueError("features = 'encoder' and encoder = RUN_FOLDER go together")
         if self.features == "encoder" and self.cmvn:
@@ -53,43 +73,114 @@ class ClusterConfig(Config):
             raise ValueError("precision is a matter of encoders; remove it or give features = 'encoder'")
         if self.features == "mfcc" and self.layer != "best":  # the default, which a resolved config spells out
             raise ValueError("layer is a matter of encoders; remove it or give features = 'encoder'")
+        if self.sweep is not None and (self.features == "mfcc" or self.layer != "best"):
+            raise ValueError("sweep is what layer = 'best' of an encoder follows; remove it, or the layer")
+        if self.hours is not None and self.frames is not None:
+            raise ValueError("hours and frames both say how much to fit on; give one")
+        if self.spherical and self.levels > 1:
+            raise ValueError("spherical centroids are directions and leave no residual; take levels = 1")
         return self
+
+    @property
+    def budget(self) -> int:
+        """Frames to fit on, if the split has as many."""
+        return self.frames if self.frames is not None else max(1, round((self.hours or DEFAULT_HOURS) * FRAMES_PER_HOUR))
 
 
 def cluster(config: ClusterConfig) -> dict[str, Any]:
-    """Fit `num_classes` centroids and write the codebook; returns the statistics of the fit and how the layer was chosen."""
-    require_absent(config.out)
+    """Fit `levels` × `num_classes` centroids and write the codebook; returns the statistics of the fit and how the layer was chosen."""
+    out, partial = Path(config.out), Path(config.out) / "partial"
+    if is_complete(out):
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed right after its commit
+    require_absent(out)
     began = time.monotonic()
     manifest = Manifest(config.manifest)
-    rows = manifest.select(config.split)
-    budget = round(config.hours * FRAMES_PER_HOUR)
+    sample = Sample(manifest.select(config.split), config.budget, config.seed, config.balance)
+    if sample.size < config.num_classes:
+        few = "hours or frames allow no more" if sample.size == config.budget else "the manifest has no more"
+        raise ValueError(f"num_classes: {config.num_classes} classes cannot be fitted on {sample.size} frames, and {few}")
+    source, parents = open_source(config), {"manifest": manifest.fingerprint}
+    if isinstance(source, EncoderSource):
+        parents["encoder"] = source.fingerprint
+    if config.sweep is not None:
+        parents["sweep"] = read_meta(config.sweep, "layer-sweep")["fingerprint"]
+    plan = _plan(config, source, parents)
+    if (partial / "plan.json").is_file():
+        keep_to_plan(partial, plan)
+    require_space(partial, sample.size, source.dim)
     choice: dict[str, Any] = {}
-    source: FeatureSource
-    if config.encoder is None:
-        source = MfccSource(config.cmvn, config.workers)
-    else:
-        layer = 0 if config.layer == "best" else config.layer
-        encoder_source = open_encoder_source(
-            config.encoder, layer, device=config.device, batch_seconds=config.batch_seconds, workers=config.workers,
-            precision=config.precision, convention=config.convention,
-        )  # fmt: skip
-        if config.layer == "best":
-            choice = choose_layer(manifest, config.split, config.select_split, encoder_source, config.num_classes, config.seed)
-            encoder_source.layer = choice["layer"]
-        source = encoder_source
-    frames = sample_frames(source, rows, budget, config.seed)
+    if isinstance(source, EncoderSource) and config.layer == "best":
+        choice = _choose(config, manifest, source, partial)
+        source.layer = choice["layer"]
+    keep_to_plan(partial, plan)
+    if choice:
+        write_json(partial / "choice.json", choice)
+
+    points = load_sample(collect(source, sample, partial), config.memory_gb)
     fit = kmeans(
-        frames, config.num_classes, seed=config.seed, max_iterations=config.max_iterations, tolerance=config.tolerance,
-        restarts=config.restarts,
+        points, config.num_classes, seed=config.seed, levels=config.levels, spherical=config.spherical,
+        max_iterations=config.max_iterations, tolerance=config.tolerance, restarts=config.restarts,
+        state=partial / "kmeans.safetensors",
     )  # fmt: skip
-    if fit.num_empty:
-        console.print(
-            f"{config.out}: {fit.num_empty} of {config.num_classes} classes are empty: the sample has fewer distinct frames"
+    for level, found in enumerate(fit.levels):
+        if found.num_empty:
+            where = f" of level {level}" if config.levels > 1 else ""
+            console.print(
+                f"{config.out}: {found.num_empty} of {config.num_classes} classes{where} are empty: the sample has fewer distinct frames"
+            )
+    by_level = [asdict(level) for level in fit.levels]
+    statistics = by_level[0] | {"frames": sample.size, "utterances": len(sample), **_speakers(sample), **choice}
+    write_codebook(
+        config.out, fit.centroids, fit.mean, source.describe(), {**statistics, "levels": by_level}, config.resolved(), parents
+    )
+    shutil.rmtree(partial)
+    summary = {"num_classes": config.num_classes, "num_levels": config.levels, **statistics}
+    if config.levels > 1:
+        summary["inertia_by_level"] = {str(level): found["inertia"] for level, found in enumerate(by_level)}
+    return {**summary, "seconds": time.monotonic() - began}
+
+
+def open_source(config: ClusterConfig) -> FeatureSource:
+    """The features to fit on; an encoder's are of layer 0 while `layer` is yet to be chosen."""
+    if config.encoder is None:
+        return MfccSource(config.cmvn, config.workers)
+    return open_encoder_source(
+        config.encoder, 0 if config.layer == "best" else config.layer, device=config.device, batch_seconds=config.batch_seconds,
+        workers=config.workers, precision=config.precision, convention=config.convention,
+    )  # fmt: skip
+
+
+def _plan(config: ClusterConfig, source: FeatureSource, parents: dict[str, str]) -> dict[str, Any]:
+    """All that decides the codebook: fingerprints instead of paths, the device instead of "auto", and nothing that only costs time."""
+    ignored = {"out", "workers", "memory_gb", "manifest", "encoder", "sweep"}
+    keys = {key: value for key, value in config.resolved().items() if key not in ignored}
+    return {**keys, **parents, "device": source.device if isinstance(source, EncoderSource) else "cpu"}
+
+
+def _choose(config: ClusterConfig, manifest: Manifest, source: EncoderSource, partial: Path) -> dict[str, Any]:
+    """`layer`, `chosen_by` and `sweep`: of an interrupted run, of a finished sweep, or judged now."""
+    if (partial / "choice.json").is_file():
+        return dict(json.loads((partial / "choice.json").read_text()))
+    if config.sweep is None:
+        return choose_layer(manifest, config.split, config.select_split, source, config.num_classes, config.seed, partial)
+    choice = read_choice(config.sweep)
+    if choice["encoder"] != source.fingerprint:
+        raise ValueError(
+            f"sweep: {config.sweep} is of encoder {choice['encoder']}, and {config.encoder} is encoder {source.fingerprint}; "
+            "give this encoder's sweep, or a layer"
         )
-    statistics = {name: value for name, value in asdict(fit).items() if name not in ("centroids", "mean")}
-    statistics |= {"frames": len(frames), **choice}
-    parents = {"manifest": manifest.fingerprint}
-    if config.encoder is not None:
-        parents["encoder"] = source.describe()["encoder"]
-    write_codebook(config.out, fit.centroids[None], fit.mean, source.describe(), statistics, config.resolved(), parents)
-    return {"num_classes": config.num_classes, **statistics, "seconds": time.monotonic() - began}
+    if choice["convention"] != source.convention:
+        raise ValueError(
+            f"sweep: {config.sweep} is of {choice['convention']!r} features, and convention is {source.convention!r}; make them agree"
+        )
+    return {key: choice[key] for key in ("layer", "chosen_by", "sweep")}
+
+
+def _speakers(sample: Sample) -> dict[str, Any]:
+    """How many speakers the sample has, and the smallest and the largest share of its frames that one has."""
+    if sample.speaker_frames is None:
+        return {}
+    shares = sample.speaker_frames / sample.size
+    return {
+        "num_speakers": len(shares), "smallest_speaker_share": float(shares.min()), "largest_speaker_share": float(shares.max()),
+    }  # fmt: skip

@@ -3,16 +3,21 @@
 A source turns utterances into (frames, dim) float32 arrays, `frames` being `num_frames` of the utterance's length whatever
 the source, and describes itself for the codebook. Audio is decoded by threads ahead of the computation.
 
-By default an encoder on a CPU takes one utterance at a time: its features are then bit for bit independent of the company
-it is encoded in. With `batch_seconds > 0` utterances are packed end to end; nothing is padded and none sees another, but the
-matrix products have other shapes, and the last bits of a feature may differ (a label on the border of two classes with them).
+MFCC, and an encoder's features on a CPU, are a function of the samples and the weights, to the last bit: each utterance goes
+through the encoder alone and in one thread, as many at a time as torch has threads, so that threads, batches, shards and
+company change nothing. (Splitting one matrix product over threads does change its last bits, and so does another number of
+rows.) They may still differ between kinds of processor and versions of torch, whose kernels add in another order.
+
+On a GPU utterances are packed end to end into batches of `batch_seconds`. Nothing is padded and none sees another, but the matrix
+products have other shapes in another batch, and the last bits of a feature may differ (a label on the border of two classes
+with them). The same batches on the same kind of GPU give the same bits.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import kaldi_native_fbank
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "int8"]
+Layers = Iterator[tuple[Utterance, list[np.ndarray]]]  # of an utterance the features (frames, dim) of some layers
 LayerConvention = Literal["residual", "feed_forward"]  # as pretrain.encoder says; named here too, because that imports torch
 
 NUM_CEPSTRA = 13
@@ -35,12 +41,16 @@ GPU_BATCH_SECONDS = 200.0
 
 
 class FeatureSource(Protocol):
-    """Anything that gives features by frame: `dim`, a JSON-able description, and the features of utterances in any order."""
+    """Anything that gives features by frame, in the order given: `dim`, a JSON-able description, and the features of utterances.
+
+    `stream` takes group after group as it needs them, so that decoding does not pause in between; no batch has utterances of two.
+    """
 
     @property
     def dim(self) -> int: ...
     def describe(self) -> dict[str, Any]: ...
     def features(self, utterances: Sequence[Utterance]) -> Iterator[tuple[Utterance, np.ndarray]]: ...
+    def stream(self, groups: Iterable[Sequence[Utterance]]) -> Iterator[tuple[Utterance, np.ndarray]]: ...
 
 
 def mfcc(waveform: np.ndarray, cmvn: bool = False) -> np.ndarray:
@@ -86,14 +96,17 @@ class MfccSource:
         return {"kind": "mfcc", "cmvn": self.cmvn}
 
     def features(self, utterances: Sequence[Utterance]) -> Iterator[tuple[Utterance, np.ndarray]]:
-        yield from ahead(lambda utterance: mfcc(load_audio(utterance), self.cmvn), utterances, self.workers)
+        yield from self.stream([utterances])
+
+    def stream(self, groups: Iterable[Sequence[Utterance]]) -> Iterator[tuple[Utterance, np.ndarray]]:
+        yield from ahead(lambda utterance: mfcc(load_audio(utterance), self.cmvn), chain.from_iterable(groups), self.workers)
 
 
 class EncoderSource:
     """The features of one layer of a trained encoder (0 is the input of the first layer; see `LayerConvention` for the others).
 
-    `batch_seconds`: audio per batch; 0 is one utterance at a time, None is 0 on the CPU and 200 on a GPU. `precision`: of the
-    matrix products; int8 changes the encoder for good, and runs on a CPU.
+    `batch_seconds`: audio per batch on a GPU, None is 200; 0 is one utterance at a time, and a CPU does nothing else. `precision`: of
+    the matrix products; int8 changes the encoder for good, and runs on a CPU.
     """
 
     def __init__(
@@ -112,7 +125,7 @@ class EncoderSource:
                 raise ValueError(f'precision: "int8" runs on a CPU, not on {device}; "bfloat16" is for GPUs')
             encoder.use_int8()
         self.encoder, self.fingerprint, self.layer, self.device, self.workers = encoder, fingerprint, layer, device, workers
-        self.batch_seconds = batch_seconds if batch_seconds is not None else (0.0 if device == "cpu" else GPU_BATCH_SECONDS)
+        self.batch_seconds = 0.0 if device == "cpu" else GPU_BATCH_SECONDS if batch_seconds is None else batch_seconds
 
     @property
     def dim(self) -> int:
@@ -124,30 +137,75 @@ class EncoderSource:
 
     def features(self, utterances: Sequence[Utterance]) -> Iterator[tuple[Utterance, np.ndarray]]:
         """Features of `utterances`, in the order given."""
-        for utterance, layers in self._run(utterances, [self.layer]):
+        yield from self.stream([utterances])
+
+    def stream(self, groups: Iterable[Sequence[Utterance]]) -> Iterator[tuple[Utterance, np.ndarray]]:
+        """Features of group after group; batches end with their group, so that they do not depend on what was done before."""
+        for utterance, layers in self._run(groups, [self.layer]):
             yield utterance, layers[0]
 
-    def all_layers(self, utterances: Sequence[Utterance]) -> Iterator[tuple[Utterance, list[np.ndarray]]]:
-        """The same for every layer at once; index 0 is the input of the first layer."""
-        yield from self._run(utterances, list(range(self.encoder.config.num_layers + 1)))
+    def all_layers(self, utterances: Sequence[Utterance], layers: Sequence[int] | None = None) -> Layers:
+        """The same for several layers at once, or for every one; layer 0 is the input of the first. None beyond the last runs."""
+        yield from self._run([utterances], list(range(self.encoder.config.num_layers + 1)) if layers is None else list(layers))
 
-    def _run(self, utterances: Sequence[Utterance], layers: list[int]) -> Iterator[tuple[Utterance, list[np.ndarray]]]:
-        batches = plan_batches(utterances, self.batch_seconds)
-        decoded = ahead(load_audio, [utterance for batch in batches for utterance in batch], self.workers)
-        for batch in batches:
-            waveforms = [waveform for _, waveform in islice(decoded, len(batch))]
-            found = [self._extract_one(waveforms[0], layers)] if len(batch) == 1 else self._extract(waveforms, layers)
+    def _run(self, groups: Iterable[Sequence[Utterance]], layers: list[int]) -> Layers:
+        if self.device == "cpu":
+            yield from self._each_alone(chain.from_iterable(groups), layers)
+        else:
+            yield from self._in_batches(groups, layers)
+
+    def _each_alone(self, utterances: Iterable[Utterance], layers: list[int]) -> Layers:
+        """Window by window, each in one thread from front end to last layer, as many at a time as torch has threads."""
+        import torch
+
+        threads = torch.get_num_threads()
+        decoded = ahead(load_audio, utterances, self.workers)
+        pending: deque[tuple[Utterance, list[Future[list[np.ndarray]]]]] = deque()
+        # set_num_threads is about the thread that calls it (and about threads yet to come, hence the restoring below)
+        with ThreadPoolExecutor(threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for utterance, waveform in decoded:
+                    windows = plan_windows(num_frames(len(waveform)))
+                    parts = [pool.submit(self._extract_window, waveform, *window, layers) for window in windows]
+                    pending.append((utterance, parts))
+                    while pending and sum(len(parts) for _, parts in pending) > 2 * threads:
+                        yield _joined(*pending.popleft())
+                while pending:
+                    yield _joined(*pending.popleft())
+            finally:  # an error, or a consumer that stopped early: drop what has not begun
+                for part in chain.from_iterable(parts for _, parts in pending):
+                    part.cancel()
+                decoded.close()
+                torch.set_num_threads(threads)
+
+    def _in_batches(self, groups: Iterable[Sequence[Utterance]], layers: list[int]) -> Layers:
+        sizes: deque[int] = deque()  # of the batches whose decoding has begun
+
+        def in_order() -> Iterator[Utterance]:
+            for group in groups:
+                for batch in plan_batches(group, self.batch_seconds):
+                    sizes.append(len(batch))
+                    yield from batch
+
+        decoded = ahead(load_audio, in_order(), self.workers)
+        for first in decoded:
+            batch, waveforms = zip(first, *islice(decoded, sizes.popleft() - 1), strict=True)
+            if len(batch) == 1:
+                windows = plan_windows(num_frames(len(waveforms[0])))
+                found = [_stitched([self._extract_window(waveforms[0], *window, layers) for window in windows])]
+            else:
+                found = self._extract(waveforms, layers)
             yield from zip(batch, found, strict=True)
 
-    def _extract_one(self, waveform: np.ndarray, layers: list[int]) -> list[np.ndarray]:
-        parts = []
-        for start, end, first, last in plan_windows(total := num_frames(len(waveform))):
-            stop = len(waveform) if last == total else (last - 1) * HOP + MIN_SAMPLES
-            (found,) = self._extract([waveform[first * HOP : stop]], layers)
-            parts.append([features[start - first : end - first] for features in found])
-        return [np.concatenate(windows) if len(windows) > 1 else windows[0] for windows in zip(*parts, strict=True)]
+    def _extract_window(
+        self, waveform: np.ndarray, start: int, end: int, first: int, last: int, layers: list[int]
+    ) -> list[np.ndarray]:
+        """Frames start … end of one waveform, of each of `layers`, computed from its frames first … last."""
+        stop = len(waveform) if last == num_frames(len(waveform)) else (last - 1) * HOP + MIN_SAMPLES
+        (found,) = self._extract([waveform[first * HOP : stop]], layers)
+        return [features[start - first : end - first] for features in found]
 
-    def _extract(self, waveforms: list[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
+    def _extract(self, waveforms: Sequence[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
         """For each waveform its features (frames, dim) of each of `layers`."""
         import torch
 
@@ -158,6 +216,15 @@ class EncoderSource:
             outputs = self.encoder.extract_packed(buffer.to(self.device), layout, max(layers), self.convention)
             found = [outputs[layer].float().cpu().numpy() for layer in layers]
         return [[features[first:last] for features in found] for first, last in layout.frame_bounds]
+
+
+def _joined(utterance: Utterance, windows: list[Future[list[np.ndarray]]]) -> tuple[Utterance, list[np.ndarray]]:
+    return utterance, _stitched([window.result() for window in windows])
+
+
+def _stitched(windows: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """The layers of consecutive windows end to end, by layer."""
+    return [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*windows, strict=True)]
 
 
 def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) -> EncoderSource:
@@ -172,7 +239,9 @@ def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) ->
     return EncoderSource(encoder, fingerprint, layer, device=device, **options)
 
 
-def ahead(function: Callable[[Utterance], T], utterances: Iterable[Utterance], workers: int) -> Iterator[tuple[Utterance, T]]:
+def ahead(
+    function: Callable[[Utterance], T], utterances: Iterable[Utterance], workers: int
+) -> Generator[tuple[Utterance, T], None, None]:
     """`(utterance, function(utterance))` in order, computed by `workers` threads a little ahead of the consumer."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Utterance, Future[T]]] = deque()

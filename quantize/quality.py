@@ -1,95 +1,136 @@
-"""How good units are: information shared with phones, purities, usage, bitrates; the verb `measure`.
+"""How good units are, from counts: usage, runs, bitrates; and the names that all measures go by in tables.
 
-Everything comes from counts over 50 Hz frames: the joint counts of phone and class where alignments exist, usage and runs
-where they do not. Silence and frames without a phone count as phones of their own, as in the HuBERT paper; PNMI without
-them stands beside. Purities cannot be compared across different numbers of classes.
+Everything here is over 50 Hz frames. Information shared with phones and the purities are in pretrain/pnmi.py, ABX in abx.py,
+the probes in probes.py; the verb `measure`, which puts them together, is in measuring.py.
 """
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.config import Config
 from pretrain.labels import Labels
-from pretrain.manifest import Manifest, Utterance
-from pretrain.pnmi import JointCounts, entropy_bits, phone_metrics
-from pretrain.progress import progress
+from pretrain.manifest import Utterance
+from pretrain.pnmi import entropy_bits
+
+# By group: key of a summary, how tables call it, and its format, in the order of the tables.
+MEASURES = {
+    "Data": {
+        "utterances": ("utterances", ",d"),
+        "frames": ("frames of 20 ms", ",d"),
+        "num_classes": ("classes (K)", ",d"),
+        "num_levels": ("levels", "d"),
+        "judged_utterances": ("utterances for ABX and probes", ",d"),
+    },
+    "Phones": {
+        "pnmi": ("PNMI", ".3f"),
+        "pnmi_speech": ("PNMI without silence", ".3f"),
+        "phone_purity": ("phone purity", ".3f"),
+        "cluster_purity": ("cluster purity", ".3f"),
+        "completeness": ("completeness", ".3f"),
+        "v_measure": ("V-measure", ".3f"),
+    },
+    "Use": {
+        "usage": ("classes in use", ".1%"),
+        "usage_by_level": ("classes in use, by level", ".1%"),
+        "perplexity": ("perplexity", ".1f"),
+        "perplexity_by_level": ("perplexity, by level", ".1f"),
+        "units_per_second": ("units per second, deduplicated", ".1f"),
+        "bitrate_frames": ("bit/s, every frame", ".0f"),
+        "bitrate_units": ("bit/s, deduplicated", ".0f"),
+        "bitrate_entropy": ("bit/s, deduplicated, at their entropy", ".0f"),
+        "bitrate_joint": ("bit/s, all levels, at their entropies", ".0f"),
+    },
+    "ABX error": {
+        "abx_within": ("units, within speaker", ".2%"),
+        "abx_across": ("units, across speakers", ".2%"),
+        "abx_within_centroids": ("centroids, within speaker", ".2%"),
+        "abx_across_centroids": ("centroids, across speakers", ".2%"),
+        "abx_within_features": ("features, within speaker", ".2%"),
+        "abx_across_features": ("features, across speakers", ".2%"),
+    },
+    "Probes": {
+        "phone_accuracy": ("phone told from a unit", ".1%"),
+        "phone_accuracy_features": ("phone told from features", ".1%"),
+        "phone_majority": ("phone, chance", ".1%"),
+        "speaker_frame_accuracy": ("speaker told from a unit", ".1%"),
+        "speaker_frame_accuracy_features": ("speaker told from features", ".1%"),
+        "speaker_frame_majority": ("speaker, chance", ".1%"),
+        "speaker_accuracy": ("speaker told from an utterance's units", ".1%"),
+        "speaker_accuracy_features": ("speaker told from its mean features", ".1%"),
+        "speaker_chance": ("speaker of an utterance, chance", ".1%"),
+    },
+    "Quantisation": {
+        "quantisation_error": ("squared error / variance", ".3f"),
+        "quantisation_error_by_level": ("squared error / variance, by level", ".3f"),
+    },
+}
+FORMATS = {key: form for group in MEASURES.values() for key, (_, form) in group.items()}
 
 
-class MeasureConfig(Config):
-    """`silence`: the phones left out of `pnmi_speech`; "" is a frame without a phone."""
-
-    manifest: str
-    labels: str
-    out: str
-    split: str | None = None
-    silence: list[str] = Field(["", "_", "sil", "SIL", "sp", "spn", "pau", "h#"])
-
-
-def measure(config: MeasureConfig) -> dict[str, Any]:
-    """Quality of one split's labels (level 0): writes summary.json, joint.npy (phones, classes) int64 and phones.json.
-
-    Without phone alignments `joint.npy` has no rows and the summary has no phone metrics. An utterance whose labels differ
-    by more than one frame from its audio is a ValueError.
-    """
-    require_absent(config.out)
-    manifest = Manifest(config.manifest)
-    rows, labels, out = manifest.select(config.split), Labels(config.labels), Path(config.out)
-    counts, unit_counts = np.zeros((2, labels.num_classes), dtype=np.int64)
-    joint = JointCounts(labels.num_classes)
-    with progress("measure", total=len(rows), unit="utterance") as advance:
-        for utterance in rows:
-            frames = matching_labels(utterance, labels)
-            counts += np.bincount(frames, minlength=labels.num_classes)
-            unit_counts += np.bincount(deduplicated(frames), minlength=labels.num_classes)
-            if utterance.phones is not None:
-                joint.add(utterance, frames)
-            advance(1)
-    phones, matrix = joint.matrix()
-    summary = {
-        "utterances": len(rows),
-        "frames": int(counts.sum()),
-        "num_classes": labels.num_classes,
-        "num_levels": labels.num_levels,
-        **usage_metrics(counts),
-        **rate_metrics(counts, unit_counts, labels.frame_rate_hz, labels.num_levels),
+def table_groups(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[list[str]]]:
+    """By group, a row of texts for each measure that any column has: its title, then its value in each column, a dash for none."""
+    groups = {
+        group: [
+            [title, *(format_measure(key, column.get(key)) for column in columns)]
+            for key, (title, _) in measures.items()
+            if any(key in column for column in columns)
+        ]
+        for group, measures in MEASURES.items()
     }
-    if matrix.any():
-        silent = np.isin(phones, config.silence)
-        summary |= {
-            "frames_with_phones": int(matrix.sum()),
-            "num_phones": len(phones),
-            **phone_metrics(matrix),
-            "pnmi_speech": phone_metrics(matrix[~silent])["pnmi"],
-            "silence_share": float(matrix[silent].sum() / matrix.sum()),
-        }
-    write_json(out / "summary.json", summary)
-    write_json(out / "phones.json", phones)
-    with atomic_path(out / "joint.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, matrix)
-    parents = {"manifest": manifest.fingerprint, "labels": labels.fingerprint, "codebook": labels.codebook}
-    commit(out, "measurement", config.resolved(), parents, ["summary.json", "joint.npy", "phones.json"])
-    return summary
+    return {group: rows for group, rows in groups.items() if rows}
+
+
+def measures_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """The measures of several units as a table for a terminal: a line a measure, a column for each name."""
+    groups = table_groups(list(columns.values()))
+    rows = [
+        row
+        for group, rows in groups.items()
+        for row in ([group, *("" for _ in columns)], *([f"  {row[0]}", *row[1:]] for row in rows))
+    ]
+    return text_table(["", *columns], rows)
+
+
+def format_measure(key: str, value: Any) -> str:
+    """A value as tables show it; the values of a list, such as one a level, in turn; a dash for None."""
+    if isinstance(value, list):
+        return ", ".join(format_measure(key, item) for item in value)
+    return "\N{EN DASH}" if value is None else format(value, FORMATS[key])
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lines for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    first, *others = widths
+    return "\n".join(
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]).rstrip()
+        for row in ([] if not any(header) else [header]) + list(rows)
+    )
 
 
 def matching_labels(utterance: Utterance, labels: Labels) -> np.ndarray:
     """Level-0 labels of an utterance, at most as many as it has frames; more than one frame of difference is a ValueError."""
+    return matching_levels(utterance, labels)[:, 0]
+
+
+def matching_levels(utterance: Utterance, labels: Labels) -> np.ndarray:
+    """The same of every level, (frames, levels)."""
     frames = labels[utterance.id]
     if abs(len(frames) - utterance.num_frames) > 1:
         raise ValueError(
             f"{labels.folder}: utterance {utterance.id!r} has {len(frames)} labels and {utterance.num_frames} frames of audio; "
             "the labels belong to other audio, encode this manifest"
         )
-    frames = frames[: utterance.num_frames]
-    return frames if frames.ndim == 1 else frames[:, 0]
+    return frames[: utterance.num_frames].reshape(-1, labels.num_levels)
 
 
 def deduplicated(labels: np.ndarray) -> np.ndarray:
-    """Units: labels (frames,) with runs of one class collapsed."""
-    return labels[np.flatnonzero(np.diff(labels.astype(np.int64), prepend=-1))]
+    """Units: labels (frames,) or (frames, levels) with runs of one class, or of one class at every level, collapsed."""
+    if labels.ndim == 1:
+        return labels[np.flatnonzero(np.diff(labels.astype(np.int64), prepend=-1))]
+    changes = np.diff(labels.astype(np.int64), prepend=-1, axis=0).any(axis=1)
+    return labels[changes]
 
 
 def usage_metrics(counts: np.ndarray) -> dict[str, float]:
@@ -110,4 +151,19 @@ def rate_metrics(counts: np.ndarray, unit_counts: np.ndarray, frame_rate_hz: flo
         "bitrate_frames": frame_rate_hz * class_bits * num_levels,
         "bitrate_units": units_per_second * class_bits,
         "bitrate_entropy": units_per_second * entropy_bits(unit_counts),
+    }
+
+
+def level_metrics(counts: np.ndarray, joint_counts: np.ndarray, frame_rate_hz: float) -> dict[str, Any]:
+    """Of frame counts (levels, K), and of the counts (levels, K) that are left where runs of the same class at every level collapse:
+
+    `usage_by_level`, `perplexity_by_level`, and `bitrate_joint`: the rate of those joint units times the sum of the levels'
+    entropies, in bits per second: each level coded by itself, so an upper bound of what a joint code would need.
+    """
+    usage = [usage_metrics(level) for level in counts]
+    per_second = joint_counts[0].sum() / max(1, counts[0].sum()) * frame_rate_hz
+    return {
+        "usage_by_level": [level["usage"] for level in usage],
+        "perplexity_by_level": [level["perplexity"] for level in usage],
+        "bitrate_joint": float(per_second * sum(entropy_bits(level) for level in joint_counts)),
     }

@@ -13,7 +13,8 @@ import pytest
 import soundfile
 
 from pretrain.artefact import commit, is_complete, read_meta
-from pretrain.labels import commit_labels, write_shard
+from pretrain.config import without_none
+from pretrain.labels import Labels, commit_labels, write_shard
 from pretrain.manifest import Manifest
 from wordless import VERBS, main
 
@@ -160,11 +161,7 @@ def test_overrides_win_over_the_file_and_the_dry_run_prints_toml_that_can_be_run
     (tmp_path / "resolved.toml").write_text(text)
     assert main(["cluster", str(tmp_path / "resolved.toml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_classes"] == 5
-    assert read_meta(tmp_path / "override", "codebook")["config"] == resolved | {
-        "encoder": None,
-        "split": None,
-        "batch_seconds": None,
-    }
+    assert without_none(read_meta(tmp_path / "override", "codebook")["config"]) == resolved
 
 
 def test_json_prints_one_object_and_nothing_else_on_stdout(
@@ -420,6 +417,12 @@ def test_a_trained_model_goes_out_and_back_in_and_the_verbs_take_it(
     assert main(["cluster", config(tmp_path, "c", **keys, features="encoder", layer=1, num_classes=4, out=tmp_path / "c")]) == 0
     labels = {"manifest": corpus / "manifest", "codebook": tmp_path / "c", "encoder": tmp_path / "run"}
     assert main(["encode", config(tmp_path, "e", **labels, out=tmp_path / "e")]) == 0
+    assert main(["export", str(tmp_path / "c"), str(tmp_path / "c.safetensors"), "--format", "safetensors"]) == 0
+    again = [str(tmp_path / "c.safetensors"), str(tmp_path / "c2"), "--codebook", "--encoder", str(tmp_path / "run")]
+    assert main(["import", *again, "--layer", "1"]) == 0
+    assert main(["encode", config(tmp_path, "e2", **labels | {"codebook": tmp_path / "c2"}, out=tmp_path / "e2")]) == 0
+    same = [Labels(tmp_path / "e"), Labels(tmp_path / "e2")]
+    assert all(np.array_equal(same[0][name], same[1][name]) for name in same[0].ids)
     tuned = {"training": TINY["training"], "batches": TINY["batches"], "characters": "abcd "}
     assert main(["finetune", config(tmp_path, "f", **keys, **tuned, out=tmp_path / "f")]) == 0
     assert main(["export", str(tmp_path / "f"), str(tmp_path / "f.pth"), "--format", "torchaudio"]) == 0
@@ -432,3 +435,55 @@ def test_mistakes_of_import_and_export_end_with_status_2(tmp_path: Path, capsys:
     refused(["export", str(tmp_path / "r"), str(tmp_path / "o"), "--format", "fairseq"], capsys, "holds no checkpoint")
     assert main(["export", str(tmp_path / "r"), str(tmp_path / "o")]) == 2
     assert main(["export", str(tmp_path / "r"), str(tmp_path / "o"), "--format", "keras"]) == 2
+    refused(["export", str(tmp_path / "r"), str(tmp_path / "o"), "--format", "npy"], capsys, f"{tmp_path}/r: no such codebook")
+    into = [str(tmp_path / "none.npy"), str(tmp_path / "r")]
+    refused(["import", *into, "--layer", "6"], capsys, "import: --layer is for codebooks; say --codebook too")
+    refused(["import", *into, "--codebook", "--num-heads", "6"], capsys, "import: --num-heads is for runs, not codebooks")
+    refused(["import", *into, "--codebook"], capsys, "say what the centroids are of: --mfcc, or --encoder RUN --layer L")
+    refused(["import", *into, "--codebook", "--mfcc"], capsys, f"{tmp_path}/none.npy: no such file")
+
+
+def test_a_codebook_goes_out_and_back_in_and_encodes_the_same_labels(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codebook, plain, manifest = corpus / "codebook", tmp_path / "c.npy", corpus / "manifest"
+    assert main(["export", str(codebook), str(plain), "--format", "npy"]) == 0
+    assert np.load(plain).shape == (8, 39)
+    capsys.readouterr()
+    refused(
+        ["export", str(codebook), str(tmp_path / "c.pt"), "--format", "fairseq"], capsys, f"{codebook}: is a codebook; --format"
+    )
+    refused(["export", str(manifest), str(tmp_path / "c"), "--format", "npy"], capsys, f"{manifest}: is a 'manifest'; --format npy")
+    assert main(["import", str(plain), str(tmp_path / "back"), "--codebook", "--mfcc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_classes"] == 8
+    assert main(["check", str(tmp_path / "back")]) == 0
+    assert main(["encode", config(tmp_path, "e", manifest=manifest, codebook=tmp_path / "back", out=tmp_path / "labels")]) == 0
+    theirs, ours = Labels(corpus / "labels"), Labels(tmp_path / "labels")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs.ids)
+
+
+def test_labels_of_two_levels_go_through_every_verb_that_reads_labels(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"manifest": corpus / "manifest"}
+    assert main(["cluster", config(tmp_path, "c", **given, num_classes=8, levels=2, out=tmp_path / "codebook")]) == 0
+    assert main(["encode", config(tmp_path, "e", **given, codebook=tmp_path / "codebook", out=tmp_path / "labels")]) == 0
+    labels, plain = Labels(tmp_path / "labels"), Labels(corpus / "labels")
+    for name in plain.ids:
+        assert labels[name].shape == (len(plain[name]), 2) and np.array_equal(labels.first_level(name), plain[name])
+    given["labels"] = tmp_path / "labels"
+    capsys.readouterr()
+    assert main(["pretrain", config(tmp_path, "p", **given, objective="hubert", **TINY, out=tmp_path / "run")]) == 0
+    assert "has 2 levels; the targets are level 0" in " ".join(capsys.readouterr().err.split())
+    one_level = {**given, "labels": corpus / "labels"}
+    assert main(["pretrain", config(tmp_path, "q", **one_level, objective="hubert", **TINY, out=tmp_path / "plain")]) == 0
+    weights = [next((tmp_path / name).glob("step_*/model.safetensors")).read_bytes() for name in ("run", "plain")]
+    assert weights[0] == weights[1]  # level 0 is the plain codebook's labels, and nothing else was learned from
+    capsys.readouterr()
+    assert main(["pack", config(tmp_path, "u", **given, out=tmp_path / "units")]) == 0
+    assert "has 2 levels; level 0 is packed" in capsys.readouterr().err
+    assert main(["pack", config(tmp_path, "v", **one_level, out=tmp_path / "plain_units")]) == 0
+    assert read_meta(tmp_path / "units")["fingerprint"] == read_meta(tmp_path / "plain_units")["fingerprint"]
+    assert main(["measure", config(tmp_path, "m", **given, out=tmp_path / "measured")]) == 0
+    drawn = {"units": {"two": str(tmp_path / "measured")}, "labels": {"two": str(tmp_path / "labels")}}
+    assert main(["report", config(tmp_path, "r", manifest=corpus / "manifest", **drawn, out=tmp_path / "page")]) == 0

@@ -63,9 +63,22 @@ def test_the_demo_ends_with_a_page_and_the_numbers_that_matter(demo: Path) -> No
     assert "</html>" in (demo / "report.html").read_text()
 
 
+def test_the_demo_prints_the_whole_table_for_mfcc_and_both_iterations(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(DEMO, demo) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["mfcc", "iteration1", "iteration2"]
+    titles = {" ".join(line.split()[:-3]) for line in lines}
+    assert {"PNMI", "phone purity", "cluster purity", "V-measure", "perplexity", "units per second, deduplicated"} <= titles
+    assert {"phone told from features", "speaker told from an utterance's units", "squared error / variance"} <= titles
+    units = json.loads((demo / "summary.json").read_text())["units"]
+    assert all("abx_within" in of or any("ABX within" in note for note in of["notes"]) for of in units.values())  # half a minute
+    layers = json.loads((demo / "layers1" / "summary.json").read_text())
+    assert layers["layer"] == read_meta(demo / "codebook1")["source"]["layer"] == units["iteration1"]["layer"]
+
+
 def test_every_artefact_of_the_demo_passes_check(demo: Path) -> None:
     folders = sorted(path.parent for path in demo.glob("*/meta.json"))
-    assert len(folders) == 21
+    assert len(folders) == 23
     for folder in folders:
         assert main(["check", str(folder)]) == 0
 
@@ -76,6 +89,10 @@ def test_each_artefact_names_the_fingerprints_of_what_it_was_made_from(demo: Pat
     assert metas["hubert2"]["parents"]["labels"] == metas["labels1"]["fingerprint"]
     assert metas["labels2"]["codebook"] == metas["codebook2"]["fingerprint"] == metas["corpus"]["codebook"]
     weights = metas["hubert2"]["files"]["step_00000004/model.safetensors"]
+    assert (
+        metas["codebook2"]["parents"]["sweep"] == metas["layers2"]["fingerprint"]
+        and metas["layers2"]["parents"]["encoder"] == weights[:16]
+    )
     assert metas["codebook2"]["source"]["encoder"] == weights[:16] == metas["ctc_scratch"]["parents"]["encoder"]
 
 
@@ -83,7 +100,7 @@ def test_running_again_skips_every_stage(demo: Path, capsys: pytest.CaptureFixtu
     before = {path: path.stat().st_mtime_ns for path in demo.glob("*/*") if path.is_file()}
     assert run(DEMO, demo) == 0
     told = capsys.readouterr().err
-    assert told.count("stands already") == 21
+    assert told.count("stands already") == 23
     assert {path: path.stat().st_mtime_ns for path in demo.glob("*/*") if path.is_file()} == before
 
 

@@ -79,6 +79,34 @@ def test_every_value_of_a_published_recipe_has_a_comment(recipe: str, stage: str
         assert name == "evaluation" or all("#" in line for line in lines), (name, lines)
 
 
+def test_a_sweep_can_choose_the_layer_that_the_recipe_for_base_takes_from_the_paper(tmp_path: Path) -> None:
+    text = next(path for path in RECIPES if path.stem == "hubert_base_ls960").read_text()
+    block = re.search(r"^# \[layers1\]\n(?:# .*\n)+", text, re.MULTILINE)
+    assert block is not None
+    text = text.replace(block[0], re.sub(r"^# ", "", block[0], flags=re.MULTILINE))
+    text = re.sub(r"^layer = 6 .*$", 'layer = "best"\nsweep = "@layers1"', text, count=1, flags=re.MULTILINE)
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    tree = read_toml(path)
+    tree.pop("slurm")
+    recipe = wordless.Recipe(tree, str(path))
+    assert recipe.parse("codebook1").sweep == f"{recipe.folder}/layers1" == recipe.parse("layers1").out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sweeps"), [("demo", {"codebook1": "layers1", "codebook2": "layers2"}), ("demo_wav2vec2", {"codebook": "layers"})]
+)
+def test_the_demos_take_the_layer_that_a_sweep_on_other_voices_than_the_judged_ones_recommends(
+    recipe: str, sweeps: dict[str, str]
+) -> None:
+    tree = read_toml(next(path for path in RECIPES if path.stem == recipe))
+    for codebook, sweep in sweeps.items():
+        assert (tree[codebook]["layer"], tree[codebook]["sweep"]) == ("best", f"@{sweep}")
+        assert (tree[sweep]["encoder"], tree[sweep]["num_classes"]) == (tree[codebook]["encoder"], tree[codebook]["num_classes"])
+        assert (tree[sweep]["fit_split"], tree[sweep]["split"]) == ("train", "dev")
+    assert {tree[stage]["split"] for stage in tree["report"]["units"].values() for stage in [stage.lstrip("@")]} == {"test"}
+
+
 def test_the_labels_of_the_published_iterations_are_those_of_the_paper() -> None:
     """MFCC, K = 100; layer 6 of iteration 1, K = 500; for LARGE, layer 9 of iteration 2, K = 500."""
     base, large = (flatten(read_toml(path)) for path in RECIPES if path.stem.startswith("hubert_"))

@@ -47,11 +47,12 @@ class Document(NamedTuple):
 
 
 def pack(config: PackConfig) -> dict[str, Any]:
-    """Write the unit corpus of a manifest's utterances. Errors name the utterance: absent from the labels, or of another length."""
+    """Write the unit corpus of a manifest's utterances, of labels with several levels level 0.
+
+    Errors name the utterance: absent from the labels, or of another length.
+    """
     require_absent(config.out)
     manifest, labels = Manifest(config.manifest), Labels(config.labels)
-    if labels.num_levels != 1:
-        raise ValueError(f"{config.labels}: labels of {labels.num_levels} levels; pack takes one level")
     missing = [name for name in manifest.ids if name not in labels]
     if missing:
         raise ValueError(
@@ -64,7 +65,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
             for name, split, length in zip(
                 manifest.ids, manifest.column("split").to_pylist(), manifest.lengths.tolist(), strict=True
             ):
-                frames = labels[name]
+                frames = labels.first_level(name)
                 if len(frames) != num_frames(length):
                     raise ValueError(
                         f"{config.labels}: {len(frames)} labels for utterance {name!r}, which has {num_frames(length)} frames "
@@ -73,10 +74,14 @@ def pack(config: PackConfig) -> dict[str, Any]:
                 yield Document(name, split, frames)
                 advance(1)
 
-    return write_corpus(
+    summary = write_corpus(
         config.out, documents(), config.resolved(), {"manifest": manifest.fingerprint, "labels": labels.fingerprint},
         num_units=labels.num_classes, codebook=labels.codebook, frame_rate_hz=labels.frame_rate_hz, deduplicated=config.deduplicate,
     )  # fmt: skip
+    if labels.num_levels == 1:
+        return summary
+    note = f"labels: {config.labels} has {labels.num_levels} levels; level 0 is packed, the plain codebook's units"
+    return {**summary, "notes": [note]}
 
 
 def write_corpus(

@@ -156,4 +156,9 @@ def as_image(figure: Figure) -> str:
     """An SVG as a data URI, the same bytes for the same figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return svg_image(buffer.getvalue())
+
+
+def svg_image(svg: bytes) -> str:
+    """An SVG as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()

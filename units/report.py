@@ -17,13 +17,14 @@ from pydantic import Field
 
 from pretrain.artefact import atomic_path, git_commit, is_complete, library_versions, read_meta, write_json
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config
+from pretrain.config import Config, flatten
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
-from units.figures import SHOWN_SECONDS, STYLE, PhoneCounts, draw_curves, draw_matrix, draw_utterance
+from quantize.quality import FORMATS, measures_text, table_groups
+from units.figures import SHOWN_SECONDS, STYLE, PhoneCounts, draw_curves, draw_matrix, draw_utterance, svg_image
 
 KINDS = {
-    "pretrain": "encoder", "units": "measurement", "labels": "labels", "lm": "unit-lm", "lm_scores": "scores",
+    "pretrain": "encoder", "layers": "layer-sweep", "units": "measurement", "labels": "labels", "lm": "unit-lm", "lm_scores": "scores",
     "samples": "samples", "ctc": "recognizer", "transcripts": "transcripts",
 }  # fmt: skip
 SAME = 0.005  # differences below this are called neither better nor worse
@@ -37,6 +38,7 @@ class ReportConfig(Config):
     manifest: str
     split: str = Field("test", description="the utterance to draw is one of these")
     pretrain: dict[str, str] = Field({}, description="name -> pretraining run")
+    layers: dict[str, str] = Field({}, description="name -> sweep over an encoder's layers, `measure` with `layers`")
     units: dict[str, str] = Field({}, description="name -> measurement; the last one's matrix is drawn")
     labels: dict[str, str] = Field({}, description="name -> labels to draw")
     lm: str | None = None
@@ -83,13 +85,14 @@ def report(config: ReportConfig) -> dict[str, Any]:
             "curves": draw_curves(runs, summary["lm"]),
             "utterance": draw_utterance(utterance, labels, counts) if utterance else None,
             "matrix": draw_matrix(list(counts.values())[-1]) if counts else None,
+            "layers": {name: svg_image((stage.folder / "layers.svg").read_bytes()) for name, stage in stages["layers"].items()},
         }
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     pages.filters["number"] = format_number
     page = pages.get_template("report.html.j2").render(
         config=config, manifest=manifest, stages=stages, omitted=omitted, summary=summary, words=in_words(summary),
-        figures=figures, utterance=utterance, shown_seconds=SHOWN_SECONDS, matrix_of=list(counts)[-1] if counts else "",
+        measures=table_groups(list(summary["units"].values())), figures=figures, utterance=utterance, shown_seconds=SHOWN_SECONDS, matrix_of=list(counts)[-1] if counts else "",
         transcripts=transcript_examples(stages["transcripts"]),
         samples=[line for stage in stages["samples"].values() for line in stage.lines("samples.jsonl")[:4]],
         versions={**library_versions(), "matplotlib": matplotlib.__version__}, git_commit=git_commit(),
@@ -127,7 +130,7 @@ def open_labels(folder: Path, manifest: Manifest) -> Labels:
 
 
 def summarise(config: ReportConfig, manifest: Manifest, stages: Stages) -> dict[str, Any]:
-    """What `summary.json` holds: audio, stages, pretrain, units, lm and ctc."""
+    """What `summary.json` holds: audio, stages, pretrain, layers, units, lm and ctc."""
     path = Path(config.out, "stages.json")
     records = {name: r for name, r in (json.loads(path.read_text()) if path.is_file() else {}).items() if r["verb"] != "report"}
     lm = {key: value for stage in stages["lm_scores"].values() for key, value in stage.read().items()}
@@ -141,6 +144,7 @@ def summarise(config: ReportConfig, manifest: Manifest, stages: Stages) -> dict[
         "audio": count_audio(manifest),
         "stages": {name: {"verb": record["verb"], "seconds": record["seconds"]} for name, record in records.items()},
         "pretrain": {name: stage.read() for name, stage in stages["pretrain"].items()},
+        "layers": {name: {**stage.read(), "split": stage.meta["config"]["split"]} for name, stage in stages["layers"].items()},
         "units": {
             name: {**stage.read(), "split": stage.meta["config"]["split"], **origin(stage)}
             for name, stage in stages["units"].items()
@@ -189,9 +193,24 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
     lm = ("bits_per_unit", "bigram_bits_per_unit", "unigram_bits_per_unit")
     shown = {"audio": ("hours", "utterances", "quarantined"), "lm": lm, "ctc": ("wer_pretrained", "wer_scratch")}
     numbers = {group: {key: summary[group][key] for key in keys if key in summary[group]} for group, keys in shown.items()}
-    units = {name: {key: unit[key] for key in ("pnmi", "perplexity") if key in unit} for name, unit in summary["units"].items()}
+    units = {name: {key: unit[key] for key in FORMATS if key in unit} for name, unit in summary["units"].items()}
+    layers = {name: sweep["layer"] for name, sweep in summary["layers"].items()}
     minutes = sum(stage["seconds"] for stage in summary["stages"].values()) / 60
-    return {"audio": numbers["audio"], "units": units, "lm": numbers["lm"], "ctc": numbers["ctc"], "minutes": minutes}
+    return {
+        "audio": numbers["audio"],
+        "layer": layers,
+        "units": units,
+        "lm": numbers["lm"],
+        "ctc": numbers["ctc"],
+        "minutes": minutes,
+    }
+
+
+def as_text(shown: dict[str, Any]) -> str:
+    """The headline for a terminal: the measures of all units side by side, and a line for each other number."""
+    others = flatten({key: value for key, value in shown.items() if key != "units"})
+    lines = [f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}" for key, value in others.items()]
+    return "\n".join([measures_text(shown["units"]), "", *lines] if shown["units"] else lines)
 
 
 def in_words(summary: dict[str, Any]) -> list[str]:

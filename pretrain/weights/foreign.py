@@ -45,9 +45,18 @@ class FairseqDictionary:
 
 
 def load_pickle(path: Path, allowed: bool) -> dict[str, Any]:
-    """The dict by names that `path` holds, by torch's `weights_only` loading; nothing it holds is run.
+    """`load_torch` of a checkpoint or a state dict: a dict by names, or a ValueError."""
+    state = load_torch(path, allowed)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint or a state dict is needed")
+    return dict(state)
 
-    A ValueError that names the file: no pickle of torch's, not `allowed`, damaged, holding anything but plain values or no dict.
+
+def load_torch(path: Path, allowed: bool, remedy: str | None = None) -> Any:
+    """What `path` holds, by torch's `weights_only` loading; nothing it holds is run.
+
+    A ValueError that names the file: no pickle of torch's, not `allowed`, damaged, or holding anything but plain values, with
+    the `remedy` (None: that of a checkpoint).
     """
     with open(path, "rb") as file:
         start = file.read(16)
@@ -61,10 +70,7 @@ def load_pickle(path: Path, allowed: bool) -> dict[str, Any]:
             f"{path}: is a pickle, a kind of file that can run code when it is read. If you trust its makers, say --allow-pickle: "
             f"it is then read by torch's weights_only, which refuses what would run any{hole}. Safetensors need no flag"
         )
-    state = _load(path)
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path}: holds a {type(state).__name__}; a checkpoint or a state dict is needed")
-    return dict(state)
+    return _load(path, remedy)
 
 
 def weights_only_hole() -> str | None:
@@ -74,7 +80,7 @@ def weights_only_hole() -> str | None:
     return f"torch {torch.__version__}: weights_only had a hole before 2.10 (CVE-2026-24747); take a newer torch, or safetensors"
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, remedy: str | None) -> Any:
     allowed: list[Any] = [argparse.Namespace, (FairseqDictionary, "fairseq.data.dictionary.Dictionary")]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -86,7 +92,7 @@ def _load(path: Path) -> Any:
             raise ValueError(f"{path}: not a file that torch can load ({reason})") from None
         what = f"an object of {named[1]}" if named else "more than tensors and plain values"
         raise ValueError(
-            f"{path}: holds {what}, and reading such a file can run code, so it is refused.\n{_remedy(path)}"
+            f"{path}: holds {what}, and reading such a file can run code, so it is refused.\n{remedy or _remedy(path)}"
         ) from None
 
 

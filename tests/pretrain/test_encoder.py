@@ -14,7 +14,7 @@ from pretrain.checkpoint import save_checkpoint
 from pretrain.ctc import Recognizer
 from pretrain.encoder import Encoder, EncoderConfig, PositionalConv, load_encoder
 from pretrain.packing import Layout, pack, pack_padded
-from quantize.kmeans import nearest
+from quantize.assignment import nearest
 from tests.reference.convolutions import randomize
 
 LENGTHS = [6000, 4000, 9999, 400]

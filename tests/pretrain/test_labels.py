@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from pretrain import labels as module
 from pretrain.audio import num_frames
-from pretrain.labels import Labels, commit_labels, shard_stands, write_shard
+from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
 
 
 def label_arrays(lengths: list[int], levels: int | None = None, seed: int = 0) -> list[np.ndarray]:
@@ -79,12 +80,57 @@ def test_a_missing_shard_is_refused_at_commit_and_named_when_lost_later(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("shards", "expected"), [([["a", "b"], ["a"]], {"a", "b"}), ([["a"]], {"a", "b"}), ([["a"], ["b"]], {"a"})]
+    ("shards", "expected", "fault"),
+    [
+        ([["a", "b"], ["a"]], ["a", "b"], r"2 distinct of 3 utterances, not exactly what was asked: 'a' more than once;"),
+        ([["a", "b"], ["a", "b"]], None, r"'.' and 1 more more than once;"),
+        ([["a"]], ["a", "b"], r"not exactly what was asked: 'b' missing;"),
+        ([["a"], ["b"]], ["a"], r"not exactly what was asked: 'b' not asked for;"),
+        ([["a"], ["c", "a"]], ["a", "b"], r": 'a' more than once; 'b' missing; 'c' not asked for;"),
+    ],
 )
-def test_every_expected_utterance_is_there_exactly_once(tmp_path: Path, shards: list[list[str]], expected: set[str]) -> None:
-    with pytest.raises(ValueError, match="not exactly what was asked"):
+def test_every_expected_utterance_is_there_exactly_once(
+    tmp_path: Path, shards: list[list[str]], expected: list[str] | None, fault: str
+) -> None:
+    with pytest.raises(ValueError, match=fault):
         write(tmp_path, shards, expected_ids=expected)
     assert not (tmp_path / "meta.json").exists()
+
+
+def test_every_expected_utterance_has_its_frames(tmp_path: Path) -> None:
+    for shard, ids in enumerate([["bb", "a"], ["cccc"]]):
+        write_shard(tmp_path, shard, ids, label_arrays([len(name) for name in ids]))
+    options: dict[str, Any] = {"codebook": "c", "num_classes": 100, "expected_ids": ["a", "cccc", "bb"]}
+    with pytest.raises(ValueError, match=r"4 labels for utterance 'cccc', which has 5 frames \(1 of 3 utterances differ\)"):
+        commit_labels(tmp_path, 2, {}, {}, **options, expected_frames=np.array([1, 5, 2]))
+    first = commit_labels(tmp_path, 2, {}, {}, **options, expected_frames=np.array([1, 4, 2]))
+    assert commit_labels(tmp_path, 2, {}, {}, **options, expected_frames=np.array([1, 4, 2])) == first
+
+
+def test_what_is_wrong_with_a_standing_shard_is_told(tmp_path: Path) -> None:
+    ids, frames = ["a", "bb"], np.array([1, 2])
+    write_shard(tmp_path, 0, ids, label_arrays([1, 2]))
+    assert shard_fault(tmp_path, 0, ids, frames) is None is shard_fault(tmp_path, 0, id_hashes(ids), frames)
+    assert "names other utterances" in str(shard_fault(tmp_path, 0, ["bb", "a"], frames))
+    assert "other numbers of frames" in str(shard_fault(tmp_path, 0, ids, frames[::-1]))
+    assert "1 levels, not 2" in str(shard_fault(tmp_path, 0, ids, frames, num_levels=2))
+    np.save(tmp_path / "shard_00000.npy", np.zeros(3, np.int64))
+    assert "not a shard of labels" in str(shard_fault(tmp_path, 0, ids, frames))
+    (tmp_path / "shard_00000.npy").write_bytes(b"")
+    assert "missing or damaged" in str(shard_fault(tmp_path, 0, ids, frames))
+    assert "missing or damaged" in str(shard_fault(tmp_path, 1, ids, frames))
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+@pytest.mark.parametrize("rate", [50.0, 100.0])
+def test_classes_are_counted_as_one_by_one(tmp_path: Path, levels: int | None, rate: float) -> None:
+    written = write(tmp_path, [["a", "four"], ["cc", "five5"]], levels, frame_rate_hz=rate)
+    expected = np.zeros((levels or 1, 100), np.int64)
+    for array in written.values():
+        for frame in array.reshape(len(array), -1)[:: int(rate) // 50]:
+            for level, label in enumerate(frame):
+                expected[level, label] += 1
+    np.testing.assert_array_equal(count_classes(tmp_path), expected)
 
 
 def test_an_array_that_does_not_match_its_table_is_refused(tmp_path: Path) -> None:

@@ -111,15 +111,59 @@ def test_an_utterance_alone_has_the_same_bits_in_any_company(corpus: Path, run: 
         assert np.array_equal(alone, together[utterance.id])
 
 
+def test_the_number_of_threads_changes_no_bit_and_stays_what_it_was(corpus: Path, run: Path) -> None:
+    utterances, threads, found = list(Manifest(corpus)), torch.get_num_threads(), []
+    source = open_encoder_source(str(run), 2, device="cpu")
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append([features for _, layers in source.all_layers(utterances) for features in layers])
+            for _ in source.features(utterances):
+                break  # a consumer that stops early
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert all(np.array_equal(*pair) for others in found[1:] for pair in zip(found[0], others, strict=True))
+
+
 def test_batches_change_features_by_rounding_only(corpus: Path, run: Path) -> None:
     utterances = list(Manifest(corpus))
-    alone = open_encoder_source(str(run), 2, device="cpu", batch_seconds=0, workers=1)
-    batched = open_encoder_source(str(run), 2, device="cpu", batch_seconds=4.0, workers=1)
+    source = open_encoder_source(str(run), 2, device="cpu")
+    expected = [features for _, features in source.features(utterances)]
+    source.batch_seconds = 4.0  # what a GPU does, done by the CPU
     assert max(map(len, plan_batches(utterances, 4.0))) > 1
-    expected = {utterance.id: features for utterance, features in alone.features(utterances)}
-    for utterance, features in batched.features(utterances):
+    found = list(source._in_batches([utterances[:5], [], utterances[5:]], [2]))
+    assert [utterance for utterance, _ in found] == utterances
+    for (_, (features,)), alone in zip(found, expected, strict=True):
         # the same sums in another order: float32 rounding through two layers, on values of order 1
-        np.testing.assert_allclose(features, expected[utterance.id], atol=2e-5)
+        np.testing.assert_allclose(features, alone, atol=2e-5)
+
+
+def test_a_batch_has_utterances_of_one_group_only(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    utterances = list(Manifest(corpus))
+    source = open_encoder_source(str(run), 0, device="cpu", workers=1)
+    source.batch_seconds = 60.0
+    sizes: list[int] = []
+    real = EncoderSource._extract
+
+    def extract(self: EncoderSource, waveforms: list[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
+        sizes.append(len(waveforms))
+        return real(self, waveforms, layers)
+
+    monkeypatch.setattr(EncoderSource, "_extract", extract)
+    assert len(list(source._in_batches([utterances[:5], utterances[5:6], utterances[6:]], [0]))) == 12
+    assert sizes == [5, 1, 6]
+
+
+def test_groups_are_asked_for_as_they_are_needed(corpus: Path, run: Path) -> None:
+    utterances, asked = list(Manifest(corpus)), []
+    for source in (MfccSource(workers=1), open_encoder_source(str(run), 1, device="cpu", workers=1)):
+        asked.clear()
+        groups = ((asked.append(place), [utterance])[1] for place, utterance in enumerate(utterances))
+        stream = source.stream(groups)
+        first, _ = next(stream)
+        assert first == utterances[0] and len(asked) < 12  # decoded and computed a little ahead
+        assert [utterance for utterance, _ in stream] == utterances[1:]
 
 
 def test_all_layers_at_once_equal_each_layer_alone(corpus: Path, run: Path) -> None:
@@ -157,10 +201,11 @@ def test_a_long_utterance_goes_through_in_windows_whatever_it_is_batched_with(
 ) -> None:
     utterances = sorted(Manifest(corpus), key=lambda utterance: -utterance.length)[:3]
     monkeypatch.setattr(quantize.features, "WINDOW_FRAMES", utterances[0].num_frames - 1)
-    options: dict[str, Any] = {"device": "cpu", "workers": 1}
-    ((_, alone),) = open_encoder_source(str(run), 2, batch_seconds=0, **options).features(utterances[:1])
+    source = open_encoder_source(str(run), 2, device="cpu", workers=1)
+    ((_, alone),) = source.features(utterances[:1])
+    source.batch_seconds = 60.0
     for order in (utterances, utterances[::-1]):
-        found = {u.id: features for u, features in open_encoder_source(str(run), 2, batch_seconds=60, **options).features(order)}
+        found = {utterance.id: features for utterance, (features,) in source._in_batches([order], [2])}
         assert np.array_equal(found[utterances[0].id], alone)
     assert [len(batch) for batch in plan_batches(utterances, 60)] == [1, 2]
 
@@ -231,6 +276,7 @@ def test_an_error_in_a_decoding_thread_reaches_the_consumer_and_stops_the_rest()
     assert seen == ["0", "1", "2"]
 
 
-def test_batch_seconds_default_to_one_utterance_at_a_time_on_the_cpu(run: Path) -> None:
-    source = open_encoder_source(str(run), 1, device="cpu", batch_seconds=None, workers=1)
-    assert isinstance(source, EncoderSource) and source.batch_seconds == 0
+def test_a_cpu_takes_one_utterance_at_a_time_whatever_batch_seconds_say(run: Path) -> None:
+    for batch_seconds in (None, 0.0, 60.0):
+        source = open_encoder_source(str(run), 1, device="cpu", batch_seconds=batch_seconds, workers=1)
+        assert isinstance(source, EncoderSource) and source.batch_seconds == 0

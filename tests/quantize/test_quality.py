@@ -1,22 +1,13 @@
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics
 
-from pretrain.artefact import read_meta
 from pretrain.audio import phone_frames
-from pretrain.labels import commit_labels, write_shard
-from pretrain.manifest import Manifest, Utterance, write_manifest
+from pretrain.manifest import Manifest
 from pretrain.pnmi import JointCounts, entropy_bits, phone_metrics
-from quantize.quality import MeasureConfig, deduplicated, measure, rate_metrics, usage_metrics
-
-
-def write_labels(folder: Path, labels: dict[str, np.ndarray], num_classes: int) -> str:
-    write_shard(folder, 0, list(labels), list(labels.values()))
-    commit_labels(folder, 1, {}, {}, codebook="codebook", num_classes=num_classes)
-    return str(folder)
+from quantize.quality import deduplicated, level_metrics, measures_text, rate_metrics, table_groups, usage_metrics
 
 
 def random_joint(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,6 +54,12 @@ def test_the_limits_are_units_that_are_phones_and_units_that_know_nothing() -> N
     assert phone_metrics(np.zeros((0, 4), dtype=np.int64))["phone_purity"] == 0.0
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rounding_takes_no_share_beyond_one(seed: int) -> None:
+    found = phone_metrics(np.diag(np.random.default_rng(seed).integers(1, 100, 9)))
+    assert max(found.values()) <= 1.0 and found["pnmi"] == pytest.approx(1.0)
+
+
 def test_usage_and_perplexity() -> None:
     assert usage_metrics(np.array([5, 5, 5, 5, 0])) == {"usage": 0.8, "perplexity": pytest.approx(4.0)}
     assert usage_metrics(np.array([9, 0]))["perplexity"] == 1.0
@@ -72,6 +69,8 @@ def test_runs_collapse_into_units() -> None:
     assert deduplicated(np.array([3, 3, 0, 0, 0, 65535, 3], dtype=np.uint16)).tolist() == [3, 0, 65535, 3]
     assert deduplicated(np.array([0, 0], dtype=np.uint16)).tolist() == [0]
     assert deduplicated(np.array([], dtype=np.uint16)).tolist() == []
+    levels = np.array([[3, 1], [3, 1], [3, 2], [0, 2], [0, 2]], dtype=np.uint16)
+    assert deduplicated(levels).tolist() == [[3, 1], [3, 2], [0, 2]]  # a run ends where any level changes
 
 
 def test_the_three_bitrates() -> None:
@@ -94,56 +93,24 @@ def test_joint_counts_hold_every_frame_of_phone_and_class(corpus: Path) -> None:
     assert {(phones[y], z): int(matrix[y, z]) for y, z in zip(*np.nonzero(matrix), strict=True)} == expected
 
 
-def planted_labels(utterances: list[Utterance], num_frames: int = 0) -> dict[str, np.ndarray]:
-    names = ["", "aa", "iy", "sil", "ss"]
-    return {
-        utterance.id: np.array(
-            [names.index(phone) for phone in phone_frames(utterance.phones or [], utterance.num_frames + num_frames)],
-            dtype=np.uint16,
-        )
-        for utterance in utterances
+def test_levels_are_told_of_one_by_one_and_their_bitrate_is_the_sum() -> None:
+    counts = np.array([[50, 50, 0, 0], [25, 25, 25, 25]])  # 100 frames are 2 s
+    found = level_metrics(counts, np.array([[20, 20, 0, 0], [10, 10, 10, 10]]), 50.0)
+    assert found == {
+        "usage_by_level": [0.5, 1.0], "perplexity_by_level": pytest.approx([2.0, 4.0]), "bitrate_joint": pytest.approx(20 * (1 + 2)),
+    }  # fmt: skip
+
+
+def test_a_table_has_a_line_for_each_known_measure_and_a_dash_where_a_column_has_none() -> None:
+    columns = {
+        "mfcc": {"pnmi": 0.25, "abx_within": 0.1234, "notes": ["x"]},
+        "iteration1": {"pnmi": 0.5, "usage_by_level": [1.0, 0.5]},
     }
-
-
-def test_measure_of_labels_that_are_the_phones(corpus: Path, tmp_path: Path) -> None:
-    labels = write_labels(tmp_path / "labels", planted_labels(list(Manifest(corpus))), 8)
-    out = tmp_path / "measured"
-    summary = measure(MeasureConfig(manifest=str(corpus), labels=labels, split="dev", out=str(out)))
-    rows = list(Manifest(corpus).select("dev"))
-    assert summary["pnmi"] == summary["pnmi_speech"] == summary["phone_purity"] == summary["v_measure"] == 1.0
-    assert summary["frames"] == summary["frames_with_phones"] == sum(utterance.num_frames for utterance in rows)
-    assert 0 < summary["silence_share"] < 1 and summary["utterances"] == 3 and summary["bitrate_frames"] == 150.0
-    assert json.loads((out / "summary.json").read_text()) == summary
-    joint, phones = np.load(out / "joint.npy"), json.loads((out / "phones.json").read_text())
-    assert joint.shape == (len(phones), 8) and joint.sum() == summary["frames"]
-    meta = read_meta(out, "measurement")
-    assert set(meta["files"]) == {"summary.json", "joint.npy", "phones.json"}
-    assert meta["parents"]["codebook"] == "codebook"
-
-
-def test_measure_without_alignments_gives_what_labels_alone_can_tell(corpus: Path, tmp_path: Path) -> None:
-    utterances = list(Manifest(corpus))
-    rows = [{"id": u.id, "path": u.path, "start": 0, "num_samples": u.num_samples, "sample_rate": 16000} for u in utterances]
-    write_manifest(tmp_path / "manifest", rows, {}, {})
-    labels = write_labels(tmp_path / "labels", planted_labels(utterances), 8)
-    summary = measure(MeasureConfig(manifest=str(tmp_path / "manifest"), labels=labels, out=str(tmp_path / "measured")))
-    assert "pnmi" not in summary and 0 < summary["usage"] <= 5 / 8
-    assert {"perplexity", "units_per_second", "bitrate_frames", "bitrate_units", "bitrate_entropy"} <= set(summary)
-    assert np.load(tmp_path / "measured" / "joint.npy").shape == (0, 8)
-
-
-def test_one_frame_of_difference_is_allowed_and_two_are_not(corpus: Path, tmp_path: Path) -> None:
-    utterances = list(Manifest(corpus))
-    for extra in (-1, 1):
-        labels = write_labels(tmp_path / f"labels{extra}", planted_labels(utterances, extra), 8)
-        assert measure(MeasureConfig(manifest=str(corpus), labels=labels, out=str(tmp_path / f"measured{extra}")))["pnmi"] == 1.0
-    labels = write_labels(tmp_path / "labels2", planted_labels(utterances, 2), 8)
-    frames = utterances[0].num_frames
-    with pytest.raises(ValueError, match=rf"utterance 'u00' has {frames + 2} labels and {frames} frames"):
-        measure(MeasureConfig(manifest=str(corpus), labels=labels, out=str(tmp_path / "measured2")))
-
-
-def test_labels_of_another_corpus_are_an_error_that_names_the_utterance(corpus: Path, tmp_path: Path) -> None:
-    labels = write_labels(tmp_path / "labels", {"other": np.zeros(10, dtype=np.uint16)}, 8)
-    with pytest.raises(ValueError, match="no labels for utterance 'u00'"):
-        measure(MeasureConfig(manifest=str(corpus), labels=labels, out=str(tmp_path / "measured")))
+    assert table_groups(list(columns.values())) == {
+        "Phones": [["PNMI", "0.250", "0.500"]],
+        "Use": [["classes in use, by level", "–", "100.0%, 50.0%"]],
+        "ABX error": [["units, within speaker", "12.34%", "–"]],
+    }
+    lines = measures_text(columns).splitlines()
+    assert lines[0].split() == ["mfcc", "iteration1"] and lines[1] == "Phones"
+    assert lines[2].split() == ["PNMI", "0.250", "0.500"] and len({len(line) for line in lines if line.startswith("  ")}) == 1

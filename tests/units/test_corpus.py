@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -119,12 +118,15 @@ def test_bad_documents_are_named(tmp_path: Path, documents: list[tuple[str, list
     assert not (tmp_path / "meta.json").exists()
 
 
-def test_labels_of_several_levels_are_refused(tmp_path: Path) -> None:
+def test_of_labels_with_several_levels_level_0_is_packed_and_that_is_said(tmp_path: Path) -> None:
     config = make(tmp_path, FRAMES)
-    meta = json.loads((tmp_path / "labels" / "meta.json").read_text())
-    (tmp_path / "labels" / "meta.json").write_text(json.dumps({**meta, "num_levels": 2}))
-    with pytest.raises(ValueError, match="labels of 2 levels; pack takes one level"):
-        pack(config)
+    plain = pack(config)
+    levels = [np.stack([labels, np.arange(len(labels)) % 5], axis=1) for labels in FRAMES.values()]
+    write_shard(tmp_path / "levels", 0, list(FRAMES), levels)
+    commit_labels(tmp_path / "levels", 1, {}, {}, codebook="c0de", num_classes=5, num_levels=2)
+    summary = pack(config.model_copy(update={"labels": str(tmp_path / "levels"), "out": str(tmp_path / "first")}))
+    assert summary == {**plain, "notes": [f"labels: {tmp_path}/levels has 2 levels; level 0 is packed, the plain codebook's units"]}
+    assert UnitCorpus(tmp_path / "first").fingerprint == UnitCorpus(config.out).fingerprint
 
 
 def test_an_unknown_split_or_document_is_named_with_what_there_is(tmp_path: Path) -> None:

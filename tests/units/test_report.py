@@ -17,8 +17,9 @@ from pretrain.artefact import commit, write_json
 from pretrain.labels import commit_labels, write_shard
 from pretrain.manifest import Manifest, write_manifest
 from quantize.codebook import write_codebook
-from quantize.quality import MeasureConfig, measure
-from units.report import ReportConfig, compare, in_words, mark_words, report
+from quantize.measuring import MeasureConfig, measure
+from quantize.sweep import draw_layers
+from units.report import ReportConfig, as_text, compare, in_words, mark_words, report
 
 HOSTILE = "<script>alert('x')</script> $a_{b \\frac & \"c"
 NUM_CLASSES = 6
@@ -53,6 +54,16 @@ def write_units(run: Path, manifest: Manifest, name: str, source: dict[str, Any]
     commit_labels(run / f"labels_{name}", 1, config, parents, codebook=codebook, num_classes=NUM_CLASSES)
     labels, out = str(run / f"labels_{name}"), str(run / f"units_{name}")
     measure(MeasureConfig(manifest=str(run / "manifest"), labels=labels, out=out, split="test"))
+
+
+def write_sweep(run: Path) -> None:
+    """A layer sweep as `measure` writes one, of invented numbers."""
+    (run / "layers1").mkdir()
+    layers = {str(layer): {"pnmi": 0.2 + layer / 10, "perplexity": 4.0, "abx_within_features": 0.2} for layer in range(3)}
+    summary = {"layers": layers, "layer": 2, "chosen_by": "highest PNMI on 'dev'"}
+    write_json(run / "layers1" / "summary.json", summary)
+    draw_layers(summary).savefig(run / "layers1" / "layers.svg", metadata={"Date": None})
+    commit(run / "layers1", "layer-sweep", {"split": "dev"}, {}, ["summary.json", "layers.svg"], choice={})
 
 
 def write_training(folder: Path, kind: str, metric: str, config: dict[str, Any]) -> None:
@@ -93,6 +104,8 @@ def write_run(run: Path, *, text: str | None = "one two three", phones: bool = T
     write_units(run, manifest, "mfcc", {"kind": "mfcc"}, 0.3)
     write_units(run, manifest, "iteration1", {"kind": "encoder", "encoder": "e", "layer": 1}, 0.9)
     write_training(run / "hubert1", "encoder", "prediction_loss", {})
+    if phones:
+        write_sweep(run)
     if lm:
         write_language_model(run)
     if text:
@@ -109,6 +122,7 @@ def write_run(run: Path, *, text: str | None = "one two three", phones: bool = T
         title="A <small> run",
         manifest=str(run / "manifest"),
         pretrain={"iteration1": str(run / "hubert1")},
+        layers={"iteration1": str(run / "layers1")} if phones else {},
         units={name: str(run / f"units_{name}") for name in names},
         labels={name: str(run / f"labels_{name}") for name in names},
         lm=str(run / "lm"),
@@ -155,6 +169,7 @@ def test_the_summary_holds_the_numbers_of_every_stage(full: ReportConfig) -> Non
     assert 0 < summary["units"]["mfcc"]["pnmi"] < summary["units"]["iteration1"]["pnmi"] < 1
     assert summary["units"]["mfcc"]["features"] == "MFCC"
     assert summary["units"]["iteration1"]["layer"] == 1
+    assert summary["layers"]["iteration1"]["layer"] == 2
     lm = summary["lm"]
     assert (lm["bits_per_unit"], lm["unigram_bits_per_unit"], lm["bigram_bits_per_unit"]) == (2.0, 2.5, 2.2)
     assert (lm["perplexity"], lm["bits_per_second"]) == (4.0, 40.0)
@@ -166,7 +181,7 @@ def test_the_page_loads_nothing_from_elsewhere(full: ReportConfig) -> None:
     page = page_of(full)
     loads = Loads(page)
     assert not {"script", "link", "iframe", "object", "embed"} & set(loads.tags)
-    assert len(loads.sources) == 3
+    assert len(loads.sources) == 4  # the curves, the layers, the utterance, the matrix
     assert "url(" not in page
     assert "@import" not in page
     for source in loads.sources:
@@ -187,6 +202,31 @@ def test_the_page_tells_what_the_stages_found(full: ReportConfig) -> None:
     assert "Trained on 5.0 minutes of transcribed speech." in page
     assert "no complete output" not in page
     assert "Left out as unusable: 1 (quarantine.jsonl" in page
+
+
+def test_the_page_has_every_measure_by_units_and_the_plot_of_layers(full: ReportConfig) -> None:
+    page, units = page_of(full), json.loads(Path(full.out, "summary.json").read_text())["units"]
+    for title, key, form in (
+        ("PNMI", "pnmi", ".3f"),
+        ("V-measure", "v_measure", ".3f"),
+        ("phone told from a unit", "phone_accuracy", ".1%"),
+    ):
+        cells = "".join(f"<td>{format(units[name][key], form)}</td>" for name in ("mfcc", "iteration1"))
+        assert f"<tr><td>{title}</td>{cells}</tr>" in page
+    assert "iteration1: layer 2 (highest PNMI on &#39;dev&#39;)" in page
+    assert page.count("no speaker probe: ") == 1  # the same note of both units is given once
+
+
+def test_the_terminal_gets_the_measures_side_by_side(full: ReportConfig) -> None:
+    shown = report(full)
+    lines = as_text(shown).splitlines()
+    assert lines[0].split() == ["mfcc", "iteration1"]
+    pnmi = next(line for line in lines if line.split()[0] == "PNMI").split()[1:]
+    assert pnmi == [f"{shown['units'][name]['pnmi']:.3f}" for name in ("mfcc", "iteration1")]
+    assert any(line.split() == ["layer.iteration1", "2"] for line in lines)
+    assert any(line.split() == ["ctc.wer_scratch", "0.75"] for line in lines)
+    bare = {**shown, "units": {}}
+    assert as_text(bare).splitlines()[0].split()[0] == "audio.hours"
 
 
 def test_text_of_the_corpus_cannot_become_markup(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""ABX and probes over one draw of utterances, for whatever is known of their frames: units, centroids, features of a layer."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pretrain.audio import phone_frames
+from pretrain.manifest import Utterance
+from quantize.abx import Context, Distance, Mode, abx, phone_items
+from quantize.probes import histogram, phone_probe, pooled, speaker_frame_probe, speaker_probe, split_utterances
+
+T = TypeVar("T")
+
+FULL = 10, 5, 10_000  # tokens of a phone in a context and speakers of x, as in Libri-light; frames that a probe learns from
+BRIEF = 5, 3, 5_000
+FEW_CELLS = 100  # of ABX: below, its error is a rough number, and a note says so
+
+
+class Judge:
+    """ABX and probes over one set of utterances, for whatever is known of their frames: units, centroids, features of a layer.
+
+    What cannot be judged (no phones, one speaker, too few tokens) is left out of the results, and `notes` says why. `brief`: for
+    comparing layers, with fewer triples and frames, no ABX of units, and speakers told from units only.
+    """
+
+    def __init__(
+        self, utterances: Sequence[Utterance], *, use_abx: bool = True, context: Context = "triphone", distance: Distance = "angular",
+        use_probes: bool = True, silence: Collection[str] = (), seed: int = 0, brief: bool = False,
+    ):  # fmt: skip
+        self.utterances, self.notes, self.brief = utterances, list[str](), brief
+        self._distance, self._seed = distance, seed
+        self._max_group, self._max_x_across, self._probe_frames = BRIEF if brief else FULL
+        self._aligned = any(utterance.phones is not None for utterance in utterances)
+        if not self._aligned:
+            self._note("no phone alignments: PNMI, purities, ABX and the phone probe need them")
+        use_abx = use_abx and self._aligned
+        self._items = phone_items(utterances, context=context, silence=silence, seed=seed) if use_abx else None
+        self._speakers = [utterance.speaker for utterance in utterances]
+        self._training = split_utterances(self._speakers, seed=seed) if use_probes else None
+
+    @property
+    def ids(self) -> list[str]:
+        return [utterance.id for utterance in self.utterances]
+
+    def of_units(self, labels: Mapping[str, np.ndarray], num_classes: int) -> dict[str, float]:
+        """Of labels (frames,) by utterance: `abx_within`, `abx_across`; `phone_accuracy` and `phone_majority` (its chance);
+        `speaker_accuracy` and `speaker_chance`, of an utterance by its shares of the units; `speaker_frame_accuracy` and
+        `speaker_frame_majority`, of a single unit."""
+        shares = np.stack([histogram(labels[name], num_classes) for name in self.ids])
+        return ({} if self.brief else self.abx(labels, "discrete")) | self.phones(labels) | self.speakers(labels, shares)
+
+    def of_features(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Of features (frames, dim): the same under keys that end in `_features`, of an utterance by its mean, without chances."""
+        found = self.phones(features)
+        if not self.brief:
+            found |= self.speakers(features, np.stack([pooled(features[name]) for name in self.ids]))
+        accuracies = {f"{key}_features": value for key, value in found.items() if key.endswith("accuracy")}
+        return self.abx(features, self._distance, "_features") | accuracies
+
+    def abx(self, features: Mapping[str, np.ndarray], distance: Distance, suffix: str = "") -> dict[str, float]:
+        """ABX error rates, `abx_within` and `abx_across` and the suffix."""
+        scores: dict[str, float] = {}
+        modes: tuple[Mode, ...] = ("within", "across")
+        if self._items is None:
+            return scores
+        for mode in modes:
+            score = abx(
+                self._items, features, mode=mode, distance=distance, max_group=self._max_group, max_x_across=self._max_x_across,
+                seed=self._seed,
+            )  # fmt: skip
+            if score.error is None:
+                self._note(f"no ABX {mode}: {score.reason}")
+            else:
+                scores[f"abx_{mode}{suffix}"] = score.error
+                if score.num_cells < FEW_CELLS:
+                    self._note(f"ABX {mode} rests on {score.num_cells} comparisons of phones in a context only")
+        return scores
+
+    def phones(self, frames: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """How well the phone is told from a frame."""
+        if self._training is None or not self._aligned:
+            return {}
+        pieces = [
+            (phone_frames(utterance.phones, len(frames[utterance.id])), frames[utterance.id]) if utterance.phones else None
+            for utterance in self.utterances
+        ]
+        found = phone_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
+        return self._unless_reason("phone probe", found, ("phone_accuracy", "phone_majority"))
+
+    def speakers(self, frames: Mapping[str, np.ndarray], vectors: np.ndarray) -> dict[str, float]:
+        """How well the speaker is told from an utterance's vector, (utterances, dim), and from a frame."""
+        if self._training is None:
+            return {}
+        found = speaker_probe(vectors, self._speakers, seed=self._seed)
+        if "reason" in found:
+            return self._unless_reason("speaker probe", found, ())
+        named = zip(self._speakers, self.ids, strict=True)
+        pieces = [None if speaker is None else (speaker, frames[name]) for speaker, name in named]
+        found |= speaker_frame_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
+        keys = ("speaker_accuracy", "speaker_chance", "speaker_frame_accuracy", "speaker_frame_majority")
+        return self._unless_reason("speaker probe", found, keys)
+
+    def _halves(self, pieces: Sequence[T | None]) -> tuple[list[T], list[T]]:
+        """What is known of the utterances to learn from, and of those to be judged on."""
+        assert self._training is not None
+        halves: tuple[list[T], list[T]] = [], []
+        for piece, training in zip(pieces, self._training, strict=True):
+            if piece is not None:
+                halves[0 if training else 1].append(piece)
+        return halves
+
+    def _unless_reason(self, what: str, found: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
+        if "reason" in found:
+            self._note(f"no {what}: {found['reason']}")
+            return {}
+        return {key: float(found[key]) for key in keys}
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
