@@ -6,9 +6,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import soundfile
+from sklearn.cluster import KMeans
 from transformers import HubertConfig, HubertModel
 
 from pretrain.config import read_toml
@@ -49,8 +51,10 @@ def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path
         envelope = np.repeat(rng.uniform(0.05, 1, 12 + number % 5), 1600)
         soundfile.write(f"audio/{number:02}.wav", 0.1 * envelope * rng.standard_normal(len(envelope)).clip(-3, 3), 16000)
         Path(f"audio/{number:02}.txt").write_text("one two" if number % 2 else "two one")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": (8,) * 7}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": (8,) * 7}
     HubertModel(HubertConfig(**sizes, num_conv_pos_embedding_groups=2)).save_pretrained("hubert-base-ls960")
+    joblib.dump(KMeans(8, n_init=1, random_state=0).fit(rng.standard_normal((50, 16))), "km.bin")
+    np.save("centroids.npy", rng.standard_normal((8, 39)).astype(np.float32))
     for fence in fences(ROOT / "README.md", "toml"):
         name = re.match(r"# (\S+\.toml)\n", fence)
         assert name is not None, f"the first line of a config says where it goes: {fence}"
