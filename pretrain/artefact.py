@@ -117,7 +117,7 @@ def require_absent(folder: str | Path) -> None:
 
 def library_versions() -> dict[str, str]:
     """Versions of wordless and of the libraries that decide numbers."""
-    names = ["wordless", "torch", "numpy", "faiss-cpu", "safetensors"]
+    names = ["wordless", "torch", "numpy", "faiss-cpu", "faiss-gpu-cu12", "safetensors"]
     versions = {}
     for name in names:
         try:
@@ -147,6 +147,7 @@ def keep_to_plan(folder: Path, plan: dict[str, Any]) -> None:
         write_json(path, plan)
         return
     earlier = json.loads(path.read_text())
-    differing = [f"{key} {earlier.get(key)!r} there, {plan[key]!r} now" for key in plan if earlier.get(key) != plan[key]]
+    keys = dict.fromkeys([*plan, *earlier])
+    differing = [f"{key} {earlier.get(key)!r} there, {plan.get(key)!r} now" for key in keys if earlier.get(key) != plan.get(key)]
     if differing:
         raise ValueError(f"{folder}: holds unfinished work on something else ({'; '.join(differing)}); remove it or change `out`")

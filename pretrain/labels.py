@@ -85,7 +85,10 @@ def commit_labels(
         if (levels := _num_levels(array)) != num_levels:
             raise ValueError(f"{folder}: shard {shard} has {levels} levels, not {num_levels}")
         if array.size and (highest := int(array.max())) >= num_classes:
-            raise ValueError(f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes")
+            raise ValueError(
+                f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes; remove shard_{shard:05d}.npy "
+                "and .parquet, and run the command again"
+            )
     _require_exactly(folder, num_shards, np.concatenate(hashes), np.concatenate(frames), expected_ids, expected_frames)
     files = [f"shard_{shard:05d}{suffix}" for shard in range(num_shards) for suffix in (".npy", ".parquet")]
     return commit(

@@ -72,15 +72,8 @@ class AbxScore:
     reason: str = ""
 
 
-def phone_items(
-    rows: Iterable[Utterance],
-    *,
-    context: Context = "triphone",
-    silence: Collection[str] = (),
-    max_utterances: int | None = None,
-    seed: int = 0,
-) -> Items:
-    """The tokens of every utterance (of `max_utterances` drawn by the seed) that has phones and a speaker.
+def phone_items(rows: Iterable[Utterance], *, context: Context = "triphone", silence: Collection[str] = ()) -> Items:
+    """The tokens of every utterance that has phones and a speaker.
 
     "triphone": a token is a phone with its two neighbours, first to last frame, and is compared with tokens of the same
     neighbours: /bag/ with /beg/. "phoneme": the phone's own frames, the same neighbours. "any": the phone's own frames, whatever
@@ -90,9 +83,6 @@ def phone_items(
     Tokens without a frame are left out, as in Libri-light.
     """
     usable = [utterance for utterance in rows if utterance.phones and utterance.speaker is not None]
-    if max_utterances is not None and len(usable) > max_utterances:
-        chosen = np.random.default_rng(seed).permutation(len(usable))[:max_utterances]
-        usable = [usable[number] for number in np.sort(chosen)]
     spans: list[tuple[int, int]] = []
     names: list[tuple[str, str, str, str]] = []
     for utterance in usable:
@@ -176,7 +166,8 @@ def abx(
     `max_group` tokens stand for a phone in a context of a speaker and, across, at most `max_x_across` other speakers say x
     (Libri-light: 10 and 5; None: all), drawn by the seed.
 
-    float64 features are compared in float64, others in float32. A frame of zeros is as far as can be from any that is not.
+    Frame distances are rounded to 2^-16 (quantize/dtw.py), so that tokens that are equally far tie, and scores are the same however
+    the work is cut. A frame of zeros is as far as can be from any that is not.
     Missing or non-finite features and arrays of the wrong form or length are ValueErrors.
     """
     items = draw_tokens(_within_features(items, features, distance), max_group, seed)

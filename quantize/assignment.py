@@ -2,7 +2,7 @@
 
 A label is a function of the frame and the centroids: FAISS finds the two nearest centroids of a point in float32; where the
 two are closer than float32 can tell, the distances are computed in float64 and the lowest index wins a tie. Chunks, threads and
-processors do not matter. FAISS is imported here and nowhere else, and works in threads of this module.
+processors do not matter. FAISS is imported here alone, and works in threads of this module.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -43,12 +44,13 @@ def _import_faiss() -> ModuleType:
 
 faiss = _import_faiss()
 R = TypeVar("R")
+_gpu_turn = Lock()  # FAISS's GPU resources serve one thread at a time
 
 
 @cache
 def _num_threads() -> int:
-    """As many as OMP_NUM_THREADS says. With a GPU one, as FAISS's GPU resources belong to one thread."""
-    return 1 if faiss.get_num_gpus() else int(faiss.omp_get_max_threads())
+    """As many as OMP_NUM_THREADS says."""
+    return int(faiss.omp_get_max_threads())
 
 
 @cache
@@ -92,21 +94,26 @@ def nearest_in_block(block: np.ndarray, centroids: np.ndarray, first_row: int) -
     """`nearest` of one block of rows, float32 and contiguous, in this thread; `first_row` is its place, for the message."""
     norms = np.sqrt(np.einsum("nd,nd->n", block, block))
     if not np.isfinite(norms).all():
-        raise ValueError(f"features: NaN or infinity in frame {first_row + int(np.flatnonzero(~np.isfinite(norms))[0])}")
+        row = int(np.flatnonzero(~np.isfinite(norms))[0])
+        what = "values whose squares float32 cannot hold" if np.isfinite(block[row]).all() else "NaN or infinity"
+        raise ValueError(f"features: {what} in frame {first_row + row}")
     if len(centroids) == 1:
         return np.zeros(len(block), dtype=np.int64)
     if faiss.get_num_gpus():
-        distances, indices = faiss.knn_gpu(_gpu(), block, centroids, 2)
+        with _gpu_turn:
+            distances, indices = faiss.knn_gpu(_gpu(), block, centroids, 2)
     else:
         distances, indices = faiss.knn(block, centroids, 2)  # (rows, 2), ascending
     # Rounding of |x|² + |c|² - 2x·c in float32: at most dim roundings each of half an ulp; eight standard deviations of
     # their random walk where that is less. Relative to (|x| + |c|)², and |c| ≤ |x| + d for any centroid that can win.
     dim = block.shape[1]
     unit = (min(dim, 8 * dim**0.5) + 8) * 2.0**-24
-    error = unit * (2 * norms + np.sqrt(np.maximum(distances[:, 0], 0))) ** 2
+    error = (
+        unit * (2 * norms + np.sqrt(np.maximum(distances[:, 0], 0))) ** 2 + dim * 2.0**-148
+    )  # the last: squares too small for float32
     labels: np.ndarray = indices[:, 0].astype(np.int64)
     unsure = np.flatnonzero(distances[:, 1] - distances[:, 0] <= 2 * error)
-    step = max(1, 2**24 // centroids.size)  # every centroid may be a candidate of every row: at most 128 MB
+    step = max(1, 2**22 // centroids.size)  # every centroid may be a candidate of every row: some 128 MB a thread, or one row
     for start in range(0, len(unsure), step):
         rows = unsure[start : start + step]
         labels[rows] = _resolve(block[rows], centroids, error[rows])

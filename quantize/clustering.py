@@ -125,9 +125,8 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
     for level, found in enumerate(fit.levels):
         if found.num_empty:
             where = f" of level {level}" if config.levels > 1 else ""
-            console.print(
-                f"{config.out}: {found.num_empty} of {config.num_classes} classes{where} are empty: the sample has fewer distinct frames"
-            )
+            why = "the sample has fewer distinct frames" if found.converged else "stopped by max_iterations"
+            console.print(f"{config.out}: {found.num_empty} of {config.num_classes} classes{where} are empty: {why}")
     by_level = [asdict(level) for level in fit.levels]
     statistics = by_level[0] | {"frames": sample.size, "utterances": len(sample), **_speakers(sample), **choice}
     write_codebook(

@@ -4,8 +4,12 @@ The distance of two tokens is the cost of the cheapest path through their frame 
 both, divided by the path's length (Libri-light's and fastabx's). Of equal predecessors the path takes the diagonal, then the
 one a column back, then the one a row back: lengths, and with them distances, depend on which token is the row where such ties
 are, so both directions come out, of one pass.
+
+Frame distances are rounded to a grid of 2^-16 (by 8e-6 at most), on which the sums along paths are exact: tokens that are equally far are
+so to the last bit, whichever way and in whatever company they are aligned.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -13,6 +17,8 @@ import numpy as np
 
 BATCH = 2**22  # frame distances held at a time: 16 MB, and enough pairs that many are of one shape
 CHUNK = 2**17  # frame distances aligned at a time: they and their indices stay in the cache
+GRID = 2**16  # steps of frame distances in 1
+GREATEST = {"angular": 1, "cosine": 2, "discrete": 1}  # frame distance
 
 
 class Spans(NamedTuple):
@@ -30,8 +36,8 @@ class Tokens:
     "discrete" is 0 where two labels are equal and 1 where not. A cosine within 1e-6 of ±1 counts as ±1: in float32 a frame's
     cosine with itself is not quite 1, and arccos would make a distance of 1e-4 of that.
 
-    Equal frames are one frame: what ties, as it does wherever frames are centroids, must not be told apart by the last bit of a
-    matrix product, and there is less to multiply.
+    Matrix products are in float64: their last bits depend on the place in the matrix, in float32 that would put one distance in a hundred
+    on another step of the grid, here one in 10^10. Equal frames, as centroids are, are one frame, so that there is less to multiply.
     """
 
     def __init__(self, ids: list[str], spans: Spans, features: Mapping[str, np.ndarray], distance: str):
@@ -51,10 +57,11 @@ class Tokens:
             parts.append(values[used] if distance == "discrete" else _unit_length(values[used], name))
             total += len(parts[-1])
         frames = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)  # (total, dim), or (total,) of labels
-        keys = frames if frames.ndim == 1 else np.array([hash(frame.tobytes()) for frame in frames], np.int64)
-        _, first, self._frame = np.unique(keys, return_index=True, return_inverse=True)
-        self._distinct = frames[first]
-        self.dtype = np.dtype(np.float32) if distance == "discrete" else frames.dtype
+        self._frame, first = _numbered(frames)
+        self._distinct = frames if len(first) == len(frames) else frames[first]
+        # A cheapest path costs no more than the one along the diagonal and then an edge: as many frames as the longer token has.
+        exact_in_float32 = int(self.length.max(initial=0)) * GREATEST[distance] * GRID <= 2**24
+        self.dtype = np.dtype(np.float32 if exact_in_float32 else np.float64)
 
     def costs(self, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         """Distances of the tokens' frames, (frames of rows, frames of cols), one token after the other."""
@@ -75,7 +82,8 @@ class Tokens:
         return self._frame[np.arange(ends[-1]) + np.repeat(self._start[tokens] - ends + length, length)]
 
     def _distances(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        cosine = a @ b.T
+        wide = a.astype(np.float64)
+        cosine = wide @ (wide if b is a else b.astype(np.float64)).T
         cosine[cosine > 1 - 1e-6] = 1
         cosine[cosine < -1 + 1e-6] = -1
         empty_a, empty_b = ~a.any(axis=1), ~b.any(axis=1)
@@ -84,10 +92,25 @@ class Tokens:
             cosine[:, empty_b] = -1
             cosine[np.ix_(empty_a, empty_b)] = 1
         if self._distance == "cosine":
-            return np.subtract(1, cosine, out=cosine)
-        angle = np.arccos(cosine, out=cosine)
-        angle /= np.pi
-        return angle
+            distances = np.subtract(1, cosine, out=cosine)
+            distances *= GRID
+        else:
+            distances = np.arccos(cosine, out=cosine)
+            distances *= GRID / np.pi
+        np.rint(distances, out=distances)
+        distances /= GRID
+        return distances.astype(self.dtype)
+
+
+def _numbered(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each frame (n, dim) or label (n,) among the distinct ones, and where each of those is first; both (…,) int64."""
+    if frames.ndim == 1:
+        _, first, number = np.unique(frames, return_index=True, return_inverse=True)
+        return number, first
+    numbers: dict[bytes, int] = {}  # by digest: the bytes themselves would be the features again
+    digests = (hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in frames)
+    number = np.fromiter((numbers.setdefault(digest, len(numbers)) for digest in digests), np.int64, len(frames))
+    return number, np.unique(number, return_index=True)[1]
 
 
 def _once(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -121,7 +144,7 @@ def aligned(tokens: Tokens, blocks: Iterable[Block]) -> Iterator[tuple[Block, np
     waiting: list[tuple[Block, np.ndarray]] = []
     size = 0
     for block in blocks:
-        found = np.empty((2, len(block.r)), tokens.dtype)
+        found = np.empty((2, len(block.r)))
         waiting.append((block, found))
         full = False
         for piece, place in _pieces(tokens, block):
@@ -179,9 +202,9 @@ def warped(
     """Mean cost along the best path of each pair, (2, pairs): as it is, and with rows and columns exchanged.
 
     Frame distance (i, j) of a pair is costs[first + i * row_step + j * col_step], 0 <= i < num_rows, 0 <= j < num_cols; the other
-    arguments are (pairs,) int64, `costs` is flat.
+    arguments are (pairs,) int64, `costs` is flat. Means are float64, in which those of different sums over lengths differ.
     """
-    out = np.empty((2, len(first)), costs.dtype)
+    out = np.empty((2, len(first)))
     tall = num_rows > num_cols  # exchanged: with the shorter token as rows there are half as many shapes and shorter diagonals
     n, m = np.where(tall, num_cols, num_rows), np.where(tall, num_rows, num_cols)
     row_step, col_step = np.where(tall, col_step, row_step), np.where(tall, row_step, col_step)
@@ -212,7 +235,7 @@ def _warped(
     sums = np.full((3, N + 1, P), np.inf, costs.dtype)
     lengths = np.ones((3, 2, N + 1, P), costs.dtype)
     sums[0, 1] = lattice[0]
-    out = np.empty((2, P), costs.dtype)
+    out = np.empty((2, P))
     ends = n + m - 2
     for k in range(int(ends.max()) + 1):
         low, high = max(0, k - M + 1), min(k, N - 1) + 1
@@ -233,7 +256,7 @@ def _warped(
             length += 1
         done = np.flatnonzero(ends == k)
         if len(done):
-            out[:, done] = sums[here, n[done], done] / lengths[here, :, n[done], done].T
+            out[:, done] = sums[here, n[done], done].astype(np.float64) / lengths[here, :, n[done], done].T
     return out
 
 

@@ -153,6 +153,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
 
 def _encode_part(plan: Plan) -> None:
+    if (plan.out / "plan.json").is_file():  # refuse before anything is loaded; a new plan is written after that
+        keep_to_plan(plan.out, plan.identity())
     todo = sum(plan.seconds[shard] for shard in plan.part if not shard_stands(plan.out, shard))
     total = sum(plan.seconds[shard] for shard in plan.part)
     with progress("encode", total=total, unit="s", done=total - todo) as advance:

@@ -6,6 +6,8 @@ for bit, rounded to float32 if they were float64, and a label is the exact argmi
 """
 
 import json
+import tokenize
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,8 +104,20 @@ def read_centroid_file(path: Path, allow_pickle: bool) -> tuple[str, dict[str, n
         head = file.read(16)
     if head.startswith(b"\x93NUMPY"):
         try:
-            return "npy", {"": np.load(path, allow_pickle=False)}
-        except (ValueError, EOFError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a header that Python reads with a frown
+                return "npy", {"": np.load(path, allow_pickle=False)}
+        except (
+            ValueError,
+            EOFError,
+            SyntaxError,
+            tokenize.TokenError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+            MemoryError,
+        ) as error:
+            # NumPy reads the header as Python text, which fails in as many ways.
             raise ValueError(f"{path}: damaged, or an array of objects ({error})") from None
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "safetensors", _read_safetensors(path)

@@ -54,6 +54,7 @@ KNOWN = {
     "numpy.random._pickle.__randomstate_ctor", "numpy.random._pickle.__bit_generator_ctor",
 }  # fmt: skip
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
+LARGEST = 8 * 2**16 * 2**12 + 2**29  # bytes: 65,536 centroids of 4,096 dimensions in float64, and half a gigabyte for all else
 PLAIN = {"int_or_bool", "int", "float", "str", "bytes", "bytearray", "bytes_or_str"}
 VALUES = {  # opcodes whose argument is the value they push
     code.name
@@ -66,7 +67,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a pickle or joblib file: a k-means' `cluster_centers_`, those of a dict by name, or one alone by the name "".
 
     A ValueError names the file: damaged; holding something else; naming what no k-means needs; of a joblib before 0.10, or
-    compressed with lz4.
+    compressed with lz4; larger than any k-means, unpacked if it is packed.
     """
     data = _decompress(path)
     try:
@@ -115,6 +116,8 @@ def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise TypeError("an array without a shape")
     data = data.encode("latin-1") if isinstance(data, str) else data  # as Python 2 wrote them
+    if endian not in ("<", ">", "=", "|"):  # "O,", say, would make an array of objects of it
+        raise TypeError("an array without a byte order")
     kind = np.dtype(endian + code)
     if isinstance(data, io.BytesIO):  # in place, as joblib writes it
         data = data.read(math.prod(shape) * kind.itemsize)
@@ -233,6 +236,9 @@ def _make(maker: Any, arguments: Any) -> Any:
 
 def _decompress(path: Path) -> bytes:
     """The bytes of a file that joblib may have compressed."""
+    too_large = f"{path}: holds more than {LARGEST:,} bytes, as no codebook does, so it is not read.\n{_remedy(path)}"
+    if path.stat().st_size > LARGEST:
+        raise ValueError(too_large)
     data = path.read_bytes()
     if data.startswith((b"\x04\x22\x4d\x18", b"ZF")):
         how = "by a joblib before 0.10" if data.startswith(b"ZF") else "with lz4"
@@ -247,11 +253,11 @@ def _decompress(path: Path) -> bytes:
     else:
         return data
     try:
-        plain: bytes = decoder.decompress(data)
+        plain: bytes = decoder.decompress(data, LARGEST)
     except (zlib.error, OSError, lzma.LZMAError) as error:
         raise ValueError(f"{path}: damaged ({error}); was it downloaded whole?") from None
     if not decoder.eof:
-        raise ValueError(f"{path}: cut short; was it downloaded whole?")
+        raise ValueError(too_large if len(plain) == LARGEST else f"{path}: cut short; was it downloaded whole?")
     return plain
 
 

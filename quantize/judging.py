@@ -1,6 +1,6 @@
 """ABX and probes over one draw of utterances, for whatever is known of their frames: units, centroids, features of a layer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.audio import phone_frames
 from pretrain.manifest import Utterance
 from quantize.abx import Context, Distance, Mode, abx, phone_items
-from quantize.probes import histogram, phone_probe, pooled, speaker_frame_probe, speaker_probe, split_utterances
+from quantize.probes import MAX_ITERATIONS, histogram, phone_probe, pooled, speaker_frame_probe, speaker_probe, split_utterances
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Judge:
         if not self._aligned:
             self._note("no phone alignments: PNMI, purities, ABX and the phone probe need them")
         use_abx = use_abx and self._aligned
-        self._items = phone_items(utterances, context=context, silence=silence, seed=seed) if use_abx else None
+        self._items = phone_items(utterances, context=context, silence=silence) if use_abx else None
         self._speakers = [utterance.speaker for utterance in utterances]
         self._training = split_utterances(self._speakers, seed=seed) if use_probes else None
 
@@ -47,14 +47,14 @@ class Judge:
         """Of labels (frames,) by utterance: `abx_within`, `abx_across`; `phone_accuracy` and `phone_majority` (its chance);
         `speaker_accuracy` and `speaker_chance`, of an utterance by its shares of the units; `speaker_frame_accuracy` and
         `speaker_frame_majority`, of a single unit."""
-        shares = np.stack([histogram(labels[name], num_classes) for name in self.ids])
-        return ({} if self.brief else self.abx(labels, "discrete")) | self.phones(labels) | self.speakers(labels, shares)
+        found = {} if self.brief else self.abx(labels, "discrete")
+        return found | self.phones(labels) | self.speakers(labels, lambda units: histogram(units, num_classes))
 
     def of_features(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Of features (frames, dim): the same under keys that end in `_features`, of an utterance by its mean, without chances."""
         found = self.phones(features)
         if not self.brief:
-            found |= self.speakers(features, np.stack([pooled(features[name]) for name in self.ids]))
+            found |= self.speakers(features, pooled)
         accuracies = {f"{key}_features": value for key, value in found.items() if key.endswith("accuracy")}
         return self.abx(features, self._distance, "_features") | accuracies
 
@@ -88,18 +88,18 @@ class Judge:
         found = phone_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
         return self._unless_reason("phone probe", found, ("phone_accuracy", "phone_majority"))
 
-    def speakers(self, frames: Mapping[str, np.ndarray], vectors: np.ndarray) -> dict[str, float]:
-        """How well the speaker is told from an utterance's vector, (utterances, dim), and from a frame."""
+    def speakers(self, frames: Mapping[str, np.ndarray], vector: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """How well the speaker is told from an utterance's vector, (frames, …) to (dim,), and from a frame."""
         if self._training is None:
             return {}
-        found = speaker_probe(vectors, self._speakers, seed=self._seed)
-        if "reason" in found:
-            return self._unless_reason("speaker probe", found, ())
+        found = speaker_probe(np.stack([vector(frames[name]) for name in self.ids]), self._speakers, seed=self._seed)
+        told = self._unless_reason("speaker probe", found, ("speaker_accuracy", "speaker_chance"))
+        if not told:
+            return {}
         named = zip(self._speakers, self.ids, strict=True)
         pieces = [None if speaker is None else (speaker, frames[name]) for speaker, name in named]
-        found |= speaker_frame_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
-        keys = ("speaker_accuracy", "speaker_chance", "speaker_frame_accuracy", "speaker_frame_majority")
-        return self._unless_reason("speaker probe", found, keys)
+        found = speaker_frame_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
+        return told | self._unless_reason("speaker probe of frames", found, ("speaker_frame_accuracy", "speaker_frame_majority"))
 
     def _halves(self, pieces: Sequence[T | None]) -> tuple[list[T], list[T]]:
         """What is known of the utterances to learn from, and of those to be judged on."""
@@ -114,6 +114,8 @@ class Judge:
         if "reason" in found:
             self._note(f"no {what}: {found['reason']}")
             return {}
+        if found.get("stopped"):
+            self._note(f"a {what} stopped after {MAX_ITERATIONS} iterations: it might have told a little more or less")
         return {key: float(found[key]) for key in keys}
 
     def _note(self, note: str) -> None:

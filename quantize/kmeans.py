@@ -28,6 +28,7 @@ from quantize.rows import Rows
 
 SEEDING_BLOCK = 2048  # rows per thread in k-means++; its float32 distances decide, so this is part of the algorithm
 SEEDING_POINTS = 48  # k-means++ and the first iterations look at this many points per class at most
+SEEDING_BYTES = 2 * 10**9  # in so much memory, if that is a point a class at least
 SKETCH = 128  # dimensions that k-means++ sees of more
 WARM_ITERATIONS, WARM_TOLERANCE = 10, 1e-3  # on those points, before the whole sample is read
 SAVE_SECONDS = 20.0  # between states of an unfinished fit
@@ -42,7 +43,7 @@ class LevelFit:
     iterations: int  # over the whole sample
     converged: bool  # False: stopped by max_iterations
     empty_reseeded: int  # classes that lost all points on the way and were put elsewhere
-    num_empty: int  # classes without a point at the end: more classes than distinct points
+    num_empty: int  # classes without a point at the end: more classes than distinct points, or stopped by max_iterations
     largest_share: float  # of the rows, in the largest class
     restart: int = 0  # which of the restarts won
 
@@ -73,8 +74,8 @@ def kmeans(
     iteration, so that the nearest centroid of a centred row of any length is the one of the largest cosine. Inertia is that
     of the unit rows. With several levels: ValueError.
 
-    `state`: a file to go on from after an interruption, to the bytes of an uninterrupted fit. Written every 20 s and after each
-    restart and level; the caller removes it. A state of other arguments or points: ValueError.
+    `state`: a file to go on from after an interruption, to the bytes of an uninterrupted fit. Written every 20 s at most and after each
+    start, restart and level; the caller removes it. A state of other arguments or points: ValueError.
     """
     options = {"num_classes": num_classes, "levels": levels, "restarts": restarts, "max_iterations": max_iterations}
     for name, value in options.items():
@@ -92,6 +93,7 @@ def kmeans(
             while len(work.levels) == level:  # until the last of its restarts
                 if work.run is None:
                     work.run = _start(rows, num_classes, np.random.default_rng([seed, work.restart, level]))
+                    work.save(after=SAVE_SECONDS)
                 found = _lloyd(rows, work.run, max_iterations, tolerance, partial(_report, work, advance))
                 advance(max_iterations - found[1].iterations)
                 work.finish_run(found)
@@ -193,7 +195,8 @@ def _draw_far(rows: Rows, centroids: np.ndarray, labels: np.ndarray, count: int,
 
 def _start(rows: Rows, num_classes: int, rng: np.random.Generator) -> _Run:
     """A run before its first iteration: k-means++ and a few iterations on a random part of the rows give its centroids."""
-    count = min(len(rows), max(SEEDING_POINTS * num_classes, 10_000))
+    count = max(SEEDING_POINTS * num_classes, 10_000)
+    count = min(len(rows), max(num_classes, min(count, SEEDING_BYTES // (4 * rows.dim))))
     part = rows[np.sort(rng.choice(len(rows), size=count, replace=False))]
     if rows.spherical and part.any():
         part = part[part.any(axis=1)]  # a centroid needs a direction
@@ -296,17 +299,18 @@ class _Unfinished:
             with safe_open(path, framework="np") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 plan, state = (json.loads(file.metadata()[key]) for key in ("plan", "state"))
+            variance, mean = state["variance"], tensors["mean"]
+            fits = [(tensors[f"fit.{number}"], LevelFit(**fit)) for number, fit in enumerate(state["fits"])]
+            num_levels, restart, run = state["levels"], state["restart"], None
+            if "run" in state:
+                run = _Run(tensors["run"], np.random.default_rng(), **state["run"])
+                run.rng.bit_generator.state = state["rng"]
         except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not the state of a k-means fit ({error}); remove it to start again") from None
         differing = [f"{key} {plan.get(key)!r} there, {value!r} now" for key, value in self.plan.items() if plan.get(key) != value]
-        if not differing and (state["variance"] != self.variance or not np.array_equal(tensors["mean"], self.mean)):
+        if not differing and (variance != self.variance or not np.array_equal(mean, self.mean)):
             differing = ["points of another mean or variance"]
         if differing:
             raise ValueError(f"{path}: the state of another k-means fit ({'; '.join(differing)}); remove it to start again")
-        fits = [(tensors[f"fit.{number}"], LevelFit(**fit)) for number, fit in enumerate(state["fits"])]
-        self.levels, self.restart = fits[: state["levels"]], state["restart"]
-        self.best = fits[-1] if len(fits) > len(self.levels) else None
-        if "run" in state:
-            rng = np.random.default_rng()
-            rng.bit_generator.state = state["rng"]
-            self.run = _Run(tensors["run"], rng, **state["run"])
+        self.levels, self.restart, self.run = fits[:num_levels], restart, run
+        self.best = fits[-1] if len(fits) > num_levels else None

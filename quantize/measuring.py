@@ -35,8 +35,8 @@ from quantize.quality import (
     rate_metrics,
     usage_metrics,
 )
-from quantize.sampling import VISIT, require_finite
-from quantize.sweep import SWEEP_FRAMES, draw_layers, draw_utterances, frame_file, layer_text, recommend, sweep_layers
+from quantize.sampling import require_finite
+from quantize.sweep import SWEEP_FRAMES, draw_layers, draw_utterances, frame_file, layer_text, plan_sweep, recommend, sweep_layers
 
 JUDGED_FRAMES = 200_000  # 67 minutes: with a codebook of 768 dimensions, 1.2 GB of disk for the features and centroids meanwhile
 
@@ -128,17 +128,23 @@ def measure_units(config: MeasureConfig) -> dict[str, Any]:
         **rate_metrics(counts[0], unit_counts[0], labels.frame_rate_hz, num_levels),
         **(level_metrics(counts, joint_counts, labels.frame_rate_hz) if num_levels > 1 else {}),
     }
+    notes: list[str] = []
     if matrix.any():
         silent = np.isin(phones, config.silence)
         summary |= {
             "frames_with_phones": int(matrix.sum()),
             "num_phones": len(phones),
             **phone_metrics(matrix),
-            "pnmi_speech": phone_metrics(matrix[~silent])["pnmi"],
             "silence_share": float(matrix[silent].sum() / matrix.sum()),
         }
+        if matrix[~silent].any():
+            summary["pnmi_speech"] = phone_metrics(matrix[~silent])["pnmi"]
+        else:
+            notes.append("no PNMI without silence: every phone is one of `silence`")
     if config.abx or config.probes or source is not None:
-        summary |= judge_units(config, rows, labels, codebook, source)
+        judged, more_notes = judge_units(config, rows, labels, codebook, source)
+        summary, notes = summary | judged, notes + more_notes
+    summary |= {"notes": notes} if notes else {}
     write_json(out / "summary.json", summary)
     write_json(out / "phones.json", phones)
     with atomic_path(out / "joint.npy") as temporary, open(temporary, "wb") as file:
@@ -157,8 +163,8 @@ def by_level(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 def judge_units(
     config: MeasureConfig, rows: Manifest, labels: Labels, codebook: Codebook | None, source: FeatureSource | None
-) -> dict[str, Any]:
-    """ABX and probes of the units of drawn utterances, and of their features where there is a source; `notes` on what is missing."""
+) -> tuple[dict[str, Any], list[str]]:
+    """ABX and probes of the units of drawn utterances, and of their features where there is a source; notes on what is missing."""
     utterances = draw_utterances(rows, config.frames or JUDGED_FRAMES, config.seed)
     judge = Judge(
         utterances, use_abx=config.abx, context=config.abx_context, distance=config.abx_distance, use_probes=config.probes,
@@ -169,7 +175,7 @@ def judge_units(
     found |= judge.of_units({name: levels[:, 0] for name, levels in units.items()}, labels.num_classes)
     if codebook is not None and source is not None:
         found |= judge_features(config, judge, utterances, units, codebook, source)
-    return found | ({"notes": judge.notes} if judge.notes else {})
+    return found, judge.notes
 
 
 def judge_features(
@@ -179,12 +185,13 @@ def judge_features(
     """ABX and probes of the features and ABX of the centroids that stand for them; what quantising loses at each level.
 
     `quantisation_error` is the mean squared distance of a frame to its centroids' sum over the variance of the frames, 1 being
-    what the frames' mean alone would give.
+    what the frames' mean alone would give. Spherical centroids are directions: there is no distance to them that could be compared.
     """
+    spherical = bool(codebook.meta["config"].get("spherical"))
     total = sum(utterance.num_frames for utterance in utterances)
     stored = frame_file(config.out, (2, total, codebook.dim))
     features, centroids = dict[str, np.ndarray](), dict[str, np.ndarray]()
-    errors, squares, sums, done, count = np.zeros(codebook.num_levels), 0.0, np.zeros(codebook.dim), 0, 0
+    errors, squares, sums, done = np.zeros(codebook.num_levels), 0.0, np.zeros(codebook.dim), 0
     with progress("features", total=sum(u.length for u in utterances) / SAMPLE_RATE, unit="s") as advance:
         for utterance, found in source.features(utterances):
             require_finite(utterance, found)
@@ -193,20 +200,23 @@ def judge_features(
             found, levels = found[: used.stop - used.start], levels[: used.stop - used.start]
             stored[0, used], stored[1, used] = found, codebook.decode(levels)
             features[utterance.id], centroids[utterance.id] = stored[0, used], stored[1, used]
+            done = used.stop
+            advance(utterance.length / SAMPLE_RATE)
+            if spherical:
+                continue
             residual = found.astype(np.float64) - codebook.mean
             squares, sums = squares + np.square(residual).sum(), sums + residual.sum(axis=0)
             for level, centroid in enumerate(codebook.centroids):
                 residual -= centroid[levels[:, level]]
                 errors[level] += np.square(residual).sum()
-            done, count = used.stop, count + len(levels)
-            advance(utterance.length / SAMPLE_RATE)
-    variance = squares - np.square(sums).sum() / max(1, count)
-    relative = [float(error / variance) if variance > 0 else 0.0 for error in errors]
-    scores: dict[str, Any] = {"quantisation_error": relative[-1]}
-    scores |= {"quantisation_error_by_level": relative} if len(relative) > 1 else {}
-    if codebook.meta["config"].get("spherical"):
-        scores = {}  # its centroids are directions: there is no distance to them that could be compared with the variance
+    scores: dict[str, Any] = {}
+    if spherical:
         judge.notes.append("no quantisation error: the codebook is spherical, and its centroids are directions")
+    else:
+        variance = squares - np.square(sums).sum() / max(1, done)
+        relative = [float(error / variance) if variance > 0 else 0.0 for error in errors]
+        scores = {"quantisation_error": relative[-1]}
+        scores |= {"quantisation_error_by_level": relative} if len(relative) > 1 else {}
     return scores | judge.abx(centroids, config.abx_distance, "_centroids") | judge.of_features(features)
 
 
@@ -247,16 +257,15 @@ def measure_layers(config: MeasureConfig) -> dict[str, Any]:
     layers = list(range(num_layers + 1)) if config.layers == "all" else sorted(set(config.layers))
     if layers[-1] > num_layers:
         raise ValueError(f"layers: {layers[-1]} does not exist; {config.encoder} has layers 0 to {num_layers}")
-    frames = config.frames or SWEEP_FRAMES
-    drawn = draw_utterances(rows, frames, config.seed)
-    judged = list({utterance.id: utterance for utterance in [*draw_utterances(rows, VISIT * frames, config.seed), *drawn]}.values())
+    budget, judged = plan_sweep(rows, config.num_classes, config.seed, config.frames)
+    names = {utterance.id for utterance in judged}
+    drawn = [utterance for utterance in draw_utterances(rows, config.frames or SWEEP_FRAMES, config.seed) if utterance.id in names]
     judge = Judge(
         drawn, use_abx=config.abx, context=config.abx_context, distance=config.abx_distance, use_probes=config.probes,
         silence=config.silence, seed=config.seed, brief=True,
     )  # fmt: skip
     found = sweep_layers(
-        fit_rows, judged, source, layers, config.num_classes, frames=max(frames, 20 * config.num_classes), seed=config.seed,
-        folder=out, judge=judge,
+        fit_rows, judged, source, layers, config.num_classes, frames=budget, seed=config.seed, folder=out, judge=judge,
     )  # fmt: skip
     choice = recommend(layers, found, config.split)
     summary: dict[str, Any] = {

@@ -1,7 +1,8 @@
 """What a linear classifier can read from units or features: the phone of a frame, and the speaker of an utterance.
 
 Units should tell the phone and not the speaker. Both probes learn on some utterances and are judged on others; what cannot be
-done (one speaker, no phones) comes back as {"reason": why} instead of figures.
+done (one speaker, no phones) comes back as {"reason": why} instead of figures. A regression that stops at `MAX_ITERATIONS` adds
+`stopped`, True, to its figures.
 """
 
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+MAX_ITERATIONS = 100  # of L-BFGS: the last digits of a probe are not worth the minutes
 MIN_PER_SPEAKER = 2  # utterances: one to learn from and one to be judged on
 Frames = tuple[np.ndarray, np.ndarray]  # names (frames,) of str, "" where there is none; features (frames, dim) or labels (frames,)
 
@@ -48,7 +50,7 @@ def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: 
     chosen = np.concatenate(kept)
     truth = np.repeat(np.arange(len(kept)), [len(mine) for mine in kept])
     training = split_utterances(speakers, seed=seed)[chosen]
-    found = _regression(vectors[chosen[training]], truth[training], vectors[chosen[~training]], balanced=True)
+    found, stopped = _regression(vectors[chosen[training]], truth[training], vectors[chosen[~training]], balanced=True)
     right = found == truth[~training]
     shares = np.bincount(truth[~training], right) / np.bincount(truth[~training])
     return {
@@ -56,6 +58,7 @@ def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: 
         "speaker_chance": 1 / len(kept),
         "num_speakers": len(kept),
         "speaker_utterances": len(right),
+        **stopped,
     }
 
 
@@ -68,8 +71,7 @@ def phone_probe(train: Sequence[Frames], test: Sequence[Frames], *, max_frames: 
     commonest phone, are shares of the `phone_frames` judged. Frames without a phone, "", are left out; a phone that only `test`
     has is never told.
     """
-    found = _frame_probe(_known(train), _known(test), "phone", max_frames, seed)
-    return found if isinstance(found, dict) else dict(zip(("phone_accuracy", "phone_majority", "phone_frames"), found, strict=True))
+    return _frame_probe(_known(train), _known(test), "phone", "phone", max_frames, seed)
 
 
 def speaker_frame_probe(
@@ -81,15 +83,11 @@ def speaker_frame_probe(
     `speaker_frame_majority` and `speaker_frames`, or a `reason`. Train and test hold other utterances of the same speakers.
     """
     learnt, judged = (_known([(np.full(len(frames), speaker), frames) for speaker, frames in half]) for half in (train, test))
-    found = _frame_probe(learnt, judged, "speaker", max_frames, seed)
-    names = ("speaker_frame_accuracy", "speaker_frame_majority", "speaker_frames")
-    return found if isinstance(found, dict) else dict(zip(names, found, strict=True))
+    return _frame_probe(learnt, judged, "speaker", "speaker_frame", max_frames, seed)
 
 
-def _frame_probe(
-    learnt: Frames | None, judged: Frames | None, what: str, max_frames: int, seed: int
-) -> tuple[float, float, int] | dict[str, Any]:
-    """(accuracy, that of train's commonest name, frames judged) of the names of frames, or why there is none."""
+def _frame_probe(learnt: Frames | None, judged: Frames | None, what: str, key: str, max_frames: int, seed: int) -> dict[str, Any]:
+    """Accuracy, that of train's commonest name, and frames judged, of the names of frames, or why there is none."""
     if learnt is None or judged is None:
         return {"reason": f"no frames with a {what} to {'learn from' if learnt is None else 'be judged on'}"}
     names, truth = np.unique(learnt[0], return_inverse=True)
@@ -98,14 +96,20 @@ def _frame_probe(
     numbers = {name: number for number, name in enumerate(names.tolist())}
     wanted = np.array([numbers.get(name, -1) for name in judged[0].tolist()])
     majority = int(np.bincount(truth).argmax())
+    stopped: dict[str, bool] = {}
     if learnt[1].ndim == 1:
         found = _commonest(learnt[1], truth, judged[1], majority)
     else:
         rng = np.random.default_rng(seed)
         mine, theirs = (np.sort(rng.permutation(len(frames))[:max_frames]) for _, frames in (learnt, judged))
         wanted = wanted[theirs]
-        found = _regression(learnt[1][mine], truth[mine], judged[1][theirs], balanced=False)
-    return float((found == wanted).mean()), float((wanted == majority).mean()), len(wanted)
+        found, stopped = _regression(learnt[1][mine], truth[mine], judged[1][theirs], balanced=False)
+    return {
+        f"{key}_accuracy": float((found == wanted).mean()),
+        f"{key}_majority": float((wanted == majority).mean()),
+        f"{what}_frames": len(wanted),
+        **stopped,
+    }
 
 
 def _by_name(names: Sequence[str | None]) -> dict[str | None, np.ndarray]:
@@ -132,8 +136,8 @@ def _commonest(labels: np.ndarray, truth: np.ndarray, judged: np.ndarray, otherw
     return np.where(counts.any(axis=1), counts.argmax(axis=1), otherwise)[judged]
 
 
-def _regression(train: np.ndarray, truth: np.ndarray, test: np.ndarray, *, balanced: bool) -> np.ndarray:
-    """Classes (test,) by logistic regression learnt on train (n, dim), standardised by train's mean and deviation."""
+def _regression(train: np.ndarray, truth: np.ndarray, test: np.ndarray, *, balanced: bool) -> tuple[np.ndarray, dict[str, bool]]:
+    """Classes (test,) by logistic regression learnt on train (n, dim), standardised by train's mean and deviation; `stopped`, if it was."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -144,8 +148,9 @@ def _regression(train: np.ndarray, truth: np.ndarray, test: np.ndarray, *, balan
     mean, deviation = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
     deviation[deviation == 0] = 1  # a unit that train never has
     train, test = (((vectors - mean) / deviation).astype(np.float32) for vectors in (train, test))
-    model = LogisticRegression(class_weight="balanced" if balanced else None, max_iter=100)
+    model = LogisticRegression(class_weight="balanced" if balanced else None, max_iter=MAX_ITERATIONS)
     # One thread: the many small products of L-BFGS are ten times slower on two that share a busy machine.
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits of a probe are not worth the minutes
-        return np.asarray(model.fit(train, truth).predict(test))
+        warnings.simplefilter("ignore", ConvergenceWarning)  # told by `stopped`
+        found = np.asarray(model.fit(train, truth).predict(test))
+    return found, {"stopped": True} if model.n_iter_.max() >= MAX_ITERATIONS else {}

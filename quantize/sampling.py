@@ -1,7 +1,7 @@
 """Frames to fit on: drawn over the whole corpus while features stream by, and kept in a file.
 
-Which frames are drawn is a function of the seed and the manifest alone. Memory holds some hundred bytes for each utterance that is
-visited; the frames go to `sample.npy`, and what an interrupted run has written stays.
+Which frames are drawn is a function of the seed and the manifest alone. Memory holds some hundred bytes for each row
+while the plan is made; the frames go to `sample.npy`, and what an interrupted run has written stays.
 """
 
 import json

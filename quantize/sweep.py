@@ -56,8 +56,7 @@ def choose_layer(
     layers = list(range(source.encoder.config.num_layers + 1))
     found: dict[int, dict[str, float]] = {}
     if judge is not None and judge.has_phones:
-        budget = max(SWEEP_FRAMES, 20 * num_classes)
-        judged = draw_utterances(judge, VISIT * budget, seed)
+        budget, judged = plan_sweep(judge, num_classes, seed)
         found = sweep_layers(rows, judged, source, layers, num_classes, frames=budget, seed=seed, folder=folder)
     choice = recommend(layers, found, select_split)
     if not found:
@@ -86,6 +85,13 @@ def read_choice(folder: str | Path) -> dict[str, Any]:
     of features that it holds for."""
     meta = read_meta(folder, "layer-sweep")
     return {**meta["choice"], "encoder": meta["parents"]["encoder"], "convention": meta["config"]["convention"]}
+
+
+def plan_sweep(rows: Manifest, num_classes: int, seed: int, frames: int | None = None) -> tuple[int, list[Utterance]]:
+    """How many frames each layer's k-means is fitted on, `frames` (20,000) or 20 a class, and which utterances of `rows` the layers are
+    judged on: about four times as many frames."""
+    budget = max(frames or SWEEP_FRAMES, 20 * num_classes)
+    return budget, draw_utterances(rows, VISIT * budget, seed)
 
 
 def draw_utterances(rows: Manifest, frames: int, seed: int) -> list[Utterance]:
@@ -151,7 +157,10 @@ def frame_file(folder: str | Path | None, shape: tuple[int, int, int]) -> np.nda
     with tempfile.TemporaryFile(dir=folder) as file:
         size = 4 * int(np.prod(shape, dtype=np.int64))
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # so that a full disk is an error here and not a dead process later
+            if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here and not a dead process later
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise ValueError(

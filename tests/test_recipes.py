@@ -79,18 +79,46 @@ def test_every_value_of_a_published_recipe_has_a_comment(recipe: str, stage: str
         assert name == "evaluation" or all("#" in line for line in lines), (name, lines)
 
 
-def test_a_sweep_can_choose_the_layer_that_the_recipe_for_base_takes_from_the_paper(tmp_path: Path) -> None:
-    text = next(path for path in RECIPES if path.stem == "hubert_base_ls960").read_text()
-    block = re.search(r"^# \[layers1\]\n(?:# .*\n)+", text, re.MULTILINE)
+def uncommented(recipe: str, first_table: str, tmp_path: Path, *edits: tuple[str, str]) -> wordless.Recipe:
+    """The recipe with the block of comments that begins with `first_table` as settings, and other lines replaced."""
+    text = next(path for path in RECIPES if path.stem == recipe).read_text()
+    block = re.search(rf"^# \[{first_table}\]\n(?:#(?: .*)?\n)+", text, re.MULTILINE)
     assert block is not None
-    text = text.replace(block[0], re.sub(r"^# ", "", block[0], flags=re.MULTILINE))
-    text = re.sub(r"^layer = 6 .*$", 'layer = "best"\nsweep = "@layers1"', text, count=1, flags=re.MULTILINE)
+    text = text.replace(block[0], re.sub(r"^# ?", "", block[0], flags=re.MULTILINE))
+    for pattern, new in edits:
+        text, count = re.subn(pattern, new, text, count=1, flags=re.MULTILINE)
+        assert count == 1
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     tree = read_toml(path)
     tree.pop("slurm")
-    recipe = wordless.Recipe(tree, str(path))
+    return wordless.Recipe(tree, str(path))
+
+
+def test_a_sweep_can_choose_the_layer_that_the_recipe_for_base_takes_from_the_paper(tmp_path: Path) -> None:
+    recipe = uncommented("hubert_base_ls960", "layers1", tmp_path, (r"^layer = 6 #.*$", 'layer = "best"\nsweep = "@layers1"'))
     assert recipe.parse("codebook1").sweep == f"{recipe.folder}/layers1" == recipe.parse("layers1").out
+
+
+def test_a_sweep_can_choose_the_layer_that_the_recipe_for_large_takes_from_the_paper(tmp_path: Path) -> None:
+    recipe = uncommented("hubert_large_ll60k", "layers", tmp_path, (r"^layer = 9 #.*$", 'layer = "best"\nsweep = "@layers"'))
+    codebook, layers = recipe.parse("codebook"), recipe.parse("layers")
+    assert codebook.sweep == f"{recipe.folder}/layers" == layers.out
+    assert (layers.manifest, layers.encoder, layers.num_classes) == (codebook.manifest, codebook.encoder, codebook.num_classes)
+
+
+def test_a_third_iteration_of_base_follows_the_sweep_over_the_second(tmp_path: Path) -> None:
+    recipe = uncommented("hubert_base_ls960", "layers2", tmp_path)
+    codebook, labels = recipe.parse("codebook2"), recipe.parse("labels2")
+    assert (codebook.layer, codebook.sweep, codebook.encoder) == ("best", recipe.parse("layers2").out, recipe.parse("hubert2").out)
+    assert (labels.codebook, labels.encoder) == (codebook.out, codebook.encoder)
+    text = (tmp_path / "recipe.toml").read_text()
+    tables = re.findall(r"^\[hubert2\..*?(?=^\[hubert2\.|^# ---|\Z)", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(text + "".join(tables).replace("[hubert2.", "[hubert3."))
+    tree = read_toml(tmp_path / "recipe.toml")
+    tree.pop("slurm")
+    second, third = (wordless.Recipe(tree, "recipe.toml").parse(name) for name in ("hubert2", "hubert3"))
+    assert third.labels == labels.out and third.training == second.training and third.batches == second.batches
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_oracle_is_the_mean_of_each_points_smallest_squared_distance() -> No
 
 
 @pytest.mark.parametrize("name", ["ours", *cluster.VARIANTS["sklearn"], *cluster.VARIANTS["faiss"]])
-def test_every_contender_leaves_centroids_that_fit_and_the_same_ones_again(name: str, folder: Path) -> None:
+def test_every_contender_leaves_centroids_that_fit_and_ours_the_same_ones_again(name: str, folder: Path) -> None:
     contender = cluster.build(name, settings_of(folder), folder)
     points = np.load(folder / "points.npy")
     spread = cluster.mean_squared_distance(points, points.mean(axis=0, keepdims=True))
@@ -65,7 +65,7 @@ def test_every_contender_leaves_centroids_that_fit_and_the_same_ones_again(name:
     assert cluster.mean_squared_distance(points, centroids) < 0.75 * spread
     found = cluster.figures(name, [Measurement([0.5, 0.25], 1.5, {})], points, folder)
     assert found["rounds"] == [2.0, 4.0] and found["seconds"] == 3.0 and found["peak_gb"] == 1.5
-    assert found["distinct_codebooks"] == 1 and found["iterations"] >= 1
+    assert found["iterations"] >= 1 and found["distinct_codebooks"] in ({1} if name == "ours" else {1, 2})  # peers add in any order
 
 
 def test_our_own_inertia_is_the_oracles(folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import artefact
-from pretrain.artefact import atomic_path, commit, is_complete, read_meta, require_absent, sha256_file, write_json
+from pretrain.artefact import atomic_path, commit, is_complete, keep_to_plan, read_meta, require_absent, sha256_file, write_json
 
 
 def make(folder: Path, content: str = "abc", kind: str = "thing", config: dict | None = None, **extra: object) -> str:
@@ -91,3 +91,12 @@ def test_another_kind_a_newer_format_and_damage_are_told_apart(tmp_path: Path) -
         path.write_text(damage)
         with pytest.raises(ValueError, match=r"meta\.json: not "):
             read_meta(tmp_path / "a")
+
+
+def test_unfinished_work_is_known_by_all_the_keys_of_its_plan(tmp_path: Path) -> None:
+    plan = {"manifest": "m", "sweep": "x"}
+    keep_to_plan(tmp_path, plan)
+    keep_to_plan(tmp_path, plan)
+    for other in ({"manifest": "m"}, {"manifest": "m", "sweep": "y"}, {**plan, "split": "train"}):
+        with pytest.raises(ValueError, match="unfinished work on something else"):
+            keep_to_plan(tmp_path, other)

@@ -1,4 +1,4 @@
-"""A small corpus of tones with alignments, and a run folder holding a tiny untrained encoder."""
+"""Small corpora of tones with alignments, and a run folder holding a tiny untrained encoder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +38,26 @@ def write_corpus(folder: Path, *, phones: bool = True, num_utterances: int = 12)
     return folder / "manifest"
 
 
+def write_speech(folder: Path, speakers: list[str | None], *, phones: bool = True, num_utterances: int = 18) -> str:
+    """Utterances of twelve tones each, a speaker's a little higher than another's: enough for triphones to come again."""
+    rng, rows = np.random.default_rng(0), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_utterances):
+        speaker = speakers[number % len(speakers)]
+        spoken = ["sil", *rng.choice(list(TONES)[1:], 11).tolist()]
+        times = np.arange(1280) / 16000
+        pitch = 1 + 0.1 * (number % len(speakers))
+        wave = np.concatenate([0.2 * np.sin(2 * np.pi * TONES[phone] * pitch * times) for phone in spoken])
+        soundfile.write(folder / f"u{number:02}.wav", wave + 0.003 * rng.standard_normal(len(wave)), 16000, subtype="PCM_16")
+        alignment = [(0.08 * place, 0.08 * (place + 1), phone) for place, phone in enumerate(spoken)]
+        rows.append({
+            "id": f"u{number:02}", "path": str(folder / f"u{number:02}.wav"), "start": 0, "num_samples": len(wave),
+            "sample_rate": 16000, "speaker": speaker, "phones": alignment if phones else None,
+        })  # fmt: skip
+    write_manifest(folder / "manifest", rows, {}, {})
+    return str(folder / "manifest")
+
+
 def write_run(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = EncoderConfig(architecture="tiny")
@@ -55,6 +75,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_speech(tmp_path_factory.mktemp("speech"), ["ann", "bob", "eve"])
+
+
+@pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run") / "encoder")
 
@@ -62,6 +87,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_corpus() -> Callable[..., Path]:
     return write_corpus
+
+
+@pytest.fixture
+def make_speech() -> Callable[..., str]:
+    return write_speech
 
 
 @pytest.fixture

@@ -82,6 +82,29 @@ def test_a_cluster_of_twenty_million_points_keeps_its_true_mean() -> None:
     assert (fit.levels[0].largest_share, fit.levels[0].relative_error) == (1.0, pytest.approx(1.0))
 
 
+def test_a_huge_cluster_far_from_the_mean_keeps_its_true_mean() -> None:
+    # Sums of centred rows are as large as sums get here: 1.2e9, where float32 has steps of 128 and rows of 60 lose up to a tenth.
+    points = np.where(np.arange(20_000_000) % 2, np.float32(3), np.float32(1))[:, None]
+    points[::21] = 1000
+    huge = points[points < 100].mean(dtype=np.float64)
+    fit = kmeans(points, 2)
+    centroids = np.sort(fit.centroids[0, :, 0].astype(np.float64) + fit.mean)
+    np.testing.assert_allclose(centroids, [huge, 1000], atol=1e-5)  # half an ulp of the centred centroid, 48, is 2e-6
+    in_float32 = np.cumsum(points[points < 100] - fit.mean, dtype=np.float32)[-1] / np.float32((points < 100).sum()) + fit.mean[0]
+    assert abs(in_float32 - huge) > 0.01  # what float32 sums would give
+
+
+def test_a_fit_stops_on_a_small_relative_change_and_says_when_it_did_not() -> None:
+    points = blobs(3000, 8, 40)
+    patient, early, cut = (
+        kmeans(points, 30, tolerance=tolerance, max_iterations=limit).levels[0]
+        for tolerance, limit in ((0.0, 100), (0.05, 100), (0.0, 1))
+    )
+    assert patient.converged and early.converged and not cut.converged
+    assert early.iterations < patient.iterations and cut.iterations == 1
+    assert patient.inertia <= early.inertia
+
+
 def test_a_huge_cluster_beside_small_ones_keeps_its_true_mean() -> None:
     rng = np.random.default_rng(0)
     silence = rng.uniform(1, 3, (1_000_000, 2)).astype(np.float32)

@@ -9,47 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 
 from pretrain.artefact import read_meta
 from pretrain.audio import phone_frames
 from pretrain.config import parse_config
 from pretrain.labels import Labels, commit_labels, write_shard
-from pretrain.manifest import Manifest, Utterance, write_manifest
+from pretrain.manifest import Manifest, Utterance
 from pretrain.pnmi import entropy_bits
+from quantize.abx import Mode, abx, phone_items
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook, write_codebook
 from quantize.encoding import EncodeConfig, encode
 from quantize.features import MfccSource
 from quantize.measuring import MeasureConfig, as_text, measure
 
-PHONES = {"sil": 0.0, "aa": 300.0, "iy": 900.0, "ss": 3000.0}
-NAMES = ["", *PHONES]
-
-
-def write_speech(folder: Path, speakers: list[str | None], *, phones: bool = True, num_utterances: int = 18) -> str:
-    """Utterances of twelve tones each, a speaker's a little higher than another's: enough for triphones to come again."""
-    rng, rows = np.random.default_rng(0), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(num_utterances):
-        speaker = speakers[number % len(speakers)]
-        spoken = ["sil", *rng.choice(list(PHONES)[1:], 11).tolist()]
-        times = np.arange(1280) / 16000
-        pitch = 1 + 0.1 * (number % len(speakers))
-        wave = np.concatenate([0.2 * np.sin(2 * np.pi * PHONES[phone] * pitch * times) for phone in spoken])
-        soundfile.write(folder / f"u{number:02}.wav", wave + 0.003 * rng.standard_normal(len(wave)), 16000, subtype="PCM_16")
-        alignment = [(0.08 * place, 0.08 * (place + 1), phone) for place, phone in enumerate(spoken)]
-        rows.append({
-            "id": f"u{number:02}", "path": str(folder / f"u{number:02}.wav"), "start": 0, "num_samples": len(wave),
-            "sample_rate": 16000, "speaker": speaker, "phones": alignment if phones else None,
-        })  # fmt: skip
-    write_manifest(folder / "manifest", rows, {}, {})
-    return str(folder / "manifest")
-
-
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_speech(tmp_path_factory.mktemp("speech"), ["ann", "bob", "eve"])
+MODES: tuple[Mode, ...] = ("within", "across")
+NAMES = ["", "sil", "aa", "iy", "ss"]
 
 
 def write_labels(folder: Path, labels: dict[str, np.ndarray], num_classes: int, codebook: str = "codebook") -> str:
@@ -145,8 +120,8 @@ def test_two_levels_are_measured_each_and_together(speech: str, tmp_path: Path) 
 # What is missing
 
 
-def test_measure_without_alignments_gives_what_labels_alone_can_tell(tmp_path: Path) -> None:
-    manifest = write_speech(tmp_path / "speech", ["ann", "bob"], phones=False)
+def test_measure_without_alignments_gives_what_labels_alone_can_tell(make_speech: Callable[..., str], tmp_path: Path) -> None:
+    manifest = make_speech(tmp_path / "speech", ["ann", "bob"], phones=False)
     labels = write_labels(tmp_path / "labels", {u.id: np.arange(u.num_frames) % 5 for u in Manifest(manifest)}, 8)
     summary = measure(MeasureConfig(manifest=manifest, labels=labels, out=str(tmp_path / "measured")))
     assert not {"pnmi", "abx_within", "abx_across", "phone_accuracy"} & set(summary) and summary["usage"] == 5 / 8
@@ -156,8 +131,10 @@ def test_measure_without_alignments_gives_what_labels_alone_can_tell(tmp_path: P
     assert np.load(tmp_path / "measured" / "joint.npy").shape == (0, 8)
 
 
-def test_with_one_speaker_what_compares_speakers_is_left_out_and_the_notes_say_so(tmp_path: Path) -> None:
-    manifest = write_speech(tmp_path / "speech", ["ann"])
+def test_with_one_speaker_what_compares_speakers_is_left_out_and_the_notes_say_so(
+    make_speech: Callable[..., str], tmp_path: Path
+) -> None:
+    manifest = make_speech(tmp_path / "speech", ["ann"])
     labels = write_labels(tmp_path / "labels", planted_labels(list(Manifest(manifest))), 5)
     summary = measure(MeasureConfig(manifest=manifest, labels=labels, out=str(tmp_path / "measured"), abx_context="phoneme"))
     assert summary["abx_within"] == 0.0 and summary["phone_accuracy"] == 1.0
@@ -172,10 +149,31 @@ def test_without_speakers_there_is_no_abx_and_the_phone_probe_remains(corpus: Pa
     assert any("speaker" in note for note in summary["notes"])
 
 
-def test_abx_and_probes_can_be_left_out(speech: str, tmp_path: Path) -> None:
+def test_abx_and_probes_can_be_left_out(speech: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = write_labels(tmp_path / "labels", planted_labels(list(Manifest(speech))), 8)
+    monkeypatch.setattr("quantize.judging.histogram", None)  # nobody is to count what nobody reads
     config = MeasureConfig(manifest=speech, labels=labels, out=str(tmp_path / "measured"), abx=False, probes=False)
     assert not {"abx_within", "phone_accuracy", "speaker_accuracy", "notes"} & set(measure(config))
+
+
+def test_where_all_is_silence_there_is_no_pnmi_of_speech_and_a_note_says_so(speech: str, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "labels", planted_labels(list(Manifest(speech))), 8)
+    keys: dict[str, Any] = {"manifest": speech, "labels": labels, "abx": False, "probes": False}
+    summary = measure(MeasureConfig(**keys, silence=NAMES, out=str(tmp_path / "measured")))
+    assert summary["pnmi"] == summary["silence_share"] == 1.0 and "pnmi_speech" not in summary
+    assert summary["notes"] == ["no PNMI without silence: every phone is one of `silence`"]
+    assert "PNMI without silence" not in as_text(summary)
+
+
+def test_a_probe_that_stops_early_is_noted(speech: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    labels = write_labels(tmp_path / "labels", {u.id: rng.integers(9, size=u.num_frames) for u in Manifest(speech)}, 9)
+    keys: dict[str, Any] = {"manifest": speech, "labels": labels, "abx": False}
+    assert not [note for note in measure(MeasureConfig(**keys, out=str(tmp_path / "m"))).get("notes", []) if "stopped" in note]
+    monkeypatch.setattr("quantize.probes.MAX_ITERATIONS", 1)
+    notes = measure(MeasureConfig(**keys, out=str(tmp_path / "again")))["notes"]
+    assert [note for note in notes if re.match(r"a speaker probe stopped after \d+ iterations", note)]
+    assert not [note for note in notes if "phone probe" in note]  # of units, that is counting
 
 
 def test_one_frame_of_difference_is_allowed_and_two_are_not(corpus: Path, tmp_path: Path) -> None:
@@ -207,7 +205,8 @@ FEATURES = {
 
 
 def test_a_codebook_of_mfcc_needs_no_encoder_and_its_features_are_measured_too(speech: str, tmp_path: Path) -> None:
-    cluster(ClusterConfig(manifest=speech, num_classes=12, out=str(tmp_path / "codebook")))
+    # Two classes: fewer than phones, so that the centroids make errors where the features make none.
+    cluster(ClusterConfig(manifest=speech, num_classes=2, out=str(tmp_path / "codebook")))
     encode(EncodeConfig(manifest=speech, codebook=str(tmp_path / "codebook"), out=str(tmp_path / "labels")))
     config = MeasureConfig(
         manifest=speech, labels=str(tmp_path / "labels"), codebook=str(tmp_path / "codebook"), out=str(tmp_path / "measured"),
@@ -217,8 +216,8 @@ def test_a_codebook_of_mfcc_needs_no_encoder_and_its_features_are_measured_too(s
     assert set(summary) >= FEATURES
     assert summary["abx_within_features"] < 0.2 and summary["phone_accuracy_features"] > 0.8  # tones are easy
     codebook, labels = Codebook.open(tmp_path / "codebook"), Labels(tmp_path / "labels")
-    found = {u.id: features.astype(np.float64) for u, features in MfccSource().features(list(Manifest(speech)))}
-    frames = np.concatenate(list(found.values()))
+    found = {u.id: features for u, features in MfccSource().features(list(Manifest(speech)))}
+    frames = np.concatenate(list(found.values())).astype(np.float64)
     centroids = np.concatenate([codebook.decode(labels[name]) for name in found])
     # float64 here and there; centroids come through a float32 sum
     assert summary["quantisation_error"] == pytest.approx(((frames - centroids) ** 2).sum(1).mean() / frames.var(0).sum(), rel=1e-5)
@@ -228,6 +227,12 @@ def test_a_codebook_of_mfcc_needs_no_encoder_and_its_features_are_measured_too(s
         "phones.json",
         "summary.json",
     ]
+    items = phone_items(list(Manifest(speech)), context="phoneme", silence=config.silence)
+    decoded = {name: codebook.decode(labels[name]) for name in found}
+    for mode in MODES:
+        assert summary[f"abx_{mode}_centroids"] == abx(items, decoded, mode=mode).error
+        assert summary[f"abx_{mode}_features"] == abx(items, found, mode=mode).error
+    assert summary["abx_within_centroids"] != summary["abx_within_features"]
 
 
 def test_a_codebook_of_an_encoder_needs_its_encoder(

@@ -118,6 +118,17 @@ def test_frames_are_drawn_by_the_seed_up_to_the_number_asked_for():
     assert found == phone_probe(train, test, max_frames=300, seed=1) != phone_probe(train, test, max_frames=300, seed=2)
 
 
+def test_a_regression_that_is_stopped_says_so(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(7)
+    train, test = aligned_pieces(rng, 20, spread=0.6), aligned_pieces(rng, 20, spread=0.6)
+    units = [[(phones, np.full(50, 3)) for phones, _ in half] for half in (train, test)]
+    speakers = [f"s{number % 3}" for number in range(60)]
+    assert "stopped" not in phone_probe(train, test)
+    monkeypatch.setattr("quantize.probes.MAX_ITERATIONS", 2)
+    assert phone_probe(train, test)["stopped"] is True and "stopped" not in phone_probe(*units)
+    assert speaker_probe(rng.standard_normal((60, 8)), speakers)["stopped"] is True
+
+
 def test_the_speaker_of_a_frame_is_told_as_its_phone_is():
     rng = np.random.default_rng(6)
     train = [(speaker, rng.standard_normal((40, 4)) + 9 * place) for place, speaker in enumerate("pqr")]

@@ -13,11 +13,12 @@ from pretrain.manifest import Manifest
 from pretrain.pnmi import JointCounts, phone_metrics
 from quantize.assignment import nearest
 from quantize.features import open_encoder_source
+from quantize.judging import Judge
 from quantize.kmeans import kmeans
 from quantize.measuring import MeasureConfig, as_text, measure
 from quantize.quality import usage_metrics
 from quantize.sampling import Sample
-from quantize.sweep import SWEEP_ITERATIONS, choose_layer, draw_utterances, frame_file, read_choice, recommend
+from quantize.sweep import SWEEP_ITERATIONS, choose_layer, draw_utterances, frame_file, plan_sweep, read_choice, recommend
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -51,6 +52,49 @@ def test_every_layer_is_judged_as_it_would_be_alone(corpus: Path, run: Path, swe
         alone = {key: phone_metrics(joint.matrix()[1])[key] for key in ("pnmi", "phone_purity")} | usage_metrics(counts)
         assert {key: measures[key] for key in alone} == alone
         assert 0 < measures["phone_accuracy_features"] <= 1
+
+
+def test_every_layers_abx_and_probes_are_of_that_layer(speech: str, run: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"manifest": speech, "encoder": str(run), "num_classes": 8, "abx_context": "phoneme"}
+    config = MeasureConfig(**keys, layers="all", out=str(tmp_path / "layers"))
+    summary = measure(config)
+    rows = list(Manifest(speech))
+    judge = Judge(rows, context="phoneme", silence=config.silence, brief=True)
+    seen = []
+    for layer, measures in summary["layers"].items():
+        source = open_encoder_source(str(run), int(layer), device="cpu")
+        features = {utterance.id: found for utterance, found in source.features(rows)}
+        sample = Sample(Manifest(speech), 20_000, seed=0)
+        fit = kmeans(
+            np.concatenate([features[u.id][sample.draw(u)[1]] for u in sample.utterances]), 8, max_iterations=SWEEP_ITERATIONS
+        )
+        units = {name: nearest(found, fit.centroids[0], fit.mean) for name, found in features.items()}
+        alone = judge.of_features(features) | judge.of_units(units, 8)
+        assert set(alone) >= {
+            "abx_within_features", "abx_across_features", "phone_accuracy_features", "phone_accuracy", "speaker_accuracy",
+            "speaker_frame_accuracy",
+        }  # fmt: skip
+        assert {key: measures[key] for key in alone} == alone
+        seen.append(judge.of_features(features))
+    assert seen[0] != seen[1] != seen[2] != seen[0]  # layers taken for each other would show
+
+
+def test_a_sweep_and_layer_best_fit_and_judge_alike_however_many_classes(
+    make_corpus: Callable[..., Path], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.sweep.SWEEP_FRAMES", 30)
+    corpus = make_corpus(tmp_path, num_utterances=48)
+    source = open_encoder_source(str(run), 0, device="cpu")
+    train, dev = (Manifest(corpus).select(split) for split in ("train", "dev"))
+    for num_classes in (1, 4):  # 20 frames a class are fewer than 30, and more
+        budget, judged = plan_sweep(dev, num_classes, seed=1)
+        assert budget == max(30, 20 * num_classes) < train.num_frames.sum() and len(judged) < len(dev)
+        keys: dict[str, Any] = {"manifest": str(corpus), "encoder": str(run), "fit_split": "train", "split": "dev", "seed": 1}
+        out = tmp_path / f"layers{num_classes}"
+        summary = measure(MeasureConfig(**keys, layers="all", num_classes=num_classes, out=str(out)))
+        assert summary["utterances"] == len(judged) and summary["judged_utterances"] <= len(judged)
+        chosen = choose_layer(Manifest(corpus), "train", "dev", source, num_classes, seed=1)
+        assert chosen == {key: read_choice(out)[key] for key in ("layer", "chosen_by", "sweep")}
 
 
 def test_the_recommendation_is_the_best_layer_and_cluster_would_choose_the_same(corpus: Path, run: Path, sweep: Path) -> None:
@@ -133,6 +177,8 @@ def test_the_frames_of_a_sweep_leave_no_file_and_a_full_disk_is_an_error_that_sa
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(ValueError, match="need 96 bytes of disk for a while .*No space left"):
         frame_file(tmp_path / "partial", (2, 3, 4))
+    monkeypatch.delattr("os.posix_fallocate")  # as on macOS
+    assert frame_file(tmp_path / "partial", (2, 3, 4)).shape == (2, 3, 4)
 
 
 def test_another_artefact_is_no_sweep(corpus: Path) -> None:

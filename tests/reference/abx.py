@@ -1,4 +1,7 @@
-"""ABX as the papers write it: a loop over triples, a textbook DTW with its path traced back, averages in nested dictionaries."""
+"""ABX as the papers write it: a loop over triples, a textbook DTW with its path traced back, averages in nested dictionaries.
+
+Frame distances are rounded to 2^-16: then sums are exact, and what is equal is equal.
+"""
 
 import math
 from collections import defaultdict
@@ -16,7 +19,7 @@ def frame_distance(distance: str) -> Callable[[np.ndarray, np.ndarray], float]:
         else:
             cosine = float(a @ b / math.sqrt((a @ a) * (b @ b)))
             cosine = math.copysign(1.0, cosine) if abs(cosine) > 1 - 1e-6 else cosine
-        return 1 - cosine if distance == "cosine" else math.acos(cosine) / math.pi
+        return round((1 - cosine if distance == "cosine" else math.acos(cosine) / math.pi) * 2**16) / 2**16
 
     return measured
 

@@ -192,6 +192,18 @@ def test_the_page_loads_nothing_from_elsewhere(full: ReportConfig) -> None:
         assert all(link.startswith(("#", "data:")) for link in re.findall(r'href="([^"]*)"', svg))
 
 
+def test_abx_is_between_the_same_neighbours_only_where_its_context_says_so(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", text=None, lm=False)
+    folder = tmp_path / "run" / "units_mfcc"
+    summary, meta = (json.loads((folder / name).read_text()) for name in ("summary.json", "meta.json"))
+    write_json(folder / "summary.json", {**summary, "abx_within": 0.1, "abx_across": 0.2})
+    for context, told in (("triphone", True), ("phoneme", True), ("any", False)):
+        write_json(folder / "meta.json", {**meta, "config": {**meta["config"], "abx_context": context}})
+        report(config)
+        page = page_of(config)
+        assert "ABX error is how often" in page and ("between the same neighbours" in page) is told
+
+
 def test_the_page_tells_what_the_stages_found(full: ReportConfig) -> None:
     page = page_of(full)
     assert "The units of iteration1 tell more about the phones than units from MFCC" in page
