@@ -146,8 +146,11 @@ def keep_to_plan(folder: Path, plan: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, plan)
         return
-    earlier = json.loads(path.read_text())
-    keys = dict.fromkeys([*plan, *earlier])
-    differing = [f"{key} {earlier.get(key)!r} there, {plan.get(key)!r} now" for key in keys if earlier.get(key) != plan.get(key)]
-    if differing:
-        raise ValueError(f"{folder}: holds unfinished work on something else ({'; '.join(differing)}); remove it or change `out`")
+    if differing := disagreements(json.loads(path.read_text()), plan):
+        raise ValueError(f"{folder}: holds unfinished work on something else ({differing}); remove it or change `out`")
+
+
+def disagreements(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which keys have other values than they are to have now, for a message; empty where all agree."""
+    keys = dict.fromkeys([*now, *there])
+    return "; ".join(f"{key} {there.get(key)!r} there, {now.get(key)!r} now" for key in keys if there.get(key) != now.get(key))

@@ -53,7 +53,7 @@ class ClusterConfig(Config):
     max_iterations: int = Field(100, ge=1)
     tolerance: float = Field(1e-4, ge=0, description="stop when inertia falls by less, relatively")
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="audio per batch; 0 is one utterance at a time")
+    batch_seconds: float | None = Field(None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one")
     precision: Precision = Field("float32", description="of the encoder's matrix products; int8 on a CPU only")
     workers: int = Field(2, ge=1, description="threads that decode")
 

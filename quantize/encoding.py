@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from pretrain.artefact import is_complete, keep_to_plan, read_meta, require_absent
+from pretrain.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
@@ -319,11 +319,9 @@ def _require_same(plan: Plan) -> None:
     """The finished labels are those that were asked for: another part may have committed them."""
     meta = read_meta(plan.out, "labels")
     there = {**meta, **meta["config"], **meta["parents"], "num_shards": meta["num_shards"]}
-    differing = [
-        f"{key} {there.get(key)!r} there, {value!r} now" for key, value in plan.identity().items() if there.get(key) != value
-    ]
-    if differing:
-        raise ValueError(f"{plan.out}: holds finished labels of something else ({'; '.join(differing)}); choose another `out`")
+    identity = plan.identity()
+    if differing := disagreements({key: there.get(key) for key in identity}, identity):
+        raise ValueError(f"{plan.out}: holds finished labels of something else ({differing}); choose another `out`")
 
 
 def label_agreement(config: EncodeConfig, codebook: Codebook, rows: Manifest) -> dict[str, float]:

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pretrain.artefact import atomic_path
+from pretrain.artefact import atomic_path, disagreements
 from pretrain.progress import progress
 from quantize.assignment import faiss, nearest_in_block, over_blocks, squared_distances
 from quantize.rows import Rows
@@ -307,10 +307,10 @@ class _Unfinished:
                 run.rng.bit_generator.state = state["rng"]
         except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not the state of a k-means fit ({error}); remove it to start again") from None
-        differing = [f"{key} {plan.get(key)!r} there, {value!r} now" for key, value in self.plan.items() if plan.get(key) != value]
+        differing = disagreements(plan, self.plan)
         if not differing and (variance != self.variance or not np.array_equal(mean, self.mean)):
-            differing = ["points of another mean or variance"]
+            differing = "points of another mean or variance"
         if differing:
-            raise ValueError(f"{path}: the state of another k-means fit ({'; '.join(differing)}); remove it to start again")
+            raise ValueError(f"{path}: the state of another k-means fit ({differing}); remove it to start again")
         self.levels, self.restart, self.run = fits[:num_levels], restart, run
         self.best = fits[-1] if len(fits) > num_levels else None

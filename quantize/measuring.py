@@ -67,7 +67,7 @@ class MeasureConfig(Config):
     fit_split: str | None = Field(None, description="where the layers' k-means is fitted; without, on what is judged")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="audio per batch; 0 is one utterance at a time")
+    batch_seconds: float | None = Field(None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one")
     workers: int = Field(2, ge=1, description="threads that decode")
 
     @model_validator(mode="after")
@@ -107,14 +107,16 @@ def measure_units(config: MeasureConfig) -> dict[str, Any]:
     codebook = open_codebook(config, labels)
     source = open_source(_encode_config(config, codebook), codebook) if codebook else None
     num_levels, num_classes = labels.num_levels, labels.num_classes
-    counts, unit_counts, joint_counts = np.zeros((3, num_levels, num_classes), dtype=np.int64)
+    counts, joint_counts = np.zeros((2, num_levels, num_classes), dtype=np.int64)
+    unit_counts = np.zeros(num_classes, dtype=np.int64)
     joint = JointCounts(num_classes)
     with progress("measure", total=len(rows), unit="utterance") as advance:
         for utterance in rows:
             frames = matching_levels(utterance, labels)  # (frames, levels)
             counts += by_level(frames, num_classes)
-            unit_counts[:1] += by_level(deduplicated(frames[:, 0])[:, None], num_classes)
-            joint_counts += by_level(deduplicated(frames), num_classes)
+            unit_counts += np.bincount(deduplicated(frames[:, 0]), minlength=num_classes)
+            if num_levels > 1:
+                joint_counts += by_level(deduplicated(frames), num_classes)
             if utterance.phones is not None:
                 joint.add(utterance, frames[:, 0])
             advance(1)
@@ -125,7 +127,7 @@ def measure_units(config: MeasureConfig) -> dict[str, Any]:
         "num_classes": num_classes,
         "num_levels": num_levels,
         **usage_metrics(counts[0]),
-        **rate_metrics(counts[0], unit_counts[0], labels.frame_rate_hz, num_levels),
+        **rate_metrics(counts[0], unit_counts, labels.frame_rate_hz, num_levels),
         **(level_metrics(counts, joint_counts, labels.frame_rate_hz) if num_levels > 1 else {}),
     }
     notes: list[str] = []
