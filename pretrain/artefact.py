@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sha256_file(path: Path) -> str:
@@ -108,7 +108,7 @@ def read_meta(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such {kind or 'artefact'}")
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json, so not a complete {kind or 'artefact'}; run the stage that writes it") from None
     except json.JSONDecodeError as error:
@@ -164,7 +164,7 @@ def keep_to_plan(folder: Path, plan: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, plan)
         return
-    if differing := disagreements(json.loads(path.read_text()), plan):
+    if differing := disagreements(json.loads(path.read_text(encoding="utf-8")), plan):
         raise ValueError(f"{folder}: holds unfinished work on something else ({differing}); remove it or change `out`")
 
 

@@ -2,7 +2,8 @@
 
 `model.safetensors`      the model's state dict, float32
 `optimizer.safetensors`  AdamW's moments and step counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`
-`state.json`             step, epoch and batch of the next step, the resolved config, `sha256` of the two files above
+`state.json`             step, epoch and batch of the next step, the best validation so far and how many followed it, the resolved config,
+                         `sha256` of the two files above
 
 There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is written under a
 temporary name, fsynced and renamed, so a visible one is complete; one whose hashes do not match is passed over with a warning.
@@ -11,9 +12,11 @@ ranks shows in a checkpoint.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,15 @@ from pretrain.artefact import read_meta, sha256_file, sync_folder
 from pretrain.parallel import placed_like, whole
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / _name(step)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def save_checkpoint(
     run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, write: bool = True
 ) -> Path:
@@ -33,11 +45,11 @@ def save_checkpoint(
 
     Every rank must call this where the model is sharded, for its shards; one of them writes.
     """
-    final = run / f"step_{step:08d}"
+    final = checkpoint_path(run, step)
     weights, moments = _gather(model.state_dict(), write), _gather(_optimizer_tensors(model, optimizer), write)
     if not write:
         return final
-    temporary = run / f".step_{step:08d}.{os.getpid()}.tmp"
+    temporary = run / f".{_name(step)}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this one's id, as happens in containers
     temporary.mkdir(parents=True)
     try:
@@ -57,24 +69,79 @@ def save_checkpoint(
     return final
 
 
-def remove_old_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what killed processes left half written."""
-    for path in [*sorted(run.glob("step_*"))[:-keep], *run.glob(".step_*.tmp")]:
+def remove_old_checkpoints(run: Path, keep: int, best: int | None = None, last: int | None = None) -> None:
+    """Remove all but the `keep` newest checkpoints up to step `last` and that of step `best`, and what killed processes left half written.
+
+    Whatever lies beyond `last`, the step just saved, was passed over at resume: it is damaged.
+    """
+    steps = sorted(run.glob("step_*"))
+    standing = [path for path in steps if last is None or path.name <= _name(last)]
+    kept = {path.name for path in standing[-keep:]} | ({_name(best)} if best is not None else set())
+    for path in [*(path for path in steps if path.name not in kept), *run.glob(".step_*.tmp")]:
         shutil.rmtree(path)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files match their hashes, or None. Damaged ones are named on stderr."""
     for path in sorted(run.glob("step_*"), reverse=True):
-        try:
-            state = json.loads((path / "state.json").read_text())
-            damaged = [name for name, expected in state["sha256"].items() if sha256_file(path / name) != expected]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            damaged = [str(error)]
+        damaged = checkpoint_damage(path)
         if not damaged:
             return path
-        print(f"{path}: damaged ({', '.join(damaged)}); using the one before it", file=sys.stderr)
+        print(f"{path}: damaged ({damaged}); using the one before it", file=sys.stderr)
     return None
+
+
+def checkpoint_damage(path: Path) -> str:
+    """What of a checkpoint is not as it was written; empty where all is."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return ", ".join(name for name, expected in state["sha256"].items() if sha256_file(path / name) != expected)
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        return str(error)
+
+
+class Best:
+    """The best validation of a run so far, and how many there have been since.
+
+    Lower is better. Where the first of the `monitor`ed metrics is equal the next decides: the word error rate of a recogniser that
+    does not write anything yet stays at 1 while its loss falls. What is not finite is never best.
+    """
+
+    def __init__(self, monitor: Sequence[str]):
+        self.monitor = tuple(monitor)
+        self.step: int | None = None
+        self.values: list[float] = []
+        self.stale = 0
+
+    def judge(self, step: int, values: list[float], *, counts: bool = True) -> bool:
+        """Whether the `values` of a validation after `step` are the best; if they are not it is one more without (if it `counts`)."""
+        better = all(map(math.isfinite, values)) and (self.step is None or values < self.values)
+        if better:
+            self.step, self.values = step, values
+        self.stale = 0 if better else self.stale + counts
+        return better
+
+    def to_state(self) -> dict[str, Any]:
+        """What a checkpoint's state keeps of it."""
+        found = None if self.step is None else {"step": self.step, **self.summary}
+        return {"best": found, "stale": self.stale}
+
+    def resume(self, run: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state. Where the best checkpoint is damaged, or gone since a better one followed that this run has
+        lost, the next validation is judged as the first, and the patience starts anew."""
+        found = state.get("best")
+        if found is None:
+            self.stale = state.get("stale", 0)
+        elif damage := checkpoint_damage(checkpoint_path(run, found["step"])):
+            print(f"{run}: the best checkpoint, of step {found['step']}, is damaged ({damage}); judged anew", file=sys.stderr)
+        else:
+            self.step, self.values = found["step"], [found[f"best_{name}"] for name in self.monitor]
+            self.stale = state["stale"]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The values of the best validation by name."""
+        return {f"best_{name}": value for name, value in zip(self.monitor, self.values, strict=True)} if self.values else {}
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -95,17 +162,29 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return state
 
 
-def load_weights(run: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Weights, meta data and weights' fingerprint of a run's newest valid checkpoint.
+def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Weights, meta data and weights' fingerprint of a run's best checkpoint where one was kept (`keep_best`), else of the newest valid
+    one, as where `best` is not wanted.
 
     `meta["config"]` is the resolved config. A run that is not finished can be used; its meta data then come from the checkpoint.
-    The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`.
+    The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. A best checkpoint that is damaged is a ValueError;
+    of one that is gone stderr tells.
     """
     run = Path(run)
     path = latest_checkpoint(run) if run.is_dir() else None
     if path is None:
         raise ValueError(f"{run}: holds no checkpoint; give the folder of a training run")
     state = json.loads((path / "state.json").read_text())
+    if best and state.get("best") is not None:
+        chosen = checkpoint_path(run, state["best"]["step"])
+        if not chosen.is_dir():
+            print(f"{chosen}: the best checkpoint is gone; using {path.name}", file=sys.stderr)
+        elif damage := checkpoint_damage(chosen):
+            raise ValueError(
+                f"{chosen}: the best checkpoint is damaged ({damage}); remove that folder to use the last, {path.name}"
+            )
+        else:
+            path, state = chosen, json.loads((chosen / "state.json").read_text())
     meta = read_meta(run) if (run / "meta.json").is_file() else {"kind": state["kind"], "config": state["config"], **state["extra"]}
     try:
         weights = load_file(path / "model.safetensors")

@@ -8,9 +8,9 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class Config(BaseModel):
@@ -22,6 +22,11 @@ class Config(BaseModel):
         """Every key with its value, defaults included, as plain JSON types."""
         return self.model_dump(mode="json")
 
+
+Split = Annotated[
+    str | None, BeforeValidator(lambda name: None if name == "" else name), Field(description='"": every row, whatever its split')
+]
+"""For configs: the name of a split of a manifest or a corpus, or "", which becomes None: TOML has no other way to say none."""
 
 C = TypeVar("C", bound=Config)
 

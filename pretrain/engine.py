@@ -12,20 +12,20 @@ import math
 import time
 import tomllib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import tomli_w
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.checkpoint import latest_checkpoint, load_checkpoint, remove_old_checkpoints, save_checkpoint
+from pretrain.checkpoint import Best, latest_checkpoint, load_checkpoint, remove_old_checkpoints, save_checkpoint
 from pretrain.config import Config, differences, without_none
 from pretrain.kernels import keep_freed_memory
 from pretrain.parallel import (
@@ -166,13 +166,25 @@ class TrainingConfig(Config):
     validate_every: int = Field(0, ge=0, description="0: at the end only")
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    keep_best: bool = Field(False, description="keep the checkpoint with the best validation, too")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="validations in a row without a better one, after which the run ends (with all parameters in training)",
+    )
     loader_threads: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _validates_while_it_has_patience(self) -> Self:
+        if self.patience is not None and not (self.keep_best and self.validate_every):
+            raise ValueError("patience counts validations against the best one: set validate_every above 0 and keep_best = true")
+        return self
 
 
 # What an unfinished run may go on with: how a step is computed, not what.
 NEUTRAL = {
     "training.accumulate", "training.sharding", "training.activation_checkpointing", "training.compile", "training.device",
-    "training.loader_threads", "training.keep_checkpoints",
+    "training.loader_threads", "training.keep_checkpoints", "training.keep_best",
 }  # fmt: skip
 
 
@@ -186,11 +198,15 @@ def train(
     config: dict[str, Any],
     parents: dict[str, str],
     extra: dict[str, Any] | None = None,
+    monitor: Sequence[str] = ("valid_loss",),
 ) -> dict[str, Any]:
     """Train to `max_steps` or `max_epochs`, from the newest checkpoint in `out` if there is one; returns the run's summary.
 
-    Errors: ValueError when `out` is finished, was begun with other settings, or the run diverges or collapses (the last good
-    checkpoint stays and is named).
+    `monitor` are the metrics that `keep_best` and `patience` go by (see Best); validations before the last phase, while a part of
+    the model is still frozen, do not try the patience.
+
+    Errors: ValueError when `out` is finished, was begun with other settings, has `patience` and nothing to validate on, or the run
+    diverges or collapses (the last good checkpoint stays and is named).
     """
     run, extra = Path(out), extra or {}
     require_absent(run)
@@ -201,6 +217,8 @@ def train(
     max_steps = training.max_steps
     if training.max_epochs is not None:
         max_steps = max(1, min(max_steps, round(training.max_epochs * len(task.plan(0)))))
+    if training.patience is not None and not task.plan_validation():
+        raise ValueError(f"{run}: training.patience needs a validation set, and there is none; name one or leave the key out")
     _write_or_compare_config(run, config, write=main)
     _place(task, training, world)
     adamw = torch.optim.AdamW(
@@ -221,18 +239,24 @@ def train(
     window = Window()
     phase: int | None = None
     model: nn.Module = task.model
-    done_before = start
+    done_before = done = start
+    best = Best(monitor)
+    if training.keep_best:
+        best.resume(run, state)
 
     def save(step: int, position: tuple[int, int]) -> None:
         stored = {"epoch": position[0], "batch": position[1], "seconds": time.monotonic() - began}
+        stored |= best.to_state() if training.keep_best else {}
         save_checkpoint(run, step, task.model, adamw, {**stored, "kind": kind, "extra": extra, "config": config}, write=main)
         if main:
-            remove_old_checkpoints(run, training.keep_checkpoints)
+            remove_old_checkpoints(run, training.keep_checkpoints, best.step, step)
         world.barrier()
 
     batches = load_ahead(task, (state["epoch"], state["batch"]), training, world)
     with progress(f"train {run.name}", max_steps, "step", done=start) if main else nullcontext(lambda *_, **__: None) as advance:
         for step in range(start, max_steps):
+            if training.patience is not None and best.stale >= training.patience:
+                break
             if phase != task.phase(step):
                 phase = task.phase(step)
                 task.enter_phase(phase)
@@ -266,6 +290,10 @@ def train(
                 metrics |= {"lr": adamw.param_groups[0]["lr"], f"{task.unit}_per_second": window.rate()}
                 if validate_due:
                     metrics |= {f"valid_{name}": value for name, value in _validate(task, world, training).items()}
+                    if training.keep_best and monitor[0] in metrics:
+                        judged = _from_first(world, [metrics[name] for name in monitor])
+                        better = best.judge(step_done, judged, counts=task.phase(step) == task.phase(max_steps - 1))
+                        save_due |= better or best.stale == training.patience
                 _stop_if_broken(task, metrics, window.first_not_finite, step_done, run, training, optimizer)
                 window = Window()
                 if log is not None:
@@ -273,15 +301,20 @@ def train(
             advance(1, note=f"loss {metrics['loss']:.3f}" if "loss" in metrics else None)
             if save_due:
                 save(step_done, (position[0], position[1] + 1))
+            done = step_done
     batches.close()
     summary: dict[str, Any] = {}
     if main:
         assert log is not None
-        summary = log.summarise(max_steps, time.monotonic() - began, max_steps - done_before)
+        summary = log.summarise(done, time.monotonic() - began, done - done_before)
+        if best.step is not None:
+            summary |= {"best_step": best.step, **best.summary}
+        if training.patience is not None:
+            summary["stopped_early"] = done < max_steps
         log.close()
         write_json(run / "summary.json", summary)
-        last_checkpoint = f"step_{max_steps:08d}/model.safetensors"
-        commit(run, kind, config, parents, [last_checkpoint], **extra)
+        kept = {done, done if best.step is None else best.step}
+        commit(run, kind, config, parents, [f"step_{step:08d}/model.safetensors" for step in sorted(kept)], **extra)
     model = task.model  # lets go of the wrapper
     world.leave()
     return summary
@@ -361,6 +394,12 @@ def _validate(task: Task, world: World, training: TrainingConfig) -> dict[str, f
     return {**task.describe(window.reduce(world)), **more}
 
 
+def _from_first(world: World, values: list[float]) -> list[float]:
+    """What the first rank has, on every rank: whatever is decided by it is decided alike."""
+    own = torch.tensor(values if world.rank == 0 else [0.0] * len(values), dtype=torch.float64, device=world.device)
+    return [float(value) for value in world.sum(own)]
+
+
 def _place(task: Task, training: TrainingConfig, world: World) -> None:
     """The model on its device, sharded, recomputed and compiled as `training` says."""
     blocks = task.blocks()
@@ -426,8 +465,8 @@ def _write_or_compare_config(run: Path, config: dict[str, Any], write: bool) -> 
     """Check that unfinished work in `run` was begun with the same settings, on every rank; one of them writes `config.toml`."""
     text = tomli_w.dumps(without_none(config))
     path = run / "config.toml"
-    if path.is_file() and latest_checkpoint(run) is not None and path.read_text() != text:
-        changes = differences(tomllib.loads(path.read_text()), tomllib.loads(text))
+    if path.is_file() and latest_checkpoint(run) is not None and path.read_text(encoding="utf-8") != text:
+        changes = differences(tomllib.loads(path.read_text(encoding="utf-8")), tomllib.loads(text))
         changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes if key not in NEUTRAL)
         if changed:
             raise ValueError(
@@ -435,4 +474,4 @@ def _write_or_compare_config(run: Path, config: dict[str, Any], write: bool) -> 
             )
     if write:
         with atomic_path(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,20 @@ class Manifest:
         column = self._file.column(name)
         return column if self._rows is None else column.take(pa.array(self._rows))
 
+    def blocks(self, names: Sequence[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Some columns of every row, a row group at a time and in the order of the file, for what no memory holds at once.
+
+        Yields the numbers that rows have here, (n,) int64, and their columns as they are in the file. Row groups without one of these
+        rows are not read.
+        """
+        if self._rows is None:
+            places, rows = np.arange(len(self)), np.arange(len(self))
+        else:
+            places = np.argsort(self._rows, kind="stable")
+            rows = self._rows[places]
+        for first, last, table in self._file.blocks(rows, names):
+            yield places[first:last], table
+
     @property
     def ids(self) -> list[str]:
         """Every id, as Python strings: `column("id")` is a tenth of the size."""
@@ -222,6 +236,21 @@ class _File:
             return pa.chunked_array([pa.nulls(self.num_rows, SCHEMA.field(name).type)])
         return self._reader.read([name], use_threads=False)[name]
 
+    def blocks(self, rows: np.ndarray, names: Sequence[str]) -> Iterator[tuple[int, int, pa.Table]]:
+        """`names` of ascending rows: the row group's `rows[first:last]`, and a table of them. A column that is not there has nulls."""
+        there = [name for name in names if name in self._names]
+        for group in np.unique(np.searchsorted(self._ends, rows, side="right")).tolist():
+            start = self._start(group)
+            first, last = np.searchsorted(rows, [start, self._ends[group]]).tolist()
+            table = self._reader.read_row_group(group, there or ["id"], use_threads=False)  # of no column there are no rows
+            places = rows[first:last] - start
+            if not np.array_equal(places, np.arange(self._ends[group] - start)):
+                table = table.take(pa.array(places))
+            for name in names:
+                if name not in there:
+                    table = table.append_column(SCHEMA.field(name), pa.nulls(last - first, SCHEMA.field(name).type))
+            yield first, last, table.select(names)
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Samples at 16 kHz, (rows,) int64."""
@@ -287,24 +316,56 @@ def write_manifest(
     `phones` and `words` are (start, end, name) triples; `quarantine` rows say id, path and reason. Paths below `root` are stored relative
     to it, so that the fingerprint, which this returns, does not change when a corpus moves.
     """
-    folder, quarantine, root = Path(folder), quarantine or [], os.path.abspath(root)
-    hashes: list[np.ndarray] = []
-    seconds = 0.0
-    rows = iter(rows)
-    with atomic_path(folder / "manifest.parquet") as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+    root, rows = os.path.abspath(root), iter(rows)
+
+    def tables() -> Iterator[pa.Table]:
         while group := list(itertools.islice(rows, ROW_GROUP)):
             stored = [{**row, "path": _below(os.path.abspath(row["path"]), root)} for row in group]
-            writer.write_table(pa.Table.from_pylist(stored, schema=SCHEMA))
-            hashes.append(np.array([hash(row["id"]) for row in group]))
-            seconds += sum(row["num_samples"] / row["sample_rate"] for row in group)
+            yield pa.Table.from_pylist(stored, schema=SCHEMA)
+
+    return _write(Path(folder), tables(), config, parents, quarantine or [], root)
+
+
+def copy_manifest(folder: str | Path, manifest: Manifest, config: dict[str, Any], parents: dict[str, str], **extra: Any) -> str:
+    """Write and commit the rows of `manifest`, a split or a `take` of another, as a manifest of its own, in the order of the file.
+
+    Root and paths stay as they are; `extra` goes into meta.json. Returns the fingerprint.
+    """
+
+    def tables() -> Iterator[pa.Table]:
+        held: list[pa.Table] = []
+        for _, table in manifest.blocks(SCHEMA.names):  # of a few rows each, where few are chosen
+            held.append(table.cast(SCHEMA))
+            if sum(map(len, held)) >= ROW_GROUP:
+                joined = pa.concat_tables(held)
+                yield joined[:ROW_GROUP].combine_chunks()
+                held = [joined[ROW_GROUP:]]
+        if sum(map(len, held)):
+            yield pa.concat_tables(held).combine_chunks()
+
+    return _write(Path(folder), tables(), config, parents, [], manifest.root, **extra)
+
+
+def _write(
+    folder: Path, tables: Iterable[pa.Table], config: dict[str, Any], parents: dict[str, str], quarantine: list[dict[str, Any]],
+    root: str, **extra: Any,
+) -> str:  # fmt: skip
+    """A manifest of `tables`, each a row group."""
+    hashes: list[np.ndarray] = []
+    seconds = 0.0
+    with atomic_path(folder / "manifest.parquet") as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table)
+            hashes.append(np.array([hash(name) for name in table["id"].to_pylist()]))
+            seconds += float((table["num_samples"].to_numpy() / table["sample_rate"].to_numpy()).sum())
     count = sum(map(len, hashes))
     # Sixty-four bits of each id instead of ten million strings: two ids agree by chance once in 400,000 such manifests.
     assert count == 0 or len(np.unique(np.concatenate(hashes))) == count, "ids are unique"
     with atomic_path(folder / "quarantine.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine))
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine), encoding="utf-8")
     return commit(
         folder, "manifest", config, parents, ["manifest.parquet"],
-        root=root, num_utterances=count, hours=seconds / 3600, num_quarantined=len(quarantine),
+        root=root, num_utterances=count, hours=seconds / 3600, num_quarantined=len(quarantine), **extra,
     )  # fmt: skip
 
 

@@ -23,6 +23,21 @@ from torch.utils.checkpoint import checkpoint
 _groups_joined = itertools.count()
 
 
+def resolve_device(name: str, key: str = "device") -> torch.device:
+    """The device that a config's `key` names; "auto" is the GPU where torch has one. ValueError for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu"]
+    if accelerator is not None:
+        there += [accelerator.type, *(f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count()))]
+    if name not in there:
+        raise ValueError(
+            f'{key}: {name!r} is not here; torch {torch.__version__} has {", ".join(there)}. "auto" is a GPU if there is one'
+        )
+    return torch.device(name)
+
+
 class World(NamedTuple):
     """This process among its peers."""
 
@@ -34,9 +49,7 @@ class World(NamedTuple):
     def join(cls, device: str) -> "World":
         """Read RANK, LOCAL_RANK and WORLD_SIZE and, with more than one process, join the group (nccl on GPUs, else gloo)."""
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = torch.device(device)
+        chosen = resolve_device(device, "training.device")
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
             torch.cuda.set_device(chosen)

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +96,27 @@ class LinearTask(Task):
         return {**super().describe(metrics), "share_positive": float(metrics["_histogram"][1])}
 
 
+class ScoredTask(LinearTask):
+    """Its validations after steps 2, 4, 6, … say what they are told to, as `valid_score`; validation losses are its own."""
+
+    def __init__(self, scores: Sequence[float], **options: Any):
+        super().__init__(num_valid=1, **options)
+        self.scores, self.step = scores, 0
+
+    def before_step(self, step: int) -> None:
+        self.step = step + 1
+        super().before_step(step)
+
+    def evaluate(self) -> dict[str, float]:
+        return {"score": self.scores[self.step // 2 - 1]}
+
+
 def run_linear(
-    out: Path, task: LinearTask | None = None, training: dict[str, Any] | None = None, **optimizer: Any
+    out: Path,
+    task: LinearTask | None = None,
+    training: dict[str, Any] | None = None,
+    monitor: Sequence[str] = ("valid_loss",),
+    **optimizer: Any,
 ) -> dict[str, Any]:
     settings = TrainingConfig(**{"max_steps": 12, "log_every": 2, "checkpoint_every": 4, "device": "cpu", **(training or {})})
     adamw = OptimizerConfig(**{"lr": 0.05, "schedule": "cosine", "warmup_steps": 2, **optimizer})
@@ -112,6 +131,7 @@ def run_linear(
         config=config,
         parents=parents,
         extra=extra,
+        monitor=monitor,
     )
 
 

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,13 @@ def test_a_folder_is_visible_once_all_in_it_is_written(tmp_path: Path) -> None:
 
 def test_the_library_that_learns_merges_is_among_the_versions() -> None:
     assert {"torch", "numpy", "tokenizers"} <= artefact.library_versions().keys()
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    program = "import sys; from pathlib import Path; from pretrain.artefact import *; p = Path(sys.argv[1])\n"
+    program += r"write_json(p / 'a.json', {'text': '\u017c|\ud558'}); commit(p, 'x', {'text': '\u017c|\ud558'}, {}, ['a.json']); read_meta(p)"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=ascii_only, cwd=root)
+    assert json.loads((tmp_path / "a.json").read_bytes().decode("utf-8")) == {"text": "ż|하"}
+    assert read_meta(tmp_path)["config"] == {"text": "ż|하"}

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.artefact import is_complete, read_meta
-from pretrain.checkpoint import latest_checkpoint
+from pretrain.checkpoint import latest_checkpoint, load_weights
 from pretrain.config import read_toml
-from pretrain.engine import OptimizerConfig
-from tests.pretrain.linear_task import LinearTask, run_linear
+from pretrain.engine import OptimizerConfig, TrainingConfig
+from tests.pretrain.linear_task import LinearTask, ScoredTask, run_linear
 
 ROOT = Path(__file__).parents[2]
 
@@ -379,3 +380,198 @@ def test_bfloat16_autocast_keeps_float32_weights(tmp_path: Path) -> None:
     summary = run_linear(tmp_path / "run", training={"precision": "bfloat16"})
     assert math.isfinite(summary["loss_last"])
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
+
+
+# The best validation, and patience
+
+NAN = math.nan
+
+
+def scored(out: Path, scores: list[float], on_step: Callable[[int], None] = lambda step: None, **training: object) -> dict:
+    """Twelve steps, a validation after every second one, with dropout."""
+    settings = {"keep_best": True, "validate_every": 2, "keep_checkpoints": 1, **training}
+    return run_linear(out, ScoredTask(scores, dropout=0.3, on_step=on_step), settings, monitor=("valid_score",))
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in run.glob("step_*"))
+
+
+def best_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_weights(run)[0]
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([5, 4, 3, 4, 4, 4], 6), ([5, 4, 3, 2, 1, 0], 12), ([1, 2, 3, 4, 5, 6], 2),
+        ([3, 2, 2, 2, 3, 2], 4),  # of equals the first
+        ([NAN, 3, NAN, 4, math.inf, NAN], 4), ([math.inf] * 6, None),
+    ],
+)  # fmt: skip
+def test_the_checkpoint_of_the_best_validation_is_kept_beside_the_last(
+    tmp_path: Path, scores: list[float], best: int | None
+) -> None:
+    run_linear(tmp_path / "every", ScoredTask(scores, dropout=0.3), {"checkpoint_every": 2, "keep_checkpoints": 9})
+    summary = scored(tmp_path / "run", scores)
+    assert (summary.get("best_step"), summary["steps"]) == (best, 12)
+    assert steps_of(tmp_path / "run") == sorted({12, best or 12})
+    last = load_file(tmp_path / "every" / "step_00000012" / "model.safetensors")
+    chosen = last if best is None else load_file(tmp_path / "every" / f"step_{best:08d}" / "model.safetensors")
+    assert same(best_of(tmp_path / "run"), chosen) and same(load_weights(tmp_path / "run", best=False)[0], last)
+    if best is not None:
+        assert summary["best_valid_score"] == min(score for score in scores if not math.isnan(score))
+    files = {f"step_{step:08d}/model.safetensors" for step in {12, best or 12}}
+    assert read_meta(tmp_path / "run")["files"].keys() == files
+    (tmp_path / "run" / "meta.json").unlink()  # as a run that is not finished
+    assert same(best_of(tmp_path / "run"), chosen)
+
+
+def test_keeping_the_best_changes_nothing_of_the_run_itself(tmp_path: Path) -> None:
+    run_linear(tmp_path / "off", ScoredTask([3, 2, 4, 4, 4, 4], dropout=0.3), {"validate_every": 2})
+    scored(tmp_path / "on", [3, 2, 4, 4, 4, 4], keep_checkpoints=2)
+    assert_same_run(tmp_path / "off", tmp_path / "on")
+    assert "best_step" not in read_toml(tmp_path / "off" / "config.toml") and steps_of(tmp_path / "off") == [8, 12]
+    assert same(best_of(tmp_path / "off"), weights(tmp_path / "off"))  # where none was kept the best known is the last
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "end"),
+    [
+        ([3, 4, 4, 1, 1, 1], 2, 6),
+        ([3, 4, 2, 4, 4, 1], 2, 10),
+        ([3, 4, 4, 4, 4, 4], 5, 12),
+        ([NAN] * 6, 3, 6),
+        ([2, 2, 2, 0, 0, 0], 2, 6),
+    ],
+)
+def test_patience_ends_a_run_after_so_many_validations_without_a_better_one(
+    tmp_path: Path, scores: list[float], patience: int, end: int
+) -> None:
+    summary = scored(tmp_path / "run", scores, patience=patience)
+    assert summary["steps"] == lines(tmp_path / "run")[-1]["step"] == max(steps_of(tmp_path / "run")) == end
+    assert summary["stopped_early"] == (end < 12)
+
+
+def test_of_equal_validations_the_next_metric_decides(tmp_path: Path) -> None:
+    """A recogniser that writes nothing yet has a word error rate of 1 while its loss falls: that is no reason to stop."""
+    monitor = ("valid_score", "valid_loss")
+    settings = {"keep_best": True, "validate_every": 2, "patience": 3, "max_steps": 30}
+    summary = run_linear(tmp_path / "run", ScoredTask([1.0] * 15), settings, monitor=monitor)
+    losses = {line["step"]: line["valid_loss"] for line in lines(tmp_path / "run") if "valid_loss" in line}
+    assert len(losses) > 4 and summary["best_step"] == min(losses, key=lambda step: losses[step])
+    assert summary["best_valid_loss"] == min(losses.values()) and summary["best_valid_score"] == 1.0
+
+
+def test_patience_waits_for_what_is_frozen(tmp_path: Path) -> None:
+    settings = {"keep_best": True, "validate_every": 2, "patience": 2}
+    summary = run_linear(tmp_path / "run", ScoredTask([1, 2, 2, 2, 2, 2], freeze_steps=6), settings, monitor=("valid_score",))
+    assert summary["steps"] == 10  # the validations of steps 8 and 10
+
+
+@pytest.mark.parametrize("scores", [[3, 2, 4, 5, 5, 5], [5, 4, 3, 3, 2, 3]])
+@pytest.mark.parametrize("step", [1, 4, 5, 7, 9, 11])
+def test_resume_with_patience_matches_an_uninterrupted_run(tmp_path: Path, scores: list[float], step: int) -> None:
+    for options in ({"patience": 3}, {"patience": 3, "keep_checkpoints": 2}):
+        one, two = (tmp_path / f"{name}{len(options)}" for name in ("whole", "cut"))
+        whole = scored(one, scores, **options)
+        try:
+            scored(two, scores, fail_at(step), **options)
+        except RuntimeError:
+            again = scored(two, scores, **options)
+            assert {key: again[key] for key in ("best_step", "steps", "stopped_early")} == {
+                key: whole[key] for key in ("best_step", "steps", "stopped_early")
+            }
+        assert_same_run(one, two)
+        assert read_meta(one)["fingerprint"] == read_meta(two)["fingerprint"] and same(best_of(one), best_of(two))
+
+
+def test_a_run_killed_between_its_early_stop_and_its_end_only_has_to_be_declared_finished(tmp_path: Path) -> None:
+    first = scored(tmp_path / "run", [3, 4, 4, 1, 1, 1], patience=2)
+    for name in ("meta.json", "summary.json"):
+        (tmp_path / "run" / name).unlink()
+    again = scored(tmp_path / "run", [3, 4, 4, 1, 1, 1], patience=2)
+    assert again["steps_this_time"] == 0 and again["steps"] == 6 and again["best_step"] == first["best_step"] == 2
+    assert is_complete(tmp_path / "run")
+
+
+def damage(run: Path, step: int) -> None:
+    path = run / f"step_{step:08d}" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("damaged", [[10], [4], [10, 4], [8, 10], [4, 8, 10]])
+def test_a_run_resumed_over_damaged_checkpoints_ends_as_it_would_have(tmp_path: Path, damaged: list[int], keep: int) -> None:
+    """Best at step 4, then at 10. Where the newest is damaged the one before leads there again, without the best before it."""
+    scores = [3, 2, 4, 4, 1, 4]
+    scored(tmp_path / "whole", scores, keep_checkpoints=keep)
+    with pytest.raises(RuntimeError):
+        scored(tmp_path / "cut", scores, fail_at(11), keep_checkpoints=keep)
+    for step in damaged:
+        if step in steps_of(tmp_path / "cut"):
+            damage(tmp_path / "cut", step)
+    summary = scored(tmp_path / "cut", scores, keep_checkpoints=keep)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert summary["best_step"] == 10 and same(best_of(tmp_path / "whole"), best_of(tmp_path / "cut"))
+    with pytest.raises(ValueError, match="step_00000010: the best checkpoint is damaged.*remove that folder .* step_00000012"):
+        damage(tmp_path / "cut", 10)
+        best_of(tmp_path / "cut")
+
+
+def test_without_the_folder_of_the_best_checkpoint_the_last_is_used_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored(tmp_path / "run", [3, 2, 4, 4, 4, 4])
+    assert not same(best_of(tmp_path / "run"), weights(tmp_path / "run")) and capsys.readouterr().err.count("is gone") == 0
+    shutil.rmtree(tmp_path / "run" / "step_00000004")
+    assert same(best_of(tmp_path / "run"), weights(tmp_path / "run"))
+    assert "step_00000004: the best checkpoint is gone; using step_00000012" in capsys.readouterr().err
+
+
+def test_what_is_saved_after_a_return_to_an_earlier_step_outlives_the_damaged_ones_beyond_it(tmp_path: Path) -> None:
+    for step, found in ((9, [8]), (6, [4])):
+        with pytest.raises(RuntimeError):
+            run_linear(tmp_path / "run", LinearTask(on_step=fail_at(step)), {"keep_checkpoints": 1})
+        assert steps_of(tmp_path / "run") == found
+        if step == 9:
+            damage(tmp_path / "run", 8)
+
+
+def test_a_damaged_best_is_told_and_the_rest_of_the_run_judged_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError):
+        scored(tmp_path / "run", [3, 1, 4, 5, 3, 3], fail_at(9), checkpoint_every=8)
+    assert steps_of(tmp_path / "run") == [4, 8]
+    damage(tmp_path / "run", 4)
+    summary = scored(tmp_path / "run", [3, 1, 4, 5, 3, 3], checkpoint_every=8)
+    assert "best checkpoint, of step 4, is damaged (model.safetensors); judged anew" in capsys.readouterr().err
+    assert summary["best_step"] == 10 and steps_of(tmp_path / "run") == [10, 12]
+
+
+def test_what_is_kept_may_change_between_sessions(tmp_path: Path) -> None:
+    scores = [3, 1, 4, 5, 3, 3]
+    with pytest.raises(RuntimeError):
+        scored(tmp_path / "run", scores, fail_at(7), keep_checkpoints=3)
+    with pytest.raises(RuntimeError):
+        scored(tmp_path / "run", scores, fail_at(9), keep_checkpoints=1)
+    assert steps_of(tmp_path / "run") == [4, 8]  # of step 4 as the best
+    assert scored(tmp_path / "run", scores, keep_checkpoints=2)["best_step"] == 4 and steps_of(tmp_path / "run") == [4, 8, 12]
+    with pytest.raises(RuntimeError):
+        scored(tmp_path / "late", scores, fail_at(5), keep_best=False)
+    assert scored(tmp_path / "late", scores)["best_step"] == 10  # of those judged since
+
+
+def test_patience_without_validations_is_a_message(tmp_path: Path) -> None:
+    for given in ({"patience": 2}, {"patience": 2, "validate_every": 5}, {"patience": 2, "keep_best": True}):
+        with pytest.raises(ValueError, match="set validate_every above 0 and keep_best = true"):
+            TrainingConfig.model_validate({"max_steps": 10, **given})
+    with pytest.raises(ValueError, match="training.patience needs a validation set"):
+        run_linear(tmp_path / "run", LinearTask(), {"patience": 1, "keep_best": True, "validate_every": 2})
+    summary = run_linear(tmp_path / "run", LinearTask(), {"keep_best": True, "validate_every": 2})
+    assert "best_step" not in summary and same(best_of(tmp_path / "run"), weights(tmp_path / "run"))

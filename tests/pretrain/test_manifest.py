@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pretrain.artefact import commit
 from pretrain.batches import BatchConfig, SpeechBatches
-from pretrain.manifest import ROW_GROUP, Manifest, Phone, Utterance, Word, write_manifest
+from pretrain.manifest import ROW_GROUP, Manifest, Phone, Utterance, Word, copy_manifest, write_manifest
 
 
 def row(name: str, **columns: Any) -> dict[str, Any]:
@@ -178,3 +178,51 @@ def test_what_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
     commit(tmp_path, "labels", {}, {}, ["x"])
     with pytest.raises(ValueError, match="is a 'labels'; a 'manifest' is needed"):
         Manifest(tmp_path)
+
+
+def test_blocks_are_every_row_once_with_the_number_it_has_here(tmp_path: Path) -> None:
+    count = 2 * ROW_GROUP + 300
+    write_manifest(tmp_path, [row(f"u{n}", text=f"text {n}" if n % 2 else None) for n in range(count)], {}, {})
+    whole = Manifest(tmp_path)
+    some = np.random.default_rng(0).permutation(count)[:900]
+    twice = np.r_[np.arange(1, ROW_GROUP), 5]  # as many as the group has, and not those
+    for manifest, groups in (
+        (whole, 3),
+        (whole.take(some), 3),
+        (whole.take(twice), 1),
+        (whole.take(np.array([5, 3, 2100])), 2),
+        (whole.take(some[:0]), 0),
+    ):
+        blocks = list(manifest.blocks(["text", "id"]))
+        assert len(blocks) == groups and sorted(n for rows, _ in blocks for n in rows) == list(range(len(manifest)))
+        for rows, table in blocks:
+            assert table.column_names == ["text", "id"]
+            for number, name, text in zip(rows.tolist(), table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
+                assert (manifest[number].id, manifest[number].text) == (name, text)
+
+
+def test_a_copy_of_rows_is_the_manifest_that_they_alone_would_make(tmp_path: Path) -> None:
+    rows = [
+        row(f"u{n:04d}", path=f"/audio/x/{n}.wav", phones=[(0.0, 0.1 * n, "a")] if n % 3 else None) for n in range(3 * ROW_GROUP)
+    ]
+    write_manifest(tmp_path / "all", rows, {}, {}, root="/audio")
+    chosen = np.flatnonzero(np.random.default_rng(0).random(len(rows)) < 0.7)
+    fingerprint = copy_manifest(
+        tmp_path / "some", Manifest(tmp_path / "all").take(chosen[::-1]), {"seed": 1}, {"manifest": "f00d"}, budget="70%"
+    )
+    assert write_manifest(tmp_path / "alone", [rows[n] for n in chosen], {}, {}, root="/audio") == fingerprint
+    meta = json.loads((tmp_path / "some" / "meta.json").read_text())
+    assert (meta["root"], meta["budget"], meta["config"], meta["num_utterances"]) == ("/audio", "70%", {"seed": 1}, len(chosen))
+    assert meta["hours"] == pytest.approx(len(chosen) / 3600)
+
+
+def test_a_copy_of_a_manifest_from_before_there_were_word_times_has_the_column(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "new", [row("a"), row("b")], {}, {})
+    table = pq.read_table(tmp_path / "new" / "manifest.parquet").drop_columns(["words"])
+    (tmp_path / "old").mkdir()
+    pq.write_table(table, tmp_path / "old" / "manifest.parquet")
+    commit(tmp_path / "old", "manifest", {}, {}, ["manifest.parquet"])
+    copy_manifest(tmp_path / "copy", Manifest(tmp_path / "old").take(np.array([1])), {}, {})
+    words = [table for _, table in Manifest(tmp_path / "old").take(np.array([1])).blocks(["words"])]
+    assert [table.to_pydict() for table in words] == [{"words": [None]}]
+    assert list(Manifest(tmp_path / "copy")) == [Manifest(tmp_path / "new")[1]]
