@@ -17,6 +17,7 @@ from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
 from pretrain.config import Config
 from pretrain.engine import Task
 from pretrain.manifest import Manifest
+from pretrain.packing import Layout, pack
 
 
 class BatchConfig(Config):
@@ -76,6 +77,10 @@ class SpeechBatches:
 
     def seconds(self, items: np.ndarray) -> float:
         return float(self.lengths[items].sum()) / SAMPLE_RATE
+
+    def pack(self, loaded: list[np.ndarray]) -> tuple[Tensor, Layout]:
+        """What `load` gave for several utterances, as one buffer."""
+        return pack(loaded)
 
 
 class SpeechTask(Task):

@@ -4,9 +4,11 @@
 table I), `xlarge` HuBERT's. `small` and `tiny` run on a CPU. Two front ends (pretrain/frontend.py) give one frame per 320
 samples (20 ms): the waveform convolutions, and stacked log-mel filterbanks. Batches are packed (pretrain/packing.py): nothing is
 padded, and nothing an utterance is batched with changes its frames, since normalisation statistics, the positional convolution
-and attention see its own samples only.
+and attention see its own samples only. With `streaming` an encoder works in chunks (pretrain/streaming.py), and can run online
+(pretrain/online.py); its weights have the same names and shapes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.audio import HOP
 from pretrain.checkpoint import load_weights
 from pretrain.config import Config, parse_config
-from pretrain.frontend import FilterbankFrontEnd, WaveformFrontEnd
-from pretrain.kernels import Int8Linear, attention, dropout, gelu_linear, grouped_conv
+from pretrain.frontend import FilterbankFrontEnd, UnitFrontEnd, WaveformFrontEnd, normalize, normalize_so_far
+from pretrain.kernels import Int8Linear, attention, drop_values, dropout, gelu_linear, grouped_conv
 from pretrain.packing import Layout, pack_padded
+from pretrain.streaming import Attending, Blocks, Chunks, StreamingConfig, cut_blocks
 
 LayerConvention = Literal["residual", "feed_forward"]
 """Which features a layer has: its output, after the residual and in post-norm models the norm (fairseq's `output_layer`; HuBERT's
@@ -53,11 +55,18 @@ class EncoderConfig(Config):
     """
 
     architecture: Literal["base", "large", "xlarge", "small", "tiny"] = "base"
-    front_end: Literal["waveform", "filterbank"] = "waveform"
+    front_end: Literal["waveform", "filterbank", "units"] = "waveform"
     conv_dim: int = Field(512, gt=0)
     conv_norm: Literal["group", "layer"] = "group"
     conv_bias: bool = False
+    num_units: int | None = Field(None, gt=0, description="of the front end of units: discrete labels in place of audio")
     num_mels: int = Field(80, gt=0, description="of the filterbank front end; two frames are stacked")
+    warp: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="of the filterbank: in training frequencies are stretched by up to this share, at random (VTLP)",
+    )
     normalize_waveform: bool = Field(False, description="zero mean and unit variance over the utterance as cropped (LARGE)")
     dim: int = Field(768, gt=0)
     num_layers: int = Field(12, gt=0)
@@ -72,6 +81,7 @@ class EncoderConfig(Config):
     activation_dropout: float = Field(0.0, ge=0, lt=1)
     layer_drop: float = Field(0.05, ge=0, lt=1)
     feature_gradient_scale: float = Field(0.1, ge=0, description="multiplies the front end's gradient")
+    streaming: StreamingConfig | None = Field(None, description="work in chunks with a bounded look-ahead (pretrain/streaming.py)")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,6 +96,10 @@ class EncoderConfig(Config):
         for name, divisor in (("num_heads", self.num_heads), ("pos_groups", self.pos_groups)):
             if self.dim % divisor:
                 raise ValueError(f"dim {self.dim} is not a multiple of {name} {divisor}")
+        if (self.num_units is None) == (self.front_end == "units"):
+            raise ValueError(f'num_units goes with front_end = "units" and with no other; front_end is {self.front_end!r}')
+        if self.warp and self.front_end != "filterbank":
+            raise ValueError(f"warp is of the filterbank front end; front_end is {self.front_end!r}")
         if self.conv_bias and self.conv_norm == "group":
             raise ValueError('conv_bias has no effect before the group norm; it goes with conv_norm = "layer"')
         return self
@@ -118,7 +132,9 @@ class PositionalConv(nn.Module):
             self._fused = state, self.direction * (self.magnitude / self.direction.norm(dim=(0, 1), keepdim=True))
         return self._fused[1]
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # (frames, dim)
+    def forward(self, x: Tensor, layout: Layout | Chunks) -> Tensor:  # (frames, dim) to (frames, dim), or to the rows of chunks
+        if isinstance(layout, Chunks):
+            return layout.of_windows(self.of_windows(layout.windows(x, self.kernel)))
         # Zeros between the utterances serve as the padding of both neighbours.
         pad = self.kernel // 2
         gap = x.new_zeros(pad, x.shape[1])
@@ -127,6 +143,10 @@ class PositionalConv(nn.Module):
         sizes = [size for frames in layout.num_frames for size in (frames, pad)]
         sizes[-1] = len(y) - sum(sizes[:-1])
         return F.gelu(torch.cat(y.split(sizes)[::2]))
+
+    def of_windows(self, x: Tensor) -> Tensor:
+        """For x (windows, time, dim) with what lies left and right of the frames in question: (windows, time - kernel + 1, dim)."""
+        return F.gelu(F.conv1d(x.transpose(1, 2), self.weight(), self.bias, groups=self.groups).transpose(1, 2))
 
 
 class TransformerLayer(nn.Module):
@@ -145,14 +165,14 @@ class TransformerLayer(nn.Module):
             nn.init.normal_(linear.weight, std=0.02 * (768 / config.dim) ** 0.5)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, layout: Layout, keep: bool = True) -> Tensor:  # (frames, dim)
+    def forward(self, x: Tensor, layout: Layout | Attending, keep: bool = True) -> Tensor:  # (frames, dim)
         """`keep` False drops the layer (LayerDrop): its parameters stay in the graph with gradient zero, so that every rank
         reduces the same ones."""
         if not keep:
             return x + 0.0 * sum(parameter.flatten()[0] for parameter in self.parameters())
         return self.join(*self.residual_terms(x, layout))
 
-    def residual_terms(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def residual_terms(self, x: Tensor, layout: Layout | Attending) -> tuple[Tensor, Tensor]:
         """The two terms of the last residual: the stream after attention, and the feed-forward's output."""
         if self.config.norm_first:
             x = x + self._attend(self.attention_norm(x), layout)
@@ -164,10 +184,11 @@ class TransformerLayer(nn.Module):
         """The layer's output from those two."""
         return x + update if self.config.norm_first else self.ffn_norm(x + update)
 
-    def _attend(self, x: Tensor, layout: Layout) -> Tensor:
+    def _attend(self, x: Tensor, layout: Layout | Attending) -> Tensor:
         heads = self.qkv(x).view(len(x), 3, self.config.num_heads, -1)
-        y = self.attention_out(attention(heads, layout, self.config.attention_dropout if self.training else 0.0))
-        return dropout(y, self.config.dropout, self.training)
+        rate = self.config.attention_dropout if self.training else 0.0
+        y = attention(heads, layout, rate) if isinstance(layout, Layout) else _attention_elsewhere(heads, layout, rate)
+        return dropout(self.attention_out(y), self.config.dropout, self.training)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         y = self.ffn_in(x)
@@ -178,14 +199,22 @@ class TransformerLayer(nn.Module):
         return dropout(y, self.config.dropout, self.training)
 
 
+@torch.compiler.disable  # as `attention`
+def _attention_elsewhere(heads: Tensor, place: Attending, rate: float) -> Tensor:
+    query, key, value = heads.unbind(1)
+    return place.attend(query, key, drop_values(value, rate))
+
+
 class Encoder(nn.Module):
     """Waveforms to contextual frames. `config` says everything; `draw_layers` sets the LayerDrop gates of a step."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        front_end = WaveformFrontEnd if config.front_end == "waveform" else FilterbankFrontEnd
-        self.front_end: WaveformFrontEnd | FilterbankFrontEnd = front_end(config)
+        kinds: dict[str, type[WaveformFrontEnd] | type[FilterbankFrontEnd] | type[UnitFrontEnd]] = {
+            "waveform": WaveformFrontEnd, "filterbank": FilterbankFrontEnd, "units": UnitFrontEnd,
+        }  # fmt: skip
+        self.front_end = kinds[config.front_end](config)
         self.feature_norm = nn.LayerNorm(self.front_end.dim)
         self.project: nn.Module = nn.Linear(self.front_end.dim, config.dim)
         self.mask_embedding = nn.Parameter(torch.empty(config.dim).uniform_())
@@ -200,11 +229,19 @@ class Encoder(nn.Module):
         self.gates = [bool(value >= self.config.layer_drop) for value in drawn]
 
     def features(self, waveforms: Tensor, layout: Layout) -> Tensor:
-        """Packed waveforms (samples,) to front-end output (frames, front_end.dim), its gradient scaled by
+        """Packed waveforms (samples,), or units (frames,) int64, to front-end output (frames, front_end.dim), its gradient scaled by
         `feature_gradient_scale`."""
+        if self.config.streaming is not None and self.config.front_end != "units":
+            return self.block_features(*cut_blocks(waveforms, layout, self.config.streaming, self.front_end.tail))
         if self.config.normalize_waveform:
-            waveforms = _normalize(waveforms, layout)
+            waveforms = normalize(waveforms, layout)
         return _ScaleGradient.apply(self.front_end(waveforms, layout), self.config.feature_gradient_scale)
+
+    def block_features(self, waveforms: Tensor, blocks: Blocks) -> Tensor:
+        """`features` of blocks (samples,): those of the utterances' frames, (frames, front_end.dim)."""
+        if self.config.normalize_waveform:
+            waveforms = normalize_so_far(waveforms, blocks)
+        return _ScaleGradient.apply(self.front_end(waveforms, blocks.layout, blocks), self.config.feature_gradient_scale)
 
     def contextualize(
         self,
@@ -213,19 +250,21 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
         channel_mask: Tensor | None = None,
         layer: int | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Normalised front-end features (frames, front_end.dim) to the last output, or to the output of `layer`: (frames, dim).
 
         `mask` (frames,) marks frames replaced by the mask embedding, `channel_mask` (batch, dim) channels set to zero in
         all frames of an utterance. The last output (layer None) has passed the final norm of pre-norm models; the output of a
-        layer has not (fairseq's `output_layer` convention).
+        layer has not (fairseq's `output_layer` convention). The first layer's input and every layer's output are appended to
+        `outputs`.
         """
         x = dropout(self.project(features), self.config.input_dropout, self.training)  # (frames, dim)
         if mask is not None:
             x = torch.where(mask[:, None], self.mask_embedding.to(x.dtype), x)
         if channel_mask is not None:
             x = torch.cat([part.masked_fill(row, 0.0) for part, row in zip(layout.split(x), channel_mask, strict=True)])
-        return self._run(x, layout, layer, [])
+        return self._run(x, layout, layer, [] if outputs is None else outputs)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
         """Padded waveforms (batch, samples) of lengths (batch,) to the last output (batch, frames, dim), zero where padded."""
@@ -271,22 +310,39 @@ class Encoder(nn.Module):
         self, x: Tensor, layout: Layout, layer: int | None, outputs: list[Tensor], convention: LayerConvention = "residual"
     ) -> Tensor:  # fmt: skip
         """Projected frames through the transformer up to `layer`; every layer's features are appended to `outputs`."""
-        x = x + self.positional(x, layout)
+        if self.config.streaming is None:
+            places: list[Layout | Attending] = [layout] * self.config.num_layers
+            return self.transform(x + self.positional(x, layout), places, None, layer, outputs, convention)
+        chunks = Chunks(self.config.streaming, layout.num_frames, x.device)
+        x = x.index_select(0, chunks.frames) + self.positional(x, chunks)
+        return self.transform(x, [chunks] * self.config.num_layers, chunks.originals, layer, outputs, convention)
+
+    def transform(
+        self, x: Tensor, places: Sequence[Layout | Attending], originals: Tensor | None, layer: int | None,
+        outputs: list[Tensor], convention: LayerConvention = "residual",
+    ) -> Tensor:  # fmt: skip
+        """Rows (rows, dim) with their positions through the layers, each with its place. `originals` says which rows are frames
+        and not copies of some (None: all are); only those are returned and appended to `outputs`."""
+
+        def frames(y: Tensor) -> Tensor:
+            return y if originals is None else y.index_select(0, originals)
+
         if not self.config.norm_first:
             x = self.norm(x)
         x = dropout(x, self.config.dropout, self.training)
-        outputs.append(x)
-        for number, block in enumerate(self.layers, start=1):
+        outputs.append(frames(x))
+        for number, (block, place) in enumerate(zip(self.layers, places, strict=True), start=1):
             if layer is not None and number > layer:
                 break
             if convention == "feed_forward":
                 assert isinstance(block, TransformerLayer)
-                x, update = block.residual_terms(x, layout)
-                outputs.append(update)
+                x, update = block.residual_terms(x, place)
+                outputs.append(frames(update))
                 x = block.join(x, update)
             else:
-                x = block(x, layout, not self.training or self.gates[number - 1])
-                outputs.append(x)
+                x = block(x, place, not self.training or self.gates[number - 1])
+                outputs.append(frames(x))
+        x = frames(x)
         return self.norm(x) if self.config.norm_first and layer is None else x
 
 
@@ -301,18 +357,8 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.scale, None
 
 
-def _normalize(waveforms: Tensor, layout: Layout) -> Tensor:
-    """Zero mean and unit variance over each utterance's own samples; what lies between is zero."""
-    y = torch.zeros_like(waveforms)
-    for (first, _), length in zip(layout.slot_bounds, layout.num_samples, strict=True):
-        own = slice(HOP * first, HOP * first + length)
-        variance, mean = torch.var_mean(waveforms[own], correction=0)
-        y[own] = (waveforms[own] - mean) * torch.rsqrt(variance + 1e-5)
-    return y
-
-
 def load_encoder(run: str | Path, device: str | torch.device = "cpu") -> tuple[Encoder, str]:
-    """The encoder of a pretraining or fine-tuning run, in eval mode, and the fingerprint of the run's weights."""
+    """The encoder of a pretraining or fine-tuning run (its best where one was kept) in eval mode, and the weights' fingerprint."""
     weights, meta, fingerprint = load_weights(run)
     # A fine-tuning run's own config names a pretraining run there; the architecture stands beside its vocabulary.
     config = meta.get("config_encoder") or meta["config"].get("encoder")

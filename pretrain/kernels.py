@@ -237,10 +237,7 @@ def attention(heads: Tensor, layout: Layout, rate: float) -> Tensor:
     without a new normalisation); only its draws are shared by the queries of a head.
     """
     query, key, value = heads.unbind(1)  # (frames, num_heads, head_dim)
-    if rate > 0:
-        ones = torch.ones(value.shape[:2], dtype=torch.promote_types(value.dtype, torch.float32), device=value.device)
-        keep = dropout(ones, rate, training=True)  # (frames, num_heads)
-        value = (value * keep[..., None]).to(value.dtype)
+    value = drop_values(value, rate)
     if varlen_attn is not None and has_varlen(heads.device, heads.dtype):
         bounds, longest = layout.frame_ends(heads.device), max(layout.num_frames)
         y = varlen_attn(query, key, value, bounds, bounds, longest, longest)
@@ -252,6 +249,15 @@ def attention(heads: Tensor, layout: Layout, rate: float) -> Tensor:
         y = F.scaled_dot_product_attention(q, k, v)
         outputs.append(y[0].transpose(0, 1))
     return torch.cat(outputs).flatten(1)
+
+
+def drop_values(value: Tensor, rate: float) -> Tensor:
+    """Dropout of attention as `attention` explains it: value (rows, num_heads, head_dim), whole heads of a row set to zero."""
+    if rate == 0:
+        return value
+    ones = torch.ones(value.shape[:2], dtype=torch.promote_types(value.dtype, torch.float32), device=value.device)
+    keep = dropout(ones, rate, training=True)  # (rows, num_heads)
+    return (value * keep[..., None]).to(value.dtype)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pretrain.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.labels import MAX_CLASSES
 from pretrain.manifest import Manifest
 from pretrain.progress import console
@@ -33,13 +33,13 @@ class ClusterConfig(Config):
 
     manifest: str
     out: str
-    split: str | None = None
+    split: Split = None
     features: Literal["mfcc", "encoder"] = "mfcc"
     cmvn: bool = Field(False, description="normalise MFCC over each utterance")
     encoder: str | None = Field(None, description="run folder, for features = 'encoder'")
     layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field("best", description="0 is the first layer's input")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
-    select_split: str = Field("dev", description="where 'best' is judged; its phones are used")
+    select_split: Split = Field("dev", description="where 'best' is judged, by its phones; \"\": on all")
     sweep: str | None = Field(None, description="folder of a `measure` with layers = 'all' whose layer 'best' follows")
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES)
     levels: int = Field(1, ge=1, description="each further one quantises what those before leave")

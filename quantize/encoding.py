@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from pretrain.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
 from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import console, progress
@@ -50,7 +50,7 @@ class EncodeConfig(Config):
     manifest: str
     codebook: str
     out: str
-    split: str | None = None
+    split: Split = None
     encoder: str | None = None
     num_shards: int | None = Field(
         None, ge=1, description="at most; never more than utterances; by default half an hour of audio each, 8 to 1,000 of them"

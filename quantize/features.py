@@ -11,11 +11,15 @@ rows.) They may still differ between kinds of processor and versions of torch, w
 On a GPU utterances are packed end to end into batches of `batch_seconds`. Nothing is padded and none sees another, but the matrix
 products have other shapes in another batch, and the last bits of a feature may differ (a label on the border of two classes
 with them). The same batches on the same kind of GPU give the same bits.
+
+Utterances of more than 100 s go through the encoder in windows, so that memory stays bounded; a streaming encoder, whose chunks
+and statistics count from the beginning, has no such cuts and takes them chunk by chunk (pretrain/online.py).
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -35,7 +39,7 @@ Layers = Iterator[tuple[Utterance, list[np.ndarray]]]  # of an utterance the fea
 LayerConvention = Literal["residual", "feed_forward"]  # as pretrain.encoder says; named here too, because that imports torch
 
 NUM_CEPSTRA = 13
-WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows, so that memory stays bounded
+WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows
 CONTEXT_FRAMES = 100  # seen on both sides of a window and dropped; the positional convolution reaches 64 frames
 GPU_BATCH_SECONDS = 200.0
 
@@ -165,7 +169,7 @@ class EncoderSource:
         with ThreadPoolExecutor(threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for utterance, waveform in decoded:
-                    windows = plan_windows(num_frames(len(waveform)))
+                    windows = self._windows(waveform)
                     parts = [pool.submit(self._extract_window, waveform, *window, layers) for window in windows]
                     pending.append((utterance, parts))
                     while pending and sum(len(parts) for _, parts in pending) > 2 * threads:
@@ -191,31 +195,56 @@ class EncoderSource:
         for first in decoded:
             batch, waveforms = zip(first, *islice(decoded, sizes.popleft() - 1), strict=True)
             if len(batch) == 1:
-                windows = plan_windows(num_frames(len(waveforms[0])))
+                windows = self._windows(waveforms[0])
                 found = [_stitched([self._extract_window(waveforms[0], *window, layers) for window in windows])]
             else:
                 found = self._extract(waveforms, layers)
             yield from zip(batch, found, strict=True)
 
+    def _windows(self, waveform: np.ndarray) -> list[tuple[int, int, int, int]]:
+        total = num_frames(len(waveform))
+        return plan_windows(total) if self.encoder.config.streaming is None else [(0, total, 0, total)]
+
     def _extract_window(
         self, waveform: np.ndarray, start: int, end: int, first: int, last: int, layers: list[int]
     ) -> list[np.ndarray]:
         """Frames start … end of one waveform, of each of `layers`, computed from its frames first … last."""
+        if self.encoder.config.streaming is not None and last > WINDOW_FRAMES:
+            return self._extract_online(waveform, layers)
         stop = len(waveform) if last == num_frames(len(waveform)) else (last - 1) * HOP + MIN_SAMPLES
         (found,) = self._extract([waveform[first * HOP : stop]], layers)
         return [features[start - first : end - first] for features in found]
 
     def _extract(self, waveforms: Sequence[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
         """For each waveform its features (frames, dim) of each of `layers`."""
-        import torch
-
         from pretrain.packing import pack
 
         buffer, layout = pack(waveforms)
-        with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, self.precision == "bfloat16"):
+        with self._inference():
             outputs = self.encoder.extract_packed(buffer.to(self.device), layout, max(layers), self.convention)
             found = [outputs[layer].float().cpu().numpy() for layer in layers]
         return [[features[first:last] for features in found] for first, last in layout.frame_bounds]
+
+    def _extract_online(self, waveform: np.ndarray, layers: list[int]) -> list[np.ndarray]:
+        """The same for one waveform and a streaming encoder, chunk by chunk."""
+        import torch
+
+        from pretrain.online import OnlineEncoder
+
+        online = OnlineEncoder(self.encoder, max(layers), self.convention)
+        with self._inference():
+            chunks = [
+                [chunk.outputs[layer].float().cpu().numpy() for layer in layers]
+                for chunk in online.feed(torch.from_numpy(waveform), last=True)
+            ]
+        return _stitched(chunks)
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        import torch
+
+        with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, self.precision == "bfloat16"):
+            yield
 
 
 def _joined(utterance: Utterance, windows: list[Future[list[np.ndarray]]]) -> tuple[Utterance, list[np.ndarray]]:
@@ -229,12 +258,10 @@ def _stitched(windows: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) -> EncoderSource:
     """The encoder of a run folder as a feature source, with its `options`; `device` "auto" is the GPU when torch has one."""
-    import torch
-
     from pretrain.encoder import load_encoder
+    from pretrain.parallel import resolve_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(resolve_device(device))
     encoder, fingerprint = load_encoder(run, device)
     return EncoderSource(encoder, fingerprint, layer, device=device, **options)
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.labels import MAX_CLASSES, Labels
 from pretrain.manifest import Manifest, Utterance
 from pretrain.pnmi import JointCounts, phone_metrics
@@ -46,7 +46,7 @@ class MeasureConfig(Config):
 
     manifest: str
     out: str
-    split: str | None = None
+    split: Split = None
     labels: str | None = Field(None, description="units to measure")
     codebook: str | None = Field(None, description="that of the labels: measures the features, too")
     encoder: str | None = Field(None, description="run folder: the codebook's, or the one whose layers are measured")
@@ -64,7 +64,7 @@ class MeasureConfig(Config):
     )  # fmt: skip
     seed: int = Field(0, ge=0)
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES, description="of each layer's k-means")
-    fit_split: str | None = Field(None, description="where the layers' k-means is fitted; without, on what is judged")
+    fit_split: Split = Field(None, description="where the layers' k-means is fitted; without, on what is judged")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     device: str = "auto"
     batch_seconds: float | None = Field(None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one")

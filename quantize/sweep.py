@@ -43,7 +43,7 @@ PANELS = (
 
 
 def choose_layer(
-    manifest: Manifest, split: str | None, select_split: str, source: EncoderSource, num_classes: int, seed: int,
+    manifest: Manifest, split: str | None, select_split: str | None, source: EncoderSource, num_classes: int, seed: int,
     folder: str | Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer whose quick k-means on `split` suits the phones of the select split.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pretrain.audio import num_frames
 from pretrain.checkpoint import save_checkpoint
-from pretrain.ctc import Recognizer
+from pretrain.ctc.model import Recognizer
+from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import Encoder, EncoderConfig, PositionalConv, load_encoder
 from pretrain.packing import Layout, pack, pack_padded
 from quantize.assignment import nearest
@@ -417,7 +418,7 @@ def write_run(folder: Path, module: torch.nn.Module, config: dict, extra: dict |
 
 
 def test_the_encoder_of_pretraining_and_of_fine_tuning_runs_can_be_loaded(tmp_path: Path) -> None:
-    module = Recognizer(encoder().config, 5)
+    module = Recognizer(encoder().config, Vocabulary(["a", "b", "c", "d"]))
     resolved = module.encoder.config.resolved()
     write_run(tmp_path / "pretrained", module, {"encoder": resolved})
     write_run(tmp_path / "finetuned", module, {"encoder": "runs/pretrained"}, {"config_encoder": resolved, "vocabulary": ["a"]})

@@ -201,3 +201,46 @@ def test_log_mel_is_kaldis(num_mels: int) -> None:
     assert ours.shape == expected.shape == (98, num_mels)
     # both in float32; energies of order 1e4 to 1e13, logarithms of 10 to 30
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("warp", [0.85, 1.0, 1.2])
+def test_a_warped_filterbank_hears_a_tone_where_the_warp_moves_it(warp: float) -> None:
+    """Below the knee at 4.8 kHz: a tone of f is heard as one of warp times f; the highest frequency stays."""
+    time = torch.arange(8000) / 16000
+    window = torch.hann_window(400, periodic=False)
+    plain, warped = (torch.from_numpy(mel_matrix(80, warp=factor)) for factor in (1.0, warp))
+    for hertz in (300.0, 1000.0, 2500.0):
+        heard = log_mel(torch.sin(2 * torch.pi * hertz * time), window, warped).mean(0).argmax()
+        moved = log_mel(torch.sin(2 * torch.pi * warp * hertz * time), window, plain).mean(0).argmax()
+        assert abs(int(heard) - int(moved)) <= 1  # the bins of the spectrum are 31 Hz apart
+    assert (warped[-1] == plain[-1]).all() and (warped >= 0).all() and (warped.sum(0) > 0).all()
+
+
+@torch.no_grad()
+def test_training_with_warp_hears_each_utterance_through_one_drawn_filterbank_and_evaluation_the_plain_one() -> None:
+    module, plain = front_end(front_end="filterbank", warp=0.2), front_end(front_end="filterbank")
+    assert isinstance(module, FilterbankFrontEnd) and module.warped is not None
+    buffer, layout = packed(waveforms([8000, 5000, 8000]))
+    assert torch.equal(module.eval()(buffer, layout), plain(buffer, layout))
+    module.train()
+    torch.manual_seed(3)
+    drawn = torch.randint(21, (3,)).tolist()
+    torch.manual_seed(3)
+    parts = module._log_mel(buffer, layout, None)
+    for part, (first, _), length, warp in zip(parts, layout.slot_bounds, layout.num_samples, drawn, strict=True):
+        own = log_mel(buffer[320 * first : 320 * first + length], module.window, module.warped[warp])
+        assert torch.equal(part, own)
+    torch.manual_seed(3)
+    blocks = module._log_mel(buffer, layout, [2, 1])  # of two utterances, the first in two blocks
+    assert torch.equal(blocks[0], parts[0]) and torch.equal(
+        blocks[1], log_mel(buffer[8000:13000], module.window, module.warped[drawn[0]])
+    )
+    torch.manual_seed(3)
+    first = module(buffer, layout)
+    torch.manual_seed(3)
+    assert torch.equal(module(buffer, layout), first) and not torch.equal(first, plain(buffer, layout))
+
+
+def test_warp_is_of_filterbanks() -> None:
+    with pytest.raises(ValueError, match="warp is of the filterbank front end; front_end is 'waveform'"):
+        EncoderConfig(warp=0.1)

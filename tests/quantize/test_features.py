@@ -14,7 +14,18 @@ from pretrain.audio import num_frames
 from pretrain.encoder import load_encoder
 from pretrain.manifest import Manifest, Utterance
 from pretrain.packing import Layout
-from quantize.features import EncoderSource, MfccSource, ahead, deltas, mfcc, open_encoder_source, plan_batches, plan_windows
+from quantize.features import (
+    EncoderSource,
+    LayerConvention,
+    MfccSource,
+    ahead,
+    deltas,
+    mfcc,
+    open_encoder_source,
+    plan_batches,
+    plan_windows,
+)  # fmt: skip
+from tests.pretrain.test_streaming import CHUNKS, KINDS, ROUNDING, encoder
 
 
 def kaldi_mfcc(wave: np.ndarray) -> np.ndarray:
@@ -177,7 +188,7 @@ def test_all_layers_at_once_equal_each_layer_alone(corpus: Path, run: Path) -> N
 class WindowSums:
     """Stands for an encoder without context: a frame is the sum of its 400 samples."""
 
-    config = SimpleNamespace(dim=1, num_layers=0)
+    config = SimpleNamespace(dim=1, num_layers=0, streaming=None)
 
     def extract_packed(self, waveforms: torch.Tensor, layout: Layout, last: int, convention: str) -> list[torch.Tensor]:
         return [layout.drop_between(waveforms.double().unfold(0, 400, 320).sum(dim=1, keepdim=True))]
@@ -208,6 +219,29 @@ def test_a_long_utterance_goes_through_in_windows_whatever_it_is_batched_with(
         found = {utterance.id: features for utterance, (features,) in source._in_batches([order], [2])}
         assert np.array_equal(found[utterances[0].id], alone)
     assert [len(batch) for batch in plan_batches(utterances, 60)] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("convention", ["residual", "feed_forward"])
+def test_a_streaming_encoder_has_no_cuts_in_a_long_utterance(
+    kind: str, convention: LayerConvention, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utterances = sorted(Manifest(corpus), key=lambda utterance: -utterance.length)[:2]
+    source = EncoderSource(encoder(CHUNKS[0], **KINDS[kind]), "", 2, convention=convention)
+    expected = list(source.all_layers(utterances, [0, 2]))
+    monkeypatch.setattr(quantize.features, "WINDOW_FRAMES", utterances[1].num_frames)
+    monkeypatch.setattr(quantize.features, "CONTEXT_FRAMES", 7)
+    extracted: list[np.ndarray] = []
+    real = EncoderSource._extract_online
+    monkeypatch.setattr(
+        EncoderSource, "_extract_online", lambda self, wave, layers: [extracted.append(wave), real(self, wave, layers)][1]
+    )
+    for found in (list(source.all_layers(utterances, [0, 2])), list(source._in_batches([utterances], [0, 2]))):
+        for (utterance, layers), (_, wanted) in zip(found, expected, strict=True):
+            for one, other in zip(layers, wanted, strict=True):
+                assert one.shape == (utterance.num_frames, source.dim)
+                np.testing.assert_allclose(one, other, **ROUNDING)
+    assert [num_frames(len(wave)) for wave in extracted] == [utterances[0].num_frames] * 2  # that, and not the other
 
 
 @given(st.integers(1, 30_000))
@@ -280,3 +314,8 @@ def test_a_cpu_takes_one_utterance_at_a_time_whatever_batch_seconds_say(run: Pat
     for batch_seconds in (None, 0.0, 60.0):
         source = open_encoder_source(str(run), 1, device="cpu", batch_seconds=batch_seconds, workers=1)
         assert isinstance(source, EncoderSource) and source.batch_seconds == 0
+
+
+def test_a_device_that_is_not_here_is_refused(run: Path) -> None:
+    with pytest.raises(ValueError, match="^device: 'foo' is not here; torch .* has cpu"):
+        open_encoder_source(str(run), 1, device="foo")
