@@ -1,16 +1,18 @@
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from pretrain.config import Config, apply_overrides, parse_config, read_toml, without_none
-from pretrain.ctc import CTCConfig
+from pretrain.ctc.task import CTCConfig
 from pretrain.encoder import ARCHITECTURES, EncoderConfig
 from pretrain.engine import OptimizerConfig
 from pretrain.pretraining import PretrainConfig
+from wordless import VERBS
 
 
 class Inner(Config):
@@ -49,6 +51,27 @@ def test_every_mistake_is_reported_at_once_with_its_dotted_key() -> None:
     assert "inner.dropout: " in text and "less than 1" in text and "1.5" in text
     assert "inner.dropuot: unknown key; did you mean 'dropout'?" in text
     assert "other.beats: unknown key; did you mean 'betas'?" in text
+
+
+def splits_of(config_class: type[Config]) -> dict[str, TypeAdapter]:
+    """The keys that name a split, those of tables inside too."""
+    found = {}
+    for name, field in config_class.model_fields.items():
+        if name == "split" or name.endswith("_split"):
+            found[name] = TypeAdapter(Annotated[field.annotation, name, *field.metadata])
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Config):
+                found |= {f"{name}.{key}": adapter for key, adapter in splits_of(kind).items()}
+    return found
+
+
+def test_no_split_is_an_empty_name_in_every_config() -> None:
+    classes = {name: getattr(import_module(verb.module), verb.config) for name, verb in VERBS.items()}
+    found = {f"{verb}.{key}": adapter for verb, of in classes.items() for key, adapter in splits_of(of).items()}
+    asked = {"pretrain.valid_split", "finetune.split", "transcribe.split", "cluster.select_split", "pack.bpe.split", "report.split"}
+    assert asked < found.keys() and len(found) > 15
+    for name, adapter in found.items():
+        assert adapter.validate_python("") is None and adapter.validate_python("dev") == "dev", name
 
 
 def test_an_unknown_key_without_a_neighbour_lists_the_known_ones() -> None:

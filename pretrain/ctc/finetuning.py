@@ -1,0 +1,307 @@
+"""The verb `finetune`: CTC on transcripts, from a pretrained encoder or, for comparison, from random weights or on units.
+
+The labelled audio that a budget draws stands in OUT/subset, a manifest, to be reported and used again; transcripts that cannot be used
+in OUT/quarantine.jsonl. Validation is on every transcribed utterance of `valid_split`, whole, whatever its length.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from pretrain.artefact import atomic_path, require_absent
+from pretrain.audio import SAMPLE_RATE
+from pretrain.batches import BatchConfig, SpeechBatches
+from pretrain.config import Config, Split, parse_config
+from pretrain.ctc.model import LoadedRecognizer, Recognizer, load_recognizer
+from pretrain.ctc.subsets import Budget, count_problems, draw_subset, examine, problems_message, targets, transcribed, write_subset
+from pretrain.ctc.task import CTCConfig, CTCTask
+from pretrain.ctc.text import TextConfig
+from pretrain.ctc.unit_input import LabelBatches, UnitConfig
+from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.encoder import EncoderConfig, load_encoder
+from pretrain.engine import OptimizerConfig, TrainingConfig, train
+from pretrain.labels import Labels
+from pretrain.manifest import Manifest
+from pretrain.progress import console
+from pretrain.streaming import StreamingConfig
+
+
+class CTCBatchConfig(BatchConfig):
+    """How much audio goes together. Nothing is cropped in fine-tuning: a transcript is of the whole utterance."""
+
+    crop_seconds: float = Field(30.0, ge=0.025, description="longer utterances are left out of training (counted)")
+
+
+class CTCOptimizerConfig(OptimizerConfig):
+    """The engine's AdamW with wav2vec 2.0's fine-tuning schedule as its default."""
+
+    schedule: Literal["constant", "linear", "polynomial", "cosine", "tri_stage"] = "tri_stage"
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class CTCTrainingConfig(TrainingConfig):
+    """The engine's, with the checkpoint of the best dev WER (of equal ones, the lowest loss) kept beside the last."""
+
+    keep_best: bool = Field(True, description="keep the checkpoint with the best WER on valid_split, too")
+
+
+class FinetuneConfig(Config):
+    """Which transcripts, which encoder, and how it is fine-tuned."""
+
+    out: str
+    manifest: str
+    split: Split = "train"
+    valid_manifest: str | None = Field(None, description="where valid_split is, if not in `manifest` (a labelled subset has none)")
+    valid_split: Split = Field(
+        "dev",
+        description='judges checkpoints; without being asked for, none where there is no such split (said in the summary); "": none, '
+        "or all of valid_manifest",
+    )
+    budget: Budget = Field("all", description="labelled audio that is used: 90s, 10min, 1h, 25% or all; a seeded draw")
+    budget_seed: int = Field(0, description="of the draw; equal seeds give nested budgets")
+    bad_transcripts: Literal["error", "quarantine"] = Field("error", description="quarantine: leave them out, listed")
+    encoder: str | None = Field(None, description="a pretraining run, or a recogniser to go on from")
+    initialization: Literal["pretrained", "recognizer", "random"] = Field(
+        "pretrained", description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh weights"
+    )
+    streaming: StreamingConfig | None = Field(None, description="chunked attention; by default as `encoder` has it")
+    labels: str | None = Field(None, description="units to read in place of audio; instead of an encoder")
+    units: UnitConfig = UnitConfig()
+    unit_encoder: EncoderConfig | None = Field(None, description="with labels: the encoder over them; by default a small one")
+    characters: str | None = Field(
+        None, description="the vocabulary; taken from the transcripts of split and valid_split when not given"
+    )
+    text: TextConfig = TextConfig()
+    ctc: CTCConfig = CTCConfig()
+    batches: CTCBatchConfig = CTCBatchConfig()
+    optimizer: CTCOptimizerConfig = CTCOptimizerConfig()
+    training: CTCTrainingConfig
+
+    @field_validator("unit_encoder", mode="before")
+    @classmethod
+    def _reads_units(cls, given: Any) -> Any:
+        """What an `architecture` fills in gives way to what units need; what is asked for by name must agree with it."""
+        for key, only in (("front_end", "units"), ("normalize_waveform", False)):
+            if isinstance(given, dict) and given.get(key, only) != only:
+                raise ValueError(f"{key} = {json.dumps(given[key])}: it reads `labels` and no audio; leave the key out")
+        return given
+
+    @model_validator(mode="after")
+    def _reads_one_thing(self) -> Self:
+        if (self.encoder is None) == (self.labels is None):
+            raise ValueError("give `encoder`, for audio, or `labels`, for units: one of them")
+        if self.labels is None and (given := sorted(self.model_fields_set & {"unit_encoder", "units"})):
+            raise ValueError(f"{' and '.join(given)} are about `labels`, which are not given")
+        if self.labels is not None and "initialization" in self.model_fields_set and self.initialization != "random":
+            raise ValueError(
+                f"initialization = {self.initialization!r}: an encoder over `labels` begins with random weights; leave it out"
+            )
+        return self
+
+
+class Source(NamedTuple):
+    """A split, and which of its rows can be learned from or judged by."""
+
+    manifest: Manifest
+    rows: np.ndarray
+    num_left_out: int  # with a transcript, but too short or too long
+    problems: list[dict[str, str]]
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Run the verb; returns the training summary with the labelled minutes used, what was left out and the vocabulary's size."""
+    require_absent(config.out)
+    manifest, seed = Manifest(config.manifest), config.training.seed
+    chosen = manifest.select(config.split)
+    valid, note = _validation(config, manifest)
+    notes = [note] if note else []
+    labels = Labels(config.labels) if config.labels else None
+    known = load_recognizer(config.encoder) if config.encoder and config.initialization == "recognizer" else None
+    vocabulary = _vocabulary(config, [chosen, *([valid] if valid else [])], known)
+    model, parents = _model(config, vocabulary, labels, known)
+
+    def usable(rows: Manifest, batches: BatchConfig) -> Source:
+        return _usable(rows, config, batches, vocabulary, labels)
+
+    def batches(rows: Manifest, limits: BatchConfig) -> SpeechBatches:
+        return LabelBatches(rows, labels, limits, seed, config.units) if labels else SpeechBatches(rows, limits, seed, crop=False)
+
+    source = usable(chosen, config.batches)
+    # In the order of the file, as they are in OUT/subset: training on that, with this vocabulary, is the same run.
+    drawn = np.sort(draw_subset(chosen, source.rows, config.budget, config.budget_seed))
+    labelled = chosen.take(drawn)
+    train_set, valid_set, problems = batches(labelled, config.batches), None, source.problems
+    if valid is not None:
+        whole = config.batches.model_copy(update={"crop_seconds": 1e9, "min_seconds": 0.025})
+        judges = usable(valid, whole)
+        judging = valid.take(judges.rows)
+        valid_set, problems = batches(judging, whole), problems + judges.problems
+        if seen := len({*judging.ids}.intersection(labelled.ids)):
+            notes.append(f"{seen} of the {len(judging)} utterances of the validation are trained on (by their ids)")
+    frozen_phases = config.initialization != "random" and labels is None
+    if frozen_phases and config.ctc.freeze_steps >= config.training.max_steps:
+        notes.append(
+            f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, training.max_steps = {config.training.max_steps}"
+        )
+    task = CTCTask(model, config.ctc, config.text, train_set, valid_set, frozen_phases=frozen_phases, seed=seed)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
+        write_subset(Path(config.out) / "subset", chosen, drawn, budget=config.budget, seed=config.budget_seed)
+        _write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
+    minutes = float(labelled.lengths.sum() / SAMPLE_RATE / 60)
+    summary = train(
+        task, out=config.out, kind="recognizer", training=config.training, optimizer=config.optimizer, config=config.resolved(),
+        parents={"manifest": manifest.fingerprint, **parents}, monitor=("valid_wer", "valid_loss"),
+        extra={
+            "vocabulary": vocabulary.to_meta(), "config_encoder": model.encoder.config.resolved(),
+            "codebook": labels.codebook if labels else None, "label_minutes": minutes,
+        },
+    )  # fmt: skip
+    return {
+        **summary,
+        "label_minutes": minutes,
+        "utterances": len(labelled),
+        "utterances_left_out": source.num_left_out,
+        "valid_utterances": len(valid_set.items) if valid_set else 0,
+        "quarantined": len(problems),
+        **({"quarantined_because": count_problems(problems)} if problems else {}),
+        "vocabulary": len(vocabulary),
+        **({"note": "; ".join(notes)} if notes else {}),
+    }
+
+
+def _validation(config: FinetuneConfig, manifest: Manifest) -> tuple[Manifest | None, str | None]:
+    """What judges checkpoints, or None and why; a split that was asked for and is not there is a ValueError."""
+    source = Manifest(config.valid_manifest) if config.valid_manifest else manifest
+    by_default = "valid_split" not in config.model_fields_set
+    asked, split = config.valid_manifest is not None or not by_default, config.valid_split
+    if by_default and config.valid_manifest and not source.splits:
+        split = None  # all of it
+    elif split is None and not config.valid_manifest:
+        return None, None
+    elif not asked and split not in source.splits:
+        return None, f"no validation: {source.folder} has no utterances of valid_split = {split!r}"
+    try:
+        valid = source.select(split)
+    except ValueError as error:
+        if config.valid_manifest:
+            raise
+        raise ValueError(f"{error}; where this is a labelled subset, name the corpus as valid_manifest") from None
+    if len(transcribed(valid, config.text)):
+        return valid, None
+    lack = f"no utterance of valid_split = {split!r} has {_targets(config.text)}"
+    if asked:
+        raise ValueError(f"{source.folder}: {lack}; name another split")
+    return None, f"no validation: {lack}"
+
+
+def _targets(text: TextConfig) -> str:
+    return "phones (index with `alignments`)" if text.column == "phones" else "a transcript"
+
+
+def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecognizer | None) -> Vocabulary:
+    """The characters that are given, or those of the recogniser to go on from, or of all transcripts."""
+    if known is not None:
+        ours, theirs = (text.resolved() | {"tokenizer": None} for text in (config.text, known.text))
+        if differing := [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in ours if ours[key] != theirs[key]]:
+            raise ValueError(f"text: {config.encoder} was fine-tuned with another `text` ({'; '.join(differing)}); give the same")
+    if config.characters is not None:
+        vocabulary = Vocabulary.given(config.characters, config.text)
+    elif known is not None and config.text.tokenizer is None:
+        return known.vocabulary  # whatever else the transcripts have is named as not in it
+    else:
+        # The alphabet of the whole corpus: a letter that the drawn minutes happen to miss is still a letter.
+        said = (target for rows in sets for _, block in targets(rows, config.text) for target in block)
+        vocabulary = Vocabulary.of((target for target in said if target), config.text)
+    if known is not None and known.vocabulary != vocabulary:
+        lacking, surplus = (sorted(set(a) - set(b)) for a, b in (
+            (vocabulary.symbols, known.vocabulary.symbols), (known.vocabulary.symbols, vocabulary.symbols)
+        ))  # fmt: skip
+        parts = [f"without {_some(lacking)}"] * bool(lacking) + [f"with {_some(surplus)} that are not here"] * bool(surplus)
+        raise ValueError(
+            f"encoder: {config.encoder} was fine-tuned with another vocabulary of {len(known.vocabulary)} classes "
+            f"({', '.join(parts) or 'in another order'}); leave `characters` out to go on "
+            'with its own, or set initialization = "pretrained", which takes its encoder alone'
+        )
+    return vocabulary
+
+
+def _some(symbols: list[str]) -> str:
+    return f"{symbols[:20]}{f' and {len(symbols) - 20} more' if len(symbols) > 20 else ''}"
+
+
+def _model(
+    config: FinetuneConfig, vocabulary: Vocabulary, labels: Labels | None, known: LoadedRecognizer | None
+) -> tuple[Recognizer, dict[str, str]]:
+    """The model to train, and the fingerprints of what it comes from."""
+
+    def build(tree: dict[str, Any], source: str) -> Recognizer:
+        streaming = {"streaming": config.streaming.resolved()} if config.streaming is not None else {}
+        architecture = parse_config(EncoderConfig, {**tree, **config.ctc.of_encoder, **streaming}, source)
+        torch.manual_seed(config.training.seed)
+        return Recognizer(architecture, vocabulary, final_dropout=config.ctc.final_dropout, layers=config.ctc.layers)
+
+    if labels is not None:
+        tree = config.unit_encoder.resolved() if config.unit_encoder else {"architecture": "small"}
+        num_units = config.units.num_embeddings(labels)
+        if (asked := config.unit_encoder and config.unit_encoder.num_units) and asked != num_units:
+            raise ValueError(f"unit_encoder.num_units = {asked}, but {labels.folder} has {num_units} to read; leave the key out")
+        over_units = {"front_end": "units", "num_units": num_units, "normalize_waveform": False}
+        return build({**tree, **over_units}, "unit_encoder"), {"labels": labels.fingerprint}
+    assert config.encoder is not None
+    if known is not None:
+        if (learned := "last" if known.model.layer_weights is None else "weighted") != config.ctc.layers:
+            raise ValueError(
+                f'ctc.layers = "{config.ctc.layers}", but the head of {config.encoder} reads "{learned}"; give the same'
+            )
+        encoder, fingerprint = known.model.encoder, known.fingerprint
+    else:
+        encoder, fingerprint = load_encoder(config.encoder)
+    if encoder.config.front_end == "units":
+        raise ValueError(f"encoder: {config.encoder} reads units and not audio; give the `labels` in its place")
+    model = build(encoder.config.resolved(), "ctc")
+    if known is not None:
+        model.load_state_dict(known.model.state_dict())
+    elif config.initialization == "pretrained":
+        model.encoder.load_state_dict(encoder.state_dict())
+    return model, {"encoder": fingerprint}
+
+
+def _usable(
+    manifest: Manifest, config: FinetuneConfig, limits: BatchConfig, vocabulary: Vocabulary, labels: Labels | None
+) -> Source:
+    """Rows that can be learned from or judged by. What is wrong with transcripts is an error that names them, where the config says so."""
+    known = transcribed(manifest, config.text)
+    if not len(known):
+        raise ValueError(f"{manifest.folder}: no utterance of {config.split!r} has {_targets(config.text)}; `finetune` needs some")
+    rows = np.intersect1d(known, SpeechBatches(manifest, limits, 0, crop=False).items, assume_unique=True)
+    if not len(rows):
+        raise ValueError(
+            f"{manifest.folder}: every utterance with {_targets(config.text)} is shorter than batches.min_seconds = {limits.min_seconds:g} or "
+            f"longer than batches.crop_seconds = {limits.crop_seconds:g}"
+        )
+    chosen = manifest.take(rows)
+    frames = config.units.counts(labels, chosen) if labels else chosen.num_frames
+    kept, problems = examine(manifest, rows, config.text, vocabulary, frames)
+    if problems and config.bad_transcripts == "error":
+        raise ValueError(
+            f'{problems_message(manifest, problems)}\nMend them, or set bad_transcripts = "quarantine" to leave them out'
+        )
+    if not len(kept):
+        raise ValueError(f"{problems_message(manifest, problems)}\nNone is left to learn from")
+    return Source(manifest, kept, len(known) - len(rows), problems)
+
+
+def _write_quarantine(path: Path, problems: list[dict[str, str]]) -> None:
+    """A line for each transcript that was left out; no file where there is none."""
+    if problems:
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in problems), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)
