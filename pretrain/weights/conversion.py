@@ -1,7 +1,8 @@
 """The verbs `import` and `export`: wav2vec 2.0 and HuBERT weights from and to transformers, fairseq and torchaudio.
 
-An imported model is a finished run folder like those of `pretrain`, at step 0: whatever takes a run takes it. Names and layouts
-are told by pretrain/weights/naming.py, each library's files by its own module.
+An imported model is a finished run folder like those of `pretrain`, or, with a CTC head, of `finetune`, at step 0: whatever takes a
+run takes it. Names and layouts are told by pretrain/weights/naming.py, each library's files by its own module, and the classes of CTC
+heads by pretrain/weights/recognizer.py.
 """
 
 from collections.abc import Mapping
@@ -12,14 +13,16 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from pretrain.artefact import atomic_folder, atomic_path, commit, require_absent, write_json
+from pretrain.artefact import atomic_folder, atomic_path, commit, is_complete, read_meta, require_absent, write_json
 from pretrain.checkpoint import latest_checkpoint, load_weights, save_checkpoint
 from pretrain.config import Config, parse_config, without_none
+from pretrain.ctc.model import LoadedRecognizer, Recognizer, recognizer_of
+from pretrain.ctc.task import CTCConfig
 from pretrain.encoder import Encoder, EncoderConfig
 from pretrain.hubert import Hubert, HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.weights.fairseq import read_fairseq, write_fairseq
-from pretrain.weights.foreign import NUM_HEADS, Foreign, load_pickle, weights_only_hole
+from pretrain.weights.foreign import NUM_HEADS, CTCHead, Foreign, load_pickle, weights_only_hole
 from pretrain.weights.huggingface import HEADS_FILE, read_huggingface, write_huggingface
 from pretrain.weights.naming import ENCODER_NAMES, HEAD_NAMES, Format, Objective, parameters, to_ours, to_theirs
 from pretrain.weights.torchaudio import read_torchaudio, write_torchaudio
@@ -33,25 +36,27 @@ class ImportConfig(Config):
     num_heads: int | None = None
     num_classes: int | None = None
     normalize_waveform: bool | None = None
+    vocabulary: str | None = None
     allow_pickle: bool = False
 
 
 def read_foreign(config: ImportConfig) -> Foreign:
     """Find out what `config.source` is and read it."""
+    vocabulary = Path(config.vocabulary) if config.vocabulary else None
     source, options = Path(config.source), {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform}
     if source.is_dir():
-        return read_huggingface(source, options, config.allow_pickle)
+        return read_huggingface(source, options, config.allow_pickle, vocabulary)
     if not source.is_file():
         raise ValueError(f"{source}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model")
     state = load_pickle(source, config.allow_pickle)
     if isinstance(state.get("model"), Mapping):
-        return read_fairseq(source, state, options, config.num_classes)
+        return read_fairseq(source, state, options, config.num_classes, vocabulary)
     if all(isinstance(tensor, Tensor) for tensor in state.values()):
         if any(name.startswith(("wav2vec2.encoder.layers.", "hubert.encoder.layers.", "feature_projection.")) for name in state):
             raise ValueError(f"{source}: weights of transformers; give the folder that holds them and config.json")
         if any("post_extract_proj." in name for name in state):
-            return read_fairseq(source, {"model": state}, options, config.num_classes)
-        return read_torchaudio(source, state, options)
+            return read_fairseq(source, {"model": state}, options, config.num_classes, vocabulary)
+        return read_torchaudio(source, state, options, vocabulary)
     raise ValueError(
         f"{source}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of tensors; it has the keys "
         f"{', '.join(map(repr, list(state)[:8]))}"
@@ -69,10 +74,12 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
     foreign = read_foreign(config)
     if config.num_classes is not None and (foreign.form != "fairseq" or not isinstance(foreign.head, HubertConfig)):
         raise ValueError(f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of special words")
+    if config.vocabulary is not None and foreign.recognizer is None:
+        raise ValueError(f"{source}: has no CTC head; --vocabulary is for models that have one")
     notes = list(foreign.notes)
     if config.allow_pickle and (hole := weights_only_hole()):
         notes.append(hole)
-    if foreign.head is None:
+    if foreign.head is None and foreign.recognizer is None:
         notes.append("there are no pretraining heads in the file: the run is an encoder alone")
     model = _skeleton(foreign)
     weights = _ours(foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(source), notes)
@@ -81,24 +88,34 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
     resolved = {**config.resolved(), "objective": foreign.family, "encoder": foreign.encoder.resolved(), **table}
     origin = {"format": foreign.form, "name": source.name, "sha256": foreign.sha256}
     extra = {"objective": foreign.family, "heads": foreign.head is not None, "source": origin, "notes": notes}
+    kind, recognizer = "encoder", foreign.recognizer
+    if recognizer is not None:
+        kind = "recognizer"
+        resolved |= {"text": recognizer.text.resolved(), "ctc": recognizer.ctc.resolved()}
+        extra |= {"vocabulary": recognizer.vocabulary.to_meta(), "config_encoder": foreign.encoder.resolved(), "codebook": None}
     run.mkdir(parents=True, exist_ok=True)
     with atomic_path(run / "config.toml") as temporary:
         temporary.write_text(tomli_w.dumps(without_none(resolved)))
-    stored = {"epoch": 0, "batch": 0, "seconds": 0.0, "kind": "encoder", "extra": extra, "config": resolved}
+    stored = {"epoch": 0, "batch": 0, "seconds": 0.0, "kind": kind, "extra": extra, "config": resolved}
     save_checkpoint(run, 0, model, torch.optim.AdamW(model.parameters()), stored)
     summary = {
-        "format": foreign.form, "objective": foreign.family, "heads": foreign.head is not None,
+        "format": foreign.form, "kind": kind, "objective": foreign.family, "heads": foreign.head is not None,
         "parameters": sum(tensor.numel() for tensor in weights.values()), "layers": foreign.encoder.num_layers,
         "dim": foreign.encoder.dim, "num_heads": foreign.encoder.num_heads, "steps": 0,
         "normalize_waveform": foreign.encoder.normalize_waveform, "notes": notes,
     }  # fmt: skip
+    if recognizer is not None:
+        summary["vocabulary"] = len(recognizer.vocabulary)
     write_json(run / "summary.json", summary)
-    commit(run, "encoder", resolved, {"source": foreign.sha256[:16]}, ["step_00000000/model.safetensors"], **extra)
+    commit(run, kind, resolved, {"source": foreign.sha256[:16]}, ["step_00000000/model.safetensors"], **extra)
     return summary
 
 
 def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only: bool = False) -> dict[str, Any]:
-    """Run the verb `export`: a run's newest weights as a folder (huggingface) or a file (fairseq, torchaudio) named `out`."""
+    """Run the verb `export`: a run's weights as a folder (huggingface) or a file (fairseq, torchaudio) named `out`.
+
+    They are the best that it kept (`keep_best`), else the newest; of a recogniser with its head where `form` has a place for one.
+    """
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out}: is there already; remove it or choose another name")
@@ -108,14 +125,18 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
         raise ValueError(f"{run}: a {meta['kind']!r} run holds no encoder; give a pretraining or fine-tuning run")
     encoder = parse_config(EncoderConfig, tree, f"{run}/meta.json")
     objective = _objective_of(weights)
-    named: Objective | None = objective or meta.get("objective")
+    named = objective or _pretrained_with(meta)
     family: Objective = named or "wav2vec2"
     _refuse_inexpressible(encoder, form, str(run))
     notes = []
     if named is None and form != "torchaudio":
         notes.append("the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written as wav2vec 2.0")
-    if meta["kind"] == "recognizer":
-        notes.append("the CTC head is left out: the encoder alone is exported")
+    recognizer: CTCHead | None = None
+    if meta["kind"] == "recognizer" and form == "huggingface" and not encoder_only:
+        recognizer = _recognizer(recognizer_of(run, weights, meta, fingerprint), notes)
+    elif meta["kind"] == "recognizer":
+        why = "as --encoder-only says" if encoder_only else "--format huggingface has it, too"
+        notes.append(f"the CTC head is left out: the encoder alone is exported; {why}")
     if objective and (encoder_only or (form, objective) not in HEAD_NAMES):
         why = "as --encoder-only says" if encoder_only else f"{form} has no model with the heads of {objective}"
         notes.append(f"the pretraining heads are left out: {why}")
@@ -135,10 +156,10 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
     if form == "fairseq" and objective == "hubert":
         notes.append("fairseq wants dict.km.txt in its label_dir, the lines `0 1`, `1 1`, … of every class")
     groups = head.num_groups if isinstance(head, Wav2Vec2Config) else 1
-    tensors = to_theirs(weights, parameters(form, encoder, objective, groups))
+    tensors = to_theirs(weights, parameters(form, encoder, objective, groups, ctc=recognizer is not None))
     if form == "huggingface":
         with atomic_folder(out) as temporary:
-            write_huggingface(temporary, tensors, encoder, family, head)
+            write_huggingface(temporary, tensors, encoder, family, head, recognizer)
     else:
         with atomic_path(out) as temporary:
             if form == "fairseq":
@@ -150,14 +171,32 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
         "format": form,
         "objective": family,
         "heads": objective is not None,
+        "recognizer": recognizer is not None,
         "weights": fingerprint,
         "notes": notes,
     }
 
 
+def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
+    """What transformers has to know of a recogniser; a ValueError for what it has no place for."""
+    if loaded.model.layer_weights is not None:
+        raise ValueError(
+            'a recogniser with ctc.layers = "weighted" has no counterpart: transformers sums layers for classification alone. '
+            "--encoder-only exports its encoder"
+        )
+    if loaded.vocabulary.spelling == "jamo":
+        notes.append("transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the syllables together")
+    if loaded.vocabulary.spelling == "phones":
+        notes.append("the tokenizer is of phones: it spells phones with spaces between them, not words (do_phonemize = false)")
+    ctc = parse_config(CTCConfig, loaded.meta["config"].get("ctc", {}), "meta.json: ctc")
+    return CTCHead(loaded.vocabulary, loaded.text, ctc)
+
+
 def _skeleton(foreign: Foreign) -> nn.Module:
     """The model of a run with these weights, without memory: the encoder with its heads, or alone."""
     with torch.device("meta"):
+        if foreign.recognizer is not None:
+            return Recognizer(foreign.encoder, foreign.recognizer.vocabulary)
         if isinstance(foreign.head, Wav2Vec2Config):
             return Wav2Vec2(foreign.encoder, foreign.head)
         if isinstance(foreign.head, HubertConfig):
@@ -177,7 +216,8 @@ def _ours(foreign: Foreign, shapes: Mapping[str, torch.Size], source: str, notes
         notes.append(f"weights in {' and '.join(sorted(kinds))} became float32")
     groups = foreign.head.num_groups if isinstance(foreign.head, Wav2Vec2Config) else 1
     objective = foreign.family if foreign.head is not None else None
-    return to_ours(tensors, parameters(foreign.form, foreign.encoder, objective, groups), shapes, source)
+    table = parameters(foreign.form, foreign.encoder, objective, groups, ctc=foreign.recognizer is not None)
+    return to_ours(tensors, table, shapes, source)
 
 
 def _objective_of(weights: Mapping[str, Tensor]) -> Objective | None:
@@ -186,10 +226,23 @@ def _objective_of(weights: Mapping[str, Tensor]) -> Objective | None:
     return "hubert" if "class_embeddings" in weights else None
 
 
+def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
+    """The objective of a run, or of the run that it was fine-tuned from, where that still stands; None where nothing says."""
+    named: Objective | None = meta.get("objective")
+    source = meta["config"].get("encoder")
+    if named is None and isinstance(source, str) and is_complete(source):
+        return _pretrained_with(read_meta(source))
+    return named
+
+
 def _refuse_inexpressible(encoder: EncoderConfig, form: Format, run: str) -> None:
     if encoder.front_end != "waveform":
         raise ValueError(
             f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only waveform encoders do"
+        )
+    if encoder.streaming is not None:
+        raise ValueError(
+            f"{run}: a streaming encoder has no counterpart elsewhere: another library would let every frame see the whole utterance"
         )
     if form == "fairseq" and encoder.conv_dim == encoder.dim:
         raise ValueError(

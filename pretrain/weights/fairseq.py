@@ -22,6 +22,7 @@ from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
 from pretrain.weights.foreign import FairseqDictionary, Foreign, infer_encoder, leave_out, make_encoder
 from pretrain.weights.naming import Objective, canonical, head_in
+from pretrain.weights.recognizer import read_head
 
 CONV_LAYERS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"  # what old checkpoints leave out
 NUM_SPECIALS = 4  # <s>, <pad>, </s>, <unk>
@@ -54,12 +55,17 @@ FAIRSEQ_FIXED = (
 )
 
 
-def read_fairseq(source: Path, state: Mapping[str, Any], options: dict[str, Any], num_classes: int | None) -> Foreign:
-    """Read a loaded checkpoint; `state` has at least `model`. `options` win over what it says."""
+def read_fairseq(
+    source: Path, state: Mapping[str, Any], options: dict[str, Any], num_classes: int | None, vocabulary: Path | None = None
+) -> Foreign:
+    """Read a loaded checkpoint; `state` has at least `model`. `options` win over what it says.
+
+    `vocabulary`: the dict.ltr.txt of a recogniser, where the checkpoint does not hold its dictionary.
+    """
     model, task, criterion = _fairseq_settings(source, state)
     notes: list[str] = []
     tensors = canonical(state["model"], "w2v_encoder.w2v_model.", str(source))
-    leave_out(tensors, "w2v_encoder.proj.", "a CTC head", notes)
+    recognizer = read_head(tensors, "fairseq", vocabulary, _dictionary_symbols(state), notes, str(source))
     if "final_proj.weight" not in tensors:  # fairseq's fine-tuning removes the projection and not the embeddings
         leave_out(tensors, "label_embs_concat", "a table of label embeddings without its projection", notes)
     objective = head_in(tensors, "fairseq")
@@ -103,7 +109,7 @@ def read_fairseq(source: Path, state: Mapping[str, Any], options: dict[str, Any]
         head = parse_config(HubertConfig, tree, str(source))
     named = model.get("_name", model.get("arch"))
     family: Objective | None = objective or ("hubert" if named and "hubert" in named else "wav2vec2" if named else None)
-    return Foreign("fairseq", tensors, encoder, family, head, sha256_file(source), notes)
+    return Foreign("fairseq", tensors, encoder, family, head, sha256_file(source), notes, recognizer)
 
 
 def _fairseq_settings(source: Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

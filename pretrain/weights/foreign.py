@@ -11,18 +11,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pretrain.config import parse_config
+from pretrain.ctc.task import CTCConfig
+from pretrain.ctc.text import TextConfig
+from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import EncoderConfig
 from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
 from pretrain.weights.naming import ENCODER_NAMES, LAYER_NAMES, Format, Objective
 
 NUM_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # of the published models, by width
+
+
+class CTCHead(NamedTuple):
+    """What a recogniser is beside its encoder and its weights."""
+
+    vocabulary: Vocabulary
+    text: TextConfig
+    ctc: CTCConfig = CTCConfig()
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Foreign:
     head: HubertConfig | Wav2Vec2Config | None
     sha256: str  # of the file with the weights; of the first shard's of several
     notes: list[str] = field(default_factory=list)
+    recognizer: CTCHead | None = None  # of a model with a CTC head; its tensors lie in the order of our classes
 
 
 class FairseqDictionary:
@@ -188,7 +200,7 @@ def leave_out(tensors: dict[str, Tensor], prefix: str, what: str, notes: list[st
 def read_json(path: Path, reason: str = "it is named by another file") -> dict[str, Any]:
     """A JSON object; where the file is missing, `reason` says why it is needed."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {reason}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,7 +1,8 @@
 """transformers' wav2vec 2.0 and HuBERT models: a folder with config.json, model.safetensors and preprocessor_config.json.
 
 Also read: pytorch_model.bin and shards with an index. transformers has no HuBERT head; an exported one keeps its heads in a file
-of its own, which transformers does not look at and `import` does.
+of its own, which transformers does not look at and `import` does. Recognisers are its Wav2Vec2ForCTC and HubertForCTC, with a
+tokenizer's files beside them (pretrain/weights/recognizer.py).
 """
 
 import json
@@ -19,8 +20,9 @@ from pretrain.encoder import EncoderConfig
 from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
-from pretrain.weights.foreign import Foreign, leave_out, load_pickle, make_encoder, normalization_note, read_json
-from pretrain.weights.naming import HEAD_NAMES, Objective, canonical, head_in
+from pretrain.weights.foreign import CTCHead, Foreign, leave_out, load_pickle, make_encoder, normalization_note, read_json
+from pretrain.weights.naming import CTC_HEADS, HEAD_NAMES, Objective, canonical, head_in
+from pretrain.weights.recognizer import read_classes, read_training, read_vocabulary, take_rows, write_head
 
 HEADS_FILE = "pretraining_heads.safetensors"
 
@@ -68,8 +70,11 @@ HUGGINGFACE_FIXED = (
 )
 
 
-def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool) -> Foreign:
-    """Read a folder with config.json. `options` win over what it says; `allow_pickle`: its weights may be pickles."""
+def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool, vocabulary: Path | None = None) -> Foreign:
+    """Read a folder with config.json. `options` win over what it says; `allow_pickle`: its weights may be pickles.
+
+    `vocabulary`: what the classes of its CTC head are, where the folder has no tokenizer.
+    """
     if (folder / "meta.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: is an artefact of wordless; `import` reads models of other libraries")
     config = read_json(folder / "config.json", "a transformers model has one")
@@ -87,15 +92,23 @@ def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool) 
             f"{folder}/config.json: conv_dim = {config['conv_dim']}: convolutions of different widths are not supported"
         )
     keys: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in HUGGINGFACE_KEYS.items()}
-    if (folder / "preprocessor_config.json").is_file():
-        processor = read_json(folder / "preprocessor_config.json")
+    if (processor := _feature_extractor(folder)) is not None:
         keys["normalize_waveform"] = bool(processor.get("do_normalize", True))
     else:
         keys["normalize_waveform"] = keys["conv_norm"] == "layer"
         if options["normalize_waveform"] is None:
             notes.append(normalization_note("there is no preprocessor_config.json", keys["normalize_waveform"]))
     tensors = canonical(state, f"{kind}.", str(folder))
-    leave_out(tensors, "lm_head.", "a CTC head", notes)
+    recognizer = None
+    if (head_weight := tensors.get(f"{CTC_HEADS['huggingface']}.weight")) is not None:
+        rows = len(head_weight)
+        classes = read_vocabulary(vocabulary, rows, notes) if vocabulary else read_classes(folder, config, rows, notes)
+        if classes is None:
+            leave_out(tensors, "lm_head.", "a CTC head", notes)
+            notes.append("no vocab.json says what the classes of the CTC head are; --vocabulary FILE does, and keeps it")
+        else:
+            take_rows(tensors, CTC_HEADS["huggingface"], classes.rows)
+            recognizer = CTCHead(classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json"))
     if (folder / HEADS_FILE).is_file():
         tensors |= _load_safetensors(folder / HEADS_FILE)
     encoder = make_encoder({**keys, "conv_dim": widths.pop()}, options, f"{folder}/config.json")
@@ -106,7 +119,18 @@ def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool) 
         head = parse_config(Wav2Vec2Config, tree, f"{folder}/config.json")
     elif objective == "hubert":
         head = HubertConfig(final_dim=tensors["label_embeddings"].shape[1])
-    return Foreign("huggingface", tensors, encoder, kind, head, sha256, notes)
+    return Foreign("huggingface", tensors, encoder, kind, head, sha256, notes, recognizer)
+
+
+def _feature_extractor(folder: Path) -> dict[str, Any] | None:
+    """The settings of how waveforms are prepared; transformers 5 writes them into the processor's file. None where there are none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            held = read_json(folder / name)
+            settings: Any = held if name.startswith("pre") else held.get("feature_extractor")
+            if isinstance(settings, dict):
+                return settings
+    return None
 
 
 def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
@@ -143,14 +167,16 @@ def write_huggingface(
     encoder: EncoderConfig,
     family: Objective,
     head: HubertConfig | Wav2Vec2Config | None,
+    recognizer: CTCHead | None = None,
 ) -> None:
     """Write canonical `tensors` as a model that `from_pretrained` takes, into the existing `folder`.
 
-    Masks are left to transformers' defaults, those of its released models: it takes `mask_time_prob` for SpecAugment's when a
-    model is fine-tuned, where pretraining's 0.65 would be far too much.
+    A recogniser's masks are those of its training. Others' are left to transformers' defaults, those of its released models: it
+    takes `mask_time_prob` for SpecAugment's when a model is fine-tuned, where pretraining's 0.65 would be far too much.
     """
     contrastive = head if isinstance(head, Wav2Vec2Config) else None
-    name = "Wav2Vec2ForPreTraining" if contrastive else {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}[family]
+    name = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert"}[family]
+    name += "ForCTC" if recognizer else "ForPreTraining" if contrastive else "Model"
     config: dict[str, Any] = {"model_type": family, "architectures": [name], "torch_dtype": "float32"}
     config |= {theirs: getattr(encoder, ours) for ours, (theirs, _) in HUGGINGFACE_KEYS.items()}
     config |= {
@@ -163,10 +189,14 @@ def write_huggingface(
         "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "sampling_rate": 16000, "padding_side": "right",
         "padding_value": 0.0, "do_normalize": encoder.normalize_waveform, "return_attention_mask": encoder.conv_norm == "layer",
     }  # fmt: skip
+    if recognizer:
+        tensors = dict(tensors)
+        config |= write_head(folder, recognizer, tensors)
+        processor["processor_class"] = "Wav2Vec2Processor"
     heads = {part for names in (HEAD_NAMES["huggingface", "hubert"],) for part in names.values()}
     apart = {key: tensor for key, tensor in tensors.items() if key.removesuffix(".weight").removesuffix(".bias") in heads}
-    prefix = "wav2vec2." if contrastive else ""
-    inside = set(HEAD_NAMES["huggingface", "wav2vec2"].values())
+    prefix = f"{family}." if contrastive or recognizer else ""
+    inside = {*HEAD_NAMES["huggingface", "wav2vec2"].values(), CTC_HEADS["huggingface"]}
     written = {}
     for key, tensor in tensors.items():
         if key not in apart:

@@ -97,6 +97,7 @@ HEAD_NAMES: dict[tuple[Format, Objective], dict[str, str]] = {
         "project": "logit_generator.final_proj",
     },
 }
+CTC_HEADS: dict[Format, str] = {"huggingface": "lm_head", "fairseq": "w2v_encoder.proj", "torchaudio": "aux"}
 # A sign in a tensor's name, and what it says the model is.
 UNSUPPORTED = {
     r"rel_attn_embed|gru_rel_pos|grep_linear|relative_attention_bias": "WavLM (gated relative positions)",
@@ -120,8 +121,10 @@ class Parameter:
     write: Callable[[Tensor], tuple[Tensor, ...]] = lambda tensor: (tensor,)
 
 
-def parameters(form: Format, encoder: EncoderConfig, objective: Objective | None, num_groups: int = 1) -> list[Parameter]:
-    """Every tensor of an encoder, named `encoder.…`, and of the heads of `objective` (None: no heads).
+def parameters(
+    form: Format, encoder: EncoderConfig, objective: Objective | None, num_groups: int = 1, *, ctc: bool = False
+) -> list[Parameter]:
+    """Every tensor of an encoder, named `encoder.…`, and of the heads of `objective` (None: no heads), or of a CTC head.
 
     `num_groups`: of wav2vec 2.0's codebook.
     """
@@ -155,7 +158,7 @@ def parameters(form: Format, encoder: EncoderConfig, objective: Objective | None
             )
         else:
             found += [Parameter(ours, (theirs,))] if ours == "class_embeddings" else _affine(ours, theirs)
-    return found
+    return found + (_affine("head", CTC_HEADS[form]) if ctc else [])
 
 
 def _affine(ours: str, theirs: str) -> list[Parameter]:

@@ -12,19 +12,20 @@ from torch import Tensor
 
 from pretrain.artefact import sha256_file
 from pretrain.hubert import HubertConfig
-from pretrain.weights.foreign import Foreign, infer_encoder, leave_out
+from pretrain.weights.foreign import Foreign, infer_encoder
 from pretrain.weights.naming import canonical
+from pretrain.weights.recognizer import read_head
 
 
-def read_torchaudio(source: Path, state: dict[str, Tensor], options: dict[str, Any]) -> Foreign:
-    """Read a loaded state dict. `options` tell what its shapes do not."""
+def read_torchaudio(source: Path, state: dict[str, Tensor], options: dict[str, Any], vocabulary: Path | None = None) -> Foreign:
+    """Read a loaded state dict. `options` tell what its shapes do not, `vocabulary` what the classes of a CTC head are."""
     notes: list[str] = []
     tensors = canonical(state, "wav2vec2.", str(source))
-    leave_out(tensors, "aux.", "a CTC head", notes)
+    recognizer = read_head(tensors, "torchaudio", vocabulary, [], notes, str(source))
     encoder = infer_encoder(source, tensors, "torchaudio", options, notes)
     embeddings = tensors.get("logit_generator.label_embeddings")
     head = None if embeddings is None else HubertConfig(final_dim=embeddings.shape[1])
-    return Foreign("torchaudio", tensors, encoder, "hubert" if head else None, head, sha256_file(source), notes)
+    return Foreign("torchaudio", tensors, encoder, "hubert" if head else None, head, sha256_file(source), notes, recognizer)
 
 
 def write_torchaudio(path: Path, tensors: Mapping[str, Tensor]) -> None:

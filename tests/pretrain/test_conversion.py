@@ -15,10 +15,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.artefact import read_meta, sha256_file
-from pretrain.encoder import load_encoder
+from pretrain.checkpoint import save_checkpoint
+from pretrain.ctc.model import load_recognizer
+from pretrain.ctc.text import TextConfig
+from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.encoder import Encoder, EncoderConfig, load_encoder
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from pretrain.weights.naming import Format
 from wordless import main
@@ -162,6 +166,95 @@ def test_a_fine_tuned_checkpoint_gives_its_encoder(objective: str, tmp_path: Pat
     assert any("CTC head" in note for note in summary["notes"]) and any("encoder alone" in note for note in summary["notes"])
     assert {name.split(".")[0] for name in weights(tmp_path / "run")} == {"encoder"}
     assert read_meta(tmp_path / "run")["heads"] is False
+
+
+LETTER_WORDS = ["<s>", "<pad>", "</s>", "<unk>", "|", "E", "T", "'"]
+
+
+def fine_tuned(folder: Path, rows: int = len(LETTER_WORDS), **more: Any) -> Path:
+    """A recogniser of fairseq's with `rows` classes, each row of its head filled with its number."""
+    numbers = torch.arange(float(rows))
+    model = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in fairseq_weights(None).items()}
+    model |= {"w2v_encoder.proj.weight": numbers[:, None].repeat(1, WIDTH), "w2v_encoder.proj.bias": numbers}
+    cfg = {"model": {"_name": "wav2vec_ctc", "w2v_args": {"model": fairseq_model(), "task": {}}}, "task": {}}
+    return save(folder / "ctc.pt", {"cfg": cfg, "model": model, **more})
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_fine_tuned_checkpoint_with_its_dictionary_is_a_recogniser(held: bool, tmp_path: Path, fairseq: "Fairseq") -> None:
+    """The dictionary of letters is in newer checkpoints, and in the data folder of older ones, there without its special words."""
+    lines = (f"{word} {count}{' #fairseq:overwrite' if word == 'E' else ''}\n" for count, word in enumerate(LETTER_WORDS[4:]))
+    (tmp_path / "dict.ltr.txt").write_text("".join(lines))
+    with fairseq.installed():
+        letters: dict[str, Any] = {"task_state": {"target_dictionary": fairseq.dictionary(LETTER_WORDS)}} if held else {}
+        source = fine_tuned(tmp_path, **letters)
+    given = {} if held else {"vocabulary": str(tmp_path / "dict.ltr.txt")}
+    summary = run_of(source, tmp_path / "run", **given)
+    assert (summary["kind"], summary["vocabulary"], summary["objective"]) == ("recognizer", 8, "wav2vec2")
+    loaded = load_recognizer(tmp_path / "run")
+    assert loaded.vocabulary == Vocabulary(LETTER_WORDS[1:]) and loaded.text == TextConfig(case="upper")
+    assert loaded.model.head.bias.tolist() == [*range(8)]  # the blank is fairseq's <s>, the first
+    assert loaded.vocabulary.decode(loaded.vocabulary.encode("TE'E")) == "TE'E"
+
+
+def test_the_best_checkpoint_is_loaded_and_exported_where_one_was_kept(tmp_path: Path) -> None:
+    model, run = nn.ModuleDict({"encoder": Encoder(EncoderConfig(architecture="tiny", front_end="waveform"))}), tmp_path / "run"
+    state = {"kind": "encoder", "extra": {}, "config": {"encoder": model["encoder"].config.resolved()}}
+    adam = torch.optim.AdamW(model.parameters())
+    best = save_checkpoint(run, 1, model, adam, state)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    last = save_checkpoint(run, 2, model, adam, {**state, "best": {"step": 1}})
+    kept, newest = (sha256_file(path / "model.safetensors")[:16] for path in (best, last))
+    assert load_encoder(run)[1] == export_weights(run, tmp_path / "best.pt", "fairseq")["weights"] == kept != newest
+
+
+def test_a_dictionary_of_phones_makes_a_recogniser_of_phones_and_pieces_are_refused(tmp_path: Path) -> None:
+    source = fine_tuned(tmp_path, 7)
+    (tmp_path / "dict.phn.txt").write_text("AA 3\nSH 2\nT 1\n")
+    run_of(source, tmp_path / "run", vocabulary=str(tmp_path / "dict.phn.txt"))
+    loaded = load_recognizer(tmp_path / "run")
+    assert loaded.text.spelling == "phones" and loaded.vocabulary.encode("SH T").tolist() == [5, 6]
+    (tmp_path / "dict.txt").write_text("\u2581AA 3\nSH 2\nT 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"dict.txt: a dictionary of pieces is not supported"):
+        run_of(source, tmp_path / "never", vocabulary=str(tmp_path / "dict.txt"))
+
+
+def test_a_torchaudio_recogniser_needs_its_vocabulary(tmp_path: Path) -> None:
+    encoder = fairseq_weights(None)
+    run_of(checkpoint(tmp_path, None), tmp_path / "bare")
+    export_weights(tmp_path / "bare", tmp_path / "bare.pth", "torchaudio")
+    state = {f"wav2vec2.{name}": tensor for name, tensor in torch.load(tmp_path / "bare.pth").items()}
+    state |= {"aux.weight": torch.zeros(6, len(encoder["mask_emb"])), "aux.bias": torch.arange(6.0)}
+    source = save(tmp_path / "ctc.pth", state)
+    left = run_of(source, tmp_path / "left", num_heads=4)
+    assert left["kind"] == "encoder" and any("--vocabulary dict.ltr.txt does" in note for note in left["notes"])
+    (tmp_path / "letters.json").write_text('{"a": 0, "-": 5, "b": 1, "|": 2, ".": 3, "c": 4}')
+    run_of(source, tmp_path / "run", num_heads=4, vocabulary=str(tmp_path / "letters.json"))
+    loaded = load_recognizer(tmp_path / "run")
+    assert loaded.vocabulary.symbols == ["a", "b", "|", ".", "c"] and loaded.text == TextConfig(punctuation="keep")
+    assert loaded.model.head.bias.tolist() == [5, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("dict.txt", "| 3\nE 2\n", "2 words and 4 special ones, but the CTC head has 8 classes"),
+        ("dict.txt", "| 3\nE 2\nE 1\nT 1\n", "4 words and 4 special ones"),
+        ("v.json", '{"|": 0}', r"the blank, '<pad>', is none of the 8 classes"),
+        ("v.json", '{"|": "x"}', "each token needs a number of its own"),
+        ("gone.txt", None, "no such file; give the dict.ltr.txt or the vocab.json"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused_by_name(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    source, path = fine_tuned(tmp_path), tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: .*{message}"):
+        run_of(source, tmp_path / "run", vocabulary=str(path))
+    with pytest.raises(ValueError, match="has no CTC head; --vocabulary is for models that have one"):
+        run_of(checkpoint(tmp_path, None), tmp_path / "run", vocabulary=str(path))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(54, 50), (504, 500), (104, 100), (500, 500), (260, 256), (100, 100)])

@@ -1,0 +1,340 @@
+"""The CTC heads of other libraries: which text each class is, and the tokenizer files that say so.
+
+transformers tells it in a tokenizer's files. `Wav2Vec2CTCTokenizer` spells characters, `|` the space, and its `pad_token` is the
+blank; `Wav2Vec2PhonemeCTCTokenizer` spells phones and puts spaces between them; pieces are a tokenizer.json whose decoder merges
+repeats and drops the blank first. fairseq has a dictionary, `dict.ltr.txt`, after four special words of which `<s>` is the blank;
+torchaudio has nothing. In ours the blank is class 0.
+
+Published heads have classes such as `<s>` that are no text. They stay classes, spelled as transformers spells them where they win a
+frame, so that logits, probabilities and texts are those of the original.
+"""
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.config import parse_config
+from pretrain.ctc.task import CTCConfig
+from pretrain.ctc.text import SPACE, Spelling, TextConfig
+from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.weights.foreign import CTCHead, leave_out, read_json
+from pretrain.weights.naming import CTC_HEADS, Format
+
+FILLER_BIAS = -1e4  # of a class that is none of ours: its probability is 0 in float32, and half precision can say it
+FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # the first is the blank
+OVERWRITE = " #fairseq:overwrite"  # ends the line of a word that is to replace one of the same name
+CHARACTERS, PHONES = "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer"
+READ_AS: dict[str | None, Spelling] = {
+    None: "characters", CHARACTERS: "characters", "Wav2Vec2Tokenizer": "characters", PHONES: "phones",
+    "PreTrainedTokenizerFast": "tokenizer", "TokenizersBackend": "tokenizer",
+}  # fmt: skip
+
+
+class Classes(NamedTuple):
+    """The classes of a foreign head: `rows` are its rows in the order of our classes, the blank's first."""
+
+    vocabulary: Vocabulary
+    text: TextConfig
+    rows: list[int]
+
+
+def take_rows(tensors: dict[str, Tensor], name: str, rows: Sequence[int]) -> None:
+    """Bring the head `name` to these rows, in place; -1 is a class that never wins."""
+    index, absent = torch.tensor(rows), torch.tensor(rows) < 0
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"][index].masked_fill(absent[:, None], 0.0)
+    if (bias := tensors.get(f"{name}.bias")) is not None:  # `to_ours` names what a file lacks
+        tensors[f"{name}.bias"] = bias[index].masked_fill(absent, FILLER_BIAS)
+
+
+def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: list[str]) -> Classes | None:
+    """What the `num_rows` classes of a transformers model are; None where the folder has no tokenizer."""
+    settings = _optional(folder / "tokenizer_config.json")
+    kind = settings.get("tokenizer_class")
+    pieces = READ_AS.get(kind) == "tokenizer" or (kind is None and not (folder / "vocab.json").is_file())
+    if not (folder / ("tokenizer.json" if pieces else "vocab.json")).is_file():
+        return None
+    if kind not in READ_AS:
+        known = ", ".join(str(name) for name in READ_AS if name)
+        raise ValueError(f"{folder}/tokenizer_config.json: tokenizer_class {kind!r} is not supported; {known} are")
+    if (folder / "language_model").is_dir():
+        notes.append("its n-gram model (language_model/) is left out: give its file to `transcribe`")
+    if settings.get("clean_up_tokenization_spaces"):
+        notes.append("its texts keep the spaces before marks and 's that transformers takes out (clean_up_tokenization_spaces)")
+    blank = _token({**_optional(folder / "special_tokens_map.json"), **settings}, "pad_token", "<pad>")
+    if pieces:
+        return _pieces(folder, config, blank, num_rows, notes)
+    names = _names(folder, settings)
+    rows = _blank_first(f"{folder}/config.json", names, blank, config.get("pad_token_id", 0), num_rows)
+    symbols = _symbols(names, rows, notes)
+    if READ_AS[kind] == "phones":
+        if (delimiter := settings.get("word_delimiter_token")) in symbols:
+            raise ValueError(f"{folder}/vocab.json: phones with marks between words ({delimiter!r}) are not supported")
+        return Classes(Vocabulary(symbols, "phones"), TextConfig(spelling="phones"), rows)
+    delimiter, space = _token(settings, "word_delimiter_token", SPACE), settings.get("replace_word_delimiter_char", " ")
+    if space != " ":
+        raise ValueError(f"{folder}/tokenizer_config.json: replace_word_delimiter_char = {space!r}; only a space is supported")
+    if delimiter != SPACE and SPACE in symbols:
+        raise ValueError(
+            f"{folder}/vocab.json: {SPACE!r} is a character here and not the space, as it is in every vocabulary of ours"
+        )
+    symbols = [SPACE if symbol == delimiter else symbol for symbol in symbols]
+    if settings.get("do_lower_case"):  # the vocabulary is in capitals and texts are not
+        symbols = [symbol.lower() for symbol in symbols]
+        if len(set(symbols)) < len(symbols):
+            raise ValueError(
+                f"{folder}/vocab.json: with do_lower_case two of its tokens are one; only different ones are supported"
+            )
+    return of_symbols(symbols, rows, notes)
+
+
+def of_symbols(symbols: list[str], rows: list[int], notes: list[str]) -> Classes:
+    """Classes that spell characters or jamo; how transcripts are to be normalised follows from which there are."""
+    letters = [symbol for symbol in symbols if len(symbol) == 1 and symbol != SPACE]
+    small, large = any(c != c.upper() for c in letters), any(c != c.lower() for c in letters)
+    plain = TextConfig()
+    text = TextConfig(
+        spelling="jamo" if any("\u1100" <= c <= "\u11ff" for c in letters) else "characters",
+        case="keep" if small and large else "upper" if large else "lower",
+        punctuation="keep"
+        if any(unicodedata.category(c) == "Po" and c not in plain.normalize(f"q{c}q") for c in letters)
+        else "remove",
+    )
+    notes.append(f"transcripts are normalised as its vocabulary tells: case = {text.case!r}, punctuation = {text.punctuation!r}")
+    return Classes(Vocabulary(symbols, text.spelling), text, rows)
+
+
+def read_head(
+    tensors: dict[str, Tensor], form: Format, given: Path | None, held: Sequence[Sequence[str]], notes: list[str], source: str
+) -> CTCHead | None:
+    """The CTC head of a fairseq or torchaudio model, its rows brought to our order in place; None where there is none.
+
+    `given` is the file that says what its classes are; of the dictionaries `held` by `source` one with a word for each may. Without
+    either the head is left out of `tensors`.
+    """
+    name = CTC_HEADS[form]
+    if f"{name}.weight" not in tensors:
+        return None
+    rows = len(tensors[f"{name}.weight"])
+    fitting = [words for words in held if len(words) == rows]
+    if given is None and not fitting:
+        leave_out(tensors, f"{name}.", "a CTC head", notes)
+        notes.append("nothing says what the classes of the CTC head are; --vocabulary dict.ltr.txt does, and keeps it")
+        return None
+    classes = read_vocabulary(given, rows, notes) if given else of_dictionary(fitting[0], rows, notes, source)
+    take_rows(tensors, name, classes.rows)
+    return CTCHead(classes.vocabulary, classes.text)
+
+
+def read_vocabulary(path: Path, num_rows: int, notes: list[str]) -> Classes:
+    """The classes of a head whose file does not tell them: a transformers vocab.json, or a fairseq dictionary (`dict.ltr.txt`)."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the dict.ltr.txt or the vocab.json of the model")
+    if path.suffix == ".json":
+        names = _ids(path)
+        if (last := max(names, default=0)) >= num_rows:
+            raise ValueError(
+                f"{path}: has a token of number {last}, but the CTC head has {num_rows} classes; is it the vocabulary of this model?"
+            )
+        blank = next((token for token in ("<pad>", "[PAD]", "<blank>", "-") if token in names.values()), "<pad>")
+        rows = _blank_first(str(path), names, blank, None, num_rows)
+        symbols = _symbols(names, rows, notes)
+        if SPACE not in symbols:
+            symbols = [SPACE if symbol == " " else symbol for symbol in symbols]
+        return _of_words(symbols, rows, notes, str(path))
+    try:
+        lines = [line.rstrip().removesuffix(OVERWRITE) for line in path.read_text(encoding="utf-8").splitlines()]
+        words = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file; give the dict.ltr.txt or the vocab.json of the model") from None
+    return of_dictionary(words, num_rows, notes, str(path))
+
+
+def of_dictionary(words: Sequence[str], num_rows: int, notes: list[str], source: str) -> Classes:
+    """The classes of a fairseq dictionary: its four special words, which its file leaves out, and then its lines."""
+    symbols = list(words) if tuple(words[:4]) == FAIRSEQ_SPECIALS else [*FAIRSEQ_SPECIALS, *words]
+    if len(symbols) != num_rows or len(set(symbols)) != num_rows:
+        raise ValueError(
+            f"{source}: {len(words)} words and {len(symbols) - len(words)} special ones, but the CTC head has {num_rows} classes; is it the "
+            "dictionary of this model?"
+        )
+    return _of_words(symbols[1:], list(range(num_rows)), notes, source)
+
+
+def _of_words(symbols: list[str], rows: list[int], notes: list[str], source: str) -> Classes:
+    """Classes of which nothing says whether they are letters or phones: the names of some phones have several letters."""
+    if any(len(word) > 1 and not word.startswith(("<", "[", "madeupword")) for word in symbols):
+        if SPACE in symbols or any("\u2581" in word for word in symbols):
+            raise ValueError(f"{source}: a dictionary of pieces is not supported; of letters or of phones is")
+        return Classes(Vocabulary(symbols, "phones"), TextConfig(spelling="phones"), rows)
+    return of_symbols(symbols, rows, notes)
+
+
+def _symbols(names: Mapping[int, str], rows: Sequence[int], notes: list[str]) -> list[str]:
+    """The symbols of all rows but the blank's, which is the first."""
+    if lacking := [row for row in rows[1:] if row not in names]:
+        notes.append(f"{len(lacking)} classes have no token; they are spelled <{lacking[0]}> and so on")
+    return [names.get(row, f"<{row}>") for row in rows[1:]]
+
+
+def read_training(config: Mapping[str, Any], source: str) -> CTCConfig:
+    """How transformers' config.json says that a recogniser is trained; p of a frame to begin a span is `mask_time_prob` over its length."""
+    masked = config.get("apply_spec_augment", True)
+    tree: dict[str, Any] = {"final_dropout": config.get("final_dropout", 0.1)}
+    for ours, theirs, probability in (("mask", "mask_time", 0.05), ("mask_channel", "mask_feature", 0.0)):
+        length = tree[f"{ours}_length"] = config.get(f"{theirs}_length", 10)
+        start = "mask_start_probability" if ours == "mask" else "mask_channel_probability"
+        tree[start] = round(config.get(f"{theirs}_prob", probability) / length, 12) if masked else 0.0
+    return parse_config(CTCConfig, tree, source)
+
+
+def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a tokenizer's files into `folder` and bring the head `lm_head` of `tensors` to its classes; returns keys for config.json.
+
+    transformers leaves masks out for `apply_spec_augment` alone and not for probabilities of zero, with which the mask embedding
+    would have no place. Its losses of reduction "mean" are divided by the number of symbols, utterance by utterance, as ours by that of
+    the batch.
+    """
+    vocabulary, _, ctc = recognizer
+    write = _write_pieces if vocabulary.spelling == "tokenizer" else _write_vocab
+    settings, rows = write(folder, vocabulary)
+    take_rows(tensors, "lm_head", rows)
+    blank = settings["pad_token"]
+    settings |= {"clean_up_tokenization_spaces": False, "processor_class": "Wav2Vec2Processor"}  # " ." stays " ."
+    special = {
+        key: value for key, value in settings.items() if key in ("pad_token", "unk_token", "bos_token", "eos_token") and value
+    }
+    _write(folder / "tokenizer_config.json", settings)
+    _write(folder / "special_tokens_map.json", special)
+    names = [blank, *vocabulary.symbols] if vocabulary.spelling != "tokenizer" else []
+    ids = {key: names.index(token) if (token := settings[key]) in names else None for key in ("bos_token", "eos_token")}
+    masks = ctc.mask_start_probability > 0 or ctc.mask_channel_probability > 0
+    told = {
+        "mask_time_prob": round(ctc.mask_start_probability * ctc.mask_length, 12), "mask_time_length": ctc.mask_length,
+        "mask_feature_prob": round(ctc.mask_channel_probability * ctc.mask_channel_length, 12),
+        "mask_feature_length": ctc.mask_channel_length, "mask_time_min_masks": 2, "mask_feature_min_masks": 0,
+    }  # fmt: skip
+    return {
+        "vocab_size": len(rows), "pad_token_id": rows.index(0), **{f"{key}_id": value for key, value in ids.items()},
+        "ctc_loss_reduction": "mean", "ctc_zero_infinity": False, "final_dropout": ctc.final_dropout, "apply_spec_augment": masks,
+        **(told if masks else {}),
+    }  # fmt: skip
+
+
+def _write_vocab(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
+    """vocab.json with our classes in our order. There is a token for unknown characters only where there is a class for them."""
+    blank = next(name for name in ("<pad>", "<blank>", "<ctc blank>") if name not in vocabulary.symbols)
+    _write(folder / "vocab.json", {blank: 0, **{symbol: number for number, symbol in enumerate(vocabulary.symbols, start=1)}})
+    unknown = next((name for name in ("<unk>", "[UNK]", "[unk]") if name in vocabulary.symbols), "<unk>")
+    ends = {key: name if name in vocabulary.symbols else None for key, name in (("bos_token", "<s>"), ("eos_token", "</s>"))}
+    settings: dict[str, Any] = {"pad_token": blank, "unk_token": unknown, **ends}
+    if vocabulary.spelling == "phones":
+        delimiters = {"phone_delimiter_token": " ", "word_delimiter_token": None}
+        return {"tokenizer_class": PHONES, **settings, **delimiters, "do_phonemize": False}, [*range(len(vocabulary))]
+    settings |= {"word_delimiter_token": SPACE, "replace_word_delimiter_char": " ", "do_lower_case": False}
+    return {"tokenizer_class": CHARACTERS, **settings}, [*range(len(vocabulary))]
+
+
+def _write_pieces(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
+    """tokenizer.json with the blank as one more token, its decoder after CTC's; the tokenizer's special tokens are classes that never win."""
+    assert vocabulary.tokenizer is not None
+    tree, numbers = json.loads(vocabulary.tokenizer), _numbers(vocabulary.tokenizer)
+    blank, last = next(name for name in ("<pad>", "<blank>", "<ctc blank>") if name not in numbers), 1 + max(numbers.values())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tree["added_tokens"] = [*tree.get("added_tokens", []), {"id": last, "content": blank, **plain, "special": True}]
+    ctc = {"type": "CTC", "pad_token": blank, "word_delimiter_token": SPACE, "cleanup": False}
+    tree["decoder"] = {"type": "Sequence", "decoders": [ctc, *([tree["decoder"]] if tree.get("decoder") else [])]}
+    tree["post_processor"] = None  # which may put special tokens around a transcript
+    _write(folder / "tokenizer.json", tree)
+    rows = [-1] * last + [0]
+    for row, symbol in enumerate(vocabulary.symbols, start=1):
+        rows[numbers[symbol]] = row
+    ends = {"bos_token": None, "eos_token": None, "unk_token": None}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": blank, **ends}, rows
+
+
+def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, notes: list[str]) -> Classes:
+    """The classes of a tokenizer.json whose decoder begins with CTC's: without it and the blank, it is the tokenizer of transcripts."""
+    path = folder / "tokenizer.json"
+    tree = read_json(path)
+    decoder = tree.get("decoder") or {}
+    steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    if not steps or steps[0].get("type") != "CTC":
+        raise ValueError(f"{path}: its decoder does not begin with CTC, which merges repeats and drops the blank; not supported")
+    rest = steps[1:]
+    tree["decoder"] = None if not rest else rest[0] if len(rest) == 1 else {"type": "Sequence", "decoders": rest}
+    added = [token for token in tree.get("added_tokens", []) if token["content"] != blank]
+    with TemporaryDirectory() as plain:
+        _write(Path(plain, path.name), {**tree, "added_tokens": added})
+        vocabulary = Vocabulary.of_tokenizer(Path(plain, path.name))
+    assert vocabulary.tokenizer is not None
+    numbers = _numbers(vocabulary.tokenizer)
+    tokens = {token["id"]: token["content"] for token in tree.get("added_tokens", [])}
+    rows = _blank_first(str(path), tokens, blank, config.get("pad_token_id", 0), num_rows)
+    kept = [rows[0], *(numbers[symbol] for symbol in vocabulary.symbols)]
+    if max(kept) >= num_rows:
+        raise ValueError(f"{path}: has {1 + max(kept)} tokens, but the CTC head {num_rows} classes")
+    if len(kept) < num_rows:
+        notes.append(f"the classes of special tokens are left out ({num_rows - len(kept)})")
+    return Classes(vocabulary, TextConfig(spelling="tokenizer", tokenizer=str(path), case="keep", punctuation="keep"), kept)
+
+
+def _numbers(definition: str) -> dict[str, int]:
+    """The tokenizer's number of each of its tokens."""
+    from tokenizers import Tokenizer
+
+    numbers: dict[str, int] = Tokenizer.from_str(definition).get_vocab(with_added_tokens=True)
+    return numbers
+
+
+def _blank_first(source: str, names: Mapping[int, str], blank: str, told: int | None, num_rows: int) -> list[int]:
+    """All rows, the blank's first."""
+    found = [number for number, name in names.items() if name == blank]
+    if not found or found[0] >= num_rows:
+        raise ValueError(f"{source}: the blank, {blank!r}, is none of the {num_rows} classes of the CTC head")
+    if told is not None and told != found[0]:
+        raise ValueError(
+            f"{source}: pad_token_id = {told} but the tokenizer's {blank!r} is number {found[0]}: CTC's blank cannot be both; set "
+            "pad_token_id to that of the training"
+        )
+    return [found[0], *(row for row in range(num_rows) if row != found[0])]
+
+
+def _names(folder: Path, settings: Mapping[str, Any]) -> dict[int, str]:
+    """The tokens of a Wav2Vec2 tokenizer by number; those of vocab.json before those that were added to it."""
+    added = {token: number for token, number in _optional(folder / "added_tokens.json").items() if isinstance(number, int)}
+    decoder = settings.get("added_tokens_decoder") or {}
+    late = {int(number): _content(token) for number, token in decoder.items()} | {number: token for token, number in added.items()}
+    if settings.get("target_lang") is not None:
+        raise ValueError(f"{folder}/tokenizer_config.json: target_lang: vocabularies of several languages (MMS) are not supported")
+    return late | _ids(folder / "vocab.json")
+
+
+def _ids(path: Path) -> dict[int, str]:
+    table = read_json(path)
+    if any(isinstance(value, dict) for value in table.values()):
+        raise ValueError(f"{path}: vocabularies of several languages (MMS) are not supported")
+    if not all(isinstance(value, int) and value >= 0 for value in table.values()) or len(set(table.values())) < len(table):
+        raise ValueError(f"{path}: each token needs a number of its own")
+    return {number: token for token, number in table.items()}
+
+
+def _token(settings: Mapping[str, Any], key: str, default: str) -> str:
+    return _content(settings[key]) if settings.get(key) is not None else default
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
