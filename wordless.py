@@ -26,6 +26,7 @@ class Verb:
     function: str
     help: str
     text: str | None = None  # the function that writes the summary for a terminal; without one, a line for each value
+    grows: bool = False  # a finished output with other settings can be added to: the verb itself checks what stands in it
 
     def load(self) -> tuple[type, Callable[[Any], dict[str, Any]]]:
         module = import_module(self.module)
@@ -49,8 +50,19 @@ VERBS = {
     "synthesize": Verb(
         "units.listening", "SynthesizeConfig", "synthesize", "Units back to sound; how many survive the round trip."
     ),
-    "finetune": Verb("pretrain.finetuning", "FinetuneConfig", "finetune", "Train a CTC recogniser on transcripts."),
-    "transcribe": Verb("pretrain.transcription", "TranscribeConfig", "transcribe", "Decode speech to text; WER and CER."),
+    "finetune": Verb("pretrain.ctc.finetuning", "FinetuneConfig", "finetune", "Train a CTC recogniser on transcripts."),
+    "transcribe": Verb(
+        "pretrain.ctc.transcription", "TranscribeConfig", "transcribe", "Decode speech to text; WER and CER.", "as_text"
+    ),
+    "compare": Verb("pretrain.ctc.comparison", "CompareConfig", "compare", "Is one recogniser better? Paired tests.", "as_text"),
+    "transfer": Verb(
+        "pretrain.ctc.transfer",
+        "TransferConfig",
+        "transfer",
+        "WER against labelled minutes, pretrained and not.",
+        "as_text",
+        grows=True,
+    ),
     "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run.", text="as_text"),
 }
 EXPORTS = {
@@ -201,6 +213,10 @@ def import_model(
         bool | None,
         typer.Option("--normalize-waveform/--no-normalize-waveform", help="Zero mean and unit variance, whatever the source says."),
     ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(help="What the classes of a CTC head are, where its file does not say: dict.ltr.txt or vocab.json."),
+    ] = None,
     codebook: Annotated[
         bool, typer.Option("--codebook", help="Import k-means instead: scikit-learn or fairseq joblib, .pt, .npy, .safetensors.")
     ] = False,
@@ -223,7 +239,10 @@ def import_model(
     from pretrain.config import parse_config, without_none
 
     given = {"source": str(source), "out": str(out), "allow_pickle": allow_pickle}
-    of_runs = {"num_heads": num_heads, "num_classes": num_classes, "normalize_waveform": normalize_waveform}
+    of_runs: dict[str, Any] = {
+        "num_heads": num_heads, "num_classes": num_classes, "normalize_waveform": normalize_waveform,
+        "vocabulary": None if vocabulary is None else str(vocabulary),
+    }  # fmt: skip
     of_codebooks = {"encoder": encoder, "layer": layer, "convention": convention, "mfcc": mfcc or None, "cmvn": cmvn or None}
     for name, value in (of_runs if codebook else of_codebooks).items():
         if value is not None:
@@ -250,7 +269,7 @@ def export_artefact(
     form: Annotated[
         str, typer.Option("--format", help="; ".join(f"a {kind}: {', '.join(forms)}" for kind, forms in EXPORTS.items()))
     ],
-    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Of an encoder: leave out the pretraining heads.")] = False,
+    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="Of an encoder or recogniser: leave out its heads.")] = False,
     split: Annotated[str | None, typer.Option(help="Of a corpus of units: this split alone.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -367,11 +386,18 @@ class Recipe:
         self.check()
         records = _read_records(self.folder)
         chosen = [name for name in self.stages if name not in skip and (not only or name in only)]
-        for name in chosen:
-            self._run_stage(name, records, redo)
+        for name, following in zip(chosen, [*chosen[1:], None], strict=True):
+            summary = self._run_stage(name, records, redo)
+            if summary.get("cells_missing") or summary.get("shards_missing"):  # of a stage with `part`
+                if following is not None:
+                    _say(
+                        f"{name}: other parts have not made all of it; {following} and what follows wait for the part that is the last"
+                    )
+                return self.stages[name]["verb"], summary
         return next(((records[name]["verb"], records[name]["summary"]) for name in reversed(chosen) if name in records), (None, {}))
 
-    def _run_stage(self, name: str, records: dict[str, Any], redo: bool) -> None:
+    def _run_stage(self, name: str, records: dict[str, Any], redo: bool) -> dict[str, Any]:
+        """Its summary; empty where there was nothing to do."""
         import shutil
 
         from pretrain.artefact import is_complete, read_meta, write_json
@@ -382,25 +408,27 @@ class Recipe:
         config = self.parse(name)
         if "needs" in table and not _manifest_has(config.manifest, table["needs"]):
             _say(f"{name}: skipped, the manifest has no {table['needs']}")
-            return
+            return {}
         out = Path(config.out)
         if table["verb"] != "report" and is_complete(out):
             meta, resolved = read_meta(out), config.resolved()
-            changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(meta["config"], resolved)]
+            changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(meta["config"], resolved) if key != "part"]
             replaced = _replaced_inputs(meta, resolved)
             if not changed and not replaced:
                 _say(f"{name}: stands already ({out})")
-                return
+                return {}
             reason = f"stands with other settings ({'; '.join(changed)})" if changed else f"was made from {'; '.join(replaced)}"
-            if not redo:
+            if redo:
+                shutil.rmtree(out)
+            elif replaced or not VERBS[table["verb"]].grows:
                 raise ValueError(f"{name}: {out} {reason}. --redo removes it and runs the stage again")
-            shutil.rmtree(out)
         _say(f"{name}: {table['verb']} -> {out}")
         began = time.monotonic()
         summary = function(config)
         records[name] = {"verb": table["verb"], "seconds": time.monotonic() - began, "summary": summary}
         if os.environ.get("RANK", "0") == "0":
             write_json(self.folder / "stages.json", records)
+        return summary
 
 
 def _read_records(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pretrain.alarms import AlarmConfig, Variation, hubert_alarm, variation_alar
 from pretrain.audio import num_frames
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.checkpoint import load_weights
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.encoder import EncoderConfig
 from pretrain.engine import OptimizerConfig, TrainingConfig, train
 from pretrain.hubert import Hubert, HubertBatch, HubertConfig, hubert_batch, perplexity
@@ -44,8 +44,8 @@ class PretrainConfig(Config):
 
     out: str
     manifest: str
-    split: str | None = "train"
-    valid_split: str | None = "dev"
+    split: Split = "train"
+    valid_split: Split = Field("dev", description='its loss is reported while training, if it is there; "": no validation')
     objective: Literal["hubert", "wav2vec2"]
     labels: str | None = Field(None, description="HuBERT's targets: a labels folder")
     init: str | None = Field(None, description="start from the weights of this run, for example an earlier iteration")

@@ -224,6 +224,29 @@ def test_a_source_of_several_that_was_made_anew_is_noticed(
 # Places
 
 
+def test_a_recipe_waits_for_the_other_parts_of_a_stage(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encode = {"verb": "encode", "manifest": str(corpus / "manifest"), "codebook": str(corpus / "codebook")}
+    pack = {"verb": "pack", "labels": "@labels", "manifest": encode["manifest"]}
+    recipe = config(tmp_path, "recipe", run=tmp_path / "run", labels=encode, units=pack)
+    packed = tmp_path / "run" / "units"
+    assert main(["run", recipe, "labels.part=1/2"]) == 0
+    assert "labels: other parts have not made all of it; units and what follows wait" in capsys.readouterr().err
+    assert not packed.exists()
+    assert main(["run", recipe, "labels.part=2/2"]) == 0 and is_complete(packed)
+    assert main(["run", recipe, "labels.part=1/2"]) == 0  # a job that is started once more
+    assert "labels: stands already" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_ends_with_status_2(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training = {**TINY["training"], "device": "foo"}
+    pretrain = config(
+        tmp_path, "pretrain", objective="hubert", manifest=corpus / "manifest", labels=corpus / "labels", out=tmp_path / "run",
+        **{**TINY, "training": training},
+    )  # fmt: skip
+    assert main(["pretrain", pretrain]) == 2
+    assert "wordless: training.device: 'foo' is not here; torch " in capsys.readouterr().err
+
+
 def test_a_slurm_dry_run_prints_the_config_and_the_sbatch_text(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ SHRUNK = {  # by verb: what makes a stage take a moment
     "train-synthesizer": {"model.dim": 16, "training.max_steps": 3},
     "synthesize": {"num": 2, "iterations": 2},
     "finetune": {
-        "label_minutes": 0.5, "training.max_steps": 4, "training.validate_every": 0, "ctc.freeze_steps": 1,
+        "budget": "0.5min", "training.max_steps": 4, "training.validate_every": 0, "ctc.freeze_steps": 1,
         "characters": '"abcdefghijklmnopqrstuvwxyz|"',  # half a minute of transcripts has not every letter
     },
 }  # fmt: skip

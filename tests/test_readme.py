@@ -23,7 +23,7 @@ SHRUNK = {  # by verb: what makes the README's sizes tiny
     "cluster": ["num_classes=8"],
     "pretrain": ["encoder.architecture=tiny", "training.max_steps=2", "batches.batch_seconds=8"],
     "train-lm": ["training.max_steps=2", "model.dim=16", "model.num_layers=1"],
-    "finetune": ["training.max_steps=2"],
+    "finetune": ["training.max_steps=2", "training.validate_every=1"],
     "sample": ["max_units=20"],
     "train-synthesizer": ["training.max_steps=2", "model.dim=16"],
     "run": ["--dry-run"],  # tests/test_pipeline.py runs the recipes
@@ -68,6 +68,15 @@ def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path
             elsewhere = ["--dry-run"] if words[-2:] == ["--on", "slurm"] else []
             assert main([*words[1:], *SHRUNK.get(words[1], []), *elsewhere]) == 0, shlex.join(words)
     assert "</html>" in Path("runs/own/report.html").read_text()
+
+
+def test_the_configs_of_the_other_pages_are_valid(tmp_path: Path) -> None:
+    pages = [page for page in (ROOT / "docs").glob("*.md") if page.stem != "formats"]
+    configs = [fence for page in pages for fence in fences(page, "toml")]
+    assert configs
+    for config in configs:
+        (tmp_path / "config.toml").write_text(config)
+        assert main(["check", str(tmp_path / "config.toml")]) == 0, config
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -9,6 +9,7 @@ import torch
 
 import wordless
 from pretrain.config import flatten, read_toml
+from pretrain.ctc.transfer import TransferConfig, cells
 from pretrain.pretraining import PretrainConfig
 from units.model import Decoder
 
@@ -79,6 +80,73 @@ def test_every_value_of_a_published_recipe_has_a_comment(recipe: str, stage: str
     for name, body in tables:
         lines = [line for line in body.splitlines() if "=" in line and not line.startswith("#")]
         assert name == "evaluation" or all("#" in line for line in lines), (name, lines)
+
+
+# fairseq: examples/wav2vec/config/finetuning/base_10m.yaml, base_1h.yaml, base_10h.yaml, base_100h.yaml; fractions of its masks are
+# start probabilities times span lengths
+FINE_TUNED = {  # budget: updates, learning rate, frozen updates, LayerDrop, mask_channel_prob
+    "10min": (13_000, 5e-5, 10_000, 0.1, 0.25), "1h": (13_000, 5e-5, 10_000, 0.1, 0.25), "10h": (20_000, 5e-5, 10_000, 0.05, 0.5),
+    "all": (80_000, 3e-5, 0, 0.1, 0.5),
+}  # fmt: skip
+
+
+def test_base_is_fine_tuned_as_published_on_every_budget() -> None:
+    config = transfer_config()
+    assert set(config.budgets) == FINE_TUNED.keys() and list(config.all_systems) == ["pretrained", "scratch"]
+    for cell in cells(config):
+        run = cell.finetuning()
+        steps, lr, frozen, layer_drop, channels = FINE_TUNED[cell.budget]
+        assert (run.training.max_steps, run.optimizer.lr, run.ctc.freeze_steps, run.ctc.layer_drop) == (
+            steps,
+            lr,
+            frozen,
+            layer_drop,
+        )
+        assert run.ctc.mask_channel_probability * run.ctc.mask_channel_length == channels and run.ctc.mask_channel_length == 64
+        assert run.ctc.mask_start_probability * run.ctc.mask_length == pytest.approx(0.65) and run.ctc.mask_length == 10
+        dropouts = (
+            run.ctc.dropout,
+            run.ctc.attention_dropout,
+            run.ctc.input_dropout,
+            run.ctc.final_dropout,
+            run.ctc.activation_dropout,
+        )
+        assert dropouts == (0, 0, 0, 0, 0.1) and run.ctc.freeze_front_end and run.ctc.layers == "last"
+        assert run.batches.batch_seconds * 16000 == 2 * 4 * 3_200_000 and run.training.accumulate == 2 * 4
+        optimizer = run.optimizer
+        assert (optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip_norm) == ((0.9, 0.98), 1e-8, 0, 0)
+        assert (optimizer.schedule, optimizer.tri_stage, optimizer.final_lr_ratio) == ("tri_stage", (0.1, 0.4, 0.5), 0.05)
+        assert (run.valid_manifest or "").endswith("dev_other") and run.training.keep_best
+
+
+def test_every_value_of_the_fine_tuning_recipe_has_a_comment() -> None:
+    text = next(path for path in RECIPES if path.stem == "ctc_10min").read_text()
+    tables = re.findall(r"^\[transfer\.(finetune\.\w+|by_budget\.\w+)\][^\n]*\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert {"finetune.ctc", "finetune.batches", "finetune.optimizer", "finetune.training", "by_budget.10h"} <= {
+        name for name, _ in tables
+    }
+    for name, body in tables:
+        lines = [line for line in body.splitlines() if "=" in line and not line.startswith("#")]
+        assert all("#" in line or line.startswith("checkpoint_every") for line in lines), (name, lines)
+
+
+def test_the_published_language_model_weights_are_those_of_each_budget(tmp_path: Path) -> None:
+    config = uncommented("ctc_10min", r"transfer\.tests\.test-clean-4gram", tmp_path).parse("transfer")
+    weights = {"10min": (3.23, -0.26), "1h": (2.90, -1.62), "10h": (2.46, -0.59), "all": (2.15, -0.52)}
+    assert list(config.tests) == ["test-clean", "test-other", "test-clean-4gram", "test-other-4gram"]
+    for cell in cells(config):
+        decoding = cell.transcribing("test-clean-4gram").decoding
+        assert (decoding.method, decoding.lm_weight, decoding.word_score) == ("beam", *weights[cell.budget])
+        assert cell.transcribing("test-clean").decoding.method == "greedy"
+
+
+def transfer_config() -> TransferConfig:
+    path = next(path for path in RECIPES if path.stem == "ctc_10min")
+    tree = read_toml(path)
+    tree.pop("slurm")
+    parsed = wordless.Recipe(tree, str(path)).parse("transfer")
+    assert isinstance(parsed, TransferConfig)
+    return parsed
 
 
 def uncommented(recipe: str, first_table: str, tmp_path: Path, *edits: tuple[str, str]) -> wordless.Recipe:

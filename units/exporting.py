@@ -17,7 +17,9 @@ from units.model import DecoderConfig
 
 
 def export_language_model(run: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the newest weights of `run` as the folder `out`; returns what was written: class, parameters, tokens, fingerprints.
+    """Write the weights of `run`, the best that it kept or the newest, as the folder `out`.
+
+    Returns what was written: class, parameters, tokens, fingerprints.
 
     Errors: ValueError when `out` exists, `run` is no unit language model, or no class of transformers computes what it does
     (several streams of symbols; a size that a class does not take).

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pretrain.checkpoint import load_weights
 from pretrain.engine import Loss
+from pretrain.parallel import resolve_device
 from pretrain.progress import progress
 from units.corpus import DocumentSequences, UnitCorpus
 from units.model import Decoder, DecoderConfig
@@ -164,9 +165,7 @@ def load_language_model(run: str | Path, corpus: UnitCorpus | None = None, devic
     pattern = Pattern(meta["pattern"], vocabulary.sizes)
     decoder = Decoder(DecoderConfig.model_validate(meta["decoder"], strict=False), pattern.vocabularies)
     decoder.load_state_dict({name.removeprefix("decoder."): weight for name, weight in weights.items()})
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LoadedLM(decoder.to(device).eval(), pattern, vocabulary, meta, fingerprint, Path(run))
+    return LoadedLM(decoder.to(resolve_device(device)).eval(), pattern, vocabulary, meta, fingerprint, Path(run))
 
 
 def require_same_units(run: str, meta: dict[str, Any], vocabulary: Vocabulary, corpus: UnitCorpus) -> None:

@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, read_meta, require_absent, write_json
 from pretrain.audio import HOP, SAMPLE_RATE, load_audio
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.manifest import Manifest
 from pretrain.progress import progress
 from units.corpus import UnitCorpus
@@ -44,7 +44,7 @@ class SynthesizeConfig(Config):
     out: str
     corpus: str | None = Field(None, description="units of recorded utterances")
     manifest: str | None = Field(None, description="of the recordings: adds `original` and `copy`, and the speaker of each")
-    split: str | None = "test"
+    split: Split = "test"
     utterances: list[str] | None = Field(None, description="ids to speak; by default `num` of the split, spread evenly over it")
     num: int = Field(8, ge=1, description="documents of the corpus, at most")
     durations: Literal["true", "predicted", "both"] = "both"

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.artefact import read_meta, require_absent
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import progress
@@ -30,7 +30,7 @@ class BPEConfig(Config):
     vocabulary_size: int = Field(ge=2, description="symbols in all, the K units included")
     max_units: int = Field(8, ge=2, description="longest run of units that one symbol stands for, so that silence does not fill it")
     min_frequency: int = Field(2, ge=1)
-    split: str | None = Field("train", description="the documents that merges are learnt from")
+    split: Split = Field("train", description='the documents that merges are learnt from; "": all')
     sample_units: int = Field(
         10_000_000, ge=1, description="learn from so many units, drawn from all; about 115 bytes of memory each"
     )

@@ -1,7 +1,8 @@
 """The verb `report`: one self-contained page of a run, `report.html`, and its numbers, `summary.json`, in the run's folder.
 
-It reads what other stages wrote and computes nothing anew. A stage whose folder is not complete is left out, and the page says
-so. Both files may be written again at any time: each is replaced in one piece, and nothing else in the folder is touched.
+It reads what other stages wrote and computes nothing anew but the comparison of recognisers (units/recognition.py). A stage whose
+folder is not complete is left out, and the page says so. Both files may be written again at any time: each is replaced in one piece,
+and nothing else in the folder is touched.
 """
 
 import json
@@ -9,26 +10,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import jiwer
 import matplotlib
 import numpy as np
-import pyarrow.parquet as pq
 import soundfile
 from pydantic import Field
 
 from pretrain.artefact import atomic_path, git_commit, is_complete, library_versions, read_meta, write_json
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config, flatten
+from pretrain.config import Config, Split, flatten
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
 from quantize.quality import FORMATS, measures_text, table_groups
+from units import recognition
 from units.figures import SHOWN_SECONDS, STYLE, PhoneCounts, draw_curves, draw_matrix, draw_utterance, svg_image
 from units.listening import as_data_uri
 
 KINDS = {
     "pretrain": "encoder", "layers": "layer-sweep", "units": "measurement", "labels": "labels", "lm": "unit-lm", "lm_scores": "scores",
     "suites": "scores", "samples": "samples", "synthesizer": "synthesizer", "sounds": "sounds", "ctc": "recognizer",
-    "transcripts": "transcripts",
+    "transcripts": "transcripts", "transfer": "transfer",
 }  # fmt: skip
 SHOWN_SOUNDS = 4  # utterances, and continuations, that the page plays
 SAME = 0.005  # differences below this are called neither better nor worse
@@ -40,7 +40,7 @@ class ReportConfig(Config):
     out: str
     title: str = "A run of wordless"
     manifest: str
-    split: str = Field("test", description="the utterance to draw is one of these")
+    split: Split = Field("test", description='the utterance to draw is one of these; "": of all')
     pretrain: dict[str, str] = Field({}, description="name -> pretraining run")
     layers: dict[str, str] = Field({}, description="name -> sweep over an encoder's layers, `measure` with `layers`")
     units: dict[str, str] = Field({}, description="name -> measurement; the last one's matrix is drawn")
@@ -53,6 +53,7 @@ class ReportConfig(Config):
     sounds: str | None = Field(None, description="what `synthesize` made: played in the page")
     ctc: dict[str, str] = Field({}, description="name -> fine-tuning run; `pretrained` and `scratch` are compared")
     transcripts: dict[str, str] = Field({}, description="name -> transcripts, under the names of `ctc`")
+    transfer: str | None = Field(None, description="what `transfer` made: the curve is drawn")
 
 
 class Stage(NamedTuple):
@@ -93,15 +94,22 @@ def report(config: ReportConfig) -> dict[str, Any]:
             "curves": draw_curves(runs, summary["lm"]),
             "utterance": draw_utterance(utterance, labels, counts) if utterance else None,
             "matrix": draw_matrix(list(counts.values())[-1]) if counts else None,
+            "transfer": next((svg_image((s.folder / "transfer.svg").read_bytes()) for s in stages["transfer"].values()), None),
             "layers": {name: svg_image((stage.folder / "layers.svg").read_bytes()) for name, stage in stages["layers"].items()},
         }
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    pages.filters["number"] = format_number
+    pages.filters |= {
+        "number": format_number,
+        "points": recognition.points,
+        "difference": recognition.difference,
+        "p_value": recognition.p_value,
+    }
     page = pages.get_template("report.html.j2").render(
         config=config, manifest=manifest, stages=stages, omitted=omitted, summary=summary, words=in_words(summary),
         measures=table_groups(list(summary["units"].values())), figures=figures, utterance=utterance, shown_seconds=SHOWN_SECONDS, matrix_of=list(counts)[-1] if counts else "",
-        transcripts=transcript_examples(stages["transcripts"]),
+        transcripts=recognition.transcript_examples(stages["transcripts"]), worst=recognition.worst_examples(stages["transcripts"]),
+        speakers=(by_speaker := recognition.speaker_table(stages["transcripts"]))[:recognition.SHOWN_SPEAKERS], num_speakers=len(by_speaker), transfer_rows=recognition.transfer_rows(summary["transfer"]),
         samples=[line for stage in stages["samples"].values() for line in stage.lines("samples.jsonl")[:4]],
         listening=[group for stage in stages["sounds"].values() for group in listening_groups(stage)],
         versions={**library_versions(), "matplotlib": matplotlib.__version__}, git_commit=git_commit(),
@@ -153,17 +161,11 @@ def open_labels(folder: Path, manifest: Manifest) -> Labels:
 
 
 def summarise(config: ReportConfig, manifest: Manifest, stages: Stages) -> dict[str, Any]:
-    """What `summary.json` holds: audio, stages, pretrain, layers, units, lm, suites, sounds and ctc."""
+    """What `summary.json` holds: audio, stages, pretrain, layers, units, lm, suites, sounds, ctc and transfer."""
     path = Path(config.out, "stages.json")
     records = {name: r for name, r in (json.loads(path.read_text()) if path.is_file() else {}).items() if r["verb"] != "report"}
     lm = {key: value for stage in stages["lm_scores"].values() for key, value in stage.read().items()}
     sounds = {key: value for stage in stages["sounds"].values() for key, value in stage.read().items()}
-    ctc: dict[str, Any] = {}
-    for name, stage in stages["transcripts"].items():
-        ctc |= {f"{rate}_{name}": value for rate, value in stage.read().items() if rate in ("wer", "cer")}
-        ctc["split"] = stage.meta["config"]["split"]
-    for name, stage in stages["ctc"].items():
-        ctc.setdefault("training", {})[name] = {"label_minutes": stage.meta["config"].get("label_minutes"), **stage.read()}
     return {
         "audio": count_audio(manifest),
         "stages": {name: {"verb": record["verb"], "seconds": record["seconds"]} for name, record in records.items()},
@@ -176,7 +178,8 @@ def summarise(config: ReportConfig, manifest: Manifest, stages: Stages) -> dict[
         "lm": lm | ({"training": stages["lm"]["lm"].read()} if stages["lm"] else {}),
         "suites": {name: stage.read() for name, stage in stages["suites"].items()},
         "sounds": sounds,
-        "ctc": ctc,
+        "ctc": recognition.summarise_recognisers(stages["ctc"], stages["transcripts"]),
+        "transfer": {key: value for stage in stages["transfer"].values() for key, value in stage.read().items() if key != "cells"},
     }
 
 
@@ -230,6 +233,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         "lm": numbers["lm"],
         "sounds": numbers["sounds"],
         "ctc": numbers["ctc"],
+        "transfer": {f"{point['budget']}.{point['system']}": point["wer"] for point in recognition.first_test(summary["transfer"])},
         "minutes": minutes,
     }
 
@@ -247,7 +251,8 @@ def in_words(summary: dict[str, Any]) -> list[str]:
     spoken = f"{audio['hours']:.2f} hours" if audio["hours"] >= 1 else f"{audio['hours'] * 60:.1f} minutes"
     by = f" by {audio['speakers']} speakers" if audio["speakers"] else ""
     words = [f"The corpus is {spoken} of speech in {audio['utterances']:,} utterances{by}."]
-    splits = {numbers["split"] for numbers in (*units.values(), lm, ctc) if "split" in numbers}
+    judged = (*units.values(), lm, *ctc.get("transcripts", {}).values())
+    splits = {numbers["split"] for numbers in judged if "split" in numbers}
     if len(splits) == 1 and (split := splits.pop()) is not None:
         unseen = ", whose speakers were never heard in training" if split in audio["held_out"] else ""
         words.append(f"Results are those on the {split} split{unseen}.")
@@ -275,10 +280,7 @@ def in_words(summary: dict[str, Any]) -> list[str]:
         back, copy = sounds["frame_agreement_resynthesis"], sounds.get("frame_agreement_copy")
         ceiling = f" ({copy:.0%} from the recording's own spectrogram, inverted alike)" if copy is not None else ""
         words.append(f"Of the units spoken again from units, {back:.0%} come back{ceiling}.")
-    if "wer_pretrained" in ctc and "wer_scratch" in ctc:
-        pretrained, scratch = ctc["wer_pretrained"], ctc["wer_scratch"]
-        verdict = compare(pretrained, scratch, "helps", "makes no difference to", "hurts")
-        words.append(f"Pretraining {verdict} the recogniser: {pretrained:.1%} of words wrong, {scratch:.1%} from random weights.")
+    words += recognition.recognisers_in_words(ctc, SAME) + recognition.transfer_in_words(summary["transfer"])
     return words
 
 
@@ -290,19 +292,6 @@ def compare(value: float, other: float, less: str, same: str, more: str) -> str:
 def format_number(value: float | None, digits: int = 2, percent: bool = False) -> str:
     """A number for a table; a dash for none."""
     return "\N{EN DASH}" if value is None else f"{value:.{digits}%}" if percent else f"{value:,.{digits}f}"
-
-
-def transcript_examples(transcripts: dict[str, Stage], count: int = 8) -> list[dict[str, Any]]:
-    """Utterances spread evenly over the transcripts: `text`, and `hypotheses` by name as (word, is right) pairs."""
-    tables = {name: pq.read_table(stage.folder / "transcripts.parquet").to_pylist() for name, stage in transcripts.items()}
-    said = {name: {row["id"]: row["hypothesis"] for row in rows} for name, rows in tables.items()}
-    rows = [row for row in next(iter(tables.values()), []) if row["text"]]
-    chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))] if rows else []
-    return [
-        {"text": row["text"], "hypotheses": {name: mark_words(row["text"], by_id[row["id"]]) for name, by_id in said.items()}}
-        for row in chosen
-        if all(row["id"] in by_id for by_id in said.values())
-    ]
 
 
 def listening_groups(sounds: Stage) -> list[dict[str, Any]]:
@@ -320,13 +309,6 @@ def listening_groups(sounds: Stage) -> list[dict[str, Any]]:
         waveform, _ = soundfile.read(sounds.folder / player["file"], dtype="float32")
         player["source"] = as_data_uri(waveform)
     return shown
-
-
-def mark_words(reference: str, hypothesis: str) -> list[tuple[str, bool]]:
-    """The hypothesis' words, each with whether WER's alignment counts it as right."""
-    aligned = jiwer.process_words(reference, hypothesis)
-    right = {i for chunk in aligned.alignments[0] if chunk.type == "equal" for i in range(chunk.hyp_start_idx, chunk.hyp_end_idx)}
-    return [(word, i in right) for i, word in enumerate(aligned.hypotheses[0])]
 
 
 def choose_utterance(rows: Manifest, labels: dict[str, Labels]) -> Utterance | None:

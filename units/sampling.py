@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pretrain.artefact import atomic_path, commit, require_absent
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.progress import progress
 from units.corpus import Sequences, UnitCorpus
 from units.generation import CompactDecoder, Precision, perplexity
@@ -38,7 +38,7 @@ class SampleConfig(Config):
     out: str
     corpus: str | None = Field(None, description="whose documents prompt; with `prompt_audio` not needed")
     utterance: str | None = Field(None, description="id of the document that prompts; by default documents drawn from `split`")
-    split: str | None = "test"
+    split: Split = "test"
     prompt_units: int | None = Field(
         None,
         ge=0,

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from units.corpus import Sequences, UnitCorpus
 from units.language_model import LoadedLM, load_language_model, log_likelihoods
 from units.ngram import Ngram
@@ -46,7 +46,7 @@ class ScoreConfig(Config):
     corpus: str
     lm: str
     out: str
-    split: str | None = Field("test", description="whose likelihood is told; a suite names its documents itself")
+    split: Split = Field("test", description='whose likelihood is told ("": of all); a suite names its documents itself')
     suite: SuiteName | None = Field(None, description="minimal pairs instead")
     gold: str | None = Field(
         None, description="the suite's file, or for tstorycloze and salmon its folder (default: the ids say it)"

@@ -16,7 +16,7 @@ from torch import nn
 from pretrain.audio import load_audio, num_frames
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.checkpoint import load_weights
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.engine import OptimizerConfig, TrainingConfig, train
 from pretrain.manifest import Manifest
 from units.corpus import UnitCorpus
@@ -51,8 +51,8 @@ class SynthesizerConfig(Config):
     manifest: str
     corpus: str = Field(description="a unit corpus of this manifest's utterances, with durations")
     out: str
-    split: str | None = "train"
-    valid_split: str | None = Field("dev", description="its loss is reported while training, if the corpus has it")
+    split: Split = "train"
+    valid_split: Split = Field("dev", description='its loss is reported while training, if the corpus has it; "": no validation')
     model: SynthesizerModelConfig = SynthesizerModelConfig()
     batches: SynthesizerBatchConfig = SynthesizerBatchConfig()
     training: TrainingConfig

@@ -1,6 +1,6 @@
 """Words in unit corpora: what becomes of a transcript whose words have times before it lies among units.
 
-Words are normalised as transcripts are for CTC (`pretrain.ctc.TextConfig`) and spelled in pieces: characters, or BPE learnt from the
+Words are normalised as transcripts are for CTC (`pretrain.ctc.text.TextConfig`) and spelled in pieces: characters, or BPE learnt from the
 manifest's words. `▁` opens a word, as in SentencePiece, so that pieces alone say where words begin and spelling is lossless.
 How pieces and units share a sequence is told in `units/interleaving.py` and `units/grid.py`.
 """
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import read_meta
 from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.manifest import Manifest, Utterance, Word
 
 WORD = "▁"
@@ -29,7 +29,7 @@ class TextConfig(Config):
     pieces: Literal["characters"] | Annotated[int, Field(ge=2)] = Field(
         "characters", description="or how many pieces BPE is to learn"
     )
-    split: str = Field("train", description="the words that BPE is learnt from; every split's where there are none")
+    split: Split = Field("train", description='the words that BPE is learnt from; every split\'s for "" and where there are none')
     pieces_of: str | None = Field(None, description="in place of `pieces`: a unit corpus to have the same ones as, for its model")
     case: Literal["lower", "upper", "keep"] = "lower"
     punctuation: Literal["remove", "keep"] = "remove"
@@ -151,7 +151,7 @@ def count_words(manifest: Manifest, config: TextConfig) -> Counter[str]:
 
     Utterances without word times are a ValueError naming the first and how many there are.
     """
-    everywhere = config.pieces == "characters" or not manifest.splits
+    everywhere = config.pieces == "characters" or config.split is None or not manifest.splits
     if not everywhere:
         manifest.select(config.split)
     counts = Counter[str]()
@@ -212,6 +212,6 @@ def word_frames(words: Sequence[Word], num_frames: int) -> tuple[np.ndarray, np.
 
 @lru_cache(maxsize=1 << 18)  # corpora repeat their words
 def _normalized(word: str, case: Literal["lower", "upper", "keep"], punctuation: Literal["remove", "keep"]) -> tuple[str, ...]:
-    from pretrain.ctc import TextConfig as Transcripts  # brings torch
+    from pretrain.ctc.text import TextConfig as Transcripts  # brings torch
 
     return tuple(Transcripts(case=case, punctuation=punctuation).normalize(word).split())

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from pretrain.artefact import sha256_file
-from pretrain.config import Config
+from pretrain.config import Config, Split
 from pretrain.engine import OptimizerConfig, Task, TrainingConfig, train
 from units.corpus import Sequences, UnitCorpus
 from units.language_model import KIND, Batch, LanguageModel, Pieces, load_language_model
@@ -41,8 +41,8 @@ class TrainLMConfig(Config):
 
     corpus: str | None = Field(None, description="needed but with `dpo`, which learns from pairs alone")
     out: str
-    split: str | None = "train"
-    valid_split: str | None = Field("dev", description="its loss is reported while training, if the corpus has it")
+    split: Split = "train"
+    valid_split: Split = Field("dev", description='its loss is reported while training, if the corpus has it; "": no validation')
     batch_tokens: int = Field(2048, ge=1, description="predicted steps per update, about")
     pattern: Literal["parallel", "delay", "flatten", "coarse-first"] = Field(
         "delay", description="how the levels of a frame follow each other; of no matter with one stream"

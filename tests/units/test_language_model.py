@@ -180,3 +180,8 @@ def test_the_loss_can_be_of_speech_or_of_text_alone_and_the_two_make_the_whole(t
         assert (count["speech"], count["text"], count["all"]) == (spoken + 1, written + 1, symbols.size + 1)  # EOS in all three
         of_eos = total["speech"] + total["text"] - total["all"]  # it is in both
         assert 0 < of_eos < 4  # of an untrained model over some ten symbols, log 10 and a little
+
+
+def test_a_device_that_is_not_here_is_refused(trained: Path) -> None:
+    with pytest.raises(ValueError, match="^device: 'foo' is not here; torch .* has cpu"):
+        load_language_model(trained, device="foo")

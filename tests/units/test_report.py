@@ -14,12 +14,14 @@ import pytest
 import soundfile
 
 from pretrain.artefact import commit, write_json
+from pretrain.ctc.curve import write_curve
+from pretrain.ctc.error_rates import error_rates
 from pretrain.labels import commit_labels, write_shard
 from pretrain.manifest import Manifest, write_manifest
 from quantize.codebook import write_codebook
 from quantize.measuring import MeasureConfig, measure
 from quantize.sweep import draw_layers
-from units.report import ReportConfig, as_text, compare, in_words, mark_words, report
+from units.report import ReportConfig, as_text, compare, in_words, report
 
 HOSTILE = "<script>alert('x')</script> $a_{b \\frac & \"c"
 NUM_CLASSES = 6
@@ -66,13 +68,13 @@ def write_sweep(run: Path) -> None:
     commit(run / "layers1", "layer-sweep", {"split": "dev"}, {}, ["summary.json", "layers.svg"], choice={})
 
 
-def write_training(folder: Path, kind: str, metric: str, config: dict[str, Any]) -> None:
+def write_training(folder: Path, kind: str, metric: str, config: dict[str, Any], **extra: Any) -> None:
     folder.mkdir(parents=True)
     lines = [{"step": step, "loss": 5 - step / 10, metric: 4 - step / 10, f"valid_{metric}": 4.0} for step in (10, 20, 30)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {"steps": 30, "seconds": 1.5, "loss_first": 4.0, "loss_last": 2.0, "valid_loss": 4.0, "valid_accuracy": 0.1}
     write_json(folder / "summary.json", summary)
-    commit(folder, kind, config, {}, ["summary.json"])
+    commit(folder, kind, config, {}, ["summary.json"], **extra)
 
 
 def write_language_model(run: Path) -> None:
@@ -128,14 +130,43 @@ def write_sounds(run: Path) -> None:
 
 
 def write_recogniser(run: Path, manifest: Manifest, name: str, wer: float, hypothesis: str) -> None:
-    write_training(run / f"ctc_{name}", "recognizer", "cer", {"label_minutes": 5.0})
+    """A recogniser and its transcripts of the test split; its rates are `wer` and half of that, all else is of the transcripts."""
+    write_training(run / f"ctc_{name}", "recognizer", "cer", {"budget": "5min"}, label_minutes=5.0)
     rows = manifest.select("test")
     texts = [utterance.text for utterance in rows]
-    table = {"id": rows.ids, "speaker": [None] * len(rows), "text": texts, "hypothesis": [hypothesis] * (len(rows) - 1) + [""]}
+    said, speakers = [hypothesis] * (len(rows) - 1) + [""], ["hers", "his", "his"]
+    words = [[{"start": 0.1, "end": 0.3, "word": "one"}]] * (len(rows) - 1) + [None]
     (run / f"text_{name}").mkdir()
+    table = {"id": rows.ids, "speaker": speakers, "text": texts, "hypothesis": said, "words": words}
     pq.write_table(pa.table(table), run / f"text_{name}" / "transcripts.parquet")
-    write_json(run / f"text_{name}" / "summary.json", {"utterances": 3, "wer": wer, "cer": wer / 2})
-    commit(run / f"text_{name}", "transcripts", {"split": "test"}, {}, ["summary.json"])
+    scores = error_rates(rows.ids, speakers, texts, said)
+    write_json(run / f"text_{name}" / "summary.json", {**scores, "utterances": 3, "wer": wer, "cer": wer / 2})
+    decoding = {"method": "greedy", "lm": None}
+    commit(run / f"text_{name}", "transcripts", {"split": "test", "decoding": decoding}, {}, ["summary.json"])
+
+
+def write_transfer(run: Path) -> None:
+    """A curve of two budgets, of which pretraining helps at one beyond chance, on two tests."""
+    out = run / "transfer"
+    out.mkdir()
+    tests, budgets = ("clean", "other"), (("10min", 10.2, 0.5, 0.8), ("1h", 60.1, 0.3, 0.31))
+    curve = [
+        {
+            "test": test, "budget": budget, "system": system, "seeds": 2, "counted": "words", "label_minutes": minutes, "wer": wer,
+            "wer_interval": [wer - 0.02, wer + 0.03], "wer_seeds": [wer, wer],
+        }
+        for test in tests for budget, minutes, *wers in budgets for system, wer in zip(("pretrained", "scratch"), wers, strict=True)
+    ]  # fmt: skip
+    comparisons = [
+        {
+            "test": test, "budget": budget, "system": "pretrained", "baseline": "scratch", "wer_difference": ours - theirs,
+            "wer_difference_interval": [ours - theirs - 0.02, ours - theirs + 0.02], "p_value": p,
+        }
+        for test in tests for (budget, _, ours, theirs), p in zip(budgets, (1e-10, 0.4), strict=True)
+    ]  # fmt: skip
+    write_json(out / "summary.json", {"cells": [], "baseline": "scratch", "curve": curve, "comparisons": comparisons})
+    write_curve(out, curve)
+    commit(out, "transfer", {}, {}, ["summary.json", "transfer.svg"])
 
 
 def write_run(run: Path, *, text: str | None = "one two three", phones: bool = True, lm: bool = True) -> ReportConfig:
@@ -152,6 +183,7 @@ def write_run(run: Path, *, text: str | None = "one two three", phones: bool = T
     if text:
         write_recogniser(run, manifest, "pretrained", 0.25, "one too three")
         write_recogniser(run, manifest, "scratch", 0.75, HOSTILE)
+        write_transfer(run)
     records = {
         "hubert1": {"verb": "pretrain", "seconds": 1.5, "summary": {}},
         "report": {"verb": "report", "seconds": 9, "summary": {}},
@@ -174,6 +206,7 @@ def write_run(run: Path, *, text: str | None = "one two three", phones: bool = T
         sounds=str(run / "sounds"),
         ctc={name: str(run / f"ctc_{name}") for name in models},
         transcripts={name: str(run / f"text_{name}") for name in models},
+        transfer=str(run / "transfer"),
     )
 
 
@@ -225,7 +258,7 @@ def test_the_page_loads_nothing_from_elsewhere(full: ReportConfig) -> None:
     page = page_of(full)
     loads = Loads(page)
     assert not {"script", "link", "iframe", "object", "embed"} & set(loads.tags)
-    assert len(loads.sources) == 8  # the curves, the layers, the utterance, the matrix, and four sounds
+    assert len(loads.sources) == 9  # the curves, the transfer curve, the layers, the utterance, the matrix, and four sounds
     assert "url(" not in page
     assert "@import" not in page
     for source in loads.sources:
@@ -261,7 +294,10 @@ def test_the_page_tells_what_the_stages_found(full: ReportConfig) -> None:
     assert "Of the units spoken again from units, 40% come back." in page
     assert "Continuation of test-4" in page and "(the model takes over at 0.1 s)" in page
     assert "<td>swuggy</td><td><b>70.0%</b></td><td>60.0% to 80.0%</td><td>60.0%</td><td>55.0%</td><td>50.0%</td>" in page
-    assert "Pretraining helps the recogniser: 25.0% of words wrong, 75.0% from random weights." in page
+    assert (
+        "Pretraining makes no certain difference to the recogniser: 25.0% of words wrong, 75.0% from random weights (95% inter"
+        in page
+    )
     assert "whose speakers were never heard in training" in page
     assert '<span class="wrong">too</span>' in page
     assert "Trained on 5.0 minutes of transcribed speech." in page
@@ -294,6 +330,58 @@ def test_the_terminal_gets_the_measures_side_by_side(full: ReportConfig) -> None
     assert as_text(bare).splitlines()[0].split()[0] == "audio.hours"
 
 
+def test_the_page_tells_how_recognisers_err(full: ReportConfig) -> None:
+    page, ctc = page_of(full), json.loads(Path(full.out, "summary.json").read_text())["ctc"]
+    interval = ctc["transcripts"]["pretrained"]["wer_interval"]
+    assert interval == [pytest.approx(1 / 3), 1.0]  # an utterance is wrong in 1 or 3 of 3 words
+    assert '<tr><td>pretraining</td><td><b>25.0%</b></td><td class="whole">33.3% to 100.0%</td>' in page
+    assert "<td>2</td><td>0</td><td>3</td><td>9</td><td>0.0%</td></tr>" in page
+    assert "<tr><td>his</td><td>2</td><td>6</td><td>66.7%</td><td>" in page  # one of three words, and all three
+    assert "decoded greedily, without a language model." in page and "Worst utterances: random weights" in page
+    assert "3 edits of 3; test-5" in page and "one 0.10–0.30" in page
+    found = ctc["comparisons"]["pretrained"]
+    assert (found["baseline"], found["utterances"]) == ("scratch", 3) and found["wer_difference"] < 0
+    # Two of three utterances differ, by as much: chance has both signs alike half of the time.
+    assert found["p_value"] == pytest.approx(0.5) and "p = 0.5 (paired permutation test over 3 utterances)" in page
+
+
+def test_the_page_has_the_transfer_curve_and_its_table(full: ReportConfig) -> None:
+    page, shown = page_of(full), report(full)
+    assert "On clean, pretraining lowers the word error rate beyond chance at 1 of 2 budgets of labels" in page
+    assert "(−30.0 points with 10min, −1.0 points with 1h)" in page
+    assert (
+        '<tr><td>clean</td><td class="left">10min</td><td>10.2</td><td><b>50.0%</b></td><td class="whole">48.0% to 53.0%</td>'
+        in page
+    )
+    assert '<td class="whole">−30.0 (−32.0 to −28.0 points)</td><td class="whole">&lt; 0.0001</td>' in page
+    assert "Points are means over 2 seeds." in page
+    assert shown["transfer"] == {"10min.pretrained": 0.5, "10min.scratch": 0.8, "1h.pretrained": 0.3, "1h.scratch": 0.31}
+
+
+def test_transcripts_of_an_older_wordless_have_their_rates_alone(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", lm=False)
+    for name in ("pretrained", "scratch"):
+        folder = tmp_path / "run" / f"text_{name}"
+        write_json(folder / "summary.json", {"utterances": 3, "wer": 0.25, "cer": 0.1})
+        commit(folder, "transcripts", {"split": "test"}, {}, ["summary.json"])
+    report(config)
+    page = page_of(config)
+    assert '<td><b>25.0%</b></td><td class="whole">–</td><td>10.0%</td>' in page and "Errors of the recogniser" not in page
+
+
+def test_transcripts_of_several_splits_are_told_with_theirs(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run", lm=False)
+    report(config)
+    assert "Judged on the test split, decoded" in page_of(config) and "Results are those on the test split" in page_of(config)
+    meta = tmp_path / "run" / "text_scratch" / "meta.json"
+    tree = json.loads(meta.read_text())
+    write_json(meta, {**tree, "config": {**tree["config"], "split": None}})
+    report(config)
+    page = page_of(config)
+    assert "Judged on the test split (pretrained), the whole corpus (scratch), decoded" in page
+    assert "Results are those on" not in page
+
+
 def test_text_of_the_corpus_cannot_become_markup(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", text=HOSTILE, lm=False)
     report(config)
@@ -317,6 +405,7 @@ def test_a_run_without_phones_transcripts_and_language_model_has_a_page_that_say
         "ctc scratch",
         "transcripts pretrained",
         "transcripts scratch",
+        "transfer",
     ):
         assert f"({absent})" in page
     assert "There are no phone alignments" in page
@@ -324,7 +413,7 @@ def test_a_run_without_phones_transcripts_and_language_model_has_a_page_that_say
     assert "Recogniser" not in page
     assert len(Loads(page).sources) == 2  # the curves and the utterance; no matrix
     summary = json.loads(Path(config.out, "summary.json").read_text())
-    assert (summary["lm"], summary["ctc"], summary["sounds"], summary["suites"]) == ({}, {}, {}, {})
+    assert all(summary[group] == {} for group in ("lm", "ctc", "sounds", "suites", "transfer"))
     assert "pnmi" not in summary["units"]["mfcc"]
     assert shown["units"]["mfcc"]["perplexity"] > 1
 
@@ -436,8 +525,3 @@ def test_an_earlier_iteration_that_was_better_is_named(full: ReportConfig) -> No
 
 def test_differences_too_small_to_mean_anything_are_called_none() -> None:
     assert [compare(value, 0.5, "less", "same", "more") for value in (0.4, 0.499, 0.501, 0.6)] == ["less", "same", "same", "more"]
-
-
-def test_right_words_are_those_of_the_alignment_behind_wer() -> None:
-    assert mark_words("the cat sat", "a the cat") == [("a", False), ("the", True), ("cat", True)]
-    assert mark_words("the cat", "") == []
