@@ -42,7 +42,7 @@ def test_contenders_take_turns_and_the_fastest_variant_is_the_peer(tmp_path: Pat
     assert set(result["peer_variants"]) == {"quick-kept", "quick", "slow-kept", "slow"}
     # a sleep is never shorter than asked for; on a busy machine it may well be longer
     assert max(result["ours_rounds"]) <= 2 / 0.02 and max(result["peer_rounds"]) <= 2 / 0.02
-    assert max(result["peer_rounds_default"]) <= 2 / 0.04
+    assert max(result["peer_rounds_default"]) <= 2 / 0.1
     assert result["ours"] == sorted(result["ours_rounds"])[1]  # the median of three, without the warm-up
     assert result["ratio"] == result["ours"] / result["peer"] < result["ratio_default"] == result["ours"] / result["peer_default"]
     assert result["limit"] == pytest.approx(1e12 * result["gemm_tflops"] / 1e6)
