@@ -34,6 +34,8 @@ from tests.parity.peers import NO_DROPOUT, scatter, transformers_model
 from tests.parity.test_transformers_export import load_silently
 from tests.pretrain.conftest import write_corpus
 
+pytestmark = pytest.mark.slow  # `make test` is to stay short
+
 transformers = pytest.importorskip("transformers")
 
 LETTERS = ["'", "a", "b", "|", "é", "ß"]

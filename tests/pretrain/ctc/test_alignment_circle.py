@@ -21,6 +21,8 @@ from pretrain.manifest import Manifest, Phone, write_manifest
 from pretrain.packing import pack
 from quantize.measuring import MeasureConfig, measure
 
+pytestmark = pytest.mark.slow  # `make test` is to stay short
+
 HERTZ = {"ð": 300.0, "oʊ": 700.0, "tʃ": 1500.0}
 VOCABULARY = Vocabulary(list(HERTZ), "phones")
 

@@ -24,6 +24,8 @@ from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import EncoderConfig, load_encoder
 from pretrain.manifest import Manifest
 
+pytestmark = pytest.mark.slow  # `make test` is to stay short
+
 TONES = {"a": 300.0, "b": 700.0, "c": 1500.0, "d": 3100.0, " ": 0.0}
 TEXTS = ["ab cd", "da", "bb ca", "cab", "dab", "ad bc"]
 

@@ -14,6 +14,8 @@ from pretrain.labels import Labels, commit_labels, write_shard
 from pretrain.manifest import Manifest
 from tests.pretrain.ctc.tones import MakeCorpus, settings, spell, tone_labels
 
+pytestmark = pytest.mark.slow  # `make test` is to stay short
+
 TRAIN = ["ab cd", "da", "ba ca", "cab", "dcba", "ad bc", "bd ac", "abac"]
 DEV = ["cad ba", "bad", "dab ca"]
 SMALL = {"architecture": "tiny", "dropout": 0.0, "input_dropout": 0.0}
