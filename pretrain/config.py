@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class Config(BaseModel):
@@ -27,6 +27,26 @@ Split = Annotated[
     str | None, BeforeValidator(lambda name: None if name == "" else name), Field(description='"": every row, whatever its split')
 ]
 """For configs: the name of a split of a manifest or a corpus, or "", which becomes None: TOML has no other way to say none."""
+
+
+def part_of(example: str) -> Any:
+    """The type of a config's `part`, which of how many shares of the work; None is all of it. `example` is for the message."""
+
+    def require(part: str | None) -> str | None:
+        if part is not None:
+            first, _, count = part.partition("/")
+            if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+                raise ValueError(f"write {example}, not {part!r}")
+        return part
+
+    return AfterValidator(require)
+
+
+def share(part: str | None) -> slice:
+    """Which places of a list of work a `part` is: every count-th from its own on."""
+    first, count = (int(number) for number in (part or "1/1").split("/"))
+    return slice(first - 1, None, count)
+
 
 C = TypeVar("C", bound=Config)
 

@@ -24,14 +24,14 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from pretrain.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config, Split
+from pretrain.config import Config, Split, part_of, share
 from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
 from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import console, progress
@@ -58,7 +58,7 @@ class EncodeConfig(Config):
     processes: int = Field(
         1, ge=1, description="that take shards side by side, with an even share of the threads, a GPU each in turn"
     )
-    part: str | None = Field(
+    part: Annotated[str | None, part_of('"2/16" for the second of sixteen parts')] = Field(
         None, description='"2/16" does every 16th shard from the second on: for job arrays and machines that share a disk'
     )
     device: str = "auto"
@@ -67,15 +67,6 @@ class EncodeConfig(Config):
         "float32", description="of the encoder's matrix products; with another, the summary has the label agreement with float32"
     )
     workers: int = Field(2, ge=1, description="threads that decode, in each process")
-
-    @field_validator("part")
-    @classmethod
-    def _which_of_how_many(cls, part: str | None) -> str | None:
-        if part is not None:
-            first, _, count = part.partition("/")
-            if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
-                raise ValueError(f'write "2/16" for the second of sixteen parts, not {part!r}')
-        return part
 
 
 class Plan:
@@ -90,8 +81,7 @@ class Plan:
         lengths = self.rows.lengths
         self.shards = plan_shards(lengths, config.num_shards or default_num_shards(float(lengths.sum() / SAMPLE_RATE)))
         self.seconds = [float(lengths[rows.start : rows.stop].sum() / SAMPLE_RATE) for rows in self.shards]
-        first, count = (int(number) for number in (config.part or "1/1").split("/"))
-        self.part = range(len(self.shards))[first - 1 :: count]
+        self.part = range(len(self.shards))[share(config.part)]
         self.begun: list[int] = []  # shards handed out
 
     def identity(self) -> dict[str, Any]:

@@ -12,15 +12,15 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, is_complete, read_meta, require_absent, write_json
 from pretrain.checkpoint import load_weights
-from pretrain.config import Config, differences, parse_config
+from pretrain.config import Config, differences, parse_config, part_of, share
 from pretrain.ctc.curve import as_text, summarize, write_curve
 from pretrain.ctc.finetuning import FinetuneConfig, finetune
 from pretrain.ctc.subsets import Budget, amount, draw_subset, transcribed
@@ -75,18 +75,9 @@ class TransferConfig(Config):
     )  # fmt: skip
     transcribe: dict[str, Any] = Field({}, description="keys of `transcribe` for all tests: decoding …")
     baseline: str | None = Field(None, description="the system that others are compared with: scratch, or else the last")
-    part: str | None = Field(
+    part: Annotated[str | None, part_of('"2/8" for the second of eight shares')] = Field(
         None, description='"2/8": the second of eight shares of the cells, for job arrays; the last writes the table'
     )
-
-    @field_validator("part")
-    @classmethod
-    def _which_of_how_many(cls, part: str | None) -> str | None:
-        if part is not None:
-            first, _, count = part.partition("/")
-            if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
-                raise ValueError(f'write "2/8" for the second of eight shares, not {part!r}')
-        return part
 
     @model_validator(mode="after")
     def _every_cell_is_valid(self) -> Self:
@@ -268,8 +259,7 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
             f"{out}: already holds this curve, finished; budgets, systems, seeds and tests that are added to the settings are added to it"
         )
     every = cells(config)
-    first, count = (int(number) for number in (config.part or "1/1").split("/"))
-    mine = every[first - 1 :: count]
+    mine = every[share(config.part)]
     left = [cell for cell in mine if not cell.stands()]
     if unused := [budget for budget in config.by_budget if budget not in config.budgets]:
         say(f"by_budget: settings of {', '.join(unused)} are not used; budgets are {', '.join(config.budgets)}")

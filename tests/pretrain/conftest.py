@@ -1,7 +1,12 @@
 """A corpus from waveforms in memory, and labels that count the frames."""
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +14,29 @@ import soundfile
 
 from pretrain.labels import commit_labels, write_shard
 from pretrain.manifest import Manifest, write_manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def run_two_processes(*worker: str | Path, logs: Path, timeout: float) -> Iterator[None]:
+    """A worker's command line under torchrun, in two processes beside the body of the `with`; it must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--log-dir", str(logs)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = subprocess.Popen(
+        [*command, *map(str, worker)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield
+        output, _ = two.communicate(timeout=timeout)
+    finally:
+        two.terminate()  # torchrun ends its processes; nothing happens where they have ended
+    assert two.returncode == 0, output[-4000:]
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Callable[..., Any]:
+    return run_two_processes
 
 
 def write_corpus(

@@ -1,11 +1,9 @@
 """Two gloo processes under torchrun, with DDP and with FSDP2, against one process, on the same global batches."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +34,10 @@ EXACTLY_SAME = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]) -> Path:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path],
+    two_processes: Callable[..., Any],
+) -> Path:  # fmt: skip
     """A folder with one/ and two/, each holding a run per scenario: the two processes also join and leave many groups in turn."""
     folder = tmp_path_factory.mktemp("distributed")
     rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
@@ -49,25 +50,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_corpus: Callable[..., Ma
         for u in manifest
     ]  # fmt: skip
     write_manifest(folder / "corpus" / "aligned", rows, {}, {})
-    arguments = [str(ROOT / "tests" / "pretrain" / "distributed_worker.py"), str(folder / "corpus"), str(folder / "two")]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--log-dir",
-        str(folder / "logs"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    two = subprocess.Popen([*launch, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
+    worker = ROOT / "tests" / "pretrain" / "distributed_worker.py"
+    with two_processes(worker, folder / "corpus", folder / "two", logs=folder / "logs", timeout=120):
         main(folder / "corpus", folder / "one")
-        output, _ = two.communicate(timeout=120)
-    finally:
-        two.terminate()  # torchrun ends its processes; nothing happens where they have ended
-    assert two.returncode == 0, output[-4000:]
     return folder
 
 

@@ -1,9 +1,7 @@
 """Fine-tuning by two gloo processes under torchrun against one process, on the same global batches."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_corpus: MakeCorpus) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, make_corpus: MakeCorpus, two_processes: Callable[..., Any]) -> Path:
     """A folder with one/ and two/, each with a run for each of RUNS."""
     folder = tmp_path_factory.mktemp("finetune")
     save_encoder(folder / "encoder", num_layers=3, attention_dropout=0.0)
@@ -32,31 +30,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_corpus: MakeCorpus) -> P
     heard = [text if text != "xx" else "ab" for text in texts]
     manifest = make_corpus(folder, [spell(text) for text in heard], texts=texts, splits=["train"] * 7 + ["dev"] * 3)
     tone_labels(folder / "labels", manifest, heard, levels=2)
-    worker = str(ROOT / "tests" / "pretrain" / "ctc" / "finetune_worker.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--log-dir",
-        str(folder / "logs"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    two = subprocess.Popen(
-        [*command, worker, str(folder), str(folder / "two")],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
+    worker = ROOT / "tests" / "pretrain" / "ctc" / "finetune_worker.py"
+    with two_processes(worker, folder, folder / "two", logs=folder / "logs", timeout=180):
         main(folder, folder / "one")
-        output, _ = two.communicate(timeout=180)
-    finally:
-        two.terminate()  # torchrun ends its processes; nothing happens where they have ended
-    assert two.returncode == 0, output[-4000:]
     return folder
 
 
