@@ -31,8 +31,9 @@ from benchmarks.command import argument_parser, run_main
 from benchmarks.measure import Contender, Measurement, machine, sides, take_turns
 from pretrain.audio import SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
-from pretrain.engine import TrainingConfig, load_ahead
+from pretrain.engine import TrainingConfig
 from pretrain.indexing import IndexConfig, index
+from pretrain.loading import load_ahead
 from pretrain.manifest import Manifest, Utterance
 from pretrain.packing import Layout, pack
 from pretrain.parallel import World

@@ -5,15 +5,14 @@ the gradient once by the count over all ranks and accumulation steps, so any spl
 Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use DistributedDataParallel or FSDP2
 (pretrain/parallel.py). Randomness is a function of (seed, epoch, rank, step), so resuming from a checkpoint continues bit for
 bit. A run may go on with another number of processes, `accumulate` or `sharding`: it stays the same up to rounding, and up to
-what is drawn by rank (dropout).
+what is drawn by rank (dropout). SIGTERM and SIGUSR2 stop it between two steps or within a validation (pretrain/stopping.py),
+with a checkpoint from which it becomes what it would have been, its log included.
 """
 
 import math
 import time
 import tomllib
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -25,9 +24,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.checkpoint import Best, latest_checkpoint, load_checkpoint, remove_old_checkpoints, save_checkpoint
+from pretrain.checkpoint import (
+    Best,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
 from pretrain.config import Config, differences, without_none
 from pretrain.kernels import keep_freed_memory
+from pretrain.loading import load_ahead
 from pretrain.parallel import (
     World,
     compile_in_place,
@@ -40,6 +47,7 @@ from pretrain.parallel import (
 )
 from pretrain.progress import progress
 from pretrain.runlog import RunLog, Window
+from pretrain.stopping import Stop, lost_ranks_told
 
 
 class Loss(NamedTuple):
@@ -173,6 +181,11 @@ class TrainingConfig(Config):
         description="validations in a row without a better one, after which the run ends (with all parameters in training)",
     )
     loader_threads: int = Field(2, ge=1)
+    collective_timeout_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="how long a rank waits for the others, their saving included, before the run ends, to go on from its last checkpoint",
+    )
 
     @model_validator(mode="after")
     def _validates_while_it_has_patience(self) -> Self:
@@ -184,7 +197,7 @@ class TrainingConfig(Config):
 # What an unfinished run may go on with: how a step is computed, not what.
 NEUTRAL = {
     "training.accumulate", "training.sharding", "training.activation_checkpointing", "training.compile", "training.device",
-    "training.loader_threads", "training.keep_checkpoints", "training.keep_best",
+    "training.loader_threads", "training.keep_checkpoints", "training.keep_best", "training.collective_timeout_seconds",
 }  # fmt: skip
 
 
@@ -205,12 +218,15 @@ def train(
     `monitor` are the metrics that `keep_best` and `patience` go by (see Best); validations before the last phase, while a part of
     the model is still frozen, do not try the patience.
 
+    A signal that stops the run (SIGTERM, SIGUSR2) is passed on once a checkpoint is written, and ends the process; one that comes
+    when only the end is left to be written lets that happen.
+
     Errors: ValueError when `out` is finished, was begun with other settings, has `patience` and nothing to validate on, or the run
-    diverges or collapses (the last good checkpoint stays and is named).
+    diverges or collapses (the last good checkpoint stays and is named); ConnectionError when another rank is lost.
     """
     run, extra = Path(out), extra or {}
     require_absent(run)
-    world = World.join(training.device)
+    world = World.join(training.device, training.collective_timeout_seconds)
     if world.device.type == "cpu":
         keep_freed_memory()
     main = world.rank == 0
@@ -219,165 +235,164 @@ def train(
         max_steps = max(1, min(max_steps, round(training.max_epochs * len(task.plan(0)))))
     if training.patience is not None and not task.plan_validation():
         raise ValueError(f"{run}: training.patience needs a validation set, and there is none; name one or leave the key out")
-    _write_or_compare_config(run, config, write=main)
-    _place(task, training, world)
-    adamw = torch.optim.AdamW(
-        task.parameter_groups(),
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )
-    world.barrier()
-    checkpoint = latest_checkpoint(run)
-    state: dict[str, Any] = (
-        load_checkpoint(checkpoint, task.model, adamw) if checkpoint else {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0}
-    )
-    start, began = state["step"], time.monotonic() - state["seconds"]
-    log = RunLog(run, start) if main else None
-    window = Window()
-    phase: int | None = None
-    model: nn.Module = task.model
-    done_before = done = start
-    best = Best(monitor)
-    if training.keep_best:
-        best.resume(run, state)
+    with lost_ranks_told(run, world):
+        checkpoint = _checkpoint_to_resume(run, config, world)
+        _place(task, training, world)
+        adamw = torch.optim.AdamW(
+            task.parameter_groups(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        state: dict[str, Any] = (
+            load_checkpoint(checkpoint, task.model, adamw) if checkpoint else {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0}
+        )
+        start, began = state["step"], time.monotonic() - state["seconds"]
+        # A stop left the look at the last step, with its validation, undone: it comes first, and any line it wrote is written again.
+        unseen: bool = state.get("unseen", False)
+        log = RunLog(run, start - unseen) if main else None
+        window = Window.from_state(state.get("window", {}), world)
+        phase: int | None = None
+        model: nn.Module = task.model
+        done = saved = start
+        position = state["epoch"], state["batch"]  # of the next batch
+        best = Best(monitor)
+        if training.keep_best:
+            best.resume(run, state, world)
 
-    def save(step: int, position: tuple[int, int]) -> None:
-        stored = {"epoch": position[0], "batch": position[1], "seconds": time.monotonic() - began}
-        stored |= best.to_state() if training.keep_best else {}
-        save_checkpoint(run, step, task.model, adamw, {**stored, "kind": kind, "extra": extra, "config": config}, write=main)
-        if main:
-            remove_old_checkpoints(run, training.keep_checkpoints, best.step, step)
-        world.barrier()
+        def save() -> None:
+            nonlocal saved
+            stored = {"epoch": position[0], "batch": position[1], "seconds": time.monotonic() - began}
+            stored |= best.to_state() if training.keep_best else {}
+            if part := window.to_state(world):
+                stored |= {"window": part, "unseen": unseen}
+            save_checkpoint(run, done, task.model, adamw, {**stored, "kind": kind, "extra": extra, "config": config}, write=main)
+            if main:
+                remove_old_checkpoints(run, training.keep_checkpoints, best.step, done)
+            world.barrier()
+            saved = done
 
-    batches = load_ahead(task, (state["epoch"], state["batch"]), training, world)
-    with progress(f"train {run.name}", max_steps, "step", done=start) if main else nullcontext(lambda *_, **__: None) as advance:
-        for step in range(start, max_steps):
-            if training.patience is not None and best.stale >= training.patience:
-                break
-            if phase != task.phase(step):
-                phase = task.phase(step)
-                task.enter_phase(phase)
-                model = replicate(task.model, world)
-            position, parts, micro_batches, amount = next(batches)
-            task.before_step(step)
-            torch.manual_seed(_mix(training.seed, step, world.rank))
-            task.model.train()
-            count = torch.zeros((), device=world.device)
-            for number, (batch, weight) in enumerate(micro_batches):
-                with without_reduction(model, number < parts - 1):
-                    with autocast(training.precision, world.device):
-                        loss = _weighted(model(to_device(batch, world.device)), weight)
-                    loss.total.backward()
-                count += loss.count
-                window.add(loss)
-            world.sum(count)
-            norm = scale_and_clip(task.model, world.size / count.clamp(min=1e-8), optimizer.clip_norm)
-            window.add_norm(norm, step + 1)
-            for group in adamw.param_groups:
-                group["lr"] = optimizer.lr * group.get("lr_scale", 1.0) * optimizer.factor(step, max_steps)
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
-            window.amount += amount
-            step_done, last = step + 1, step + 1 == max_steps
-            save_due = last or step_done % training.checkpoint_every == 0
-            validate_due = last or bool(training.validate_every and step_done % training.validate_every == 0)
-            metrics: dict[str, float] = {}
-            if save_due or validate_due or step_done % training.log_every == 0:
-                metrics = task.describe(window.reduce(world))
-                metrics |= {"lr": adamw.param_groups[0]["lr"], f"{task.unit}_per_second": window.rate()}
-                if validate_due:
-                    metrics |= {f"valid_{name}": value for name, value in _validate(task, world, training).items()}
+        def require_sound(reason: str | None) -> None:
+            if reason:
+                kept = checkpoint_path(run, saved) if saved else "none yet"
+                raise ValueError(f"{run}: stopped at step {done}: {reason.removesuffix('.')}. The last good checkpoint: {kept}")
+
+        def out_of_patience() -> bool:
+            return training.patience is not None and best.stale >= training.patience
+
+        batches = load_ahead(task, position, training, world)
+        bar = progress(f"train {run.name}", max_steps, "step", done=start) if main else nullcontext(lambda *_, **__: None)
+        with Stop(world, training.collective_timeout_seconds) as stop, bar as advance:
+            stop.check(wait=True)
+            for step in range(start - unseen, max_steps):
+                if stop.signal or out_of_patience():
+                    break
+                if phase != task.phase(step):
+                    phase = task.phase(step)
+                    task.enter_phase(phase)
+                    model = replicate(task.model, world)
+                task.before_step(step)
+                for group in adamw.param_groups:
+                    group["lr"] = optimizer.lr * group.get("lr_scale", 1.0) * optimizer.factor(step, max_steps)
+                if step >= start:
+                    (epoch, batch_number), parts, micro_batches, amount = next(batches)
+                    torch.manual_seed(_mix(training.seed, step, world.rank))
+                    count = _backward(model, micro_batches, parts, window, training, world)
+                    norm = scale_and_clip(task.model, world.size / count.clamp(min=1e-8), optimizer.clip_norm)
+                    window.add_norm(norm, step + 1)
+                    adamw.step()
+                    adamw.zero_grad(set_to_none=True)
+                    window.amount += amount
+                    done, position = step + 1, (epoch, batch_number + 1)
+                    advance(1)
+                    stop.check()
+                save_due = done == max_steps or done % training.checkpoint_every == 0
+                validate_due = done == max_steps or bool(training.validate_every and done % training.validate_every == 0)
+                if save_due or validate_due or done % training.log_every == 0:
+                    rate = window.rate()
+                    judgement = _validate(task, world, training, stop) if validate_due else {}
+                    unseen = judgement is None
+                    if judgement is None:
+                        break
+                    metrics = task.describe(window.reduce(world))
+                    metrics |= {"lr": adamw.param_groups[0]["lr"], f"{task.unit}_per_second": rate}
+                    metrics |= {f"valid_{name}": value for name, value in judgement.items()}
                     if training.keep_best and monitor[0] in metrics:
-                        judged = _from_first(world, [metrics[name] for name in monitor])
-                        better = best.judge(step_done, judged, counts=task.phase(step) == task.phase(max_steps - 1))
+                        judged = world.from_first([metrics[name] for name in monitor])
+                        better = best.judge(done, judged, counts=task.phase(step) == task.phase(max_steps - 1))
                         save_due |= better or best.stale == training.patience
-                _stop_if_broken(task, metrics, window.first_not_finite, step_done, run, training, optimizer)
-                window = Window()
-                if log is not None:
-                    log.write(step_done, metrics)
-            advance(1, note=f"loss {metrics['loss']:.3f}" if "loss" in metrics else None)
-            if save_due:
-                save(step_done, (position[0], position[1] + 1))
-            done = step_done
-    batches.close()
-    summary: dict[str, Any] = {}
-    if main:
-        assert log is not None
-        summary = log.summarise(done, time.monotonic() - began, done - done_before)
-        if best.step is not None:
-            summary |= {"best_step": best.step, **best.summary}
-        if training.patience is not None:
-            summary["stopped_early"] = done < max_steps
-        log.close()
-        write_json(run / "summary.json", summary)
-        kept = {done, done if best.step is None else best.step}
-        commit(run, kind, config, parents, [f"step_{step:08d}/model.safetensors" for step in sorted(kept)], **extra)
-    model = task.model  # lets go of the wrapper
-    world.leave()
+                    require_sound(_not_finite(metrics, window, training, optimizer) or task.alarm(metrics, done))
+                    window = Window()
+                    if log is not None:
+                        log.write(done, metrics)
+                    advance(0, note=f"loss {metrics['loss']:.3f}")
+                if save_due:
+                    save()
+            batches.close()
+            finished = not unseen and (done == max_steps or out_of_patience())
+            if not finished and saved < done:
+                if window.sums:
+                    require_sound(_not_finite(task.describe(window.reduce(world)), window, training, optimizer))
+                save()
+            summary: dict[str, Any] = {}
+            if log is not None:
+                if finished:
+                    summary = log.summarise(done, time.monotonic() - began, done - start)
+                    if best.step is not None:
+                        summary |= {"best_step": best.step, **best.summary}
+                    if training.patience is not None:
+                        summary["stopped_early"] = done < max_steps
+                    write_json(run / "summary.json", summary)
+                    kept = {done, done if best.step is None else best.step}
+                    commit(run, kind, config, parents, [f"step_{step:08d}/model.safetensors" for step in sorted(kept)], **extra)
+                log.close()
+        model = task.model  # lets go of the wrapper
+        world.leave()
+    if not finished:
+        stop.pass_on(run, done)
     return summary
 
 
-def load_ahead(
-    task: Task, position: tuple[int, int], training: TrainingConfig, world: World
-) -> Generator[tuple[tuple[int, int], int, Iterator[tuple[Any, float]], float], None, None]:
-    """(epoch, batch), how many micro-batches this rank has of it, those, and the global amount; from `position` on, for ever.
+def _checkpoint_to_resume(run: Path, config: dict[str, Any], world: World) -> Path | None:
+    """The newest checkpoint that is whole, None where there is none; and `_write_or_compare_config`.
 
-    Threads load a few micro-batches ahead, in a fixed order, however many make up a step.
+    The first rank alone reads and decides. The others are told, so that all go on from the same step, or none does.
     """
+    name, refusal = None, None
+    if world.rank == 0:
+        try:
+            found = latest_checkpoint(run)
+            _write_or_compare_config(run, config, begun=found is not None)
+            name = found and found.name
+        except (ValueError, OSError) as error:
+            refusal = error
+    name, refused = world.from_first([name, refusal and str(refusal)])
+    if refused is not None:
+        raise refusal or ValueError(refused)
+    return run / name if name else None
 
-    def order() -> Generator[tuple[tuple[int, int], list[tuple[np.ndarray, float]], float], None, None]:
-        epoch, first = position
-        while True:
-            plan = task.plan(epoch)
-            if not plan:
-                raise ValueError("the training data hold no batch: the manifest's split is empty or every utterance was left out")
-            for number in range(first, len(plan)):
-                parts = task.split(plan[number], world.size * training.accumulate)[world.rank :: world.size]
-                # Every rank runs the same number of forwards; one left without items repeats an item with weight 0.
-                weighted = [(part, 1.0) if len(part) else (plan[number][:1], 0.0) for part in parts if len(part) or world.size > 1]
-                yield (epoch, number), weighted, task.amount(plan[number])
-            epoch, first = epoch + 1, 0
 
-    def load(items: np.ndarray, epoch: int) -> Any:
-        batch = task.collate(items, epoch)
-        if world.device.type != "cuda":
-            return batch
-        return type(batch)(*[x.pin_memory() if isinstance(x, Tensor) else x for x in batch])  # copied without waiting
-
-    def jobs() -> Generator[tuple[np.ndarray, int, float], None, None]:
-        for place, parts, amount in order():
-            steps.append((place, len(parts), amount))
-            yield from ((items, place[0], weight) for items, weight in parts)
-
-    def submit_ahead() -> None:
-        while len(pending) < training.loader_threads + 2:
-            items, epoch, weight = next(source)
-            pending.append((pool.submit(load, items, epoch), weight))
-
-    def take(count: int) -> Generator[tuple[Any, float], None, None]:
-        for _ in range(count):
-            submit_ahead()
-            future, weight = pending.popleft()
-            yield future.result(), weight
-
-    pool = ThreadPoolExecutor(training.loader_threads)
-    steps: deque[tuple[tuple[int, int], int, float]] = deque()
-    pending: deque[tuple[Future[Any], float]] = deque()
-    source = jobs()
-    try:
-        while True:
-            submit_ahead()
-            place, count, amount = steps.popleft()
-            yield place, count, take(count), amount
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _backward(
+    model: nn.Module, micro_batches: Iterator[tuple[Any, float]], parts: int, window: Window, training: TrainingConfig, world: World
+) -> Tensor:
+    """Add up the gradients of this rank's `parts` of a global batch; returns what all ranks' losses count, to divide by."""
+    model.train()
+    count = torch.zeros((), device=world.device)
+    for number, (batch, weight) in enumerate(micro_batches):
+        with without_reduction(model, number < parts - 1):
+            with autocast(training.precision, world.device):
+                loss = _weighted(model(to_device(batch, world.device)), weight)
+            loss.total.backward()
+        count += loss.count
+        window.add(loss)
+    return world.sum(count)
 
 
 @torch.no_grad()
-def _validate(task: Task, world: World, training: TrainingConfig) -> dict[str, float]:
+def _validate(task: Task, world: World, training: TrainingConfig, stop: Stop) -> dict[str, float] | None:
+    """What a validation tells, without `valid_`; None when it was broken off, as a stop does between two batches."""
     task.model.eval()
     window = Window()
     torch.manual_seed(_mix(training.seed, -1, 0))
@@ -389,15 +404,12 @@ def _validate(task: Task, world: World, training: TrainingConfig) -> dict[str, f
     share += [(plan[0], 0.0)] * (-(-len(plan) // world.size) - len(share))
     with gathered(task.model), autocast(training.precision, world.device):
         for items, weight in share:
+            if stop.check():
+                return None
             window.add(_weighted(task.model(to_device(task.collate_validation(items), world.device)), weight))
         more = task.evaluate()
+    stop.check(wait=True)  # a signal during `evaluate` need not wait for the next step
     return {**task.describe(window.reduce(world)), **more}
-
-
-def _from_first(world: World, values: list[float]) -> list[float]:
-    """What the first rank has, on every rank: whatever is decided by it is decided alike."""
-    own = torch.tensor(values if world.rank == 0 else [0.0] * len(values), dtype=torch.float64, device=world.device)
-    return [float(value) for value in world.sum(own)]
 
 
 def _place(task: Task, training: TrainingConfig, world: World) -> None:
@@ -415,26 +427,16 @@ def _place(task: Task, training: TrainingConfig, world: World) -> None:
         task.model.to(world.device)
 
 
-def _stop_if_broken(
-    task: Task, metrics: dict[str, float], first: int | None, step: int, run: Path,
-    training: TrainingConfig, optimizer: OptimizerConfig,
-) -> None:  # fmt: skip
-    """Raise ValueError when a number is not finite (since step `first`) or the task is alarmed, naming the checkpoint to go back to."""
+def _not_finite(metrics: dict[str, float], window: Window, training: TrainingConfig, optimizer: OptimizerConfig) -> str | None:
+    """What to tell of a loss or a gradient's norm that is not finite; None where both are."""
     broken = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics.get(name, 0.0))]
-    if broken:
-        reason = f"{' and '.join(broken)} not finite{f', first in step {first}' if first else ''}. Try a lower optimizer.lr"
-        reason += f" (now {optimizer.lr:g}), a longer optimizer.warmup_steps (now {optimizer.warmup_steps})"
-        reason += (
-            f", a lower optimizer.clip_norm (now {optimizer.clip_norm:g}{'' if optimizer.clip_norm else ': nothing is clipped'})"
-        )
-        reason += ' or, if it ran in bfloat16, training.precision = "float32"' if training.precision != "float32" else ""
-    else:
-        reason = task.alarm(metrics, step) or ""
-    if reason:
-        kept = latest_checkpoint(run)
-        raise ValueError(
-            f"{run}: stopped at step {step}: {reason.removesuffix('.')}. The last good checkpoint: {kept or 'none yet'}"
-        )
+    if not broken:
+        return None
+    first = window.first_not_finite
+    reason = f"{' and '.join(broken)} not finite{f', first in step {first}' if first else ''}. Try a lower optimizer.lr"
+    reason += f" (now {optimizer.lr:g}), a longer optimizer.warmup_steps (now {optimizer.warmup_steps})"
+    reason += f", a lower optimizer.clip_norm (now {optimizer.clip_norm:g}{'' if optimizer.clip_norm else ': nothing is clipped'})"
+    return reason + (' or, if it ran in bfloat16, training.precision = "float32"' if training.precision != "float32" else "")
 
 
 def _weighted(loss: Loss, weight: float) -> Loss:
@@ -461,17 +463,16 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence([n % 2**32 for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _write_or_compare_config(run: Path, config: dict[str, Any], write: bool) -> None:
-    """Check that unfinished work in `run` was begun with the same settings, on every rank; one of them writes `config.toml`."""
+def _write_or_compare_config(run: Path, config: dict[str, Any], begun: bool) -> None:
+    """Write `config.toml`; where the work in `run` has `begun`, refuse other settings than it was begun with."""
     text = tomli_w.dumps(without_none(config))
     path = run / "config.toml"
-    if path.is_file() and latest_checkpoint(run) is not None and path.read_text(encoding="utf-8") != text:
+    if begun and path.is_file() and path.read_text(encoding="utf-8") != text:
         changes = differences(tomllib.loads(path.read_text(encoding="utf-8")), tomllib.loads(text))
         changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes if key not in NEUTRAL)
         if changed:
             raise ValueError(
                 f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder"
             )
-    if write:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

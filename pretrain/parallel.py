@@ -9,9 +9,11 @@ float32, and the losses are DDP's. (FSDP2's MixedPrecisionPolicy would halve tha
 
 import gc
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +48,11 @@ class World(NamedTuple):
     device: torch.device
 
     @classmethod
-    def join(cls, device: str) -> "World":
-        """Read RANK, LOCAL_RANK and WORLD_SIZE and, with more than one process, join the group (nccl on GPUs, else gloo)."""
+    def join(cls, device: str, timeout_seconds: float = 600.0) -> "World":
+        """Read RANK, LOCAL_RANK and WORLD_SIZE and, with more than one process, join the group (nccl on GPUs, else gloo).
+
+        `timeout_seconds` is how long a rank waits for the others, here (ConnectionError) and in everything they do together.
+        """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         chosen = resolve_device(device, "training.device")
         if chosen.type == "cuda":
@@ -55,15 +60,44 @@ class World(NamedTuple):
             torch.cuda.set_device(chosen)
         if size > 1 and not dist.is_initialized():
             # Under a name of its own: the launcher's store still holds the addresses of a group this process left before.
-            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # public, but its stub exports it not
-            store = dist.PrefixStore(f"run{next(_groups_joined)}", store)  # type: ignore[attr-defined]
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+            timeout = timedelta(seconds=timeout_seconds)
+            try:
+                store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]  # public, but its stub exports it not
+                store = dist.PrefixStore(f"run{next(_groups_joined)}", store)  # type: ignore[attr-defined]
+                backend = "nccl" if chosen.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            except RuntimeError as error:
+                if not is_loss_of_a_rank(error):
+                    raise
+                meeting = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+                raise ConnectionError(
+                    f"rank {rank} of {size} did not meet the others at {meeting} within {timeout_seconds:g} s "
+                    f"(training.collective_timeout_seconds); did one of them fail before? ({' '.join(str(error).split())[:300]})"
+                ) from None
         return cls(rank, size, chosen)
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, of the same shape everywhere."""
+        if self.size == 1:
+            return [tensor]
+        tensors = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(tensors, tensor)
+        return tensors
+
+    def from_first(self, value: Any) -> Any:
+        """What the first rank has (JSON), on every rank: whatever is decided by it is decided alike."""
+        if self.size == 1:
+            return value
+        text = bytearray(json.dumps(value).encode()) if self.rank == 0 else bytearray()
+        length = int(self.sum(torch.tensor(len(text), device=self.device)))
+        content = torch.frombuffer(text if self.rank == 0 else bytearray(length), dtype=torch.uint8).to(self.device)
+        dist.broadcast(content, 0)
+        return json.loads(bytes(content.tolist()))
 
     def leave(self) -> None:
         """Wait for the others and leave the group: a process that exits with one open may abort after its work is done.
@@ -79,6 +113,11 @@ class World(NamedTuple):
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def is_loss_of_a_rank(error: RuntimeError) -> bool:
+    """Whether a communication library says that a rank died or did not answer: gloo's own errors name its source files."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def recompute_in_backward(blocks: list[nn.Module]) -> None:

@@ -228,7 +228,7 @@ class PreferenceTask(Task):
     @torch.no_grad()
     def _log_likelihoods(self, preferences: Preferences) -> Tensor:
         """Of the model as it is, in the precision it trains in: float32 (pairs, 2)."""
-        device = World.join(self.training.device).device
+        device = World.join(self.training.device, self.training.collective_timeout_seconds).device
         decoder, found = self.model.decoder.to(device).eval(), torch.zeros(len(preferences), 2)
         with progress("reference", len(preferences), "pair") as advance, autocast(self.training.precision, device):
             for items in preferences.batches(np.argsort(-preferences.lengths, kind="stable"), self.batch_tokens):

@@ -6,6 +6,8 @@ python -m torch.distributed.run --nproc_per_node 2 tests/pretrain/distributed_wo
 import gc
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from pretrain.engine import TrainingConfig
 from pretrain.pretraining import HubertTask, PretrainConfig, pretrain
 from tests.pretrain.linear_task import LinearTask, run_linear
+from tests.pretrain.stopping_worker import once_at, one_session
 
 STILL = {"input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 DROPPING: dict[str, Any] = {"layer_drop": 0.5, "num_layers": 3}
@@ -35,26 +38,46 @@ def hubert(corpus: Path, out: Path, encoder: dict[str, Any] | None = None, **tra
     pretrain(config)
 
 
-def cut(corpus: Path, out: Path, **training: Any) -> None:
-    """The run `noisy` up to a power cut in step 6 of 8; its last checkpoint is of step 4."""
+@contextmanager
+def before_each_step(call: Callable[[int], None]) -> Iterator[None]:
+    """HuBERT runs call `call(step)` before a step."""
     before_step = HubertTask.before_step
 
-    def fail(task: HubertTask, step: int) -> None:
+    def both(task: HubertTask, step: int) -> None:
         before_step(task, step)
+        call(step)
+
+    HubertTask.before_step = both  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HubertTask.before_step = before_step  # type: ignore[method-assign]
+
+
+def cut(corpus: Path, out: Path, **training: Any) -> None:
+    """The run `noisy` up to a power cut in step 6 of 8; its last checkpoint is of step 4."""
+
+    def fail(step: int) -> None:
         if step == 6:
             raise RuntimeError("power cut")
 
-    HubertTask.before_step = fail  # type: ignore[method-assign]
-    try:
-        noisy(corpus, out, **training)
-    except RuntimeError as error:
-        if str(error) != "power cut":
-            raise
-    else:
-        raise AssertionError("the run was not cut")
-    finally:
-        HubertTask.before_step = before_step  # type: ignore[method-assign]
+    with before_each_step(fail):
+        try:
+            noisy(corpus, out, **training)
+        except RuntimeError as error:
+            if str(error) != "power cut":
+                raise
+        else:
+            raise AssertionError("the run was not cut")
     gc.collect()
+
+
+def stopped(corpus: Path, out: Path, **training: Any) -> None:
+    """The run `noisy`, twice stopped by a signal to one rank: after step 3, in the middle between checkpoints, and after step 7."""
+    for step, rank in ((1, 1), (5, 0)):
+        with before_each_step(once_at(step, rank=rank)):
+            one_session(lambda: noisy(corpus, out, **training))
+    noisy(corpus, out, **training)
 
 
 def noisy(corpus: Path, out: Path, **training: Any) -> None:
@@ -73,6 +96,7 @@ def main(corpus: Path, out: Path) -> None:
         return
     for name, how in {"none": {}, "full": {"sharding": "full"}}.items():
         noisy(corpus, out / f"noisy_{name}", **how)
+        stopped(corpus, out / f"stopped_{name}", **how)
         for later, then in {"none": {}, "full": {"sharding": "full"}}.items():
             cut(corpus, out / f"{name}_then_{later}", **how)
             noisy(corpus, out / f"{name}_then_{later}", **then)

@@ -197,6 +197,7 @@ def test_how_a_step_is_computed_may_change_between_sessions(tmp_path: Path) -> N
     with pytest.raises(RuntimeError):
         run_linear(tmp_path / "cut", LinearTask(on_step=fail_at(5)))
     how = {"accumulate": 2, "sharding": "full", "activation_checkpointing": True, "loader_threads": 1, "keep_checkpoints": 1}
+    how["collective_timeout_seconds"] = 60.0
     run_linear(tmp_path / "cut", LinearTask(), how)
     for one, two in zip(curve(tmp_path / "whole"), curve(tmp_path / "cut"), strict=True):
         assert one == pytest.approx(two, rel=1e-5)  # other sums in float32
