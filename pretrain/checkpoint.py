@@ -3,14 +3,16 @@
 `model.safetensors`      the model's state dict, float32
 `optimizer.safetensors`  AdamW's moments and step counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`
 `state.json`             step, epoch and batch of the next step, the best validation so far and how many followed it, the resolved config,
-                         `sha256` of the two files above
+                         `sha256` of the two files above and of the rest of this one
 
 There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is written under a
 temporary name, fsynced and renamed, so a visible one is complete; one whose hashes do not match is passed over with a warning.
+At no moment is there less than the checkpoint before the one being written: none is removed before its successor stands.
 Sharded training (FSDP2) writes the same whole tensors and reads its shards out of them: neither sharding nor the number of
 ranks shows in a checkpoint.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,8 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pretrain.artefact import read_meta, sha256_file, sync_folder
-from pretrain.parallel import placed_like, whole
+from pretrain.artefact import make_folder, read_meta, sha256_file, sync_folder, telling_full_disk
+from pretrain.parallel import World, placed_like, whole
+
+TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -43,7 +47,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/step_XXXXXXXX` atomically and return it. `state` must be JSON-able and is given back by `load_checkpoint`.
 
-    Every rank must call this where the model is sharded, for its shards; one of them writes.
+    Every rank must call this where the model is sharded, for its shards; one of them writes. A full disk is a `DiskFull`.
     """
     final = checkpoint_path(run, step)
     weights, moments = _gather(model.state_dict(), write), _gather(_optimizer_tensors(model, optimizer), write)
@@ -51,22 +55,52 @@ def save_checkpoint(
         return final
     temporary = run / f".{_name(step)}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this one's id, as happens in containers
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
+    tensors = dict(zip(TENSOR_FILES, (weights, moments), strict=True))
+    num_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     try:
-        save_file(weights, temporary / "model.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        hashes = {name: sha256_file(temporary / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state, "sha256": hashes}, indent=1))
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if final.exists():  # an invalid leftover of the same step
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        sync_folder(run)
+        with telling_full_disk(final, num_bytes, temporary):
+            for name, group in tensors.items():
+                save_file(group, temporary / name)
+            state = {"step": step, **state, "sha256": {name: sha256_file(temporary / name) for name in tensors}}
+            state["sha256"]["state.json"] = _state_hash(state)
+            (temporary / "state.json").write_text(json.dumps(state, indent=1))
+            for path in temporary.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            _put_in_place(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, at one stroke. What has that name already may be a valid checkpoint of the same step
+    (a run saves where it is told to stop): then the tensors are the same, and its state alone is replaced. Anything else of that name is
+    damaged and was passed over; it goes aside, not away: a removal takes long, and killed within it would leave neither."""
+    sync_folder(temporary)
+    if final.exists():
+        hashes = [_read_state(folder)["sha256"] for folder in (temporary, final) if not checkpoint_damage(folder)]
+        tensors = [{name: value for name, value in found.items() if name != "state.json"} for found in hashes]
+        if len(tensors) == 2 and tensors[0] == tensors[1]:
+            os.replace(temporary / "state.json", final / "state.json")
+            sync_folder(final)
+            return
+        os.replace(final, temporary.with_name(f".{final.name}.{os.getpid()}.aside.tmp"))
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(temporary.with_name(f".{final.name}.{os.getpid()}.aside.tmp"), ignore_errors=True)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    """SHA-256 of all that a state says but this hash itself, however it is laid out."""
+    rest = {**state, "sha256": {name: value for name, value in state["sha256"].items() if name != "state.json"}}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def remove_old_checkpoints(run: Path, keep: int, best: int | None = None, last: int | None = None) -> None:
@@ -94,10 +128,14 @@ def latest_checkpoint(run: Path) -> Path | None:
 def checkpoint_damage(path: Path) -> str:
     """What of a checkpoint is not as it was written; empty where all is."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        return ", ".join(name for name, expected in state["sha256"].items() if sha256_file(path / name) != expected)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        return str(error)
+        state = _read_state(path)
+        expected = dict(state["sha256"])
+        own = expected.pop("state.json", None)  # those of older versions have none
+        damaged = [name for name in dict.fromkeys((*TENSOR_FILES, *expected)) if sha256_file(path / name) != expected[name]]
+        damaged += ["state.json"] if own not in (None, _state_hash(state)) else []
+        return ", ".join(damaged)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # no JSON, or not that of a state
+        return f"{type(error).__name__}: {error}"
 
 
 class Best:
@@ -126,15 +164,17 @@ class Best:
         found = None if self.step is None else {"step": self.step, **self.summary}
         return {"best": found, "stale": self.stale}
 
-    def resume(self, run: Path, state: dict[str, Any]) -> None:
+    def resume(self, run: Path, state: dict[str, Any], world: World) -> None:
         """Go on from a checkpoint's state. Where the best checkpoint is damaged, or gone since a better one followed that this run has
-        lost, the next validation is judged as the first, and the patience starts anew."""
-        found = state.get("best")
+        lost, the next validation is judged as the first, and the patience starts anew. The first rank reads it, for all."""
+        found, damage = state.get("best"), ""
+        if world.rank == 0 and found is not None and found["step"] != state["step"]:  # else it has just been read
+            damage = checkpoint_damage(checkpoint_path(run, found["step"]))
+            if damage:
+                print(f"{run}: the best checkpoint, of step {found['step']}, is damaged ({damage}); judged anew", file=sys.stderr)
         if found is None:
             self.stale = state.get("stale", 0)
-        elif damage := checkpoint_damage(checkpoint_path(run, found["step"])):
-            print(f"{run}: the best checkpoint, of step {found['step']}, is damaged ({damage}); judged anew", file=sys.stderr)
-        else:
+        elif not world.from_first(damage):
             self.step, self.values = found["step"], [found[f"best_{name}"] for name in self.monitor]
             self.stale = state["stale"]
 
@@ -158,8 +198,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 "exp_avg": placed_like(stored[f"exp_avg.{name}"], parameter),
                 "exp_avg_sq": placed_like(stored[f"exp_avg_sq.{name}"], parameter),
             }
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    return state
+    return _read_state(path)
 
 
 def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -174,8 +213,8 @@ def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tenso
     path = latest_checkpoint(run) if run.is_dir() else None
     if path is None:
         raise ValueError(f"{run}: holds no checkpoint; give the folder of a training run")
-    state = json.loads((path / "state.json").read_text())
-    if best and state.get("best") is not None:
+    state = _read_state(path)
+    if best and state.get("best") is not None and state["best"]["step"] != state["step"]:
         chosen = checkpoint_path(run, state["best"]["step"])
         if not chosen.is_dir():
             print(f"{chosen}: the best checkpoint is gone; using {path.name}", file=sys.stderr)
@@ -184,7 +223,7 @@ def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tenso
                 f"{chosen}: the best checkpoint is damaged ({damage}); remove that folder to use the last, {path.name}"
             )
         else:
-            path, state = chosen, json.loads((chosen / "state.json").read_text())
+            path, state = chosen, _read_state(chosen)
     meta = read_meta(run) if (run / "meta.json").is_file() else {"kind": state["kind"], "config": state["config"], **state["extra"]}
     try:
         weights = load_file(path / "model.safetensors")

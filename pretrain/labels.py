@@ -1,8 +1,12 @@
 """Labels: one class per frame and codebook level for every utterance of a corpus.
 
 A folder of shards. `shard_00000.npy` holds the labels of its utterances end to end, uint16, (frames,) or (frames, levels);
-`shard_00000.parquet` names them (`id`, `num_frames`) and is written after the array, so that a shard exists when its table
-does. `meta.json` comes when every shard stands. `pretrain` owns the format because HuBERT reads it; `quantize` writes it.
+`shard_00000.parquet` names them (`id`, `num_frames`), has the SHA-256 of the array among its metadata, and is written after the
+array, so that a shard exists when its table does. `meta.json` comes when every shard stands. `pretrain` owns the format because
+HuBERT reads it; `quantize` writes it.
+
+Nobody reads a damaged label: of finished labels a table is compared with its SHA-256 in `meta.json` when it is opened, an array
+when the first of its labels is asked for (0.7 s per GB, once in a process).
 
 Labels are read at 50 Hz. Those that were declared as 100 Hz (`frame_rate_hz`) are read as every second one: a Kaldi frame of
 10 ms with the number 2t has the 400-sample window of the encoder's frame t.
@@ -18,9 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pretrain.artefact import atomic_path, commit, read_meta
+from pretrain.artefact import CheckedNpy, atomic_path, commit, damaged, map_npy, read_meta, require_as_written, sha256_file
 
 MAX_CLASSES = 2**16
+SHARD_SCHEMA = pa.schema([("id", pa.string()), ("num_frames", pa.int64())])
+SHA256_KEY = b"npy_sha256"  # in a table's metadata
 _hash = hash  # of ids, 64 bits; keyed anew in every process, so only for use within one
 
 
@@ -35,17 +41,19 @@ def write_shard(folder: Path, shard: int, ids: list[str], labels: list[np.ndarra
     stem = folder / f"shard_{shard:05d}"
     array = np.concatenate(labels)
     assert array.size == 0 or 0 <= array.min() <= array.max() < MAX_CLASSES, "a search among NaN gives class -1"
-    with atomic_path(stem.with_suffix(".npy")) as temporary, open(temporary, "wb") as file:
+    with atomic_path(stem.with_suffix(".npy"), 128 + 2 * array.size) as temporary, open(temporary, "wb") as file:
         np.save(file, array.astype(np.uint16))
+    table = pa.table({"id": ids, "num_frames": [len(label) for label in labels]}, SHARD_SCHEMA)
+    table = table.replace_schema_metadata({SHA256_KEY: sha256_file(stem.with_suffix(".npy"))})
     with atomic_path(stem.with_suffix(".parquet")) as temporary:
-        pq.write_table(pa.table({"id": ids, "num_frames": [len(label) for label in labels]}), temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def shard_fault(
     folder: Path, shard: int, ids: Iterable[str] | pa.ChunkedArray | np.ndarray, num_frames: np.ndarray, num_levels: int = 1
 ) -> str | None:
-    """What keeps a committed shard from being the labels of exactly these utterances in this order, each of so many frames; None if
-    nothing does. `ids` may be their `id_hashes`."""
+    """What keeps a committed shard from being the labels of exactly these utterances in this order, each of so many frames, as they
+    were written; None if nothing does. `ids` may be their `id_hashes`."""
     stem = f"{folder}/shard_{shard:05d}"
     try:
         table, array = _read_shard(folder, shard)
@@ -57,6 +65,8 @@ def shard_fault(
         return f"{stem}.parquet: other numbers of frames than the utterances have"
     if _num_levels(array) != num_levels:
         return f"{stem}.npy: {_num_levels(array)} levels, not {num_levels}"
+    if _written_hash(table) not in (None, sha256_file(Path(f"{stem}.npy"))):
+        return f"{stem}.npy: damaged, not the labels that were written"
     return None
 
 
@@ -76,6 +86,7 @@ def commit_labels(
     """Declare the labels complete. Verifies that every shard stands, that the ids are exactly `expected_ids`, each once, and that each
     has its `expected_frames` (in the order of those ids). Doing so twice, or two at once, does no harm."""
     hashes, frames = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    files: dict[str, str] = {}
     for shard in range(num_shards):
         if not shard_stands(folder, shard):
             raise ValueError(f"{folder}: shard {shard} of {num_shards} is missing")
@@ -89,8 +100,13 @@ def commit_labels(
                 f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes; remove shard_{shard:05d}.npy "
                 "and .parquet, and run the command again"
             )
+        names = [f"shard_{shard:05d}{suffix}" for suffix in (".npy", ".parquet")]
+        files |= {name: sha256_file(folder / name) for name in names}
+        if _written_hash(table) not in (None, files[names[0]]):
+            raise ValueError(
+                f"{folder}/{names[0]}: damaged, not the labels that were written; remove it and {names[1]}, and run the command again"
+            )
     _require_exactly(folder, num_shards, np.concatenate(hashes), np.concatenate(frames), expected_ids, expected_frames)
-    files = [f"shard_{shard:05d}{suffix}" for shard in range(num_shards) for suffix in (".npy", ".parquet")]
     return commit(
         folder, "labels", config, parents, files,
         codebook=codebook, num_classes=num_classes, num_levels=num_levels, frame_rate_hz=frame_rate_hz, num_shards=num_shards,
@@ -149,6 +165,7 @@ class Labels:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.meta = read_meta(folder, "labels")
+        require_as_written(folder, self.meta)
         self.fingerprint: str = self.meta["fingerprint"]
         self.codebook: str = self.meta["codebook"]
         self.num_classes: int = self.meta["num_classes"]
@@ -158,7 +175,7 @@ class Labels:
                 f"{folder}: labels at {stored_rate} Hz cannot be used; the encoder has 50 frames a second (100 can be halved)"
             )
         self._step = int(stored_rate) // 50
-        shards = [_read_shard(self.folder, shard) for shard in range(self.meta["num_shards"])]
+        shards = list(_finished_shards(self.folder, self.meta))
         self._arrays = [array for _, array in shards]
         self._ids = pa.chunked_array([table["id"].combine_chunks() for table, _ in shards], pa.string())
         self._ends = np.cumsum([len(table) for table, _ in shards])  # rows up to the end of each shard
@@ -169,7 +186,7 @@ class Labels:
     def __getitem__(self, utterance: str) -> np.ndarray:
         row = self._row(utterance)
         array = self._arrays[int(np.searchsorted(self._ends, row, side="right"))]
-        return np.asarray(array[self._starts[row] : self._starts[row] + self._counts[row] : self._step])
+        return np.asarray(array.read(self._starts[row], self._starts[row] + self._counts[row])[:: self._step])
 
     def first_level(self, utterance: str) -> np.ndarray:
         """Labels of level 0, uint16 (frames,): those of the plain codebook, for whatever takes one stream of units."""
@@ -261,9 +278,10 @@ class Labels:
 def count_classes(folder: str | Path) -> np.ndarray:
     """Frames (50 a second) by class at each level of finished labels, (levels, K) int64; a shard at a time is in memory."""
     meta = read_meta(folder, "labels")
+    require_as_written(folder, meta)
     counts, step = np.zeros((meta["num_levels"], meta["num_classes"]), np.int64), int(meta["frame_rate_hz"]) // 50
-    for shard in range(meta["num_shards"]):
-        table, array = _read_shard(Path(folder), shard)
+    for table, checked in _finished_shards(Path(folder), meta):
+        array = checked.read(0, len(checked))
         if step > 1:  # of each utterance the frames 0, step, 2 step …
             lengths = table["num_frames"].to_numpy()
             places = np.arange(len(array)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -290,16 +308,33 @@ def _read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
     """Table and memory-mapped array of one shard; missing or damaged files and lengths that disagree are a ValueError."""
     stem = folder / f"shard_{shard:05d}"
     try:
-        table = pq.read_table(stem.with_suffix(".parquet"))
-        array = np.load(stem.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        counts = table["num_frames"].to_numpy() if table.column_names == ["id", "num_frames"] else None
-    except (OSError, EOFError, ValueError, pa.ArrowInvalid) as error:
+        table = pq.read_table(stem.with_suffix(".parquet"), page_checksum_verification=True)
+        array = map_npy(stem.with_suffix(".npy"))
+        counts = table["num_frames"].to_numpy() if table.schema.equals(SHARD_SCHEMA) else None
+    except (OSError, EOFError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{stem}.npy or .parquet: missing or damaged ({error})") from None
     if counts is None or array.dtype != np.uint16 or array.ndim not in (1, 2):
         raise ValueError(f"{stem}.npy or .parquet: not a shard of labels")
     if (frames := int(counts.sum())) != len(array):
         raise ValueError(f"{stem}.npy: {len(array)} frames where the index has {frames}")
     return table, array
+
+
+def _finished_shards(folder: Path, meta: dict[str, Any]) -> Iterator[tuple[pa.Table, CheckedNpy]]:
+    """Table and array of each shard of finished labels: the table is as it was written, the array is compared when it is read."""
+    for shard in range(meta["num_shards"]):
+        path = folder / f"shard_{shard:05d}.npy"
+        index = path.with_suffix(".parquet")
+        if index.is_file() and sha256_file(index) != meta["files"][index.name]:
+            raise damaged(index)
+        table, array = _read_shard(folder, shard)
+        yield table, CheckedNpy(path, array, [meta["files"][path.name]])
+
+
+def _written_hash(table: pa.Table) -> str | None:
+    """SHA-256 of the array that the table was written for; shards of older versions do not have it."""
+    found = (table.schema.metadata or {}).get(SHA256_KEY)
+    return None if found is None else found.decode(errors="replace")
 
 
 def _num_levels(array: np.ndarray) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.artefact import write_json
+from pretrain.artefact import telling_full_disk, write_json
 from pretrain.audio import SAMPLE_RATE
 from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import progress
@@ -164,7 +164,8 @@ def collect(source: FeatureSource, sample: Sample, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     header = {"descr": "<f4", "fortran_order": False, "shape": (sample.size, source.dim)}
     bar = progress("frames to fit on", total=sample.seconds, unit="s", done=sample.seconds_of(done))
-    with open(path, "r+b" if done else "wb") as file, bar as advance:
+    num_bytes = 128 + row_bytes * sample.size
+    with telling_full_disk(path, num_bytes), open(path, "r+b" if done else "wb") as file, bar as advance:
         np.lib.format.write_array_header_1_0(file, header)
         start, recorded, bounds = file.tell(), time.monotonic(), set(sample.bounds)
         for utterance, features in source.stream(sample.pieces(done)):

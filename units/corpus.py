@@ -11,10 +11,14 @@ A document is an utterance. The folder holds, over all documents end to end and 
 `meta.json` adds `vocabulary` (units/vocabulary.py), `codebook` (fingerprint), `frame_rate_hz`, `deduplicated`, `timed` and counts.
 BOS, EOS and padding are not stored: `Sequences` adds them as a pattern (units/patterns.py) has them.
 
+Nobody reads a damaged document: `offsets.npy`, `unit_offsets.npy` and `documents.parquet` are compared with their SHA-256 when
+the corpus is opened, tokens and durations in blocks of 16 MiB (`blocks` in `meta.json`) when something of a block is read first.
+
 Writing streams: what is in memory does not grow with the corpus (but 24 bytes a document). Every ten seconds the arrays in
 `partial/` are made safe and it is recorded how far they reach, so that who was killed goes on from there, to the same bytes.
 """
 
+import io
 import itertools
 import json
 import math
@@ -22,17 +26,34 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pretrain.artefact import atomic_path, commit, keep_to_plan, read_meta, sync_folder, write_json
+from pretrain.artefact import (
+    BLOCK_BYTES,
+    CheckedNpy,
+    DiskFull,
+    atomic_path,
+    commit,
+    damaged,
+    keep_to_plan,
+    make_folder,
+    map_npy,
+    read_meta,
+    require_as_written,
+    sha256_blocks,
+    sha256_file,
+    sync_folder,
+    telling_full_disk,
+    write_json,
+)
 from pretrain.labels import id_hashes
 from units.bpe import Merger
 from units.patterns import Pattern
@@ -40,6 +61,7 @@ from units.sequence import MAX_DURATION, expand
 from units.vocabulary import Vocabulary
 
 RECORD_SECONDS = 10.0
+MAPPED = ("tokens.npy", "durations.npy")
 ROW_GROUP = 10_000
 SCHEMA = pa.schema([("id", pa.string()), ("split", pa.string()), ("num_frames", pa.int64())])
 
@@ -57,6 +79,7 @@ class UnitCorpus:
         self.meta = read_meta(folder, "units")
         if "vocabulary" not in self.meta:
             raise ValueError(f"{folder}: packed by an older wordless; pack its labels again")
+        require_as_written(folder, self.meta)
         self.fingerprint: str = self.meta["fingerprint"]
         self.codebook: str = self.meta["codebook"]
         self.vocabulary = Vocabulary.read(self.meta["vocabulary"])
@@ -64,20 +87,31 @@ class UnitCorpus:
         self.frame_rate_hz: float = self.meta["frame_rate_hz"]
         self.deduplicated: bool = self.meta["deduplicated"]
         self.timed: bool = self.meta["timed"]
-        self.offsets: np.ndarray = np.load(self.folder / "offsets.npy", allow_pickle=False)
-        self._unit_offsets = self.offsets
-        if self.vocabulary.merges:
-            self._unit_offsets = np.load(self.folder / "unit_offsets.npy", allow_pickle=False)
-        self._table = pq.read_table(self.folder / "documents.parquet")
+        self.offsets: np.ndarray = self._whole("offsets.npy")
+        self._unit_offsets = self._whole("unit_offsets.npy") if self.vocabulary.merges else self.offsets
+        self._table: pa.Table = self._whole("documents.parquet")
         self.num_frames: np.ndarray = self._table["num_frames"].fill_null(0).to_numpy()
-        self._tokens = np.load(self.folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        self._tokens = self._mapped("tokens.npy")
         count = len(self._table)
         whole = len(self._tokens) == self.offsets[-1] and len(self.offsets) == len(self._unit_offsets) == count + 1
         if self.timed:
-            self._durations = np.load(self.folder / "durations.npy", mmap_mode="r", allow_pickle=False)
+            self._durations = self._mapped("durations.npy")
             whole = whole and len(self._durations) == self._unit_offsets[-1]
         if not whole:
             raise ValueError(f"{folder}: its arrays differ in length; the files are not of one corpus")
+
+    def _whole(self, name: str) -> Any:
+        """A file that is read at once, as it was written."""
+        path = self.folder / name
+        if path.is_file() and sha256_file(path) != self.meta["files"][name]:
+            raise damaged(path)
+        with _named(path):
+            return pq.read_table(path) if path.suffix == ".parquet" else np.load(path, allow_pickle=False)
+
+    def _mapped(self, name: str) -> CheckedNpy:
+        path = self.folder / name
+        hashes = self.meta.get("blocks", {}).get(name, ())  # none: packed by an older version
+        return CheckedNpy(path, map_npy(path), hashes, BLOCK_BYTES)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -125,7 +159,7 @@ class UnitCorpus:
 
     def tokens(self, i: int) -> np.ndarray:
         """What a language model reads of document i, (tokens,) or (tokens, streams)."""
-        return np.asarray(self._tokens[self.offsets[i] : self.offsets[i + 1]])
+        return np.asarray(self._tokens.read(self.offsets[i], self.offsets[i + 1]))
 
     def units(self, i: int) -> np.ndarray:
         """Document i with merges undone: (units,), of several streams (units, streams)."""
@@ -134,7 +168,7 @@ class UnitCorpus:
     def durations(self, i: int) -> np.ndarray:
         """Frames that each unit of document i lasts, uint16 (units,). ValueError if nobody knows."""
         self._require_timed()
-        return np.asarray(self._durations[self._unit_offsets[i] : self._unit_offsets[i + 1]])
+        return np.asarray(self._durations.read(self._unit_offsets[i], self._unit_offsets[i + 1]))
 
     def frames(self, i: int) -> np.ndarray:
         """The labels per frame that document i was packed from, exactly: (frames,) or (frames, levels).
@@ -148,6 +182,15 @@ class UnitCorpus:
     def _require_timed(self) -> None:
         if not self.timed:
             raise ValueError(f"{self.folder}: how long its units last is not known: what it was packed from did not say")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A file that cannot be read is a ValueError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: missing or damaged ({error}); restore it, or remove {path.parent} and pack it again") from None
 
 
 class DocumentSequences(Protocol):
@@ -236,7 +279,7 @@ def write_corpus(
     plan = {"config": config, "parents": parents, "vocabulary": vocabulary.model_dump(mode="json"), **described}
     files = ["tokens.npy", "offsets.npy", *(["durations.npy"] if timed else [])]
     files += ["unit_offsets.npy"] if vocabulary.merges else []
-    partial.mkdir(parents=True, exist_ok=True)
+    make_folder(partial)
     keep_to_plan(partial, plan)
     for name in files:  # who was killed while `commit` hashed the files has moved them already
         if (folder / name).is_file() and not (partial / name).is_file():
@@ -244,6 +287,8 @@ def write_corpus(
     try:
         counts = _write_arrays(partial, documents, vocabulary, codebook, timed)
         _write_documents(partial / "documents.jsonl", folder)
+    except DiskFull:
+        raise
     except ValueError:
         shutil.rmtree(partial)  # what is wrong must be changed, and then this is work on something else
         raise
@@ -251,9 +296,13 @@ def write_corpus(
         os.replace(partial / name, folder / name)
     sync_folder(folder)
     numbers: dict[str, Any] = {**counts, "num_symbols": list(vocabulary.sizes)}
+    hashes, blocks = {}, {}
+    for name in [*files, "documents.parquet"]:
+        hashes[name], blocks[name] = sha256_blocks(folder / name)
     commit(
-        folder, "units", config, parents, [*files, "documents.parquet"],
+        folder, "units", config, parents, hashes,
         vocabulary=vocabulary.model_dump(mode="json"), num_units=vocabulary.num_units, **described, **numbers,
+        blocks={name: blocks[name] for name in MAPPED if name in blocks},
     )  # fmt: skip
     shutil.rmtree(partial)
     if timed:
@@ -283,9 +332,7 @@ def _write_arrays(partial: Path, documents: Documents, vocabulary: Vocabulary, c
         durations = array("durations.npy", "<u2") if timed else None
         unit_offsets = array("unit_offsets.npy", "<i8") if merger else None
         arrays = [grown for grown in (tokens, offsets, durations, unit_offsets) if grown is not None]
-        names = stack.enter_context(open(partial / "documents.jsonl", "r+b" if done["bytes"] else "wb"))
-        names.truncate(done["bytes"])
-        names.seek(0, os.SEEK_END)
+        names = stack.enter_context(GrowingFile(partial / "documents.jsonl", done["bytes"]))
         frames, count, units_seen = (int(done[key]) for key in ("num_frames", "num_documents", "num_units"))
         recorded = time.monotonic()
         if not count:
@@ -306,17 +353,15 @@ def _write_arrays(partial: Path, documents: Documents, vocabulary: Vocabulary, c
             names.write(json.dumps([document.id, document.split, lasting]).encode() + b"\n")
             frames, count = frames + (lasting or 0), count + 1
             if time.monotonic() - recorded >= RECORD_SECONDS:
-                for grown in arrays:
-                    grown.make_safe()
-                names.flush()
-                os.fsync(names.fileno())
+                for growing in (*arrays, names):
+                    growing.make_safe()
                 rows = {grown.name: grown.count for grown in arrays}
                 totals = {"num_documents": count, "num_frames": frames, "num_units": units_seen}
-                write_json(record, {"rows": rows, **totals, "bytes": names.tell()})
+                write_json(record, {"rows": rows, **totals, "bytes": names.size})
                 recorded = time.monotonic()
         if not count:
             raise ValueError(f"{partial.parent}: there are no documents to pack")
-        names.flush()
+        names.make_safe()
         for grown in arrays:
             grown.finish()
         return {"num_documents": count, "num_tokens": tokens.count, "num_units_written": units_seen, "num_frames": frames}
@@ -374,39 +419,61 @@ def _batches(lines: Path) -> Iterator[list[Any]]:
             yield rows
 
 
-class GrowingNpy:
+class GrowingFile:
+    """A file written to its end. `size` bytes of an existing one are kept, what lies behind them is not. A full disk is a `DiskFull`."""
+
+    def __init__(self, path: Path, size: int = 0):
+        self.name, self.path, self.size = path.name, path, size
+        with telling_full_disk(path, size):
+            self._file = open(path, "r+b" if size else "wb")  # noqa: SIM115  # closed by __exit__
+        self._file.truncate(size)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, content: bytes) -> None:
+        self.size += len(content)
+        try:
+            self._file.write(content)
+        except OSError:
+            with telling_full_disk(self.path, self.size):
+                raise
+
+    def make_safe(self) -> None:
+        """All that was written is on the disk."""
+        with telling_full_disk(self.path, self.size):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with nullcontext() if kind is None else suppress(OSError):  # what did not fit does not fit now either, and was told
+            self._file.close()
+
+
+class GrowingNpy(GrowingFile):
     """A `.npy` array that grows by its first axis. `count` rows of an existing file are kept, what lies behind them is not."""
 
     def __init__(self, path: Path, dtype: str, columns: tuple[int, ...] = (), count: int = 0):
-        self.name, self.dtype, self.columns, self.count = path.name, np.dtype(dtype), columns, count
-        self._file = open(path, "r+b" if count else "wb")  # noqa: SIM115  # closed by __exit__
-        start = self._write_header()
-        self._file.truncate(start + count * self.dtype.itemsize * math.prod(columns))
-        self._file.seek(0, os.SEEK_END)
+        self.dtype, self.columns, self.count = np.dtype(dtype), columns, count
+        super().__init__(path, 128 + count * self.dtype.itemsize * math.prod(columns) if count else 0)
+        if not count:
+            self.write(self._header())
 
     def append(self, values: np.ndarray) -> None:
-        self._file.write(values.astype(self.dtype, copy=False).tobytes())
+        self.write(values.astype(self.dtype, copy=False).tobytes())
         self.count += len(values)
 
     def finish(self) -> None:
         """Put the true length in the header: numpy pads headers so that the first axis can grow in place."""
-        self._write_header()
+        self.make_safe()
+        self._file.seek(0)
+        self._file.write(self._header())
         self.make_safe()
 
-    def make_safe(self) -> None:
-        """All that was appended is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "GrowingNpy":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _write_header(self) -> int:
-        self._file.seek(0)
+    def _header(self) -> bytes:
+        buffer = io.BytesIO()
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count, *self.columns)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        assert self._file.tell() == 128
-        return 128
+        np.lib.format.write_array_header_1_0(buffer, header)
+        assert buffer.tell() == 128
+        return buffer.getvalue()

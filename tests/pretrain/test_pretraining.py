@@ -303,7 +303,7 @@ def keep_only(run: Path, wanted: Callable[[str], bool]) -> None:
     kept = {name: weight for name, weight in load_file(path / "model.safetensors").items() if wanted(name)}
     save_file(kept, path / "model.safetensors")
     state = json.loads((path / "state.json").read_text())
-    state["sha256"]["model.safetensors"] = sha256_file(path / "model.safetensors")
+    state["sha256"] = {name: sha256_file(path / name) for name in ("model.safetensors", "optimizer.safetensors")}
     (path / "state.json").write_text(json.dumps(state))
 
 
