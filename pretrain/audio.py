@@ -25,8 +25,14 @@ SAMPLE_RATE = 16000
 MIN_SAMPLES = 400
 HOP = 320
 
-_BLOCK = 1 << 20  # native samples decoded at a time while probing, so that a day-long file needs no day-long array
+RATES = (1000, 768_000)  # Hz, of recordings that are read: resampling makes 16,000 samples of each one at 1 Hz
+
+_BLOCK = 1 << 20  # native samples, of all channels, decoded at a time while probing: a day-long file needs no day-long array
+_LARGEST_READ = 1 << 24  # the same, while loading: 17 minutes at 16 kHz
+_DENSEST = 8192  # samples in a byte: more than flac's emptiest frames hold, 65,535 in 12 bytes, and those of Vorbis and Opus
+_NO_LENGTH = 2**63 - 1  # frames that libsndfile tells of a flac whose writer could not go back to fill them in
 _READ_AHEAD = 1 << 17  # bytes read from a tar at a time: half of ten seconds of flac
+_HEADER = 1 << 14  # the same, for a header alone, of which flac's takes one such read, and mp3 and wav two or three
 _UNKNOWN_SIZE = 0x7FFFFF00  # streamed WAVs carry a data size of (nearly) 2 or 4 GiB that means nothing
 
 
@@ -58,10 +64,8 @@ def load_audio(utterance: "Utterance", first: int = 0, count: int | None = None)
             if file.samplerate != rate:
                 raise ValueError(f"is at {file.samplerate} Hz where the manifest has {rate}; index it again")
             file.seek(min(start, file.frames))
-            wave = file.read(wanted, dtype="float32", always_2d=True)
+            wave = _read(file, wanted)
         _require_samples(len(wave), wanted, rate)
-        _require_finite(wave)
-        wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
         if rate != SAMPLE_RATE:
             wave = soxr.resample(wave, rate, SAMPLE_RATE)
         if utterance.length < MIN_SAMPLES:
@@ -87,14 +91,14 @@ def probe_audio(
     lies in a tar at `path`. With `decode` every sample is decoded and checked (in blocks); without it, only the header is read.
     What is wrong is the message of a ValueError.
     """
-    with _open(path, member) as file:
+    with _open(path, member, header_only=not decode) as file:
         rate, available = file.samplerate, file.frames
-        start = round(offset_seconds * rate)
+        start = round(min(offset_seconds, 1e9) * rate)  # beyond any recording, and short of what is no integer
         count = available - start
         if count < 0:
             raise ValueError(f"ends after {available / rate:.2f} s, before the segment's start at {offset_seconds:.2f} s")
         if duration_seconds is not None:
-            num_samples = round(duration_seconds * rate)
+            num_samples = round(min(duration_seconds, 1e9) * rate)
             _require_samples(count, num_samples, rate)
             count = min(count, num_samples)
         elif num_samples is not None:
@@ -125,28 +129,44 @@ def phone_frames(phones: "Sequence[Phone]", num_frames: int) -> np.ndarray:
 
 
 @contextmanager
-def _open(path: str, member: Member | None) -> Iterator[soundfile.SoundFile]:
+def _open(path: str, member: Member | None, header_only: bool = False) -> Iterator[soundfile.SoundFile]:
     """Open for reading; the reasons for which a recording cannot be read or decoded, as short ValueErrors without its name."""
     if not os.path.isfile(path):
         raise ValueError("no such file")
     size = os.path.getsize(path)
     if (size if member is None else member.size) == 0:
         raise ValueError("is empty (0 bytes)")
+    if member is not None and min(member) < 0:
+        raise ValueError(f"lies nowhere in the tar: {member.size} bytes from {member.offset}")
     if member is not None and size < sum(member):
         raise ValueError(f"is truncated: {max(0, size - member.offset)} of {member.size} bytes are in the tar")
     try:
         source: AbstractContextManager[str | io.BufferedReader] = (
-            nullcontext(path) if member is None else io.BufferedReader(_Window(path, member), _READ_AHEAD)
+            nullcontext(path)
+            if member is None
+            else io.BufferedReader(_Window(path, member), _HEADER if header_only else _READ_AHEAD)
         )
         with source as opened, soundfile.SoundFile(opened) as file:
             # libsndfile quietly shortens a WAV whose data chunk promises more than the file holds; its log tells.
             cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
             if cut and int(cut[2]) < int(cut[1]) < _UNKNOWN_SIZE:
                 raise ValueError(f"is truncated: {cut[2]} of {cut[1]} bytes of samples")
+            _require_plausible(file, size if member is None else member.size)
             yield file
     except soundfile.LibsndfileError as error:
         detail = error.error_string.rstrip(".") or f"decoder error {error.code}"
         raise ValueError(f"cannot be decoded ({detail}): damaged, truncated or not audio") from None
+
+
+def _require_plausible(file: soundfile.SoundFile, num_bytes: int) -> None:
+    """Headers may claim anything, and every size that follows from them would be believed."""
+    lowest, highest = RATES
+    if not lowest <= file.samplerate <= highest:
+        raise ValueError(f"is at {file.samplerate} Hz; {lowest} to {highest} are read")
+    if file.frames == _NO_LENGTH:
+        raise ValueError("does not say how long it is, as a flac that was written to a pipe; write it again to a file")
+    if file.frames > _DENSEST * num_bytes:
+        raise ValueError(f"has a header that claims {file.frames} samples, more than its {num_bytes} bytes can hold")
 
 
 class _Window(io.RawIOBase):
@@ -177,11 +197,22 @@ class _Window(io.RawIOBase):
         super().close()
 
 
+def _read(file: soundfile.SoundFile, count: int) -> np.ndarray:
+    """The next `count` samples, or as many as there are, as the mean of the channels, (samples,). What is not there takes no memory."""
+    blocks, most, left = [], max(1, _LARGEST_READ // file.channels), count
+    while left > 0:
+        block = file.read(min(most, left), dtype="float32", always_2d=True)  # (samples, channels)
+        _require_finite(block)
+        blocks.append(block[:, 0] if file.channels == 1 else block.mean(axis=1))
+        left = left - len(block) if len(block) == min(most, left) else 0
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
 def _decode(file: soundfile.SoundFile, start: int, count: int) -> int:
     """Decode `count` samples from `start`, block by block; how many there were."""
     file.seek(start)
-    done = 0
-    while len(block := file.read(min(_BLOCK, count - done), dtype="float32")):
+    done, most = 0, max(1, _BLOCK // file.channels)
+    while len(block := file.read(min(most, count - done), dtype="float32")):
         _require_finite(block)
         done += len(block)
     return done

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.artefact import is_complete, read_meta, require_absent
-from pretrain.audio import probe_audio
 from pretrain.config import Config
 from pretrain.manifest import write_manifest
+from pretrain.probing import Limits, Probed, Request, probe_recordings
 from pretrain.progress import console, progress
 from pretrain.sources import Candidate, attach_alignments, name_speakers, read_sources, require_distinct_ids
 
@@ -28,7 +28,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class IndexConfig(Config):
     """What to index: a source or a list of them (see `pretrain.sources`). `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
     group, is the speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...], "words": [[start, end, word], ...]},
-    either or both, for utterances by id."""
+    either or both, for utterances by id. Recordings are examined in `workers` processes; one that takes more memory there, or more
+    of the processor's time than `seconds_limit` and five seconds for each MB of it, is left out, as are others that cannot be used."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
     out: str
@@ -39,7 +40,9 @@ class IndexConfig(Config):
     split_seed: int = 0
     verify: Literal["decode", "header"] = "decode"
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    workers: Annotated[int, Field(ge=0)] = 0  # threads; 0: one for each core
+    workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one for each core
+    memory_limit_gb: Annotated[float, Field(ge=0.1)] = 1.0  # of a worker; decoding takes a hundredth of it
+    seconds_limit: Annotated[float, Field(gt=0)] = 60.0
 
     @field_validator("speaker_pattern")
     @classmethod
@@ -67,7 +70,7 @@ class IndexConfig(Config):
         return self
 
 
-Found = tuple[Candidate, tuple[int, int, int]]  # what is usable, and its start, num_samples and sample_rate
+Found = tuple[Candidate, Probed]  # what is usable, and its start, num_samples and sample_rate
 
 
 def index(config: IndexConfig) -> dict[str, Any]:
@@ -124,34 +127,32 @@ def _parents(sources: list[str]) -> dict[str, str]:
 
 
 def _verify(candidates: list[Candidate], config: IndexConfig) -> tuple[list[Found], list[dict[str, Any]]]:
-    """Examine every recording with a few threads: (usable ones, quarantine), both in the candidates' order."""
+    """Examine every recording with a few processes: (usable ones, quarantine), both in the candidates' order."""
+    results: list[Probed | str | None] = [candidate.problem for candidate in candidates]
+    promising = [place for place, problem in enumerate(results) if problem is None]
+    requests = (_request(candidates[place], config) for place in promising)
+    num_workers = config.workers or len(os.sched_getaffinity(0))
+    answers = probe_recordings(requests, len(promising), num_workers, Limits(config.memory_limit_gb, config.seconds_limit))
+    with closing(answers), progress("index", len(promising), "file") as advance:
+        for number, answer in answers:
+            results[promising[number]] = answer
+            advance(1)
     usable: list[Found] = []
     quarantine: list[dict[str, Any]] = []
-
-    def examine(candidate: Candidate) -> tuple[int, int, int] | str:
-        try:
-            found = candidate.problem or probe_audio(
-                candidate.path,
-                candidate.offset_seconds,
-                candidate.duration_seconds,
-                candidate.num_samples,
-                config.verify == "decode",
-                candidate.member,
-            )
-            return found if isinstance(found, str) else _misaligned(candidate, found[1] / found[2]) or found
-        except ValueError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool, progress("index", len(candidates), "file") as advance:
-        for first in range(0, len(candidates), 4096):
-            batch = candidates[first : first + 4096]
-            for candidate, found in zip(batch, pool.map(examine, batch), strict=True):
-                advance(1)
-                if isinstance(found, str):
-                    quarantine.append({"id": candidate.id, "path": os.path.abspath(candidate.path), "reason": found})
-                else:
-                    usable.append((candidate, found))
+    for candidate, found in zip(candidates, results, strict=True):
+        assert found is not None, "every request is answered"
+        problem = found if isinstance(found, str) else _misaligned(candidate, found[1] / found[2])
+        if problem is not None:
+            quarantine.append({"id": candidate.id, "path": os.path.abspath(candidate.path), "reason": problem})
+        else:
+            assert not isinstance(found, str)
+            usable.append((candidate, found))
     return usable, quarantine
+
+
+def _request(candidate: Candidate, config: IndexConfig) -> Request:
+    segment = candidate.offset_seconds, candidate.duration_seconds
+    return Request(candidate.path, *segment, candidate.num_samples, config.verify == "decode", candidate.member)
 
 
 def _misaligned(candidate: Candidate, duration_seconds: float) -> str | None:

@@ -12,13 +12,12 @@ thousand beside it, when it is asked for.
 import copy
 import itertools
 import json
+import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,25 +25,9 @@ import pyarrow.parquet as pq
 
 from pretrain.artefact import atomic_path, commit, read_meta
 from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, Member, num_frames
+from pretrain.table import MOST_SAMPLES, REQUIRED, SCHEMA, Table, hash_footer, take
 
 ROW_GROUP = 1024  # rows read together: reading one at random takes half a millisecond, and ten million make 9,766 groups
-
-SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("num_samples", pa.int64(), nullable=False),
-        pa.field("sample_rate", pa.int32(), nullable=False),
-        pa.field("member_offset", pa.int64()),
-        pa.field("member_size", pa.int64()),
-        pa.field("split", pa.string()),
-        pa.field("speaker", pa.string()),
-        pa.field("text", pa.string()),
-        pa.field("phones", pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("phone", pa.string())]))),
-        pa.field("words", pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("word", pa.string())]))),
-    ]
-)
 
 
 class Phone(NamedTuple):
@@ -61,6 +44,9 @@ class Word(NamedTuple):
     start: float
     end: float
     word: str
+
+
+Timed = TypeVar("Timed", Phone, Word)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +99,9 @@ class Manifest:
         meta = read_meta(folder, "manifest")
         self.fingerprint: str = meta["fingerprint"]
         self.root: str = meta.get("root", "/")
-        self._file = _File(self.folder / "manifest.parquet")
+        if not isinstance(self.root, str):
+            raise ValueError(f"{folder}/meta.json: root is {self.root!r}; the folder that paths lie below is needed")
+        self._file = Table(self.folder / "manifest.parquet", meta.get("footer"))
         self._rows: np.ndarray | None = None  # row numbers in the file; None: all of them, in order
 
     def __len__(self) -> int:
@@ -121,12 +109,15 @@ class Manifest:
 
     def __getitem__(self, index: int) -> Utterance:
         index = range(len(self))[index]
-        row = self._file.row(index if self._rows is None else int(self._rows[index]))
-        row["path"] = os.path.join(self.root, row["path"])
-        if row["phones"] is not None:
-            row["phones"] = [Phone(**phone) for phone in row["phones"]]
-        if row.get("words") is not None:  # not in manifests from before there were word times
-            row["words"] = [Word(**word) for word in row["words"]]
+        number = index if self._rows is None else int(self._rows[index])
+        row = self._file.row(number)
+        try:
+            _require_sound(row)
+            row["path"] = os.path.join(self.root, row["path"])
+            row["phones"] = _in_order(Phone, row.get("phones"))
+            row["words"] = _in_order(Word, row.get("words"))  # not in manifests from before there were word times
+        except ValueError as error:
+            raise ValueError(f"{self._file.path}: row {number}, id {row['id']!r}: {error}; index the audio again") from None
         return Utterance(**row)
 
     def __iter__(self) -> Iterator[Utterance]:
@@ -135,7 +126,7 @@ class Manifest:
     def column(self, name: str) -> pa.ChunkedArray:
         """One column as it is in the file, read now: a value for each row."""
         column = self._file.column(name)
-        return column if self._rows is None else column.take(pa.array(self._rows))
+        return column if self._rows is None else take(column, self._rows)
 
     def blocks(self, names: Sequence[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Some columns of every row, a row group at a time and in the order of the file, for what no memory holds at once.
@@ -207,100 +198,25 @@ class Manifest:
         return chosen
 
 
-class _File:
-    """`manifest.parquet`: numbers and splits whole, rows by row group."""
+def _in_order(kind: type[Timed], triples: list[dict[str, Any]] | None) -> list[Timed] | None:
+    """Phones or words of a row, which are in order and without overlap beyond a millisecond, as `index` writes them."""
+    if triples is None:
+        return None
+    timed, reached = [kind(**triple) if triple else None for triple in triples], -math.inf
+    for one in timed:
+        if one is None or None in one or not reached - 0.001 <= one[0] <= one[1] < math.inf:
+            raise ValueError(f"{kind.__name__.lower()}s are not in order, {one} after {reached} s")
+        reached = one[1]
+    return [one for one in timed if one is not None]
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._local = threading.local()  # Arrow's readers are not promised to be safe to share
-        try:
-            self._metadata = pq.read_metadata(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{path}: missing or damaged ({error}); index the audio again") from None
-        self._names = [name for name in SCHEMA.names if name in self._metadata.schema.to_arrow_schema().names]
-        groups = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
-        self._ends = np.cumsum(groups, dtype=np.int64)
-        self.num_rows: int = self._metadata.num_rows
 
-    def row(self, row: int) -> dict[str, Any]:
-        """One row by column. Its row group stays decoded for the thread's next call."""
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        if getattr(self._local, "group", None) != group:
-            self._local.columns = self._reader.read_row_group(group, self._names, use_threads=False).combine_chunks().columns
-            self._local.group = group
-        place = row - self._start(group)
-        return {name: column[place].as_py() for name, column in zip(self._names, self._local.columns, strict=True)}
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        if name not in self._names:
-            return pa.chunked_array([pa.nulls(self.num_rows, SCHEMA.field(name).type)])
-        return self._reader.read([name], use_threads=False)[name]
-
-    def blocks(self, rows: np.ndarray, names: Sequence[str]) -> Iterator[tuple[int, int, pa.Table]]:
-        """`names` of ascending rows: the row group's `rows[first:last]`, and a table of them. A column that is not there has nulls."""
-        there = [name for name in names if name in self._names]
-        for group in np.unique(np.searchsorted(self._ends, rows, side="right")).tolist():
-            start = self._start(group)
-            first, last = np.searchsorted(rows, [start, self._ends[group]]).tolist()
-            table = self._reader.read_row_group(group, there or ["id"], use_threads=False)  # of no column there are no rows
-            places = rows[first:last] - start
-            if not np.array_equal(places, np.arange(self._ends[group] - start)):
-                table = table.take(pa.array(places))
-            for name in names:
-                if name not in there:
-                    table = table.append_column(SCHEMA.field(name), pa.nulls(last - first, SCHEMA.field(name).type))
-            yield first, last, table.select(names)
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Samples at 16 kHz, (rows,) int64."""
-        lengths, done = np.empty(self.num_rows, np.int64), 0
-        for batch in self._reader.iter_batches(columns=["num_samples", "sample_rate"], use_threads=False):
-            num_samples, sample_rate = (column.to_numpy() for column in batch.columns)
-            lengths[done : done + len(batch)] = num_samples * SAMPLE_RATE // sample_rate
-            done += len(batch)
-        lengths.flags.writeable = False  # shared by everybody who reads this file
-        return lengths
-
-    @cached_property
-    def splits(self) -> tuple[list[str | None], np.ndarray]:
-        """The names of the splits, None among them where rows have none, and the number of each row's, (rows,) int32."""
-        numbers: dict[str | None, int] = {}
-        codes, done = np.empty(self.num_rows, np.int32), 0
-        for batch in self._reader.iter_batches(columns=["split"], use_threads=False):
-            encoded = batch.column(0).dictionary_encode(null_encoding="encode")
-            known = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
-            codes[done : done + len(batch)] = np.array(known, np.int32)[encoded.indices.to_numpy()]
-            done += len(batch)
-        return list(numbers), codes
-
-    def has(self, name: str, rows: np.ndarray | None) -> bool:
-        """Whether any of the rows (None: any at all) has a value. The file's statistics say where to look."""
-        if name not in self._names:
-            return False
-        columns = [i for i in range(len(self._metadata.schema)) if self._metadata.schema.column(i).path.split(".")[0] == name]
-        rows = None if rows is None else np.sort(rows)
-        groups = range(len(self._ends)) if rows is None else np.unique(np.searchsorted(self._ends, rows, side="right")).tolist()
-        for group in groups:
-            chunks = [self._metadata.row_group(group).column(i) for i in columns]
-            if all(chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks):
-                continue
-            if rows is None:
-                return True
-            valid = self._reader.read_row_group(group, [name], use_threads=False)[name].is_valid().to_numpy()
-            first, last = np.searchsorted(rows, [self._start(group), self._ends[group]])
-            if valid[rows[first:last] - self._start(group)].any():
-                return True
-        return False
-
-    @property
-    def _reader(self) -> pq.ParquetFile:
-        if not hasattr(self._local, "reader"):
-            self._local.reader = pq.ParquetFile(self._path, metadata=self._metadata, pre_buffer=False)
-        return self._local.reader
-
-    def _start(self, group: int) -> int:
-        return int(self._ends[group - 1]) if group else 0
+def _require_sound(row: dict[str, Any]) -> None:
+    """A row that leads to no samples is a ValueError."""
+    for name in REQUIRED:
+        if row[name] is None:
+            raise ValueError(f"has no {name}")
+    if row["start"] < 0 or not 0 <= row["num_samples"] <= MOST_SAMPLES or row["sample_rate"] < 1:
+        raise ValueError(f"{row['num_samples']} samples from {row['start']} on at {row['sample_rate']} Hz are not possible")
 
 
 def write_manifest(
@@ -353,7 +269,10 @@ def _write(
     """A manifest of `tables`, each a row group."""
     hashes: list[np.ndarray] = []
     seconds = 0.0
-    with atomic_path(folder / "manifest.parquet") as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+    with (
+        atomic_path(folder / "manifest.parquet") as temporary,
+        pq.ParquetWriter(temporary, SCHEMA, write_page_checksum=True) as writer,
+    ):
         for table in tables:
             writer.write_table(table)
             hashes.append(np.array([hash(name) for name in table["id"].to_pylist()]))
@@ -365,7 +284,8 @@ def _write(
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine), encoding="utf-8")
     return commit(
         folder, "manifest", config, parents, ["manifest.parquet"],
-        root=root, num_utterances=count, hours=seconds / 3600, num_quarantined=len(quarantine), **extra,
+        root=root, num_utterances=count, hours=seconds / 3600, num_quarantined=len(quarantine),
+        footer=hash_footer(folder / "manifest.parquet"), **extra,
     )  # fmt: skip
 
 

@@ -4,16 +4,20 @@
 `speaker`, `split` and `phones`. Members are found by reading headers alone and later read by offset, so a shard is never unpacked.
 """
 
+import io
 import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from pretrain.audio import Member
 
 TAR = ".tar"
+LARGEST_TEXT = 1 << 26  # bytes of what lies beside a recording: the phones of a day take half of it
 _BLOCK = 1 << 20  # bytes read at a time behind the end mark
+_LONGEST_HEADER = 1 << 20  # bytes
 _MAGIC = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 _COMPRESSED = (".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -37,26 +41,70 @@ def require_uncompressed(path: Path) -> None:
 def list_members(path: Path) -> Iterator[tuple[str, Member, str | None]]:
     """(name, place, what is wrong with it) of each member that is a file, in the order of the tar; directories are passed over.
 
-    A tar that ends early, is damaged or holds more behind its end mark closes with a nameless ("", Member(offset, 0), problem): what came behind is lost.
+    Wrong are links, sparse files and devices, names that lead out of the tar, and bytes that are not there. A tar that ends early, is
+    damaged or holds more behind its end mark closes with a nameless ("", Member(offset, 0), problem): what came behind is lost.
     """
-    size, last, end, whole = os.path.getsize(path), "its start", 0, True
+    size, last, end, broken = os.path.getsize(path), "its start", 0, ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(path, "r:", _Headers(file, size)) as tar:
             for info in tar:
-                last, end, problem = info.name, tar.offset, None
-                if not info.isreg() or info.sparse:  # the bytes lie elsewhere
-                    problem = "is a link or sparse; pack the tar again with plain files"
-                elif info.offset_data + info.size > size:
-                    problem = f"is truncated: {max(0, size - info.offset_data)} of {info.size} bytes are in the tar"
+                last, end = info.name, min(max(tar.offset, info.offset_data), size)  # a size below 0 leads back
                 if not info.isdir():
-                    yield posixpath.normpath(info.name).lstrip("/"), Member(info.offset_data, info.size), problem
-    except tarfile.ReadError:
-        whole = False
+                    yield posixpath.normpath(info.name).lstrip("/"), Member(info.offset_data, info.size), _problem(info, size)
+    except tarfile.ReadError as error:
+        broken = str(error) or "no tar"
+    except (tarfile.TarError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        # Python's reader trusts the numbers in extended headers, and fails in as many ways.
+        broken = f"{type(error).__name__}: {error}"
     more = _first_byte_behind(path, end)
-    if not whole or (more is not None and more < end + tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
-        yield "", Member(end, 0), f"is cut or damaged behind {last} (byte {end}): what followed cannot be found"
+    if broken or (more is not None and more < end + tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+        why = f" ({broken[:200]})" if broken else ""
+        yield "", Member(end, 0), f"is cut or damaged behind {last} (byte {end}){why}: what followed cannot be found"
     elif more is not None:
         yield "", Member(more, 0), f"holds more behind its end mark (byte {more}): joined with cat? Join with `tar -A`"
+
+
+def _problem(info: tarfile.TarInfo, size: int) -> str | None:
+    """What is wrong with a member of a tar of `size` bytes."""
+    if info.name.startswith("/") or ".." in info.name.split("/"):
+        return f"has a name that leads out of the tar, {info.name!r}; pack it again by relative names"
+    if info.issym() or info.islnk():
+        return f"is a link, to {info.linkname!r}; pack the tar again with plain files (tar --dereference --hard-dereference)"
+    if info.issparse():  # the bytes lie elsewhere
+        return "is sparse; pack the tar again with plain files"
+    if not info.isreg():
+        return f"is no plain file (type {info.type!r})"
+    if info.size < 0:
+        return f"has a size of {info.size} bytes"
+    if info.offset_data + info.size > size:
+        return f"is truncated: {max(0, size - info.offset_data)} of {info.size} bytes are in the tar"
+    return None
+
+
+class _Headers(io.RawIOBase):
+    """What tarfile reads headers from: ever onwards, and no extended header longer than any that is meant.
+
+    It adds up sizes as headers claim them: negative ones lead it in a circle (CVE-2025-8194), large ones to fill the memory.
+    """
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"an extended header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET, "as tarfile seeks"
+        if offset < self._file.tell() - 1:  # tarfile reads the last byte of a member to see that it is there
+            raise tarfile.ReadError(f"a size that leads back to byte {offset}")
+        if offset > self._size:
+            raise tarfile.ReadError(f"a size that leads to byte {offset} of {self._size}")
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _first_byte_behind(path: Path, end: int) -> int | None:

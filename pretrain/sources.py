@@ -30,12 +30,14 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from pretrain.audio import Member
 from pretrain.manifest import Phone, Word
-from pretrain.shards import is_tar, list_members, read_member, require_uncompressed
+from pretrain.shards import LARGEST_TEXT, is_tar, list_members, read_member, require_uncompressed
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 OTHER_SUFFIXES = {".opus", ".m4a", ".aac", ".mp4", ".webm", ".sph"}  # in other tools' lists; such recordings are not read here
 # A line of LibriSpeech's alignments: `84-1-0000 ",GO,DO," "0.49,0.89,1.27,1.61"`.
 WORD_ENDS = re.compile(r'(\S+) "([^"]*)" "([\d.,]*)"')
+
+_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # Python has a surrogate for each byte of a file's name that is not UTF-8
 
 Row = TypeVar("Row", bound=BaseModel)
 
@@ -63,8 +65,24 @@ class Candidate:
 def read_sources(sources: list[str]) -> list[Candidate]:
     """What the sources list, unverified. One that does not exist, is of no known kind or holds no audio is a ValueError."""
     if len(sources) > 1:
-        return [candidate for source in sources for candidate in _read_source(source, _prefix(Path(os.path.abspath(source))))]
-    return _read_source(sources[0], "")
+        found = [candidate for source in sources for candidate in _read_source(source, _prefix(Path(os.path.abspath(source))))]
+    else:
+        found = _read_source(sources[0], "")
+    for candidate in found:
+        _refuse_names(candidate)
+    return found
+
+
+def _refuse_names(candidate: Candidate) -> None:
+    """Ids are written into tables and lists, a line each: one that is no line of UTF-8 is a problem, and so is such a path.
+
+    Both are kept with escapes in place of what they may not hold.
+    """
+    for which, name in (("id", candidate.id), ("path", candidate.path)):
+        if _UNFIT.search(name):
+            plain = _UNFIT.sub(lambda match: ascii(match[0])[1:-1], name)
+            candidate.problem = candidate.problem or f"has the {which} '{plain}', with control characters or no UTF-8; rename it"
+            setattr(candidate, which, plain)
 
 
 def _prefix(path: Path) -> str:
@@ -119,8 +137,12 @@ def _read_one(path: Path, prefix: str, base: Path) -> list[Candidate]:
 
 def _read_folder(root: Path, prefix: str) -> list[Candidate]:
     candidates, tars = [], []
+    above = {str(root): {os.path.realpath(root)}}  # what a folder lies in, by way of links
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        holding = above.pop(folder)
+        below = {name: os.path.realpath(os.path.join(folder, name)) for name in subfolders if not name.startswith(".")}
+        subfolders[:] = sorted(name for name, real in below.items() if real not in holding)  # a link back would have no end
+        above |= {os.path.join(folder, name): holding | {below[name]} for name in subfolders}
         transcripts: dict[str, str] = {}
         words: dict[str, list[Word] | None] = {}
         for name in names:
@@ -130,7 +152,7 @@ def _read_folder(root: Path, prefix: str) -> list[Candidate]:
                 words |= _read_word_ends(Path(folder, name))
         for name in sorted(names):
             path = Path(folder, name)
-            if is_tar(path) and not name.startswith("."):
+            if is_tar(path) and not name.startswith(".") and path.is_file():
                 tars.append(path)
             if path.suffix.lower() not in SUFFIXES or name.startswith("."):
                 continue
@@ -156,6 +178,8 @@ def _read_folder(root: Path, prefix: str) -> list[Candidate]:
 def _read_word_ends(path: Path) -> dict[str, list[Word] | None]:
     """Words by utterance from lines of WORD_ENDS: words, silences empty, and when each ends. A file that begins otherwise is not
     LibriSpeech's, and nothing is read from it."""
+    if not path.is_file():
+        return {}
     with open(path, encoding="utf-8", errors="replace") as file:
         if not WORD_ENDS.fullmatch(file.readline().rstrip("\n")):
             return {}
@@ -198,22 +222,36 @@ def _read_tar(path: Path, base: Path, prefix: str) -> list[Candidate]:
     candidates: list[Candidate] = []
     texts: dict[str, str] = {}
     about: dict[str, _About] = {}
+    wrong: dict[str, str] = {}  # by stem, with what lies beside a recording
+    counts: Counter[str] = Counter()
     for name, member, problem in list_members(path):
         stem, suffix = os.path.splitext(name)
         origin = f"{path}, member {name}"
+        counts[name] += 1
         if not name:
             candidates.append(Candidate(prefix + shard, str(path), shard, str(path), problem=problem))
         elif suffix.lower() in SUFFIXES and not os.path.basename(name).startswith("."):
             relative = f"{shard}/{name}"
             candidates.append(Candidate(f"{prefix}{shard}/{stem}", str(path), relative, origin, member=member, problem=problem))
-        elif suffix == ".txt" and problem is None:
-            texts[stem] = " ".join(_decode(read_member(path, member), origin).split("\n")).strip()
-        elif suffix == ".json" and problem is None:
-            about[stem] = _parse(_About, read_member(path, member), origin)
+        elif suffix in (".txt", ".json"):
+            if problem is None and member.size > LARGEST_TEXT:
+                problem = f"has {member.size} bytes, more than any transcript"
+            if problem is not None:
+                wrong[stem] = f"{name} beside it {problem}"
+            elif counts[name] > 1:
+                wrong[stem] = f"{name} beside it is in the tar more than once"
+            elif suffix == ".txt":
+                texts[stem] = " ".join(_decode(read_member(path, member), origin).split("\n")).strip()
+            else:
+                about[stem] = _parse(_About, read_member(path, member), origin)
     for candidate in candidates:
-        stem = os.path.splitext(candidate.relative.removeprefix(shard + "/"))[0]
+        inside = candidate.relative.removeprefix(shard + "/")
+        stem = os.path.splitext(inside)[0]
         # WebDataset's key ends at the first dot: `7.mic1.flac` and `7.json` are one sample.
         names = (stem, os.path.join(os.path.dirname(stem), os.path.basename(stem).partition(".")[0]))
+        if candidate.member is not None and counts[inside] > 1:
+            candidate.problem = candidate.problem or f"its name {inside} is in the tar {counts[inside]} times; which one is meant?"
+        candidate.problem = candidate.problem or next((wrong[name] for name in names if name in wrong), None)
         found = next((about[name] for name in names if name in about), _About())
         candidate.text = next((texts[name] for name in names if name in texts), found.text)
         candidate.speaker, candidate.split = found.speaker, found.split
@@ -228,7 +266,7 @@ def _read_tsv(path: Path, prefix: str) -> list[Candidate]:
         raise ValueError(f"{path.with_suffix('.wrd')}: {len(transcripts)} transcripts for the {len(lines)} rows of {path.name}")
     candidates = []
     for row, line in enumerate(lines):
-        match = re.fullmatch(r"(.+)\t(\d+)", line)
+        match = re.fullmatch(r"(.+)\t([0-9]{1,18})", line)
         if match is None:
             raise ValueError(f"{path} line {row + 2}: expected path<TAB>samples, got {line!r}")
         audio = os.path.join(root, match[1])
@@ -346,6 +384,8 @@ def _parse(row_class: type[Row], text: str | bytes, origin: str) -> Row:
 
 
 def _lines(path: Path) -> list[str]:
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: is no file")
     return _decode(path.read_bytes(), str(path)).removesuffix("\n").split("\n")
 
 
@@ -357,9 +397,11 @@ def _decode(data: bytes, origin: str) -> str:
 
 
 def require_distinct_ids(candidates: list[Candidate]) -> None:
-    """Two rows under one id are a ValueError naming both."""
+    """Two rows under one id are a ValueError naming both, unless one of them cannot be used anyway."""
     seen: dict[str, Candidate] = {}
     for candidate in candidates:
+        if candidate.problem is not None:
+            continue
         other = seen.setdefault(candidate.id, candidate)
         if other is not candidate:
             raise ValueError(
@@ -373,6 +415,8 @@ def name_speakers(candidates: list[Candidate], pattern: str) -> None:
     compiled = re.compile(pattern)
     group: str | int = "speaker" if "speaker" in compiled.groupindex else 1
     for candidate in candidates:
+        if candidate.problem is not None:
+            continue
         match = compiled.search(candidate.relative)
         if match is None or not match[group]:
             raise ValueError(f"speaker_pattern {pattern!r} names no speaker in {candidate.relative!r}")

@@ -55,6 +55,7 @@ KNOWN = {
 }  # fmt: skip
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
 LARGEST = 8 * 2**16 * 2**12 + 2**29  # bytes: 65,536 centroids of 4,096 dimensions in float64, and half a gigabyte for all else
+SMALL = 2**28  # bytes that any packed file may unpack to
 PLAIN = {"int_or_bool", "int", "float", "str", "bytes", "bytearray", "bytes_or_str"}
 VALUES = {  # opcodes whose argument is the value they push
     code.name
@@ -214,6 +215,8 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _known(module: Any, name: Any) -> Named:
+    if not isinstance(module, str) or not isinstance(name, str):  # a list that holds itself many times would be written out
+        raise TypeError("a name that is no text")
     full = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
     if full.endswith("NDArrayWrapper"):
         raise RefusedError("was written by a joblib before 0.10, with its arrays in other files")
@@ -253,11 +256,15 @@ def _decompress(path: Path) -> bytes:
     else:
         return data
     try:
-        plain: bytes = decoder.decompress(data, LARGEST)
+        most = min(LARGEST, SMALL + 64 * len(data))  # centroids hardly shrink; zeros do, a thousandfold
+        plain: bytes = decoder.decompress(data, most)
     except (zlib.error, OSError, lzma.LZMAError) as error:
         raise ValueError(f"{path}: damaged ({error}); was it downloaded whole?") from None
     if not decoder.eof:
-        raise ValueError(too_large if len(plain) == LARGEST else f"{path}: cut short; was it downloaded whole?")
+        if len(plain) == LARGEST:
+            raise ValueError(too_large)
+        many = "unpacks to more than 64 times its size, as no codebook does, so it is not read"
+        raise ValueError(f"{path}: {many if len(plain) == most else 'cut short; was it downloaded whole?'}")
     return plain
 
 

@@ -7,11 +7,14 @@ with a way to make a plain file where the library is that wrote it.
 
 import argparse
 import json
+import pickletools
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
 from pretrain.weights.naming import ENCODER_NAMES, LAYER_NAMES, Format, Objective
 
+LARGEST_TUPLE = 10_000  # values in all; a tensor's take a dozen, a random generator's state 627
 NUM_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # of the published models, by width
 
 
@@ -94,9 +98,11 @@ def weights_only_hole() -> str | None:
 
 def _load(path: Path, remedy: str | None) -> Any:
     allowed: list[Any] = [argparse.Namespace, (FairseqDictionary, "fairseq.data.dictionary.Dictionary")]
+    _require_stored(path)
+    _require_small_tuples(path)
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle makes it raise
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None and "weights" not in str(error).lower():
@@ -106,6 +112,101 @@ def _load(path: Path, remedy: str | None) -> Any:
         raise ValueError(
             f"{path}: holds {what}, and reading such a file can run code, so it is refused.\n{remedy or _remedy(path)}"
         ) from None
+    _require_dense(value, path)
+    return value
+
+
+def _require_stored(path: Path) -> None:
+    """torch stores its zips without compression; what unpacks to more than the file has bytes fills the memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise ValueError(f"{path}: not a file that torch can load ({error})") from None
+    packed = next((member for member in members if member.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(f"{path}: {packed.filename} in it is compressed, as torch writes none; it is not read")
+    if (total := sum(member.file_size for member in members)) > (size := path.stat().st_size):
+        raise ValueError(f"{path}: claims {total} bytes of contents and has {size}; it is not read")
+
+
+def _require_small_tuples(path: Path) -> None:
+    """Hashing a tuple, a dict's key say, visits all that it holds, by recursion in C: torch's reader would overflow the stack on a deep
+    one, and never end on one that holds another many times over."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.lower().endswith("data.pkl"):
+                        with archive.open(name) as member:
+                            _weigh_tuples(member)
+        else:
+            with open(path, "rb") as file:
+                all(_weigh_tuples(file) for _ in range(5))  # before torch 1.6: magic, version, system, contents, names of storages
+    except (ValueError, LookupError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: not a file that torch can load ({error or type(error).__name__})") from None
+
+
+def _weigh_tuples(file: IO[bytes]) -> bool:
+    """Follow a pickle with the number of its values in place of each tuple; whether to the end, or to an opcode that torch refuses."""
+    stack: list[int] = []
+    outer: list[list[int]] = []  # below each mark
+    memo: dict[Any, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "MARK":
+                outer.append(stack)
+                stack = []
+            case "TUPLE":
+                values, stack = stack, outer.pop()
+                stack.append(1 + sum(values))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [1 + sum(stack[-count:])]
+            case "REDUCE" | "NEWOBJ":
+                stack[-2:] = stack[-1:]  # what is made of a tuple may be one: torch.Size
+            case "BINPERSID":
+                stack[-1] = 1
+            case "APPEND" | "BUILD":
+                stack.pop()
+            case "SETITEM":
+                del stack[-2:]
+            case "APPENDS" | "SETITEMS":
+                stack = outer.pop()
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case _ if not opcode.stack_before and opcode.stack_after:
+                stack.append(1)
+            case name:
+                return name == "STOP"
+        if stack and stack[-1] > LARGEST_TUPLE:
+            raise ValueError(f"a tuple of more than {LARGEST_TUPLE:,} values, counted with those of the tuples in it")
+    return False
+
+
+def _require_dense(value: Any, path: Path) -> None:
+    """Tensors that are larger than the numbers stored for them (views, sparse ones) fill the memory when they are copied."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                kind = "quantized" if value.is_quantized else str(value.layout if value.device.type == "cpu" else value.device)
+                raise ValueError(f"{path}: holds a tensor that is {kind.removeprefix('torch.')}; plain ones are read")
+            if (needed := value.numel() * value.element_size()) > (stored := value.untyped_storage().nbytes()):
+                raise ValueError(
+                    f"{path}: holds a tensor {tuple(value.shape)}, {needed} bytes, over {stored} stored bytes; copy it"
+                )
+        elif isinstance(value, Mapping | list | tuple | argparse.Namespace) and id(value) not in seen:
+            seen.add(id(value))  # it may hold itself
+            inside = vars(value) if isinstance(value, argparse.Namespace) else value
+            waiting.extend(inside.values() if isinstance(inside, Mapping) else inside)
 
 
 def _remedy(path: Path) -> str:
@@ -203,7 +304,7 @@ def read_json(path: Path, reason: str = "it is named by another file") -> dict[s
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {reason}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is needed")

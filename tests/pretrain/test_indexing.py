@@ -345,7 +345,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)  # each starts workers
 @given(st.lists(st.sampled_from([None, *BAD]), min_size=1, max_size=12), st.floats(0, 1), st.integers(1, 4))
 def test_found_is_kept_plus_quarantined_up_to_the_limit(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[str | None], max_bad_share: float, workers: int

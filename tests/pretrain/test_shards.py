@@ -152,7 +152,7 @@ def test_damaged_members_are_quarantined_by_name(tmp_path: Path) -> None:
         assert reason in reasons[f"s/{name}"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)  # each starts a worker
 @given(st.data())
 def test_wherever_a_shard_is_cut_whole_members_stay_and_the_loss_is_told(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -232,6 +232,23 @@ def test_a_segment_of_a_long_member_reads_little_of_it(tmp_path: Path, suffix: s
     limit = 0.85 * whole.member.size if suffix == "mp3" else min(170_000, whole.member.size)
     assert sum(last - first for first, last in read) < limit
     assert max(last for _, last in read) <= whole.member.size  # and nothing behind it
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3"])
+def test_a_header_is_checked_by_reading_little(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, read = pack_tar(tmp_path / "s.tar", {f"long.{suffix}": encoded(60 * 16000, suffix), "z.txt": b"z" * 200_000}), 0
+
+    class Window(audio._Window):
+        def readinto(self, buffer: Any) -> int:
+            nonlocal read
+            count = super().readinto(buffer)
+            read += count
+            return count
+
+    member = next(member for name, member, _ in list_members(shard) if name.startswith("long"))
+    monkeypatch.setattr(audio, "_Window", Window)
+    assert audio.probe_audio(str(shard), decode=False, member=member)[2] == 16000
+    assert 0 < read <= 50_000
 
 
 def test_a_member_is_a_file_of_its_own(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_targets_by_column_are_those_by_row(tmp_path: Path, spelling: Any) -> No
     rows = [
         row(
             str(n), text=None if n % 7 == 0 else f"Text {n}!",
-            phones=None if n % 5 == 0 else [(0.0, 0.1, names[k]) for k in rng.integers(4, size=rng.integers(5))],
+            phones=None if n % 5 == 0 else [(0.1 * i, 0.1 * i + 0.1, names[k]) for i, k in enumerate(rng.integers(4, size=rng.integers(5)))],
         )
         for n in range(ROW_GROUP + 300)
     ]  # fmt: skip
