@@ -1,78 +1,34 @@
 """The command line: every verb of the pipeline, `run` for a recipe of stages, `check` for configs and artefacts.
 
-The only module that imports every room, and only when a verb needs it: `wordless --help` imports no torch. A verb is a config
-class and a function; both are found by name in VERBS. A user's mistake is a ValueError: exit status 2 and its message.
+Rooms are imported only when a verb needs them: `wordless --help` imports no torch. The verbs themselves and recipes of them are in
+`recipe.py`. A user's mistake is a ValueError: exit status 2 and its message.
 """
 
+import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from recipe import VERBS, Recipe, Verb, as_toml, require_fitting, say, stands, verb_named
 
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb's config class and function are."""
+if TYPE_CHECKING:
+    from slurm.resources import Resources
 
-    module: str
-    config: str
-    function: str
-    help: str
-    text: str | None = None  # the function that writes the summary for a terminal; without one, a line for each value
-    grows: bool = False  # a finished output with other settings can be added to: the verb itself checks what stands in it
-
-    def load(self) -> tuple[type, Callable[[Any], dict[str, Any]]]:
-        module = import_module(self.module)
-        return getattr(module, self.config), getattr(module, self.function)
-
-
-VERBS = {
-    "speech": Verb("pretrain.speech", "SpeechConfig", "speech", "Make synthetic speech with true phone times (espeak-ng)."),
-    "index": Verb(
-        "pretrain.indexing", "IndexConfig", "index", "List and check audio: a manifest from a folder, tars, .tsv or .jsonl."
-    ),
-    "pretrain": Verb("pretrain.pretraining", "PretrainConfig", "pretrain", "Train a HuBERT or wav2vec 2.0 encoder."),
-    "cluster": Verb("quantize.clustering", "ClusterConfig", "cluster", "Fit k-means on MFCC or on an encoder layer."),
-    "encode": Verb("quantize.encoding", "EncodeConfig", "encode", "Turn a corpus into labels, in one pass."),
-    "measure": Verb("quantize.measuring", "MeasureConfig", "measure", "Unit quality: PNMI, ABX, probes; which layer.", "as_text"),
-    "pack": Verb("units.packing", "PackConfig", "pack", "Labels, or other tools' units, to a unit corpus."),
-    "train-lm": Verb("units.training", "TrainLMConfig", "train_lm", "Train the unit language model; DPO."),
-    "score": Verb("units.scoring", "ScoreConfig", "score", "Likelihood and minimal pairs, beside their floors."),
-    "train-synthesizer": Verb("units.synthesis", "SynthesizerConfig", "train_synthesizer", "Learn how units sound."),
-    "sample": Verb("units.sampling", "SampleConfig", "sample", "Continue units or audio; --audio FILE to hear it."),
-    "synthesize": Verb(
-        "units.listening", "SynthesizeConfig", "synthesize", "Units back to sound; how many survive the round trip."
-    ),
-    "finetune": Verb("pretrain.ctc.finetuning", "FinetuneConfig", "finetune", "Train a CTC recogniser on transcripts."),
-    "transcribe": Verb(
-        "pretrain.ctc.transcription", "TranscribeConfig", "transcribe", "Decode speech to text; WER and CER.", "as_text"
-    ),
-    "compare": Verb("pretrain.ctc.comparison", "CompareConfig", "compare", "Is one recogniser better? Paired tests.", "as_text"),
-    "transfer": Verb(
-        "pretrain.ctc.transfer",
-        "TransferConfig",
-        "transfer",
-        "WER against labelled minutes, pretrained and not.",
-        "as_text",
-        grows=True,
-    ),
-    "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run.", text="as_text"),
-}
 EXPORTS = {
     "run": ("huggingface", "fairseq", "torchaudio"),
     "codebook": ("npy", "safetensors"),
     "language model": ("huggingface",),
     "corpus": ("km", "gslm", "textlesslib", "slamkit-features", "slamkit-tokens", "codec", "resynthesis", "parquet"),
 }
-RECIPE_KEYS = {"run", "slurm"}
-
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Speech units and textless language models from raw audio. The verbs, in the order of the pipeline:",
@@ -89,8 +45,7 @@ def _add_verb(name: str, verb: Verb) -> None:
     def command(
         config: ConfigPath, overrides: Overrides = None, on: On = "here", dry_run: DryRun = False, as_json: Json = False
     ) -> None:
-        again = [name, str(config.resolve()), *(overrides or [])]
-        _run_verb(name, _read(config, overrides), str(config), again, on, dry_run, as_json)
+        _run_verb(name, _read(config, overrides), str(config), on, dry_run, as_json)
 
     app.command(name, help=verb.help)(command)
 
@@ -114,8 +69,7 @@ def _add_index(verb: Verb) -> None:
             raise ValueError("index: give the manifest's folder after the source: wordless index SOURCE OUT [key=value ...]")
         else:
             tree = apply_overrides({"source": source, "out": out}, overrides or [])
-        again = ["index", os.path.abspath(source), *([out] if out else []), *(overrides or [])]
-        _run_verb("index", tree, source, again, on, dry_run, as_json)
+        _run_verb("index", tree, source, on, dry_run, as_json)
 
     app.command("index", help=verb.help)(command)
 
@@ -132,8 +86,7 @@ def _add_sample(verb: Verb) -> None:
         as_json: Json = False,
     ) -> None:
         given = [*(overrides or []), *([f"audio={json.dumps(os.path.abspath(audio))}"] if audio else [])]
-        again = ["sample", str(config.resolve()), *given]
-        _run_verb("sample", _read(config, given), str(config), again, on, dry_run, as_json)
+        _run_verb("sample", _read(config, given), str(config), on, dry_run, as_json)
 
     app.command("sample", help=verb.help)(command)
 
@@ -158,29 +111,89 @@ def run_recipe(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe's stages in order; what already stands is skipped."""
-    tree = _read(recipe, overrides)
-    resources = tree.pop("slurm", {})
-    stages = Recipe(tree, str(recipe))
-    if on == "here" and not dry_run:
-        _print_summary(*stages.run(set(skip or []), set(only or []), redo), as_json)
-        return
+    """Run a recipe's stages in order; what already stands is skipped. On SLURM, a dependent job per stage."""
+    began = time.time()
+    stages = Recipe(_read(recipe, overrides), str(recipe))
+    chosen = stages.choose(set(skip or []), set(only or []))
     stages.check()
-    chosen = [part for name in skip or [] for part in ("--skip", name)] + [part for name in only or [] for part in ("--only", name)]
-    flags = [flag for flag, given in (("--redo", redo), ("--json", as_json)) if given]
-    again = ["run", str(recipe.resolve()), *(overrides or []), *chosen, *flags]
-    _run_elsewhere(again, {"run": str(stages.folder), **stages.resolved()}, resources, str(recipe), stages.folder, on, dry_run)
+    given = [flag for name, names in (("--skip", skip), ("--only", only)) for value in names or [] for flag in (name, value)]
+    command = ["run", str(recipe), *(overrides or []), *given, *["--redo"] * redo, *(["--on", on] if on != "here" else [])]
+    record = partial(stages.record, command, set(skip or []), began)
+    if dry_run:
+        _dry_run({"run": str(stages.folder), **stages.resolved()})
+        if on == "slurm":
+            from slurm.pipeline import sbatch_texts
+
+            print(f"\n# what sbatch would get\n{sbatch_texts(stages.plan(chosen, redo, write=False), stages.folder / 'jobs')}")
+    elif on == "here":
+        stages.require_feasible(chosen, redo, int(os.environ.get("WORLD_SIZE", "1")))
+        if not recipe.resolve().is_relative_to((stages.folder / "jobs").resolve()):  # a job: its submission has said all
+            stages.require_no_job(chosen)
+            record()
+        _print_summary(*stages.run(chosen, redo), as_json)
+    elif on == "local":
+        stages.require_feasible(chosen, redo, _resources("run", {}, stages.slurm, stages.source).tasks_per_node)
+        stages.require_no_job(chosen)
+        flags = [*given, *["--redo"] * redo, *["--json"] * as_json]
+        tree = {"run": str(stages.folder), **stages.stages}
+        _launch("run", tree, flags, stages.slurm, stages.source, stages.folder / "jobs" / "run", stages.folder, on, record)
+    else:
+        from slurm import pipeline
+
+        entries = pipeline.submit(stages.plan(chosen, redo, write=True), stages.folder / "jobs", record)
+        print(json.dumps({"stages": pipeline.as_json(entries)}) if as_json else pipeline.table(entries))
+        say(f"`wordless status {shlex.quote(str(stages.folder))}` tells how they fare" if entries else "nothing to submit")
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A recipe's run, or the `out` of a verb that runs as a job.")]
+
+
+@app.command("status")
+def show_status(run: RunFolder, as_json: Json = False) -> None:
+    """How the stages of a run fare; ends with status 1 where one failed or is lost."""
+    from slurm.status import show
+
+    text, sound = show(run, as_json=as_json)
+    print(text)
+    if not sound:
+        sys.exit(1)
+
+
+@app.command("cancel")
+def cancel_jobs(
+    run: RunFolder, stages: Annotated[list[str] | None, typer.Argument(metavar="[STAGE ...]", help="These alone.")] = None
+) -> None:
+    """Cancel a run's jobs that are queued or running."""
+    from slurm.pipeline import cancel
+
+    print("\n".join(cancel(run, stages or [])))
+
+
+@app.command("logs")
+def show_logs(
+    run: RunFolder,
+    stage: Annotated[str | None, typer.Argument(help="Of a recipe's run: the stage.")] = None,
+    task: Annotated[int | None, typer.Option(help="Of several: its rank. Default: the first that failed, or 0.")] = None,
+    element: Annotated[int | None, typer.Option(help="Of an array: its number, from 0.")] = None,
+    lines: Annotated[int, typer.Option(min=0, help="How many, from the end.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until the job ends.")] = False,
+) -> None:
+    """What a stage's job wrote to stdout and stderr."""
+    from slurm.logs import show
+
+    show(run, stage, element, task, lines, follow)
 
 
 @app.command("check")
 def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an artefact's folder.")]) -> None:
     """Validate a config, a recipe or an artefact; say what is wrong with it."""
-    from pretrain.artefact import read_meta, sha256_file
+    from pretrain.artefact import read_meta, require_as_written, sha256_file
     from pretrain.config import parse_config, read_toml
     from slurm.resources import parse_resources
 
     if path.is_dir():
         meta = read_meta(path)
+        require_as_written(path, meta)
         absent = [name for name in meta["files"] if not (path / name).is_file()]
         if absent:
             raise ValueError(f"{path}: missing: {', '.join(absent)}")
@@ -190,10 +203,10 @@ def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an a
         print(f"{path}: a complete {meta['kind']}, fingerprint {meta['fingerprint']}")
         return
     tree = read_toml(path)
-    parse_resources(tree.pop("slurm", {}), str(path))
     if "verb" in tree:
+        parse_resources(tree.pop("slurm", {}), str(path))
         name = tree.pop("verb")
-        parse_config(_verb_named(name, str(path)).load()[0], tree, str(path))
+        parse_config(verb_named(name, str(path)).load()[0], tree, str(path))
         print(f"{path}: a valid config for `{name}`")
     else:
         recipe = Recipe(tree, str(path))
@@ -311,217 +324,90 @@ def export_artefact(
     _print_summary(None, summary, as_json)
 
 
-class Recipe:
-    """Stages in a TOML file: each table with a `verb` is a stage; its other keys are that verb's config.
-
-    A stage writes to `run/NAME` unless it has an `out`. A string `@NAME` or `@NAME/file` is the output of an earlier stage,
-    `@` alone the run's folder. `needs = "text"`, `"phones"` or `"words"` skips a stage whose manifest has none.
-    """
-
-    def __init__(self, tree: dict[str, Any], source: str):
-        self.source = source
-        self.stages = {name: table for name, table in tree.items() if isinstance(table, dict) and name not in RECIPE_KEYS}
-        problems = [f"{source}: {name}: unknown key; a recipe has `run`, `slurm` and tables with a `verb`" for name in tree
-                    if name not in RECIPE_KEYS and name not in self.stages]  # fmt: skip
-        problems += [f"{source}: {name}: a stage needs a `verb`" for name, table in self.stages.items() if "verb" not in table]
-        problems += [] if isinstance(tree.get("run"), str) else [f"{source}: run: the run's folder is needed"]
-        if problems:
-            raise ValueError("\n".join(problems))
-        self.folder = Path(tree["run"])
-
-    def parse(self, name: str) -> Any:
-        """The validated config of a stage, its references resolved."""
-        from pretrain.config import parse_config
-
-        table = {key: value for key, value in self.stages[name].items() if key not in ("verb", "needs", "slurm")}
-        config_class, _ = _verb_named(self.stages[name]["verb"], f"{self.source}: {name}").load()
-        if (needs := self.stages[name].get("needs")) not in (None, "text", "phones", "words") or (
-            needs and "manifest" not in table
-        ):
-            raise ValueError(f'{self.source}: {name}.needs: "text", "phones" or "words", of the stage\'s `manifest`; got {needs!r}')
-        resolved = {"out": str(self.folder / name), **self._resolve(table, name)}
-        try:
-            return parse_config(config_class, resolved, self.source)
-        except ValueError as error:
-            raise ValueError(str(error).replace(f"{self.source}: ", f"{self.source}: {name}.")) from None
-
-    def check(self) -> None:
-        """Validate every stage, reporting all mistakes at once."""
-        problems = []
-        for name in self.stages:
-            try:
-                self.parse(name)
-            except ValueError as error:
-                problems.append(str(error))
-        if problems:
-            raise ValueError("\n".join(problems))
-
-    def resolved(self) -> dict[str, Any]:
-        """Every stage's resolved config, under its name."""
-        kept = {name: {key: table[key] for key in ("verb", "needs") if key in table} for name, table in self.stages.items()}
-        return {name: {**table, **self.parse(name).resolved()} for name, table in kept.items()}
-
-    def _resolve(self, value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            return {key: self._resolve(item, name) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._resolve(item, name) for item in value]
-        if not isinstance(value, str) or not value.startswith("@"):
-            return value
-        stage, _, rest = value[1:].partition("/")
-        if stage == "":
-            return str(self.folder / rest)
-        earlier = list(self.stages)[: list(self.stages).index(name)]
-        if stage not in earlier:
-            raise ValueError(f"{self.source}: {name}: {value!r} is no earlier stage; there are {', '.join(earlier) or 'none'}")
-        return str(Path(self.stages[stage].get("out", self.folder / stage)) / rest)
-
-    def run(self, skip: set[str], only: set[str], redo: bool) -> tuple[str | None, dict[str, Any]]:
-        """Run what does not stand yet, in order; returns verb and summary of the last stage (in most recipes the report)."""
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError(f"{self.source}: a recipe runs in one process; give torchrun or slurm.tasks_per_node a training verb")
-        unknown = (skip | only) - set(self.stages)
-        if unknown:
-            raise ValueError(f"{self.source}: no stage {', '.join(sorted(unknown))}; there are {', '.join(self.stages)}")
-        self.check()
-        records = _read_records(self.folder)
-        chosen = [name for name in self.stages if name not in skip and (not only or name in only)]
-        for name, following in zip(chosen, [*chosen[1:], None], strict=True):
-            summary = self._run_stage(name, records, redo)
-            if summary.get("cells_missing") or summary.get("shards_missing"):  # of a stage with `part`
-                if following is not None:
-                    _say(
-                        f"{name}: other parts have not made all of it; {following} and what follows wait for the part that is the last"
-                    )
-                return self.stages[name]["verb"], summary
-        return next(((records[name]["verb"], records[name]["summary"]) for name in reversed(chosen) if name in records), (None, {}))
-
-    def _run_stage(self, name: str, records: dict[str, Any], redo: bool) -> dict[str, Any]:
-        """Its summary; empty where there was nothing to do."""
-        import shutil
-
-        from pretrain.artefact import is_complete, read_meta, write_json
-        from pretrain.config import differences
-
-        table = self.stages[name]
-        _, function = VERBS[table["verb"]].load()
-        config = self.parse(name)
-        if "needs" in table and not _manifest_has(config.manifest, table["needs"]):
-            _say(f"{name}: skipped, the manifest has no {table['needs']}")
-            return {}
-        out = Path(config.out)
-        if table["verb"] != "report" and is_complete(out):
-            meta, resolved = read_meta(out), config.resolved()
-            changed = [f"{key}: {old!r} -> {new!r}" for key, old, new in differences(meta["config"], resolved) if key != "part"]
-            replaced = _replaced_inputs(meta, resolved)
-            if not changed and not replaced:
-                _say(f"{name}: stands already ({out})")
-                return {}
-            reason = f"stands with other settings ({'; '.join(changed)})" if changed else f"was made from {'; '.join(replaced)}"
-            if redo:
-                shutil.rmtree(out)
-            elif replaced or not VERBS[table["verb"]].grows:
-                raise ValueError(f"{name}: {out} {reason}. --redo removes it and runs the stage again")
-        _say(f"{name}: {table['verb']} -> {out}")
-        began = time.monotonic()
-        summary = function(config)
-        records[name] = {"verb": table["verb"], "seconds": time.monotonic() - began, "summary": summary}
-        if os.environ.get("RANK", "0") == "0":
-            write_json(self.folder / "stages.json", records)
-        return summary
-
-
-def _read_records(folder: Path) -> dict[str, Any]:
-    path = folder / "stages.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _replaced_inputs(meta: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
-    """Inputs of a standing artefact that have been made anew, otherwise, since: `key FINGERPRINT, which FOLDER no longer is`."""
-    from pretrain.artefact import is_complete, read_meta
-
-    inputs: dict[str, Any] = {}
-    for key, value in resolved.items():  # those of a list are `source`, `source_1`, …
-        values = value if isinstance(value, list) else [value]
-        inputs |= {key + (f"_{n}" if n else ""): item for n, item in enumerate(values)}
-    replaced = []
-    for key, fingerprint in meta["parents"].items():
-        path = Path(str(inputs.get(key)))
-        folder = path.parent if path.is_file() else path
-        if is_complete(folder):
-            now = read_meta(folder)
-            # A run of training is known by its weights, everything else by its own fingerprint.
-            if fingerprint not in {now["fingerprint"], *(sha256[:16] for sha256 in now["files"].values())}:
-                replaced.append(f"{key} {fingerprint}, which {folder} no longer is")
-    return replaced
-
-
-def _manifest_has(manifest: str, what: str) -> bool:
-    from pretrain.manifest import Manifest
-
-    return bool(getattr(Manifest(manifest), f"has_{what}"))
-
-
-def _run_verb(name: str, tree: dict[str, Any], source: str, again: list[str], on: str, dry_run: bool, as_json: bool) -> None:
-    """Validate and run one verb here, or run the command line `again` elsewhere."""
+def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bool, as_json: bool) -> None:
+    """Validate one verb's config and run it here or as a job."""
+    from pretrain.artefact import require_absent
     from pretrain.config import parse_config
+    from slurm.jobs import require_no_job
 
     if tree.pop("verb", name) != name:
         raise ValueError(f"{source}: verb: is a config for another verb than `{name}`")
-    resources = tree.pop("slurm", {})
+    table = tree.pop("slurm", {})
     config_class, function = VERBS[name].load()
     config: Any = parse_config(config_class, tree, source)
+    out = Path(config.out)
+    folder, flags = out.absolute().parent / "jobs" / out.absolute().name, ["--json"] * as_json
     if on == "here" and not dry_run:
+        if int(os.environ.get("WORDLESS_ATTEMPT", "1")) > 1 and stands(config):  # not a mistake: submitting refuses what stands
+            say(f"{config.out}: stands already, by an earlier attempt of this job")
+            return
+        if "WORDLESS_ATTEMPT" not in os.environ:  # else this is that job
+            require_no_job(folder.parent, {folder.name: config.out})
         _print_summary(name, function(config), as_json)
-    else:
-        _run_elsewhere(
-            [*again, *(["--json"] if as_json else [])], config.resolved(), resources, source, Path(config.out), on, dry_run
-        )
-
-
-def _run_elsewhere(
-    argv: list[str], resolved: dict[str, Any], table: dict[str, Any], source: str, out: Path, on: str, dry_run: bool
-) -> None:
-    """Submit `argv` as a job whose folder lies in `OUT/../jobs`, or print what would be submitted."""
-    from slurm.resources import parse_resources
-
-    resources = parse_resources(table, source)
-    folder = out.parent / "jobs"
-    if dry_run:
-        import tomli_w
-
-        from pretrain.config import without_none
-
-        print(tomli_w.dumps(without_none(resolved)), end="")
-        if on == "slurm":
-            from slurm.launch import sbatch_text
-
-            print(f"\n# what sbatch would get\n{sbatch_text(argv, resources, folder)}")
         return
-    from slurm.launch import launch
+    if not dry_run:
+        if not VERBS[name].grows:
+            require_absent(out)
+        _launch(name, tree, flags, table, source, folder, out, on)
+        return
+    _dry_run(config.resolved())
+    resources = _resources(name, tree, table, source)
+    if on == "slurm":
+        from slurm.launch import sbatch_text
+        from slurm.pipeline import freeze
 
-    place: Literal["local", "slurm"] = "local" if on == "local" else "slurm"
-    launched = launch(argv, place, resources, folder, wait=on == "local")
-    _say(f"job {launched.job_id}: logs in {launched.folder}")
+        argv = [name, str(freeze(as_toml({**tree, "slurm": table}, source), folder, write=False)), *flags]
+        print(f"\n# what sbatch would get\n{sbatch_text(argv, resources, folder, array=resources.array)}")
+
+
+def _launch(
+    name: str, tree: dict[str, Any], flags: list[str], table: dict[str, Any], source: str, folder: Path, out: Path, on: str,
+    record: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Run the verb `name` (or "run") as a job, on `tree` as it is now, whatever becomes of the file it was read from.
+
+    `record` is called once the job is submitted.
+    """
+    from slurm.jobs import require_no_job
+    from slurm.launch import follow, launch
+    from slurm.pipeline import freeze, submitting
+
+    resources = _resources(name, tree, table, source)
+    with submitting(folder.absolute().parent):
+        require_no_job(folder.parent, {folder.name: str(out)})
+        settings = freeze(as_toml({**tree, "slurm": table}, source), folder.absolute())
+        place: Literal["local", "slurm"] = "local" if on == "local" else "slurm"
+        launched = launch([name, str(settings), *flags], place, resources, folder, wait=False, out=out, array=resources.array)
+        record()
+    if place == "local":
+        launched = follow(launched)
+    say(f"job {launched.job_id}: logs in {launched.folder}")
     if launched.status:
         sys.exit(launched.status)
 
 
-def _verb_named(name: Any, source: str) -> Verb:
-    if not isinstance(name, str) or name not in VERBS:
-        raise ValueError(f"{source}: no verb {name!r}; there are {', '.join(VERBS)}")
-    return VERBS[name]
+def _resources(name: str, tree: dict[str, Any], table: dict[str, Any], source: str) -> "Resources":
+    """What one job asks for: the `[slurm]` table of a config."""
+    from slurm.resources import parse_resources
+
+    resources = parse_resources(table, source)
+    if name != "run":
+        require_fitting(name, tree, resources, source)
+    return resources
+
+
+def _dry_run(resolved: dict[str, Any]) -> None:
+    import tomli_w
+
+    from pretrain.config import without_none
+
+    print(tomli_w.dumps(without_none(resolved)), end="")
 
 
 def _read(path: Path, overrides: list[str] | None) -> dict[str, Any]:
     from pretrain.config import apply_overrides, read_toml
 
     return apply_overrides(read_toml(path), overrides or [])
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 def _print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> None:
@@ -533,7 +419,7 @@ def _print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> 
     from pretrain.config import flatten
 
     for note in summary.get("notes", []):
-        _say(f"note: {note}")
+        say(f"note: {note}")
     if verb is not None and (writer := VERBS[verb].text) is not None:
         print(getattr(import_module(VERBS[verb].module), writer)(summary))
         return
@@ -550,6 +436,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"wordless: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        lost, full = isinstance(error, ConnectionError), error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (lost or full) or os.environ.get("WORDLESS_TRACEBACK"):
+            raise
+        print(f"wordless: {error}", file=sys.stderr)
+        return 2 if full else 1  # of a lost rank the message tells the rest
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:

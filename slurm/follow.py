@@ -1,19 +1,20 @@
 """A submitted job, and following it: its output as it comes, its exit status, and where to look when it failed."""
 
-import math
-import re
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from slurm.submission import Place, TaskStatus, read_submission, task_statuses
 
 if TYPE_CHECKING:
     from submitit import Job
 
-Place = Literal["local", "slurm"]
-FAILURE_GRACE_SECONDS = 30.0  # how long the other tasks of a local job outlive one that failed
 QUEUE_SECONDS = 10.0  # between questions to SLURM whether a job is still there
 SHARED_DISK_SECONDS = 15.0  # how late a result may show on a cluster's file system after its job has ended
 TAIL_LINES = 20
@@ -21,7 +22,8 @@ TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Launched:
-    """A submitted job. `stdout` and `stderr` are the logs of its first task; `status` is None until it was followed."""
+    """A submitted job. `stdout` and `stderr` are the logs of its first task (of an array: of its first element); `status` is
+    None until it was followed."""
 
     job_id: str
     place: Place
@@ -36,67 +38,73 @@ def follow(launched: Launched) -> Launched:
     """Copy the first task's output to stdout and stderr as it comes; at the end return `launched` with its exit status.
 
     A failure is told on stderr: which task, the end of its stderr unless that was copied already, and where its logs are.
-    An interrupt (Ctrl-C) ends a local job; a SLURM job goes on.
+    An interrupt (Ctrl-C) or SIGTERM ends a local job, which may save first; a SLURM job goes on.
     """
-    job, local = launched.job, launched.place == "local"
-    tasks = [job.task(number) for number in range(job.num_tasks)]
+    local, submission = launched.place == "local", read_submission(launched.folder)
+
+    def tasks() -> dict[tuple[str, int], TaskStatus | None]:
+        elements = zip(submission.elements, task_statuses(launched.folder, submission), strict=True)
+        return {(job_id, rank): status for job_id, ranks in elements for rank, status in enumerate(ranks)}
+
     # submitit's log goes to stdout and, from warnings on, to stderr as well; stdout is for the command's own output.
     logs = [_Log(launched.stdout, sys.stdout, hidden="submitit "), _Log(launched.stderr, sys.stderr)]
-    failed_at: float | None = None
     asked_at, over = time.monotonic(), False
+    before = signal.getsignal(signal.SIGTERM)
+    if local and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: _end(launched))
     try:
         while not over:
             time.sleep(0.1 if local else 1.0)
-            statuses, now = [_status(task) for task in tasks], time.monotonic()
+            now = time.monotonic()
             if local:
-                over = job.done()
-                failed_at = (failed_at or now) if any(statuses) else None
-                if failed_at and now - failed_at > FAILURE_GRACE_SECONDS:  # on SLURM srun ends the partners of a failed task
-                    job.cancel()
-                    failed_at = math.inf  # once: a second interrupt would keep submitit from killing a task that does not listen
-            elif None not in statuses:
+                over = launched.job.done()
+            elif all(status is not None and status.state in ("finished", "failed") for status in tasks().values()):
                 over = True
             elif now - asked_at > QUEUE_SECONDS:
                 over, asked_at = not _is_queued(launched.job_id), now
             for log in logs:
                 log.copy(rest=over)
     except KeyboardInterrupt:
-        if local:  # a terminal's Ctrl-C has reached the job as well: another only if it has not
+        if local:  # a terminal's Ctrl-C has reached the job as well: a signal of ours only if it has not
             deadline = time.monotonic() + 3.0
-            while not job.done() and time.monotonic() < deadline:
+            while not launched.job.done() and time.monotonic() < deadline:
                 time.sleep(0.1)
-            if not job.done():
-                job.cancel()
+            _end(launched)
         else:
             print(f"job {launched.job_id} goes on; `scancel {launched.job_id}` ends it", file=sys.stderr)
         raise
-    statuses = [_status(task) for task in tasks]
+    finally:
+        if local and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    ended = tasks()
     deadline = time.monotonic() + (0.0 if local else SHARED_DISK_SECONDS)
-    while None in statuses and not any(statuses) and time.monotonic() < deadline:
+    while not all(map(_is_over, ended.values())) and not any(map(_exit_status, ended.values())) and time.monotonic() < deadline:
         time.sleep(1.0)
         launched.folder.chmod(0o700)  # changes nothing, but makes an NFS client look again
-        statuses = [_status(task) for task in tasks]
-    failed = [(number, status) for number, status in enumerate(statuses) if status != 0]
+        ended = tasks()
+    failed = {task: status for task, status in ended.items() if _exit_status(status) != 0}
     if not failed:
         return replace(launched, status=0)
-    # A task that left a status knows why; one that left none was killed, perhaps on account of the other.
-    number, status = next((f for f in failed if f[1] is not None), failed[0])
-    _report_failure(launched, number, status)
-    return replace(launched, status=1 if status is None else status)
+    # One that failed knows why; one that was stopped, or killed without a word, was so, perhaps, on account of the other.
+    rank_of = {"failed": 0, "stopped": 1}
+    task = min(failed, key=lambda task: rank_of.get(getattr(failed[task], "state", ""), 2))
+    _report_failure(launched, task, failed[task])
+    return replace(launched, status=_exit_status(failed[task]) or 1)
 
 
-def _status(task: "Job[int]") -> int | None:
-    """0, the nonzero status of a command (1 for an exception), or None where the task has left no result (yet)."""
-    from submitit.core.utils import pickle_load
+def _end(launched: Launched) -> None:
+    """A local job, by its controller. Not by SIGINT, which whatever a background shell without job control starts ignores."""
+    if not launched.job.done():
+        os.kill(int(launched.job_id), signal.SIGTERM)
 
-    try:
-        outcome, value = pickle_load(task.paths.result_pickle)
-    except FileNotFoundError:
-        return None
-    if outcome == "success":
-        return 0
-    stated = re.search(r"CommandFailed: exit status (-?\d+)", value)  # value is a traceback
-    return int(stated[1]) if stated else 1
+
+def _is_over(status: TaskStatus | None) -> bool:
+    return status is not None and status.state not in ("running", "requeued")
+
+
+def _exit_status(status: TaskStatus | None) -> int | None:
+    """None for a task that has not said how it ended."""
+    return status.status if status is not None and _is_over(status) else None
 
 
 def _is_queued(job_id: str) -> bool:
@@ -110,13 +118,19 @@ def _is_queued(job_id: str) -> bool:
     return bool(squeue.stdout.strip())
 
 
-def _report_failure(launched: Launched, number: int, status: int | None) -> None:
-    paths = launched.job.task(number).paths
-    if number > 0 and paths.stderr.exists():
-        lines = paths.stderr.read_text(errors="replace").splitlines(keepends=True)
+def _report_failure(launched: Launched, task: tuple[str, int], status: TaskStatus | None) -> None:
+    job_id, rank = task
+    stdout, stderr = (launched.folder / f"{job_id}_{rank}_log.{end}" for end in ("out", "err"))
+    if stderr != launched.stderr and stderr.exists():
+        lines = stderr.read_text(errors="replace").splitlines(keepends=True)
         sys.stderr.writelines(lines[-TAIL_LINES:])
-    ended = "ended without a result (killed, or out of memory or time)" if status is None else f"failed with exit status {status}"
-    print(f"job {launched.job_id}: task {number} {ended}; its logs:\n  {paths.stderr}\n  {paths.stdout}", file=sys.stderr)
+    if status is None or not _is_over(status):
+        ended = "ended without a result (killed, or out of memory or time)"
+    elif status.state == "stopped":
+        ended = f"was stopped: {status.reason}"
+    else:
+        ended = f"failed with exit status {status.status}"
+    print(f"job {job_id}: task {rank} {ended}; its logs:\n  {stderr}\n  {stdout}", file=sys.stderr)
 
 
 @dataclass

@@ -1,32 +1,41 @@
 """Run a wordless command in a local process or as a SLURM job.
 
-Every submission has a fresh folder, readable by its user alone, with the pickled `Command` and the logs and results of its
-tasks. On SLURM it must lie on a file system that the nodes share.
+Every submission has a fresh folder, readable by its user alone, with the pickled `Command`, what was submitted, and the logs and
+states of its tasks (`slurm/submission.py`). On SLURM it must lie on a file system that the nodes share.
 """
 
 import os
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from slurm.command import TARGET, Command
-from slurm.follow import Launched, Place, follow
+from slurm.command import FAILURE_GRACE_SECONDS, MAX_TIMEOUTS, SIGNAL_AT, TARGET, Command
+from slurm.follow import Launched, follow
 from slurm.resources import Resources
+from slurm.snapshot import NAMES, ROOT, git_state, snapshot, snapshot_path, uncommitted
+from slurm.submission import Place, Submission, TaskStatus, read_submission, task_statuses, write_submission
 
 if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
 
-__all__ = ["Command", "Launched", "Place", "follow", "launch", "sbatch_text"]
+__all__ = [
+    "Command", "Launched", "Place", "Submission", "TaskStatus", "follow", "launch", "read_submission", "sbatch_text", "task_statuses",
+]  # fmt: skip
 
-MAX_TIMEOUTS = 20  # requeues after running out of time, so that a job that gets nowhere ends; preemption is not counted
 RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+OURS = {"WORDLESS_PROGRESS", "WORDLESS_COMMIT", "WORDLESS_ATTEMPT", SIGNAL_AT}
 USER_SETTINGS = {"SLURM_CONF", "SLURM_CLUSTERS", "SUBMITIT_PREEMPT_SIGNAL", "SUBMITIT_LOG_LEVEL"}
+# -P: the folder where the command was given need not be importable, and may have a folder `slurm` of its own.
+PYTHON = [sys.executable, "-P"]
 
 
 def launch(
@@ -36,43 +45,93 @@ def launch(
     folder: Path,
     *,
     wait: bool,
-    after: str | None = None,
+    after: Sequence[str] = (),
     target: str = TARGET,
+    out: Path | None = None,
+    array: int | None = None,
+    part_key: str = "part",
 ) -> Launched:
     """Run the wordless command `argv` (verb first) in `place`; with `wait`, follow it to its end.
 
-    The submission gets a fresh folder inside `folder`. `after` is the id of a SLURM job that must succeed first.
-    ValueError where the job cannot be submitted; a job that fails is told by `status`, not raised.
+    The submission gets a fresh folder inside `folder`, PARENT/jobs/NAME. `after` are ids of SLURM jobs that must succeed first,
+    `out` is what the command makes, for who reads the submission. With `array` n > 1, SLURM gets an array whose element i runs
+    `argv` with `PART_KEY=i/n`, i from 1; locally one job does the whole. ValueError where the job cannot be submitted; a job
+    that fails is told by `status`, not raised.
     """
     if place == "local" and resources.nodes > 1:
         raise ValueError(f"slurm.nodes: {resources.nodes}, but a local job has one; set slurm.nodes=1 or use --on slurm")
     if place == "slurm" and shutil.which("sbatch") is None:
         raise ValueError("--on slurm: there is no `sbatch` here; go to a login node of the cluster, or use --on local or --dry-run")
-    if "%" in str(folder.absolute()):
+    folder = folder.absolute()
+    if "%" in str(folder):
         raise ValueError(f"{folder}: SLURM replaces % in the paths of logs; choose a folder without one")
+    assert place == "slurm" or not after, "a local job waits for none"
     from submitit.core.utils import FailedJobError
 
-    folder.mkdir(parents=True, exist_ok=True)
+    for private in (folder.parent, folder):
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Fresh, because job ids begin again in a new cluster and a job must never find another's result; mkdtemp makes it 0700.
-    fresh = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=folder.absolute()))
-    command = Command(argv, target)
-    executor = _local_executor(resources, fresh) if place == "local" else _slurm_executor(command, resources, fresh, after)
-    with _outside_any_job(resources):
-        try:
-            job = executor.submit(command)
-        except FailedJobError as error:
-            raise ValueError(f"sbatch refused the job: {str(error).strip()}; --dry-run shows what it was given") from None
-    launched = Launched(job.job_id, place, fresh, job.paths.stdout, job.paths.stderr, job)
+    fresh = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=folder))
+    array = array if place == "slurm" and (array or 1) > 1 else None
+    try:
+        git = git_state(ROOT)
+        if git and (patch := uncommitted(ROOT)):
+            (fresh / "uncommitted.patch").write_bytes(patch)
+        code = snapshot(ROOT, NAMES, folder.parent) if resources.snapshot else None
+        commit = git["commit"][:12] + "+" * git["dirty"] if git else None  # as `meta.json` of an artefact has it
+        command = Command(argv, target, None if code is None else str(code), commit, resources.signal_delay_seconds)
+        executor: LocalExecutor | SlurmExecutor
+        if place == "local":
+            executor = _local_executor(resources, fresh, code)
+        else:
+            executor = _slurm_executor(command, resources, fresh, code, after, array, part_key)
+        with _outside_any_job(resources):
+            if array is None:
+                job = executor.submit(command)
+            else:
+                job = executor.submit_array([_element(command, part_key, number, array) for number in range(array)])[0]
+    except FailedJobError as error:
+        shutil.rmtree(fresh)
+        raise ValueError(f"sbatch refused the job: {str(error).strip()}; --dry-run shows what it was given") from None
+    except ValueError:
+        shutil.rmtree(fresh)
+        raise
+    submission = Submission(
+        name=folder.name, job_id=job.job_id.split("_")[0], place=place, argv=argv, array=array, after=list(after),
+        out=None if out is None else str(out.absolute()), resources=resources.model_dump(mode="json"), submitted=time.time(),
+        host=socket.gethostname(), pid=int(job.job_id) if place == "local" else None, git=git, code=command.code,
+    )  # fmt: skip
+    write_submission(fresh, submission)
+    launched = Launched(submission.job_id, place, fresh, job.paths.stdout, job.paths.stderr, job)
     return follow(launched) if wait else launched
 
 
-def sbatch_text(argv: list[str], resources: Resources, folder: Path, *, after: str | None = None) -> str:
+def sbatch_text(
+    argv: list[str],
+    resources: Resources,
+    folder: Path,
+    *,
+    after: Sequence[str] = (),
+    array: int | None = None,
+    part_key: str = "part",
+) -> str:
     """The text that `launch` would submit to SLURM, which need not be here. SUBMISSION stands for the fresh folder's name."""
-    executor = _slurm_executor(Command(argv), resources, folder.absolute() / "SUBMISSION", after)
+    folder = folder.absolute()
+    code = snapshot_path(ROOT, NAMES, folder.parent) if resources.snapshot else None
+    array = array if (array or 1) > 1 else None
+    executor = _slurm_executor(Command(argv), resources, folder / "SUBMISSION", code, after, array, part_key)
+    if array is not None:
+        executor.parameters["map_count"] = array  # as submitit's own submission of an array
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _slurm_executor(command: Command, resources: Resources, folder: Path, after: str | None) -> "SlurmExecutor":
+def _element(command: Command, part_key: str, number: int, array: int) -> Command:
+    return replace(command, argv=[*command.argv, f"{part_key}={number + 1}/{array}"])
+
+
+def _slurm_executor(
+    command: Command, resources: Resources, folder: Path, code: Path | None, after: Sequence[str], array: int | None, part_key: str
+) -> "SlurmExecutor":
     from submitit import SlurmExecutor
 
     class Executor(SlurmExecutor):
@@ -80,37 +139,51 @@ def _slurm_executor(command: Command, resources: Resources, folder: Path, after:
         def affinity(cls) -> int:
             return 2  # `launch` has its own check for SLURM, and `sbatch_text` needs none
 
+    told = str(command) if array is None else f"{command} {part_key}=$((SLURM_ARRAY_TASK_ID + 1))/{array}"
     parameters = resources.slurm_parameters()
     parameters["job_name"] = parameters["job_name"] or f"wordless-{command.argv[0]}"
-    parameters["setup"] = [f"# {command}", *parameters["setup"]]
+    parameters["setup"] = [f"# {told}", *parameters["setup"], *_path_to(code)]
     parameters["wckey"] = None  # submitit's default is refused where these keys are accounted for
     # srun does not inherit the CPUs of sbatch in SLURM 22.05 to 23.02; and without the second, the partners of a failed
     # task wait for it until their time is up.
     parameters["srun_args"] = [f"--cpus-per-task={resources.cpus_per_task}", "--kill-on-bad-exit=1"]
-    if after is not None:
-        parameters |= {"dependency": f"afterok:{after}", "additional_parameters": {"kill-on-invalid-dep": "yes"}}
-    executor = Executor(folder, max_num_timeout=MAX_TIMEOUTS)
+    parameters["additional_parameters"] = {"requeue": True}  # allowed even where the cluster's default is that a job ends
+    if after:
+        parameters["dependency"] = f"afterok:{':'.join(after)}"
+        parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
+    executor = Executor(folder, max_num_timeout=MAX_TIMEOUTS, python=shlex.join(PYTHON))
     executor.update_parameters(**parameters)
     return executor
 
 
-def _local_executor(resources: Resources, folder: Path) -> "LocalExecutor":
+def _local_executor(resources: Resources, folder: Path, code: Path | None) -> "LocalExecutor":
     from submitit import LocalExecutor
+    from submitit.local.local import LocalJob
 
-    setup, num_gpus = list(resources.setup), resources.gpus_per_node
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if num_gpus and visible is not None:  # submitit would number the GPUs from 0
-        names = [name for name in visible.split(",") if name]
-        if num_gpus > len(names):
-            raise ValueError(f"slurm.gpus_per_node: {num_gpus}, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(names)}")
-        setup.insert(0, f"export CUDA_VISIBLE_DEVICES={shlex.quote(','.join(names[:num_gpus]))}")
-    # submitit's own `setup` takes the wrong process for the job where /bin/sh is bash: its last command replaces the shell.
-    python = shlex.join(["bash", "-c", "\n".join([*setup, 'exec "$@"']), "setup", sys.executable])
-    executor = LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=python)
-    executor.update_parameters(
-        timeout_min=resources.time_minutes, tasks_per_node=resources.tasks_per_node, gpus_per_node=num_gpus
-    )  # fmt: skip
-    return executor
+    class Executor(LocalExecutor):
+        def _submit_command(self, command: str) -> "LocalJob[Any]":
+            """As submitit's, with our controller around the tasks."""
+            given = {"COMMAND": command, "NTASKS": resources.tasks_per_node, "TIMEOUT_S": 60 * resources.time_minutes,
+                     "SIGNAL_DELAY_S": resources.signal_delay_seconds, "NODEID": 0, "JOB_NUM_NODES": 1, "WITH_SHELL": ""}  # fmt: skip
+            environment = {f"SUBMITIT_LOCAL_{name}": str(value) for name, value in given.items()}
+            environment |= {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_STDERR_TO_STDOUT": "", "CUDA_VISIBLE_DEVICES": devices}
+            arguments = [*PYTHON, "-m", "slurm.controller", str(self.folder), str(FAILURE_GRACE_SECONDS)]
+            process = subprocess.Popen(arguments, env={**os.environ, **environment})
+            return LocalJob(self.folder, str(process.pid), range(resources.tasks_per_node), process)
+
+    num_gpus, visible = resources.gpus_per_node, os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(num_gpus)] if visible is None else [name for name in visible.split(",") if name]
+    if num_gpus > len(names):
+        raise ValueError(f"slurm.gpus_per_node: {num_gpus}, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(names)}")
+    devices = ",".join(names[:num_gpus])
+    setup = [*resources.setup, *_path_to(code)]
+    python = shlex.join(["bash", "-c", "\n".join([*setup, 'exec "$@"']), "setup", *PYTHON])
+    return Executor(folder, max_num_timeout=MAX_TIMEOUTS, python=python)
+
+
+def _path_to(code: Path | None) -> list[str]:
+    """The shell line that puts a snapshot before whatever `setup` and the environment have there."""
+    return [] if code is None else [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 @contextmanager
@@ -118,7 +191,7 @@ def _outside_any_job(resources: Resources) -> Iterator[None]:
     """The environment without what a surrounding job put there, which the new job would take for its own."""
     before = dict(os.environ)
     for name in before:
-        of_a_job = name in RENDEZVOUS or name.startswith(("SLURM_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_"))
+        of_a_job = name in RENDEZVOUS | OURS or name.startswith(("SLURM_", "SRUN_", "SUBMITIT_", "TORCHELASTIC_"))
         if of_a_job and name not in USER_SETTINGS:
             del os.environ[name]
     if resources.tasks_per_node > 1:  # as torchrun does, so that the tasks of a node do not each take all of its cores

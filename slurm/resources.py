@@ -10,14 +10,14 @@
     setup = ["module load cuda"]
 
 The same table serves `--on slurm` and `--on local`; a local job has one node, and no queue that partition, account, qos,
-constraint or memory could mean anything to.
+constraint, memory, chosen nodes or mail could mean anything to. A stage of a recipe may lay its own `[STAGE.slurm]` over it.
 """
 
 import difflib
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 # A newline in one of these would end its #SBATCH line and start a shell command.
 Word = Annotated[str, StringConstraints(pattern=r"^\S+$")]
@@ -40,8 +40,31 @@ class Resources(BaseModel):
     cpus_per_task: Positive = 2
     memory_gb: Positive | None = None  # per node
     time_minutes: Positive = 60  # per attempt: a job out of time is requeued and resumes from its last checkpoint
-    array_parallelism: Positive = 256  # jobs of one array that run at a time; a single command is not an array
+    signal_seconds: Positive | None = None  # from the signal to save until the end; default: a fifth of the time, at most 90 s
+    array: Positive = 1  # elements that share the work of a stage whose verb has `part`
+    array_parallelism: Positive = 256  # elements of an array that run at a time
+    exclude: Word | None = None  # nodes that must not be used, e.g. "node[3,7]"
+    nodelist: Word | None = None  # nodes that must be
+    gres: Word | None = None  # generic resources besides gpus_per_node, e.g. "lscratch:200"
+    mail_user: Word | None = None
+    mail_type: Word | None = None  # e.g. "END,FAIL"
+    snapshot: bool = False  # run a copy of the code as it was when the job was submitted, whatever becomes of the checkout
     setup: tuple[str, ...] = ()  # shell lines before the job
+
+    @model_validator(mode="after")
+    def _signal_comes_before_the_end(self) -> "Resources":
+        if self.signal_seconds is not None and self.signal_seconds >= 60 * self.time_minutes:
+            raise ValueError(f"signal_seconds ({self.signal_seconds}) must be less than time_minutes ({self.time_minutes} minutes)")
+        return self
+
+    @property
+    def signal_delay_seconds(self) -> int:
+        """How long before the end of its time a job is told to save."""
+        return self.signal_seconds or min(90, 60 * self.time_minutes // 5)
+
+    def overlaid(self, table: Any, source: str | None = None) -> "Resources":
+        """These with a stage's own `[STAGE.slurm]` table over them; ValueError as from `parse_resources`."""
+        return parse_resources({**self.model_dump(mode="json"), **table} if isinstance(table, dict) else table, source)
 
     def slurm_parameters(self) -> dict[str, Any]:
         """The parameters of `submitit.SlurmExecutor`, under its names; what is None there is not written to the sbatch file."""
@@ -57,7 +80,13 @@ class Resources(BaseModel):
             "cpus_per_task": self.cpus_per_task,
             "mem": None if self.memory_gb is None else f"{self.memory_gb}GB",
             "time": self.time_minutes,
+            "signal_delay_s": self.signal_delay_seconds,
             "array_parallelism": self.array_parallelism,
+            "exclude": self.exclude,
+            "nodelist": self.nodelist,
+            "gres": self.gres,
+            "mail_user": self.mail_user,
+            "mail_type": self.mail_type,
             "setup": list(self.setup),
         }
 

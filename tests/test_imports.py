@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"pretrain": set(), "quantize": {"pretrain"}, "units": {"pretrain", "quantize"}, "slurm": set()}
 MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
-OURS = {*MAY_IMPORT, "wordless", "tests", "benchmarks"}
+OURS = {*MAY_IMPORT, "recipe", "wordless", "tests", "benchmarks"}
+TOP = [ROOT / "recipe.py", ROOT / "wordless.py"]
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 # Other libraries' formats are pickles: these modules write them, and foreign.py alone reads them, by `weights_only`.
 FOREIGN = {"foreign.py", "fairseq.py", "torchaudio.py"}
@@ -45,7 +46,7 @@ def test_a_room_imports_only_the_rooms_before_it(path: Path) -> None:
     assert rooms <= MAY_IMPORT[room] | {room}
 
 
-@pytest.mark.parametrize("path", [*MODULES, ROOT / "wordless.py"], ids=[*NAMES, "wordless.py"])
+@pytest.mark.parametrize("path", [*MODULES, *TOP], ids=[*NAMES, *(path.name for path in TOP)])
 def test_nothing_of_ours_is_a_pickle(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
@@ -64,7 +65,7 @@ def test_nothing_of_ours_is_a_pickle(path: Path) -> None:
                     assert isinstance(keyword.value, ast.Constant) and keyword.value.value is False
 
 
-@pytest.mark.parametrize("path", [*MODULES, ROOT / "wordless.py"], ids=[*NAMES, "wordless.py"])
+@pytest.mark.parametrize("path", [*MODULES, *TOP], ids=[*NAMES, *(path.name for path in TOP)])
 def test_only_slurm_reads_its_variables(path: Path) -> None:
     assert path.parent.name == "slurm" or "SLURM_" not in path.read_text()
 

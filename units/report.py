@@ -162,8 +162,9 @@ def open_labels(folder: Path, manifest: Manifest) -> Labels:
 
 def summarise(config: ReportConfig, manifest: Manifest, stages: Stages) -> dict[str, Any]:
     """What `summary.json` holds: audio, stages, pretrain, layers, units, lm, suites, sounds, ctc and transfer."""
-    path = Path(config.out, "stages.json")
-    records = {name: r for name, r in (json.loads(path.read_text()) if path.is_file() else {}).items() if r["verb"] != "report"}
+    read = {path.stem: json.loads(path.read_text()) for path in Path(config.out, "stages").glob("*.json")}
+    ran = {name: record for name, record in read.items() if "seconds" in record and record["verb"] != "report"}
+    records = dict(sorted(ran.items(), key=lambda item: item[1]["began"]))
     lm = {key: value for stage in stages["lm_scores"].values() for key, value in stage.read().items()}
     sounds = {key: value for stage in stages["sounds"].values() for key, value in stage.read().items()}
     return {

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 import stat
 import subprocess
@@ -13,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import slurm.follow
-from slurm.command import Command
-from slurm.launch import follow, launch, sbatch_text
+import slurm.launch
+from slurm.launch import Launched, follow, launch, read_submission, sbatch_text, task_statuses
 from slurm.resources import Resources
+from slurm.snapshot import NAMES, ROOT, snapshot_path
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "sbatch.txt"
+GOLDEN = Path(__file__).parents[1] / "golden"
 ONE, TWO = Resources(), Resources(tasks_per_node=2, cpus_per_task=1)
 
 TARGETS = """
@@ -79,6 +79,38 @@ def preempted_and_caught(argv):
         return preempted(argv)
     except SystemExit as stop:
         return stop.code
+
+def deaf(argv):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    preempted(argv)
+
+def trains(argv):
+    "As the training loop has it: note the signal, save, put the handlers back, hand the signal on."
+    folder, rank = Path(argv[0]), os.environ["RANK"]
+    if (folder / f"saved{rank}").exists():
+        print("resumed")
+        return 0
+    noted = []
+    numbers = (signal.SIGUSR2, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in numbers}
+    (folder / f"pid{rank}").write_text(str(os.getpid()))
+    while not noted:
+        time.sleep(0.01)
+    (folder / f"saved{rank}").touch()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.raise_signal(noted[0])
+    raise SystemExit(128 + noted[0])
+
+def preempted_ten_times(argv):
+    count = Path(argv[0], "count")
+    attempt = len(count.read_text()) if count.exists() else 0
+    if attempt == 10:
+        return 0
+    count.write_text("x" * (attempt + 1))
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(60)
 """
 
 
@@ -101,11 +133,22 @@ def full_resources() -> Resources:
 
 def test_the_sbatch_text_is_the_golden_one() -> None:
     text = sbatch_text(["pretrain", "base.toml", "name=it's one"], full_resources(), Path("/shared/jobs"))
-    assert text.replace(sys.executable, "PYTHON") == GOLDEN.read_text()
+    assert text.replace(sys.executable, "PYTHON") == (GOLDEN / "sbatch.txt").read_text()
+
+
+def test_the_sbatch_text_of_an_array_that_waits_is_the_golden_one() -> None:
+    resources = Resources(
+        time_minutes=10, array_parallelism=3, snapshot=True, exclude="node[3,7]", gres="lscratch:200", mail_user="a@b.org",
+        mail_type="END,FAIL", name="wordless-encode", setup=("module load cuda",),
+    )  # fmt: skip
+    argv = ["run", "/shared/recipe.toml", "--only", "encode"]
+    text = sbatch_text(argv, resources, Path("/shared/jobs/encode"), after=["41", "42"], array=4, part_key="encode.part")
+    text = text.replace(str(snapshot_path(ROOT, NAMES, Path("/shared/jobs"))), "/shared/jobs/CODE")
+    assert text.replace(sys.executable, "PYTHON") == (GOLDEN / "sbatch_array.txt").read_text()
 
 
 def test_the_sbatch_text_stays_one_comment_whatever_the_arguments_hold() -> None:
-    text = sbatch_text(["encode", "a\nrm -rf b"], ONE, Path("jobs"), after="12")
+    text = sbatch_text(["encode", "a\nrm -rf b"], ONE, Path("jobs"), after=["12"])
     assert not any(line.startswith("rm") for line in text.splitlines())
     assert "#SBATCH --dependency=afterok:12" in text and "#SBATCH --kill-on-invalid-dep=yes" in text
     assert not Path("jobs").exists()  # a dry run leaves nothing behind
@@ -167,14 +210,17 @@ def test_two_local_tasks_meet_and_all_reduce(tmp_path: Path, capsys: pytest.Capt
     assert "total 3.0 of 2" in Path(str(done.stdout).replace("_0_log", "_1_log")).read_text()
 
 
-def test_a_failed_task_ends_its_partners(
+def test_a_failed_task_ends_its_partners_even_where_sigint_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(slurm.follow, "FAILURE_GRACE_SECONDS", 0.2)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script, and inherited
+    monkeypatch.setattr(slurm.launch, "FAILURE_GRACE_SECONDS", 0.2)
     done = launch(["x"], "local", TWO, tmp_path, wait=True, target="launch_targets:second_fails")
+    signal.signal(signal.SIGINT, before)
     assert done.status == 3
     errors = capsys.readouterr().err
     assert "the second gives up" in errors and "task 1 failed with exit status 3" in errors
+    assert of_tasks(done, "state") == ["stopped", "failed"]
 
 
 def wait_for_pid(folder: Path) -> int:
@@ -185,17 +231,31 @@ def wait_for_pid(folder: Path) -> int:
     return int((folder / "pid").read_text())
 
 
-@pytest.mark.parametrize("whole_group", [True, False])  # as a terminal does it, or `kill -INT` of the launcher alone
-def test_an_interrupt_ends_a_local_job_even_one_that_ignores_it(tmp_path: Path, whole_group: bool) -> None:
+@pytest.mark.parametrize(
+    ("number", "whole_group", "ignored", "target"),
+    [
+        (signal.SIGINT, True, False, "stubborn"),  # as a terminal does it
+        (signal.SIGINT, False, False, "stubborn"),  # `kill -INT` of the launcher alone
+        (signal.SIGTERM, False, False, "preempted"),
+        (signal.SIGTERM, False, True, "preempted"),  # started in the background of a script, where SIGINT is ignored
+        (signal.SIGTERM, False, True, "deaf"),
+    ],
+)
+def test_a_signal_to_the_launcher_ends_its_local_job(
+    tmp_path: Path, number: int, whole_group: bool, ignored: bool, target: str
+) -> None:
     code = f"""
 from pathlib import Path
 from slurm.launch import Resources, launch
-launch([{str(tmp_path)!r}], "local", Resources(), Path({str(tmp_path / "jobs")!r}), wait=True, target="launch_targets:stubborn")
+resources = Resources(signal_seconds=1)  # after which a task that does not listen is killed
+launch([{str(tmp_path)!r}], "local", resources, Path({str(tmp_path / "jobs")!r}), wait=True, target="launch_targets:{target}")
 """
-    launcher = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    shell = ["bash", "-c", ("trap '' INT; " if ignored else "") + 'exec "$@"', "shell"]
+    launcher = subprocess.Popen([*shell, sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
     pid = wait_for_pid(tmp_path)
-    (os.killpg if whole_group else os.kill)(launcher.pid, signal.SIGINT)
-    assert launcher.wait(30) != 0
+    time.sleep(0.3)  # the launcher may not have begun to follow
+    (os.killpg if whole_group else os.kill)(launcher.pid, number)
+    assert (launcher.wait(30) != 0) == (number == signal.SIGINT)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}/exe").exists():
         assert time.monotonic() < deadline
@@ -210,23 +270,91 @@ def test_a_preempted_local_job_is_requeued_and_resumes(tmp_path: Path, capsys: p
     assert "resumed\n" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_a_submission_of_the_same_command() -> None:
-    command = Command(["pretrain", "base.toml"], "somewhere:main")
-    delayed = pickle.loads(pickle.dumps(command.checkpoint()))
-    assert delayed.function == command and delayed.args == () and delayed.kwargs == {}
-    assert type(delayed).__name__ == "DelayedSubmission"
-    assert command.checkpoint("a", b=1).args == ("a",) and command.checkpoint("a", b=1).kwargs == {"b": 1}
+def of_tasks(job: Launched, name: str) -> list[object]:
+    (ranks,) = task_statuses(job.folder, read_submission(job.folder))
+    return [getattr(status, name) for status in ranks]
 
 
-def test_a_requeued_task_leaves_no_result_of_its_earlier_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = {"EXECUTOR": "local", "LOCAL_JOB_ID": "5", "LOCAL_GLOBALID": "1", "FOLDER": str(tmp_path)}
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
-    for name in ("5_1_result.pkl", "5_1_result.pkl.save_tmp", "5_0_result.pkl", "5_submitted.pkl"):
-        (tmp_path / name).touch()
-    assert Command([], "launch_targets:echo")() == 0
-    assert {path.name for path in tmp_path.glob("5_*")} == {"5_0_result.pkl", "5_submitted.pkl"}  # those are not its own
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def test_a_preempted_local_job_of_two_tasks_saves_and_is_requeued_without_a_timeout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = launch([str(tmp_path)], "local", TWO, tmp_path / "jobs", wait=False, target="launch_targets:trains")
+    for pid in [int(wait_for(tmp_path / f"pid{rank}")) for rank in (1, 0)]:
+        os.kill(pid, signal.SIGUSR2)
+    assert follow(job).status == 0
+    assert "resumed\n" in capsys.readouterr().out
+    assert of_tasks(job, "state") == ["finished"] * 2 and of_tasks(job, "attempt") == [2, 2]
+    assert of_tasks(job, "timeouts") == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_local_job_of_two_tasks_out_of_time_is_requeued_and_charged(tmp_path: Path) -> None:
+    resources = Resources(tasks_per_node=2, cpus_per_task=1, time_minutes=1, signal_seconds=45)  # told after 15 s
+    job = launch([str(tmp_path)], "local", resources, tmp_path / "jobs", wait=True, target="launch_targets:trains")
+    assert job.status == 0
+    assert of_tasks(job, "attempt") == [2, 2] and of_tasks(job, "timeouts") == [1, 1]
+    assert "timeout: requeued, 1 of 20 timeouts used" in job.stderr.read_text()
+
+
+def test_a_sigterm_ends_a_local_job_of_two_tasks_which_save_and_are_not_requeued(tmp_path: Path) -> None:
+    job = launch([str(tmp_path)], "local", TWO, tmp_path / "jobs", wait=False, target="launch_targets:trains")
+    for rank in (0, 1):
+        wait_for(tmp_path / f"pid{rank}")
+    os.kill(int(job.job_id), signal.SIGTERM)
+    assert follow(job).status == 143
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+    assert of_tasks(job, "state") == ["stopped"] * 2 and of_tasks(job, "attempt") == [1, 1]
+    assert of_tasks(job, "reason") == ["SIGTERM"] * 2
+
+
+@pytest.mark.slow
+def test_a_local_job_may_be_preempted_any_number_of_times(tmp_path: Path) -> None:
+    job = launch([str(tmp_path)], "local", ONE, tmp_path / "jobs", wait=True, target="launch_targets:preempted_ten_times")
+    assert job.status == 0 and of_tasks(job, "attempt") == [11]
+
+
+def test_a_killed_task_stays_running_with_a_heartbeat_that_stands_still(tmp_path: Path) -> None:
+    job = launch(["x"], "local", ONE, tmp_path / "jobs", wait=True, target="launch_targets:killed")
+    assert job.status == 1
+    assert of_tasks(job, "state") == ["running"] and of_tasks(job, "status") == [None]
+    (heartbeat,) = of_tasks(job, "heartbeat")
+    assert isinstance(heartbeat, float) and abs(time.time() - heartbeat) < 60
+
+
+def test_a_submission_says_what_was_submitted(tmp_path: Path) -> None:
+    resources = Resources(time_minutes=7, partition="gpu")
+    job = launch(
+        ["x"],
+        "local",
+        resources,
+        tmp_path / "jobs" / "hubert",
+        wait=False,
+        target="launch_targets:echo",
+        out=tmp_path / "o",
+        array=3,
+    )
+    submission = read_submission(job.folder)
+    assert (submission.name, submission.job_id, submission.place, submission.argv) == ("hubert", job.job_id, "local", ["x"])
+    assert (submission.array, submission.after, submission.out) == (None, [], str(tmp_path / "o"))  # locally one job does it all
+    assert submission.pid == int(job.job_id) and submission.elements == [job.job_id] and submission.num_tasks == 1
+    assert Resources.model_validate_json(json.dumps(submission.resources)) == resources
+    assert abs(submission.submitted - time.time()) < 60
+    assert stat.S_IMODE((tmp_path / "jobs").stat().st_mode) == stat.S_IMODE((tmp_path / "jobs" / "hubert").stat().st_mode) == 0o700
+    assert follow(job).status == 0
+    for text in ("{", "{}"):
+        (job.folder / "submission.json").write_text(text)
+        with pytest.raises(ValueError, match=r"submission\.json: cannot be read"):
+            read_submission(job.folder)
+    with pytest.raises(ValueError, match="is no submission's folder"):
+        read_submission(tmp_path)
 
 
 def test_what_cannot_be_submitted_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,12 +374,17 @@ FAKE_SBATCH = """#!/bin/bash
 cp "$1" "$FAKE_SLURM/sbatch.txt"
 grep -q partition=closed "$1" && { echo "sbatch: error: invalid partition" >&2; exit 1; }
 export SLURM_JOB_ID=41 SLURM_NTASKS=2 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='no-such-node[1-2]' SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
-if ! grep -q partition=lost "$1"; then setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 & fi
+if grep -q array= "$1"; then
+    for element in 0 1; do
+        SLURM_ARRAY_JOB_ID=41 SLURM_ARRAY_TASK_ID=$element SLURM_JOB_ID=$((41 + element)) setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 &
+    done
+elif ! grep -q partition=lost "$1"; then setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 & fi
 echo Submitted batch job 41
 """
 FAKE_SRUN = """#!/bin/bash
 [ "$1 $2 $4 $6 $7" = "--unbuffered --output --error --cpus-per-task=1 --kill-on-bad-exit=1" ] || exit 9
-out=${3//%j/41} err=${5//%j/41}
+job=41${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} out=${3//%A_%a/%j} err=${5//%A_%a/%j}
+out=${out//%j/$job} err=${err//%j/$job}
 shift 7
 for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_NODEID=$rank SLURM_LOCALID=0 "$@" >>"${out//%t/$rank}" 2>>"${err//%t/$rank}" &
@@ -292,9 +425,32 @@ def test_a_slurm_job_submits_the_dry_run_text_and_its_tasks_know_each_other(
     assert capsys.readouterr().out == ""
 
 
+def test_the_elements_of_an_array_each_run_their_part(tmp_path: Path, fake_slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resources = Resources(nodes=2, cpus_per_task=1)
+    job = launch(
+        ["encode", "--only", "e"], "slurm", resources, tmp_path / "jobs", wait=True, target="launch_targets:echo", array=2,
+        part_key="e.part", after=["7", "8"],
+    )  # fmt: skip
+    assert (job.status, job.job_id) == (0, "41")
+    submission = read_submission(job.folder)
+    assert (submission.array, submission.after, submission.elements) == (2, ["7", "8"], ["41_0", "41_1"])
+    assert [[status.state for status in ranks] for ranks in task_statuses(job.folder, submission) if all(ranks)] == [
+        ["finished"] * 2
+    ] * 2
+    for element in (0, 1):
+        for rank in (0, 1):
+            log = (job.folder / f"41_{element}_{rank}_log.out").read_text()
+            assert f"hello encode --only e e.part={element + 1}/2\n" in log
+    expected = sbatch_text(
+        ["encode", "--only", "e"], resources, tmp_path / "jobs", after=["7", "8"], array=2, part_key="e.part"
+    )  # fmt: skip
+    assert (fake_slurm / "sbatch.txt").read_text().replace(job.folder.name, "SUBMISSION") == expected
+
+
 def test_a_job_that_sbatch_refuses_is_a_value_error(tmp_path: Path, fake_slurm: Path) -> None:
     with pytest.raises(ValueError, match="sbatch refused the job: .*invalid partition"):
-        launch(["x"], "slurm", Resources(partition="closed"), tmp_path, wait=True)
+        launch(["x"], "slurm", Resources(partition="closed"), tmp_path / "jobs", wait=True)
+    assert list((tmp_path / "jobs").iterdir()) == []
 
 
 def test_a_slurm_job_that_vanishes_has_failed(

@@ -25,7 +25,7 @@ def test_all_mistakes_are_reported_at_once_with_dotted_keys() -> None:
     assert "base.toml: slurm.zzz: unknown key" in lines
     for key in ("slurm.nodes", "slurm.cpus_per_task", "slurm.setup.1", "slurm.qos"):
         assert sum(line.startswith(f"base.toml: {key}: ") for line in lines) == 1
-    assert lines[-1].startswith("base.toml: valid keys of [slurm]: account, array_parallelism, constraint, cpus_per_task, ")
+    assert lines[-1].startswith("base.toml: valid keys of [slurm]: account, array, array_parallelism, constraint, cpus_per_task, ")
     assert len(lines) == 7
 
 
@@ -49,8 +49,10 @@ def test_resources_are_frozen() -> None:
 def test_every_key_has_a_parameter_that_submitit_knows() -> None:
     parameters = Resources().slurm_parameters()
     assert set(parameters) <= set(_get_default_parameters())
-    assert len(parameters) == len(Resources.model_fields)
-    for name in Resources.model_fields:  # none is forgotten on the way
+    of_ours = {"array", "snapshot"}  # `launch` sees to these
+    assert len(parameters) == len(Resources.model_fields) - len(of_ours)
+    for name in set(Resources.model_fields) - of_ours:  # none is forgotten on the way
+        name = {"signal_seconds": "signal_delay_seconds"}.get(name, name)
         assert f"self.{name}" in inspect.getsource(Resources.slurm_parameters)
 
 
@@ -58,3 +60,25 @@ def test_no_gpus_and_no_memory_are_left_to_the_cluster() -> None:
     assert Resources().slurm_parameters()["gpus_per_node"] is None and Resources().slurm_parameters()["mem"] is None
     asked = Resources(gpus_per_node=4, memory_gb=64).slurm_parameters()
     assert asked["gpus_per_node"] == 4 and asked["mem"] == "64GB"
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1, 12), (5, 60), (8, 90), (1440, 90)])
+def test_a_job_is_told_to_save_a_fifth_of_its_time_before_the_end_or_90_seconds(minutes: int, seconds: int) -> None:
+    assert Resources(time_minutes=minutes).signal_delay_seconds == seconds
+    assert Resources(time_minutes=minutes, signal_seconds=7).slurm_parameters()["signal_delay_s"] == 7
+
+
+def test_a_signal_before_the_job_begins_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"(?m)^base.toml: slurm: .*signal_seconds \(60\) must be less than time_minutes"):
+        parse_resources({"signal_seconds": 60, "time_minutes": 1}, "base.toml")
+
+
+def test_a_stage_lays_its_own_table_over_the_recipes() -> None:
+    recipe = Resources(partition="gpu", nodes=2, setup=("module load cuda",), array=4)
+    stage = recipe.overlaid({"nodes": 1, "setup": []})
+    assert (stage.partition, stage.nodes, stage.setup, stage.array) == ("gpu", 1, (), 4)
+    assert recipe.overlaid({}) == recipe
+    with pytest.raises(ValueError, match=r"r\.toml: slurm\.nodez: unknown key; did you mean 'nodes'"):
+        recipe.overlaid({"nodez": 1}, "r.toml")
+    with pytest.raises(ValueError, match=r"^slurm: "):
+        recipe.overlaid(3)

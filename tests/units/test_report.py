@@ -185,10 +185,14 @@ def write_run(run: Path, *, text: str | None = "one two three", phones: bool = T
         write_recogniser(run, manifest, "scratch", 0.75, HOSTILE)
         write_transfer(run)
     records = {
-        "hubert1": {"verb": "pretrain", "seconds": 1.5, "summary": {}},
-        "report": {"verb": "report", "seconds": 9, "summary": {}},
+        "labels1": {"verb": "encode", "began": 8.0, "seconds": 2.5, "summary": {}},
+        "hubert1": {"verb": "pretrain", "began": 2.0, "seconds": 1.5, "summary": {}},
+        "ctc_words": {"verb": "finetune", "skipped": "the manifest has no words"},
+        "lm": {"verb": "train-lm", "began": 9.0, "host": "here", "pid": 1},  # at work
+        "report": {"verb": "report", "began": 1.0, "seconds": 9, "summary": {}},
     }
-    write_json(run / "stages.json", records)
+    for name, record in records.items():
+        write_json(run / "stages" / f"{name}.json", record)
     names, models = ("mfcc", "iteration1"), ("pretrained", "scratch")
     return ReportConfig(
         out=str(run),
@@ -241,7 +245,8 @@ def test_the_summary_holds_the_numbers_of_every_stage(full: ReportConfig) -> Non
     assert (summary["audio"]["utterances"], summary["audio"]["quarantined"]) == (6, 1)
     assert summary["audio"]["splits"]["test"] == {"hours": pytest.approx(1.5 / 3600), "utterances": 3, "speakers": 1}
     assert summary["audio"]["held_out"] == ["dev", "test"]
-    assert summary["stages"] == {"hubert1": {"verb": "pretrain", "seconds": 1.5}}
+    told = [("hubert1", {"verb": "pretrain", "seconds": 1.5}), ("labels1", {"verb": "encode", "seconds": 2.5})]
+    assert list(summary["stages"].items()) == told  # what ran to its end, in the order in which it began
     assert (summary["pretrain"]["iteration1"]["loss_first"], summary["pretrain"]["iteration1"]["loss_last"]) == (4.0, 2.0)
     assert 0 < summary["units"]["mfcc"]["pnmi"] < summary["units"]["iteration1"]["pnmi"] < 1
     assert summary["units"]["mfcc"]["features"] == "MFCC"
