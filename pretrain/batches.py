@@ -28,6 +28,9 @@ class BatchConfig(Config):
     min_seconds: float = Field(0.1, ge=0.025, description="shorter utterances are left out (counted)")
 
 
+_ROWS = 1 << 20  # planned at a time: a rank holds this plan for every utterance there is, and nothing else should grow with it
+
+
 class SpeechBatches:
     """Plans and loads batches of `manifest`. `crop = False` keeps whole utterances and leaves out those beyond crop_seconds."""
 
@@ -39,9 +42,9 @@ class SpeechBatches:
         fits = lengths >= max(MIN_SAMPLES, config.min_seconds * SAMPLE_RATE)
         if not crop:
             fits &= lengths <= config.crop_seconds * SAMPLE_RATE
-        self.items = np.flatnonzero(fits)
+        self.items = _compact(np.flatnonzero(fits))
         self.num_left_out = len(manifest) - len(self.items)
-        self.lengths = np.minimum(lengths, self.crop_samples) if crop else lengths  # samples after cropping
+        self.lengths = _compact(np.minimum(lengths, self.crop_samples) if crop else lengths)  # samples after cropping
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """Batches of at most batch_seconds of audio, filled in random order; an utterance that is longer is a batch alone."""
@@ -52,15 +55,22 @@ class SpeechBatches:
         return self._fill(self.items[np.argsort(self.lengths[self.items], kind="stable")])
 
     def _fill(self, order: np.ndarray) -> list[np.ndarray]:
-        ends = np.cumsum(self.lengths[order])
-        # Where the batch that begins with each utterance would end: then only one step a batch is left for Python.
-        room = ends - self.lengths[order] + int(self.config.batch_seconds * SAMPLE_RATE)
-        following = np.maximum(np.searchsorted(ends, room, side="right"), np.arange(1, len(order) + 1))
-        batches, first = [], 0
+        limit = int(self.config.batch_seconds * SAMPLE_RATE)
+        batches, first, rows = [], 0, _ROWS
         while first < len(order):
-            last = following.item(first)
-            batches.append(order[first:last])
-            first = last
+            some = order[first : first + rows]
+            lengths = self.lengths[some]
+            ends = np.cumsum(lengths, dtype=np.int64)
+            # Where the batch that begins with each utterance would end: then only one step a batch is left for Python.
+            following = np.maximum(np.searchsorted(ends, ends - lengths + limit, side="right"), np.arange(1, len(some) + 1))
+            begin = 0
+            while begin < len(some):
+                end = following.item(begin)
+                if end == len(some) and first + end < len(order):
+                    break  # it may go on in the rows that follow, which begin with it
+                batches.append(some[begin:end])
+                begin = end
+            first, rows = first + begin, _ROWS if begin else 2 * rows
         return batches
 
     def rng(self, item: int, epoch: int) -> np.random.Generator:
@@ -108,6 +118,11 @@ class SpeechTask(Task):
 
     def amount(self, items: np.ndarray) -> float:
         return self.train_set.seconds(items)
+
+
+def _compact(numbers: np.ndarray) -> np.ndarray:
+    """The same numbers in 32 bits where they fit: a rank holds several for every utterance."""
+    return numbers.astype(np.int32) if not len(numbers) or numbers.max() < 2**31 else numbers
 
 
 def pad(arrays: list[np.ndarray], value: float | int | bool) -> Tensor:

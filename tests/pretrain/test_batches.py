@@ -75,16 +75,29 @@ def test_batches_hold_real_audio_and_are_nearly_full() -> None:
     assert np.std([batches.lengths[items].mean() for items in plan[:-1]]) < 0.5 * batches.lengths.std()
 
 
-@settings(max_examples=50)
-@given(st.lists(st.integers(400, 200_000), max_size=40), st.floats(0.1, 30))
-def test_filling_agrees_with_the_slow_way(lengths: list[int], batch_seconds: float) -> None:
+@settings(max_examples=100)
+@given(st.lists(st.integers(400, 200_000), max_size=40), st.floats(0.1, 30), st.sampled_from([1, 2, 3, 7, 1000]))
+def test_filling_agrees_with_the_slow_way_however_many_rows_are_planned_at_a_time(
+    lengths: list[int], batch_seconds: float, rows: int
+) -> None:
     batches = planner(lengths, min_seconds=0.025, batch_seconds=batch_seconds)
     expected: list[list[int]] = []
     for item in np.argsort(lengths, kind="stable").tolist():
         if not expected or sum(lengths[i] for i in expected[-1]) + lengths[item] > int(batch_seconds * 16000):
             expected.append([])
         expected[-1].append(item)
-    assert [items.tolist() for items in batches.plan_in_order()] == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.batches._ROWS", rows)
+        assert [items.tolist() for items in batches.plan_in_order()] == expected
+
+
+def test_numbers_of_utterances_take_32_bits_and_are_shuffled_as_those_of_64() -> None:
+    batches = planner([16000] * 1000)
+    assert batches.items.dtype == batches.lengths.dtype == np.int32
+    expected = np.random.default_rng([0, 1, 4]).permutation(np.arange(1000))
+    assert np.concatenate(batches.plan(3)).tolist() == expected.tolist()
+    day = planner([16000, 2**31 + 16000], crop=False)
+    assert day.lengths.tolist() == [16000, 2**31 + 16000] and day.items.tolist() == [0]  # 37 hours in one recording
 
 
 def test_plans_are_a_function_of_seed_and_epoch() -> None:
