@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -10,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from slurm.submission import Place, TaskStatus, read_submission, task_statuses
+from slurm.jobs import Queue
+from slurm.submission import Place, Submission, TaskStatus, read_submission, task_statuses
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -61,7 +61,7 @@ def follow(launched: Launched) -> Launched:
             elif all(status is not None and status.state in ("finished", "failed") for status in tasks().values()):
                 over = True
             elif now - asked_at > QUEUE_SECONDS:
-                over, asked_at = not _is_queued(launched.job_id), now
+                over, asked_at = not _may_be_queued(submission), now
             for log in logs:
                 log.copy(rest=over)
     except KeyboardInterrupt:
@@ -107,15 +107,10 @@ def _exit_status(status: TaskStatus | None) -> int | None:
     return status.status if status is not None and _is_over(status) else None
 
 
-def _is_queued(job_id: str) -> bool:
-    """Whether SLURM still has the job waiting or running. Not from sacct, submitit's way: few small clusters keep accounts."""
-    try:
-        squeue = subprocess.run(["squeue", "--noheader", "--jobs", job_id], check=False, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return True  # no answer is no reason to give a job up
-    if squeue.returncode:
-        return "Invalid job id" not in squeue.stderr
-    return bool(squeue.stdout.strip())
+def _may_be_queued(submission: Submission) -> bool:
+    """Whether SLURM still has any of the job waiting or running; no answer is no reason to give it up."""
+    jobs = Queue().jobs
+    return jobs is None or any(job_id in jobs for job_id in submission.elements)
 
 
 def _report_failure(launched: Launched, task: tuple[str, int], status: TaskStatus | None) -> None:

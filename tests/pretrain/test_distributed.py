@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from pretrain.audio import num_frames
 from pretrain.manifest import Manifest, write_manifest
 from tests.pretrain.distributed_worker import main
+from tests.pretrain.runs import curve
 
 pytestmark = pytest.mark.slow  # test_resuming has two processes in little
 
@@ -58,11 +59,6 @@ def runs(
     with two_processes(worker, folder / "corpus", folder / "two", logs=folder / "logs", timeout=120):
         main(folder / "corpus", folder / "one")
     return folder
-
-
-def curve(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
 
 
 def checkpoint_file(run: Path, name: str) -> Path:

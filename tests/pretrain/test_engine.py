@@ -18,31 +18,15 @@ from pretrain.checkpoint import latest_checkpoint, load_weights
 from pretrain.config import read_toml
 from pretrain.engine import OptimizerConfig, TrainingConfig
 from tests.pretrain.linear_task import LinearTask, ScoredTask, run_linear
+from tests.pretrain.runs import assert_same_run, curve, lines
 
 ROOT = Path(__file__).parents[2]
-
-
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(run: Path) -> list[dict]:
-    """What must be the same in a repeated run: all but the speed."""
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines(run)]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     path = latest_checkpoint(run)
     assert path is not None
     return load_file(path / "model.safetensors")
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    assert curve(one) == curve(two)
-    first, second = latest_checkpoint(one), latest_checkpoint(two)
-    assert first is not None and second is not None and first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def fail_at(step: int) -> Callable[[int], None]:

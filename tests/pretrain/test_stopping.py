@@ -24,7 +24,9 @@ from pretrain.checkpoint import latest_checkpoint
 from pretrain.parallel import World
 from pretrain.runlog import Window
 from pretrain.stopping import STOPPING, Stop, lost_ranks_told
+from tests.pretrain import runs
 from tests.pretrain.linear_task import LinearTask, Pairs, run_linear
+from tests.pretrain.runs import curve
 from tests.pretrain.stopping_worker import (
     MONITOR,
     PATIENT,
@@ -61,19 +63,11 @@ def received() -> list[int]:
     return numbers
 
 
-def curve(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
-
-
 def assert_same_run(one: Path, two: Path) -> None:
-    assert curve(one) == curve(two)
-    first, second = latest_checkpoint(one), latest_checkpoint(two)
-    assert first is not None and second is not None and first.name == second.name
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+    """And what the checkpoints say of the position, and the finished runs."""
+    runs.assert_same_run(one, two)
     assert read_meta(one)["fingerprint"] == read_meta(two)["fingerprint"]
-    states = [json.loads((path / "state.json").read_text()) for path in (first, second)]
+    states = [state_of(run) for run in (one, two)]
     for state in states:
         del state["seconds"], state["sha256"]  # one of state.json itself may be among them
     assert states[0] == states[1]

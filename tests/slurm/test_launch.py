@@ -392,7 +392,7 @@ done
 wait
 """
 FAKE_SQUEUE = """#!/bin/bash
-grep -q partition=lost "$FAKE_SLURM/sbatch.txt" || echo "41 RUNNING"
+grep -q partition=lost "$FAKE_SLURM/sbatch.txt" || echo "41|RUNNING|None"
 """
 
 

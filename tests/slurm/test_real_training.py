@@ -1,7 +1,6 @@
 """Training on a real SLURM whose jobs are preempted, requeued, out of time, cancelled and robbed of a node; all at once, as that
 takes SLURM its time. Each run must end as if nothing had happened."""
 
-import json
 import re
 import shlex
 import time
@@ -23,6 +22,7 @@ from slurm.resources import Resources
 from slurm.status import read_rows
 from slurm.submission import TaskStatus, read_submission, task_statuses
 from tests.pretrain.conftest import write_corpus, write_labels
+from tests.pretrain.runs import curve
 from tests.slurm.cluster import CPUS_PER_NODE, Cluster
 from wordless import main
 
@@ -163,11 +163,6 @@ def lose_a_node(scene: Scene) -> None:
     scene.told = [row.state for name in ("two_lost", "lost") for row in read_rows(scene.run(name), Queue())]
     scene.slurm.start_node("n2")
     scene.wait_until_over("two_lost", "lost", seconds=120)
-
-
-def curve(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
 
 
 def weights(run: Path) -> bytes:
