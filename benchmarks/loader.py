@@ -1,10 +1,14 @@
 """The loader alone, without a step: seconds of 16 kHz audio delivered per second, as flac, wav and flac in tar shards.
 
 Ours is the engine's own loader: plan, micro-batches, decoding in threads, packing, a few batches ahead. The peer is what the
-field's recipes do: torch's DataLoader with as many worker processes, soundfile, and zero padding, on the same batches. A round is
+field's recipes do, torch's DataLoader with as many worker processes, soundfile, and zero padding, or fairseq2's C++ pipeline in
+several ways (loader_fairseq2.py), on the same batches. A round is
 an epoch, the same one each time, from the first utterance to the last; nobody has loaded anything before the clock starts. The limit
 is soundfile alone, decoding the same files in as many threads and keeping nothing. `needed` is what the fastest training step on
 this machine consumes, when it is given: the loader should deliver at least twenty times that.
+
+fairseq2 decodes with the system's libsndfile, ours with the one in soundfile's wheel. `ours_system` is ours with the system's, which
+tells what of a difference is the pipeline's and what the C library's; `pip install --no-binary soundfile soundfile` installs it so.
 """
 
 import argparse
@@ -31,12 +35,12 @@ from benchmarks.command import argument_parser, run_main
 from benchmarks.measure import Contender, Measurement, machine, sides, take_turns
 from pretrain.audio import SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
-from pretrain.engine import TrainingConfig
 from pretrain.indexing import IndexConfig, index
 from pretrain.loading import load_ahead
 from pretrain.manifest import Manifest, Utterance
 from pretrain.packing import Layout, pack
 from pretrain.parallel import World
+from pretrain.task import TrainingConfig
 
 FORMATS = ("flac", "wav", "tar")
 MODULE = "benchmarks.loader"
@@ -55,8 +59,9 @@ class LoadTask(SpeechTask):
     model = nn.Identity()
     valid_set = None
 
-    def __init__(self, manifest: Manifest, batch_seconds: float, seed: int):
-        self.train_set = SpeechBatches(manifest, BatchConfig(batch_seconds=batch_seconds, crop_seconds=30.0), seed)
+    def __init__(self, manifest: Manifest, settings: dict[str, Any]):
+        config = BatchConfig(batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"])
+        self.train_set = SpeechBatches(manifest, config, settings["seed"])
 
     def collate(self, items: np.ndarray, epoch: int) -> Packed:
         items = items[: len(items) if epoch == 0 else 0]
@@ -64,31 +69,51 @@ class LoadTask(SpeechTask):
 
 
 class Ours:
-    """The engine's loader, begun and ended within the round."""
+    """The engine's loader, begun and ended within the round. As in training, the C library keeps what is freed."""
 
     amount = 0.0
 
-    def __init__(self, settings: dict[str, Any], folder: Path):
-        manifest = Manifest(folder / "manifest")
-        self.task = LoadTask(manifest, settings["batch_seconds"], settings["seed"])
+    def __init__(self, settings: dict[str, Any], folder: Path, system_library: bool = False):
+        if system_library:
+            use_system_library()
+        keep_freed_memory()
+        self.task = LoadTask(Manifest(folder / "manifest"), settings)
         self.training = TrainingConfig(max_steps=1, loader_threads=settings["threads"])
         self.steps = len(self.task.plan(0))
+        self.parts: dict[str, float] = {}
 
     def about(self) -> dict[str, Any]:
-        return {}
+        return {"libsndfile": library_version()}
 
     def prepare(self, number: int) -> None: ...
 
     def run(self) -> None:
+        began = time.process_time()
         batches = load_ahead(self.task, (0, 0), self.training, World(0, 1, torch.device("cpu")))
         self.amount = 0.0
         for _, _, micro_batches, amount in islice(batches, self.steps):
             list(micro_batches)
             self.amount += amount
         batches.close()
+        self.parts = {"cpu_seconds": time.process_time() - began}
 
 
-def read_audio(utterance: Utterance) -> np.ndarray:
+def use_system_library() -> None:
+    """Have soundfile call the system's libsndfile, as where it was installed without a library of its own."""
+    found = find_library("sndfile")
+    if found is None:
+        raise ValueError("there is no libsndfile beside soundfile's; install one (Debian: libsndfile1)")
+    name = next(line.split("=> ")[1] for line in _loadable() if line.strip().startswith(found))  # not the one loaded already
+    soundfile._snd = soundfile._ffi.dlopen(name)
+
+
+def library_version() -> str:
+    """Of libsndfile, as soundfile calls it now."""
+    version: str = soundfile._ffi.string(soundfile._snd.sf_version_string()).decode()
+    return version
+
+
+def read_audio(utterance: Utterance, first: int = 0, count: int = -1) -> np.ndarray:
     """By soundfile alone; a member of a tar from memory."""
     source: str | io.BytesIO = utterance.path
     if utterance.member is not None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.config import Config
-from pretrain.engine import Loss
+from pretrain.task import Loss
 
 
 class AlarmConfig(Config):

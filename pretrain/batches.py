@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
 from pretrain.config import Config
-from pretrain.engine import Task
 from pretrain.manifest import Manifest
 from pretrain.packing import Layout, pack
+from pretrain.task import Task
 
 
 class BatchConfig(Config):

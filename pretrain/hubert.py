@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.engine import Loss
 from pretrain.packing import Layout, pack
 from pretrain.pnmi import entropy_bits
+from pretrain.task import Loss
 
 
 class HubertConfig(Config):

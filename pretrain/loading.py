@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.parallel import World
 
 if TYPE_CHECKING:
-    from pretrain.engine import Task, TrainingConfig
+    from pretrain.task import Task, TrainingConfig
 
 
 def load_ahead(

@@ -18,7 +18,7 @@ from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.checkpoint import load_weights
 from pretrain.config import Config, Split
 from pretrain.encoder import EncoderConfig
-from pretrain.engine import OptimizerConfig, TrainingConfig, train
+from pretrain.engine import train
 from pretrain.hubert import Hubert, HubertBatch, HubertConfig, hubert_batch, perplexity
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest
@@ -26,6 +26,7 @@ from pretrain.masking import span_mask
 from pretrain.packing import pack
 from pretrain.pnmi import pnmi_of_features
 from pretrain.progress import console
+from pretrain.task import OptimizerConfig, TrainingConfig
 from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Batch, Wav2Vec2Config, draw_distractors, wav2vec2_batch
 
 

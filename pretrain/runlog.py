@@ -20,7 +20,7 @@ from pretrain.artefact import atomic_path, make_folder, telling_full_disk
 from pretrain.parallel import World
 
 if TYPE_CHECKING:
-    from pretrain.engine import Loss
+    from pretrain.task import Loss
 
 
 class Window:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.engine import Loss
 from pretrain.hubert import feature_penalty, weigh_frames
 from pretrain.kernels import dropout
 from pretrain.packing import Layout, pack
+from pretrain.task import Loss
 
 
 class Wav2Vec2Config(Config):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.checkpoint import load_weights
-from pretrain.engine import Loss
 from pretrain.parallel import resolve_device
 from pretrain.progress import progress
+from pretrain.task import Loss
 from units.corpus import DocumentSequences, UnitCorpus
 from units.model import Decoder, DecoderConfig
 from units.patterns import Pattern

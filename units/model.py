@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         self.config = config
         self.vocabularies = (vocabularies,) if isinstance(vocabularies, int) else tuple(vocabularies)
         self.vocabulary_size = vocabulary_size = sum(self.vocabularies)
-        first = torch.tensor([0, *itertools.accumulate(self.vocabularies)])[:-1]
+        first = torch.tensor([0, *itertools.accumulate(self.vocabularies)], dtype=torch.int64)[:-1]
         self.offsets: Tensor  # (streams,), where each stream's rows begin
         self.register_buffer("offsets", first, persistent=False)
         self.embed_tokens = nn.Embedding(vocabulary_size, config.dim)

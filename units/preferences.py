@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import Config
-from pretrain.engine import Loss, Task, TrainingConfig, autocast, to_device
+from pretrain.engine import autocast, to_device
 from pretrain.parallel import World
 from pretrain.progress import progress
+from pretrain.task import Loss, Task, TrainingConfig
 from units.bpe import Merger
 from units.corpus import ListedSequences
 from units.language_model import IGNORED, Batch, Pieces, cut_evenly

@@ -17,8 +17,9 @@ from pretrain.audio import load_audio, num_frames
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.checkpoint import load_weights
 from pretrain.config import Config, Split
-from pretrain.engine import OptimizerConfig, TrainingConfig, train
+from pretrain.engine import train
 from pretrain.manifest import Manifest
+from pretrain.task import OptimizerConfig, TrainingConfig
 from units.corpus import UnitCorpus
 from units.griffin_lim import log_mel
 from units.pitch import pitch

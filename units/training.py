@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import sha256_file
 from pretrain.config import Config, Split
-from pretrain.engine import OptimizerConfig, Task, TrainingConfig, train
+from pretrain.engine import train
+from pretrain.task import OptimizerConfig, Task, TrainingConfig
 from units.corpus import Sequences, UnitCorpus
 from units.language_model import KIND, Batch, LanguageModel, Pieces, load_language_model
 from units.model import Decoder, DecoderConfig

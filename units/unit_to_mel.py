@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.config import Config
-from pretrain.engine import Loss
+from pretrain.task import Loss
 from units.griffin_lim import NUM_MELS, PER_FRAME
 from units.pitch import patterns
 

@@ -24,11 +24,12 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import EncoderConfig, load_encoder
-from pretrain.engine import OptimizerConfig, TrainingConfig, train
+from pretrain.engine import train
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest
 from pretrain.progress import console
 from pretrain.streaming import StreamingConfig
+from pretrain.task import OptimizerConfig, TrainingConfig
 
 
 class CTCBatchConfig(BatchConfig):

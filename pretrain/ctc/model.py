@@ -18,9 +18,9 @@ from pretrain.config import parse_config
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import BLANK, Vocabulary, collapse
 from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.engine import Loss
 from pretrain.kernels import dropout
 from pretrain.packing import Layout
+from pretrain.task import Loss
 
 Layers = Literal["last", "weighted"]
 

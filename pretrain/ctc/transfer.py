@@ -26,11 +26,11 @@ from pretrain.ctc.finetuning import FinetuneConfig, finetune
 from pretrain.ctc.subsets import Budget, amount, draw_subset, transcribed
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
-from pretrain.engine import NEUTRAL
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest
 from pretrain.parallel import resolve_device
 from pretrain.progress import console
+from pretrain.task import NEUTRAL
 
 __all__ = ["TransferConfig", "as_text", "transfer"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine import TrainingConfig
+from pretrain.task import TrainingConfig
 from units.corpus import Document, UnitCorpus, write_corpus
 from units.exporting import export_language_model, transformers_config
 from units.language_model import load_language_model

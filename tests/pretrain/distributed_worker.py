@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pretrain.engine import TrainingConfig
 from pretrain.pretraining import HubertTask, PretrainConfig, pretrain
+from pretrain.task import TrainingConfig
 from tests.pretrain.linear_task import LinearTask, run_linear
 from tests.pretrain.stopping_worker import once_at, one_session
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain import checkpoint
-from pretrain.engine import Loss, OptimizerConfig, Task, TrainingConfig, train
+from pretrain.engine import train
+from pretrain.task import Loss, OptimizerConfig, Task, TrainingConfig
 
 
 class Pairs(NamedTuple):

@@ -10,8 +10,8 @@ from pydantic import Field, TypeAdapter, model_validator
 from pretrain.config import Config, apply_overrides, parse_config, read_toml, without_none
 from pretrain.ctc.task import CTCConfig
 from pretrain.encoder import ARCHITECTURES, EncoderConfig
-from pretrain.engine import OptimizerConfig
 from pretrain.pretraining import PretrainConfig
+from pretrain.task import OptimizerConfig
 from wordless import VERBS
 
 

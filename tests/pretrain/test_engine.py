@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pretrain.artefact import is_complete, read_meta
 from pretrain.checkpoint import latest_checkpoint, load_weights
 from pretrain.config import read_toml
-from pretrain.engine import OptimizerConfig, TrainingConfig
+from pretrain.task import OptimizerConfig, TrainingConfig
 from tests.pretrain.linear_task import LinearTask, ScoredTask, run_linear
 from tests.pretrain.runs import assert_same_run, curve, lines
 

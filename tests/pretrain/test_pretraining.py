@@ -14,11 +14,11 @@ from pretrain.alarms import AlarmConfig, Variation, hubert_alarm, variation_alar
 from pretrain.artefact import read_meta, sha256_file
 from pretrain.checkpoint import latest_checkpoint
 from pretrain.encoder import Encoder
-from pretrain.engine import Loss
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Phone, Utterance, write_manifest
 from pretrain.pnmi import pnmi_of_features
 from pretrain.pretraining import HubertTask, PretrainConfig, Wav2Vec2Task, pretrain
+from pretrain.task import Loss
 from pretrain.wav2vec2 import GumbelQuantizer
 
 LENGTHS = [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.engine import Loss
+from pretrain.task import Loss
 
 
 def assert_batch_is_the_sum_of(together: Loss, parts: list[Loss], module: nn.Module, floor: float = 0.0) -> None:

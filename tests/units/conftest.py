@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine import TrainingConfig
+from pretrain.task import TrainingConfig
 from units.corpus import Document, UnitCorpus, write_corpus
 from units.model import DecoderConfig
 from units.sequence import deduplicate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine import TrainingConfig
+from pretrain.task import TrainingConfig
 from units.corpus import Document, Sequences, UnitCorpus, write_corpus
 from units.language_model import Pieces, first_fit, load_language_model
 from units.model import DecoderConfig

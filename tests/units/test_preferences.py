@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.engine import OptimizerConfig, TrainingConfig, train
+from pretrain.engine import train
+from pretrain.task import OptimizerConfig, TrainingConfig
 from units.bpe import Merger
 from units.language_model import load_language_model
 from units.model import Decoder, DecoderConfig

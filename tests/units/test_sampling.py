@@ -10,8 +10,8 @@ import torch
 from pretrain.artefact import read_meta
 from pretrain.audio import load_audio
 from pretrain.checkpoint import save_checkpoint
-from pretrain.engine import TrainingConfig
 from pretrain.manifest import Utterance
+from pretrain.task import TrainingConfig
 from quantize.codebook import Codebook, write_codebook
 from quantize.features import mfcc
 from units import sampling, synthesis

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.config import parse_config
-from pretrain.engine import TrainingConfig
+from pretrain.task import TrainingConfig
 from units.corpus import Document, Sequences, UnitCorpus, write_corpus
 from units.language_model import LoadedLM, load_language_model, log_likelihoods
 from units.model import DecoderConfig

@@ -10,7 +10,7 @@ import torch
 
 from pretrain import engine
 from pretrain.artefact import read_meta, sha256_file
-from pretrain.engine import TrainingConfig
+from pretrain.task import TrainingConfig
 from units.corpus import Document, UnitCorpus, write_corpus
 from units.language_model import load_language_model
 from units.model import DecoderConfig
