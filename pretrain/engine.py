@@ -89,8 +89,8 @@ def train(
         keep_freed_memory()
     main = world.rank == 0
     max_steps = num_steps(task, training, run)
-    with lost_ranks_told(run, world):
-        found = resume_point(run, config, world, lambda: _newest(run))
+    with lost_ranks_told(run, world, lambda: max(run.glob("step_*"), default=None)):
+        found = resume_point(run, config, world, lambda: _newest(run), "fairseq2/checkpoints/step_*")
         checkpoint = run / found if found else None
         prepare(task, training)
         if training.sharding == "full" and world.size > 1:
@@ -211,9 +211,12 @@ def _newest(run: Path) -> str | None:
 Found = TypeVar("Found", str, int)
 
 
-def resume_point(run: Path, config: dict[str, Any], world: World, find: Callable[[], Found | None]) -> Found | None:
+def resume_point(
+    run: Path, config: dict[str, Any], world: World, find: Callable[[], Found | None], of_other_engine: str
+) -> Found | None:  # fmt: skip
     """The name or number of the newest checkpoint that is whole, by `find`, None where there is none; and `write_or_compare_config`.
 
+    `of_other_engine` is a glob of the checkpoints that the other engine would have left: such a run is begun, and not by this one.
     The first rank alone reads and decides. The others are told, so that all go on from the same step, or none does.
     """
     found: Found | None = None
@@ -221,7 +224,7 @@ def resume_point(run: Path, config: dict[str, Any], world: World, find: Callable
     if world.rank == 0:
         try:
             found = find()
-            write_or_compare_config(run, config, begun=found is not None)
+            write_or_compare_config(run, config, begun=found is not None or any(run.glob(of_other_engine)))
         except (ValueError, OSError) as error:
             refusal = error
     found, refused = world.from_first([found, refusal and str(refusal)])

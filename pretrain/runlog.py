@@ -113,6 +113,10 @@ class Appended:
             raise
         return len(record)
 
+    def take_back(self, num_bytes: int) -> None:
+        """Shorten the file by its last bytes."""
+        self._file.truncate(os.fstat(self._file.fileno()).st_size - num_bytes)
+
     def close(self) -> None:
         self._file.close()
 
@@ -160,7 +164,12 @@ class RunLog:
         self.board = Board(run / "tensorboard", purge_step=start + 1 if start else None)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line for a step: more metrics of the step written last are added to its line."""
         line = {"step": step, **metrics}
+        if self.lines and self.lines[-1]["step"] == step:
+            before = self.lines.pop()
+            self.file.take_back(len(json.dumps(before)) + 1)
+            line = {**before, **metrics}
         self.lines.append(line)
         self.file.write(json.dumps(line).encode() + b"\n")
         self.board.add_scalars(metrics, step)

@@ -11,7 +11,7 @@ no GPU is waited for; a rank that dies is noticed there at once.
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.artefact import is_complete
-from pretrain.parallel import World, is_loss_of_a_rank
+from pretrain.parallel import World, greetings_on_stderr, is_loss_of_a_rank
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR2)
 _unanswered = 0  # a signal that came when a run was as good as finished: the next one in this process stops at once
@@ -47,7 +47,8 @@ class Stop:
         global _unanswered
         if self.world.size > 1:
             self.world.barrier()  # notices at once a rank that has died, for which a new group would wait as long as it may
-            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+            with greetings_on_stderr():
+                self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         self._noted, _unanswered = _unanswered, 0
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
@@ -122,9 +123,9 @@ def answer_late() -> None:
 
 
 @contextmanager
-def lost_ranks_told(run: Path, world: World) -> Iterator[None]:
+def lost_ranks_told(run: Path, world: World, newest: Callable[[], Path | None]) -> Iterator[None]:
     """Turn what a communication library throws when a rank died, or did not answer within the timeout, into a ConnectionError
-    that says so, names the last checkpoint (which is not read: a launcher may give little time) and what to do."""
+    that says so, names the `newest` checkpoint (which is not read: a launcher may give little time) and what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -133,9 +134,8 @@ def lost_ranks_told(run: Path, world: World) -> Iterator[None]:
         if is_complete(run):  # the other one died while all were leaving
             print(f"{run}: finished, but rank {world.rank} lost another one on leaving", file=sys.stderr)
             return
-        kept = max(run.glob("step_*"), default=None)
         raise ConnectionError(
             f"{run}: rank {world.rank} of {world.size} lost another one, which died or did not answer within "
             f"training.collective_timeout_seconds; its own message tells why, if it had time for one. The last checkpoint: "
-            f"{kept or 'none yet'}; the same command goes on from there ({' '.join(str(error).split())[:300]})"
+            f"{newest() or 'none yet'}; the same command goes on from there ({' '.join(str(error).split())[:300]})"
         ) from None

@@ -66,9 +66,20 @@ def last_step(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the manager of `folder` keeps a step's checkpoint."""
+    return folder / "checkpoints" / f"step_{step}"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The folder of `last_step`."""
+    step = last_step(folder)
+    return None if step is None else checkpoint_folder(folder, step)
+
+
 def require_fitting_shards(folder: Path, step: int, shards: int) -> None:
     """A ValueError where the model of `step` was split over another number of processes: fairseq2 does not bring them together."""
-    path = folder / "checkpoints" / f"step_{step}"
+    path = checkpoint_folder(folder, step)
     found = len(list(path.glob("model/pp_00/tp_00/sdp_*.pt")))
     if found != shards:
         raise ValueError(

@@ -56,48 +56,25 @@ class Sums(Metric[dict[str, Tensor]]):  # type: ignore[misc]
 
 
 class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
-    """Our `metrics.jsonl` and TensorBoard events: a line for what was trained, with the validation of the same step if one is due."""
+    """Our `metrics.jsonl` and TensorBoard events: a line for what was trained, with the validation of the same step.
+
+    Lines of training are written by who prepares them: fairseq2's "train" values hold more than that.
+    """
 
     def __init__(self, log: RunLog):
-        self.log = log
-        self.waiting: tuple[int, dict[str, float]] | None = None  # a line whose validation follows
+        self._log = log
 
     def record_metric_values(self, category: str, values: Mapping[str, object], step_nr: int | None = None) -> None:
-        """fairseq2's own categories are "train", told by `wait` and `write`, and "valid": its values end the line."""
-        assert step_nr is not None
         if category == "valid":
-            self.write(step_nr, {name: value for name, value in values.items() if isinstance(value, float)})
-
-    def wait(self, step: int, metrics: dict[str, float]) -> None:
-        """Keep a line until its validation comes."""
-        self.flush()
-        self.waiting = step, metrics
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a line, with what waits of the same step."""
-        if self.waiting is not None and self.waiting[0] == step:
-            metrics, self.waiting = {**self.waiting[1], **metrics}, None
-        self.flush()
-        self.log.write(step, metrics)
-
-    @property
-    def waiting_metrics(self) -> dict[str, float]:
-        """What waits; empty where nothing does."""
-        return self.waiting[1] if self.waiting is not None else {}
-
-    def flush(self) -> None:
-        """Write what waits: no validation follows."""
-        if self.waiting is not None:
-            (step, metrics), self.waiting = self.waiting, None
-            self.log.write(step, metrics)
+            assert step_nr is not None
+            self._log.write(step_nr, {name: value for name, value in values.items() if isinstance(value, float)})
 
     def close(self) -> None:
-        self.flush()
-        self.log.close()
+        self._log.close()
 
 
-def recorder(folder: Path, ours: RunLogRecorder) -> MetricRecorder:
+def recorder(folder: Path, log: RunLog) -> MetricRecorder:
     """fairseq2's own recorders, JSON lines and TensorBoard in `folder` and its log, with ours."""
     descriptors = MetricDescriptorRegistry([])
     theirs: list[Any] = [JsonlMetricRecorder(folder, GlobalFileSystem(), descriptors), TensorBoardRecorder(folder, descriptors)]
-    return CompositeMetricRecorder([ours, *theirs, LogMetricRecorder(descriptors)])
+    return CompositeMetricRecorder([RunLogRecorder(log), *theirs, LogMetricRecorder(descriptors)])

@@ -62,9 +62,15 @@ from pretrain.engine import (
     validate,
     weighted,
 )
-from pretrain.fairseq2.checkpoints import checkpoint_manager, last_step, require_fitting_shards
+from pretrain.fairseq2.checkpoints import (
+    checkpoint_folder,
+    checkpoint_manager,
+    last_step,
+    newest_checkpoint,
+    require_fitting_shards,
+)
 from pretrain.fairseq2.reader import MicroBatch, TaskReader
-from pretrain.fairseq2.recording import RunLogRecorder, Sums, recorder
+from pretrain.fairseq2.recording import Sums, recorder
 from pretrain.kernels import keep_freed_memory
 from pretrain.parallel import World, is_loss_of_a_rank, scale_and_clip
 from pretrain.progress import progress
@@ -92,11 +98,12 @@ def train_with_fairseq2(
     if world.device.type == "cpu":
         keep_freed_memory()
     max_steps = num_steps(task, training, run)
-    with lost_ranks_told(run, world), _causes_told(run):
+    folder = run / "fairseq2"
+    with lost_ranks_told(run, world, lambda: newest_checkpoint(folder)), _causes_told(folder):
         sharded = training.sharding == "full" and world.size > 1
-        found = resume_point(run, config, world, lambda: last_step(run / "fairseq2"))
+        found = resume_point(run, config, world, lambda: last_step(folder), "step_*")
         if found is not None:
-            require_fitting_shards(run / "fairseq2", found, world.size if sharded else 1)
+            require_fitting_shards(folder, found, world.size if sharded else 1)
         prepare(task, training)
         stored = {"kind": kind, "extra": extra, "config": config}
         steps = _Steps(task, run, training, optimizer, world, max_steps, Best(monitor), found or 0, stored)
@@ -122,7 +129,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self, task: Task, run: Path, training: TrainingConfig, optimizer: OptimizerConfig, world: World, max_steps: int,
         best: Best, first: int, stored: dict[str, Any],
     ):  # fmt: skip
-        self.task, self.run, self.training, self.optimizer = task, run, training, optimizer
+        self.task, self.run, self.folder, self.training, self.optimizer = task, run, run / "fairseq2", training, optimizer
         self.world, self.max_steps, self.best, self.stored = world, max_steps, best, stored
         self.first = self.done = first
         self.began = self.window_began = time.monotonic()
@@ -135,11 +142,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self.best_due = False  # the best checkpoint is that of the step done last, and is not written yet
         self.refusal: str | None = None  # of the first rank: why the run must not go on
         self.judged: set[int] = set()  # steps whose validation is in the log
-        self.log: RunLog | None = None
-        self.recorder: RunLogRecorder | None = None
-        if world.rank == 0:
-            self.log = RunLog(run, first)
-            self.recorder = RunLogRecorder(self.log)
+        self.log = RunLog(run, first) if world.rank == 0 else None
         self._recall()
 
     def _recall(self) -> None:
@@ -152,13 +155,15 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
             damage = checkpoint_damage(checkpoint_path(self.run, self.best.step))
         if self.world.from_first(damage):
             self.best = Best(self.best.monitor)  # the next validation is judged as the first
+        self.best_due = self.first > 0 and self.best.step == self.first
 
     def train(self, gangs: Gangs, sharded: bool) -> Stop:
         """Run the trainer to the end of training, or until a signal."""
         training, task, world = self.training, self.task, self.world
-        folder = self.run / "fairseq2"
-        self.manager = checkpoint_manager(folder, gangs)
-        self.placed = _wrapped(task, gangs, sharded, task.phase(self.max_steps - 1) != task.phase(0), task.phase(self.max_steps - 1))
+        self.manager = checkpoint_manager(self.folder, gangs)
+        self.placed = _wrapped(
+            task, gangs, sharded, task.phase(self.max_steps - 1) != task.phase(0), task.phase(self.max_steps - 1)
+        )
         self.adamw = make_optimizer(task, self.optimizer)
         for group in self.adamw.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
@@ -166,7 +171,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         schedule = LambdaLR(self.adamw, lambda step: self.optimizer.factor(min(step, last), self.max_steps))
         self.reader = TaskReader(task, training, world, self.ended)
         set_data_parallel_facade(self.placed, _CountedFacade(get_data_parallel_facade(self.placed), self))
-        metrics = recorder(folder, self.recorder) if self.recorder is not None else NOOP_METRIC_RECORDER
+        metrics = recorder(self.folder, self.log) if self.log is not None else NOOP_METRIC_RECORDER
         self.validator = _TaskValidator(self, metrics) if task.plan_validation() else NOOP_VALIDATOR
         wall = Stopwatch()
         wall.start()
@@ -201,14 +206,19 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         return self.training.patience is not None and self.best.stale >= self.training.patience
 
     @property
+    def owed(self) -> bool:
+        """Whether the validation after the step done last is still to be done: a stop, or a kill, came before it."""
+        every = self.training.validate_every
+        due = self.done == self.max_steps or bool(every and self.done % every == 0)
+        return due and self.done > 0 and self.done not in self.judged and self.validator is not NOOP_VALIDATOR
+
+    @property
     def finished(self) -> bool:
-        return self.done == self.max_steps or self.out_of_patience
+        return not self.owed and (self.done == self.max_steps or self.out_of_patience)
 
     def ended(self) -> bool:
         """Asked before every step: whether none follows."""
-        every = self.training.validate_every
-        if self.done == self.first > 0 and every and self.done % every == 0 and self.done not in self.judged:
-            # The run ended between a checkpoint and the validation after the same step.
+        if self.done == self.first and self.owed:
             self.placed.eval()
             with get_data_parallel_facade(self.placed).summon_full_parameters():
                 self.validator.run(self.done)
@@ -266,7 +276,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         """Called on the first rank: what the task says of its metrics, for every recorder."""
         reduced = values.pop("task")
         assert isinstance(reduced, dict)
-        assert self.recorder is not None
+        assert self.log is not None
         if not reduced:  # stopped right after a line
             return
         described = self.task.describe(reduced)
@@ -276,11 +286,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         factor = self.optimizer.factor(self.done - 1, self.max_steps)
         lr = self.optimizer.lr * self.adamw.param_groups[0].get("lr_scale", 1.0) * factor
         metrics = {**described, "lr": lr, f"{self.task.unit}_per_second": rate}
-        every = self.training.validate_every
-        if self.validator is not NOOP_VALIDATOR and (self.done == self.max_steps or (every and self.done % every == 0)):
-            self.recorder.wait(self.done, metrics)
-        else:
-            self.recorder.write(self.done, metrics)
+        self.log.write(self.done, metrics)
         self.advance(0, note=f"loss {metrics['loss']:.3f}")
         self.examine(metrics)
 
@@ -296,9 +302,8 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
             return
         self.manager.maybe_complete_save_operation(blocking=True)
         self.manager.delete_checkpoint(self.done)
-        kept = self.manager.maybe_get_last_step_number()
-        where = "none yet" if kept is None else self.run / "fairseq2" / "checkpoints" / f"step_{kept}"
-        raise ValueError(f"{self.run}: stopped at step {self.done}: {reason.removesuffix('.')}. The last good checkpoint: {where}")
+        kept = newest_checkpoint(self.folder) or "none yet"
+        raise ValueError(f"{self.run}: stopped at step {self.done}: {reason.removesuffix('.')}. The last good checkpoint: {kept}")
 
     def judge(self, step: int, metrics: dict[str, float]) -> float | None:
         """Take down a validation on every rank; the score of `keep_best`, of which fairseq2 wants the higher, or None."""
@@ -362,9 +367,9 @@ class _TaskValidator(Validator):  # type: ignore[misc]
             steps.ask_to_stop()
             return None
         values = {f"valid_{name}": value for name, value in judgement.items()}
-        if steps.recorder is not None:
-            steps.examine(steps.recorder.waiting_metrics | values)
+        if steps.log is not None:
             self._metrics.record_metric_values("valid", values, train_step_nr)
+            steps.examine(steps.log.lines[-1])
         return steps.judge(train_step_nr, values)
 
     def reset(self) -> None: ...
@@ -419,12 +424,12 @@ def _wrapped(task: Task, gangs: Gangs, sharded: bool, phases: bool, last_phase: 
 
 
 @contextmanager
-def _causes_told(run: Path) -> Iterator[None]:
+def _causes_told(folder: Path) -> Iterator[None]:
     """fairseq2 wraps what went wrong: give the cause where it is one that others know how to tell."""
     try:
         yield
     except (CheckpointError, CheckpointNotFoundError) as error:
-        path = run / "fairseq2" / "checkpoints" / f"step_{error.step_nr}"
+        path = checkpoint_folder(folder, error.step_nr)
         raise ValueError(
             f"{path}: its {error.kind} cannot be read ({error}); it is damaged. Remove that folder to go on from the one before it"
         ) from None

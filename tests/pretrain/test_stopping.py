@@ -175,10 +175,10 @@ def test_a_rank_lost_after_the_run_is_finished_is_told_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = World(0, 2, torch.device("cpu"))
-    with pytest.raises(ConnectionError, match="lost another one"), stopping.lost_ranks_told(tmp_path, world):
+    with pytest.raises(ConnectionError, match="lost another one"), stopping.lost_ranks_told(tmp_path, world, lambda: None):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     (tmp_path / "meta.json").write_text("{}")
-    with stopping.lost_ranks_told(tmp_path, world):
+    with stopping.lost_ranks_told(tmp_path, world, lambda: None):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     assert "finished, but rank 0 lost another one" in capsys.readouterr().err
 
@@ -299,7 +299,7 @@ def test_the_command_tells_of_a_lost_rank_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def lost(*arguments: object) -> None:
-        with lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu"))):
+        with lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu")), lambda: None):
             raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
 
     monkeypatch.setattr(wordless, "_run_verb", lost)
@@ -308,7 +308,7 @@ def test_the_command_tells_of_a_lost_rank_without_a_traceback(
     error = capsys.readouterr().err
     assert error.startswith("wordless: ") and "rank 1 of 4 lost another one" in error and "checkpoint: none yet" in error
     assert "pair.cc:537" in error and "Traceback" not in error
-    with pytest.raises(RuntimeError, match="shapes"), lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu"))):
+    with pytest.raises(RuntimeError, match="shapes"), lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu")), lambda: None):
         raise RuntimeError("shapes do not fit")  # its own mistake stays what it is
 
 
