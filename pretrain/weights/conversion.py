@@ -1,4 +1,4 @@
-"""The verbs `import` and `export`: wav2vec 2.0 and HuBERT weights from and to transformers, fairseq and torchaudio.
+"""The verbs `import` and `export`: wav2vec 2.0 and HuBERT weights from and to transformers, fairseq, fairseq2, torchaudio.
 
 An imported model is a finished run folder like those of `pretrain`, or, with a CTC head, of `finetune`, at step 0: whatever takes a
 run takes it. Names and layouts are told by pretrain/weights/naming.py, each library's files by its own module, and the classes of CTC
@@ -6,6 +6,7 @@ heads by pretrain/weights/recognizer.py.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,31 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from pretrain.artefact import atomic_folder, atomic_path, commit, is_complete, read_meta, require_absent, write_json
+from pretrain.artefact import (
+    atomic_folder,
+    atomic_path,
+    commit,
+    is_complete,
+    read_meta,
+    require_absent,
+    sha256_file,
+    write_json,
+)
 from pretrain.checkpoint import latest_checkpoint, load_weights, save_checkpoint
 from pretrain.config import Config, parse_config, without_none
-from pretrain.ctc.model import LoadedRecognizer, Recognizer, recognizer_of
+from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
 from pretrain.ctc.task import CTCConfig
 from pretrain.encoder import Encoder, EncoderConfig
+from pretrain.fairseq2.assets import asset_name, load_asset
 from pretrain.hubert import Hubert, HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.weights.card_writing import Exported, write_card
+from pretrain.weights.cards import is_card
 from pretrain.weights.fairseq import read_fairseq, write_fairseq
-from pretrain.weights.foreign import NUM_HEADS, CTCHead, Foreign, load_pickle, weights_only_hole
+from pretrain.weights.fairseq2 import PREFIX, read_asset, read_folder, read_weights
+from pretrain.weights.foreign import NUM_HEADS, CTCHead, Foreign, load_pickle, load_safetensors, weights_only_hole
 from pretrain.weights.huggingface import HEADS_FILE, read_huggingface, write_huggingface
-from pretrain.weights.naming import ENCODER_NAMES, HEAD_NAMES, Format, Objective, parameters, to_ours, to_theirs
+from pretrain.weights.naming import ENCODER_NAMES, HEAD_NAMES, Format, Objective, Parameter, parameters, to_ours, to_theirs
 from pretrain.weights.torchaudio import read_torchaudio, write_torchaudio
 
 
@@ -44,11 +58,18 @@ def read_foreign(config: ImportConfig) -> Foreign:
     """Find out what `config.source` is and read it."""
     vocabulary = Path(config.vocabulary) if config.vocabulary else None
     source, options = Path(config.source), {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform}
+    if config.source.startswith(PREFIX):
+        return read_asset(config.source, vocabulary, options, config.allow_pickle)
+    if not (source / "config.json").is_file() and is_card(source):
+        return read_folder(source, vocabulary, options, config.allow_pickle)
     if source.is_dir():
         return read_huggingface(source, options, config.allow_pickle, vocabulary)
     if not source.is_file():
         raise ValueError(f"{source}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model")
-    state = load_pickle(source, config.allow_pickle)
+    state = load_safetensors(source) if source.suffix == ".safetensors" else load_pickle(source, config.allow_pickle)
+    inside = state["model"] if isinstance(state.get("model"), Mapping) else state
+    if any(str(name).removeprefix("module.").startswith("encoder_frontend.") for name in inside):
+        return read_weights(source, state, sha256_file(source), options, vocabulary)
     if isinstance(state.get("model"), Mapping):
         return read_fairseq(source, state, options, config.num_classes, vocabulary)
     if all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -76,23 +97,15 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
         raise ValueError(f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of special words")
     if config.vocabulary is not None and foreign.recognizer is None:
         raise ValueError(f"{source}: has no CTC head; --vocabulary is for models that have one")
-    notes = list(foreign.notes)
-    if config.allow_pickle and (hole := weights_only_hole()):
-        notes.append(hole)
-    if foreign.head is None and foreign.recognizer is None:
-        notes.append("there are no pretraining heads in the file: the run is an encoder alone")
-    model = _skeleton(foreign)
-    weights = _ours(foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, str(source), notes)
+    weights, meta = in_memory(foreign, str(source))
+    if config.allow_pickle and (hole := weights_only_hole()) and hole not in meta["notes"]:
+        meta["notes"].append(hole)
+    notes, kind, recognizer = meta["notes"], meta["kind"], foreign.recognizer
+    with torch.device("meta"):
+        model = _skeleton(foreign)
     model.load_state_dict(weights, assign=True)
-    table = {str(foreign.family): foreign.head.resolved()} if foreign.head is not None else {}
-    resolved = {**config.resolved(), "objective": foreign.family, "encoder": foreign.encoder.resolved(), **table}
-    origin = {"format": foreign.form, "name": source.name, "sha256": foreign.sha256}
-    extra = {"objective": foreign.family, "heads": foreign.head is not None, "source": origin, "notes": notes}
-    kind, recognizer = "encoder", foreign.recognizer
-    if recognizer is not None:
-        kind = "recognizer"
-        resolved |= {"text": recognizer.text.resolved(), "ctc": recognizer.ctc.resolved()}
-        extra |= {"vocabulary": recognizer.vocabulary.to_meta(), "config_encoder": foreign.encoder.resolved(), "codebook": None}
+    resolved = {**config.resolved(), **meta["config"]}
+    extra = {key: value for key, value in meta.items() if key not in ("kind", "config")}
     run.mkdir(parents=True, exist_ok=True)
     with atomic_path(run / "config.toml") as temporary:
         temporary.write_text(tomli_w.dumps(without_none(resolved)))
@@ -111,8 +124,36 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
     return summary
 
 
+def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a foreign model under our names, and the meta data that `load_weights` gives for a run of it.
+
+    `source` is for messages, in place of the model's own. Errors: a ValueError that names every tensor that does not fit.
+    """
+    source = source or foreign.source
+    notes = list(foreign.notes)
+    if foreign.head is None and foreign.recognizer is None:
+        notes.append("there are no pretraining heads in the file: the run is an encoder alone")
+    with torch.device("meta"):
+        model = _skeleton(foreign)
+    weights = _ours(foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, source, notes)
+    table = {str(foreign.family): foreign.head.resolved()} if foreign.head is not None else {}
+    config = {"objective": foreign.family, "encoder": foreign.encoder.resolved(), **table}
+    origin = {"format": foreign.form, "name": Path(source).name, "sha256": foreign.sha256}
+    meta: dict[str, Any] = {"kind": "encoder", "config": config, "objective": foreign.family, "heads": foreign.head is not None}
+    meta |= {"source": origin, "notes": notes}
+    if (recognizer := foreign.recognizer) is not None:
+        meta["kind"] = "recognizer"
+        config |= {"text": recognizer.text.resolved(), "ctc": recognizer.ctc.resolved()}
+        meta |= {
+            "vocabulary": recognizer.vocabulary.to_meta(),
+            "config_encoder": foreign.encoder.resolved(),
+            "codebook": foreign.codebook,
+        }
+    return weights, meta
+
+
 def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only: bool = False) -> dict[str, Any]:
-    """Run the verb `export`: a run's weights as a folder (huggingface) or a file (fairseq, torchaudio) named `out`.
+    """Run the verb `export`: a run's weights as a folder (huggingface, fairseq2) or a file (fairseq, torchaudio) named `out`.
 
     They are the best that it kept (`keep_best`), else the newest; of a recogniser with its head where `form` has a place for one.
     """
@@ -126,6 +167,8 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
     encoder = parse_config(EncoderConfig, tree, f"{run}/meta.json")
     objective = _objective_of(weights)
     named = objective or _pretrained_with(meta)
+    if form == "fairseq2":
+        return _export_card(str(run), out, encoder, (weights, meta, fingerprint), named, encoder_only)
     family: Objective = named or "wav2vec2"
     _refuse_inexpressible(encoder, form, str(run))
     notes = []
@@ -177,6 +220,36 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
     }
 
 
+def _export_card(
+    run: str, out: Path, encoder: EncoderConfig, loaded: tuple[dict[str, Tensor], dict[str, Any], str], named: Objective | None,
+    encoder_only: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """`export_weights` to fairseq2: a card with everything the run has, of fairseq2's own families or of ours."""
+    if "@" in out.name or not out.name.strip():
+        raise ValueError(f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without @")
+    weights, meta, fingerprint = loaded
+    notes: list[str] = []
+    objective, head, recognizer = _objective_of(weights), None, None
+    if meta["kind"] == "recognizer" and not encoder_only:
+        found = recognizer_of(run, weights, meta, fingerprint)
+        recognizer = CTCHead(
+            found.vocabulary, found.text, parse_config(CTCConfig, meta["config"].get("ctc", {}), f"{run}/meta.json")
+        )
+    elif objective and not encoder_only:
+        kind: type[HubertConfig] | type[Wav2Vec2Config] = HubertConfig if objective == "hubert" else Wav2Vec2Config
+        head = parse_config(kind, meta["config"][objective], f"{run}/meta.json")
+    elif encoder_only:
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+        notes.append("the heads are left out: as --encoder-only says")
+    exported = Exported(weights, encoder, named, head, recognizer, meta.get("codebook"))
+    with atomic_folder(out) as temporary:
+        family = write_card(temporary, out.name, exported, notes)
+    return {
+        "out": str(out), "format": "fairseq2", "family": family, "objective": named, "heads": head is not None,
+        "recognizer": recognizer is not None, "weights": fingerprint, "notes": notes,
+    }  # fmt: skip
+
+
 def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
     """What transformers has to know of a recogniser; a ValueError for what it has no place for."""
     if loaded.model.layer_weights is not None:
@@ -193,20 +266,23 @@ def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
 
 
 def _skeleton(foreign: Foreign) -> nn.Module:
-    """The model of a run with these weights, without memory: the encoder with its heads, or alone."""
-    with torch.device("meta"):
-        if foreign.recognizer is not None:
-            return Recognizer(foreign.encoder, foreign.recognizer.vocabulary)
-        if isinstance(foreign.head, Wav2Vec2Config):
-            return Wav2Vec2(foreign.encoder, foreign.head)
-        if isinstance(foreign.head, HubertConfig):
-            name = HEAD_NAMES[foreign.form, "hubert"]["class_embeddings"]
-            return Hubert(foreign.encoder, foreign.head, len(foreign.tensors[name]))
-        return nn.ModuleDict({"encoder": Encoder(foreign.encoder)})
+    """The model of a run with these weights: the encoder with its heads, or alone."""
+    if foreign.recognizer is not None:
+        layers: Layers = "weighted" if foreign.form == "wordless" and "layer_weights" in foreign.tensors else "last"
+        return Recognizer(foreign.encoder, foreign.recognizer.vocabulary, layers=layers)
+    if isinstance(foreign.head, Wav2Vec2Config):
+        return Wav2Vec2(foreign.encoder, foreign.head)
+    if isinstance(foreign.head, HubertConfig):
+        name = "class_embeddings" if foreign.form == "wordless" else HEAD_NAMES[foreign.form, "hubert"]["class_embeddings"]
+        return Hubert(foreign.encoder, foreign.head, len(foreign.tensors[name]))
+    return nn.ModuleDict({"encoder": Encoder(foreign.encoder)})
 
 
 def _ours(foreign: Foreign, shapes: Mapping[str, torch.Size], source: str, notes: list[str]) -> dict[str, Tensor]:
     """The tensors of a foreign model under our names; a mask embedding that is not there is zero."""
+    if foreign.form == "wordless":
+        same = [Parameter(name, (name,)) for name in shapes]
+        return to_ours(foreign.tensors, same, shapes, source)
     tensors = dict(foreign.tensors)
     name = ENCODER_NAMES[foreign.form]["mask_embedding"]
     if name not in tensors:
@@ -227,9 +303,12 @@ def _objective_of(weights: Mapping[str, Tensor]) -> Objective | None:
 
 
 def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
-    """The objective of a run, or of the run that it was fine-tuned from, where that still stands; None where nothing says."""
+    """The objective of a run, or of what it was fine-tuned from, where that still stands; None where nothing says."""
     named: Objective | None = meta.get("objective")
     source = meta["config"].get("encoder")
+    if named is None and isinstance(source, str) and (name := asset_name(source)) is not None:
+        with suppress(ValueError):  # the card, or fairseq2, is gone
+            return _pretrained_with(load_asset(name)[1])
     if named is None and isinstance(source, str) and is_complete(source):
         return _pretrained_with(read_meta(source))
     return named

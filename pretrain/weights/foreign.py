@@ -14,9 +14,11 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.config import parse_config
@@ -44,7 +46,7 @@ class CTCHead(NamedTuple):
 class Foreign:
     """A model of another library: its tensors under the names of pretrain/weights/naming.py, and what is known about it."""
 
-    form: Format
+    form: Format | Literal["wordless"]  # the latter: a card's that holds our own tensors
     tensors: dict[str, Tensor]
     encoder: EncoderConfig
     family: Objective | None  # None: a bare encoder of a file that does not say
@@ -52,12 +54,24 @@ class Foreign:
     sha256: str  # of the file with the weights; of the first shard's of several
     notes: list[str] = field(default_factory=list)
     recognizer: CTCHead | None = None  # of a model with a CTC head; its tensors lie in the order of our classes
+    source: str = ""  # where it was read, for messages; where empty, who reads it knows
+    codebook: str | None = None  # of the units that a recogniser of ours reads
 
 
 class FairseqDictionary:
     """Stands in for fairseq's Dictionary where a checkpoint holds one: its attributes, none of its code."""
 
     symbols: list[str]
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError that names it where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); was it downloaded whole?") from None
 
 
 def load_pickle(path: Path, allowed: bool) -> dict[str, Any]:
@@ -102,7 +116,10 @@ def _load(path: Path, remedy: str | None) -> Any:
     _require_small_tuples(path)
     try:
         with torch.serialization.safe_globals(allowed):
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            # Before 2.10 torch believes a pickle that claims more numbers than are stored, and reads whatever lies behind them in
+            # memory. Mapped, a storage ends with the file, and what is left to refuse is a claim that no member bears out.
+            mapped = weights_only_hole() is not None and zipfile.is_zipfile(path)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises what the pickle makes it raise
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None and "weights" not in str(error).lower():
@@ -112,8 +129,13 @@ def _load(path: Path, remedy: str | None) -> Any:
         raise ValueError(
             f"{path}: holds {what}, and reading such a file can run code, so it is refused.\n{remedy or _remedy(path)}"
         ) from None
-    _require_dense(value, path)
+    _require_dense(value, path, _member_sizes(path) if mapped else None)
     return value
+
+
+def _member_sizes(path: Path) -> set[int]:
+    with zipfile.ZipFile(path) as archive:
+        return {member.file_size for member in archive.infolist()}
 
 
 def _require_stored(path: Path) -> None:
@@ -190,8 +212,11 @@ def _weigh_tuples(file: IO[bytes]) -> bool:
     return False
 
 
-def _require_dense(value: Any, path: Path) -> None:
-    """Tensors that are larger than the numbers stored for them (views, sparse ones) fill the memory when they are copied."""
+def _require_dense(value: Any, path: Path, sizes: set[int] | None) -> None:
+    """Tensors that are larger than the numbers stored for them (views, sparse ones) fill the memory when they are copied.
+
+    `sizes`, where torch does not look itself: those that storages can have.
+    """
     waiting, seen = [value], set()
     while waiting:
         value = waiting.pop()
@@ -199,6 +224,8 @@ def _require_dense(value: Any, path: Path) -> None:
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
                 kind = "quantized" if value.is_quantized else str(value.layout if value.device.type == "cpu" else value.device)
                 raise ValueError(f"{path}: holds a tensor that is {kind.removeprefix('torch.')}; plain ones are read")
+            if sizes is not None and (claimed := value.untyped_storage().nbytes()) not in sizes:
+                raise ValueError(f"{path}: not a file that torch can load (no member of it has the {claimed} bytes of a storage)")
             if (needed := value.numel() * value.element_size()) > (stored := value.untyped_storage().nbytes()):
                 raise ValueError(
                     f"{path}: holds a tensor {tuple(value.shape)}, {needed} bytes, over {stored} stored bytes; copy it"

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.artefact import sha256_file
@@ -20,7 +19,16 @@ from pretrain.encoder import EncoderConfig
 from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
-from pretrain.weights.foreign import CTCHead, Foreign, leave_out, load_pickle, make_encoder, normalization_note, read_json
+from pretrain.weights.foreign import (
+    CTCHead,
+    Foreign,
+    leave_out,
+    load_pickle,
+    load_safetensors,
+    make_encoder,
+    normalization_note,
+    read_json,
+)
 from pretrain.weights.naming import CTC_HEADS, HEAD_NAMES, Objective, canonical, head_in
 from pretrain.weights.recognizer import read_classes, read_training, read_vocabulary, take_rows, write_head
 
@@ -110,7 +118,7 @@ def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool, 
             take_rows(tensors, CTC_HEADS["huggingface"], classes.rows)
             recognizer = CTCHead(classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json"))
     if (folder / HEADS_FILE).is_file():
-        tensors |= _load_safetensors(folder / HEADS_FILE)
+        tensors |= load_safetensors(folder / HEADS_FILE)
     encoder = make_encoder({**keys, "conv_dim": widths.pop()}, options, f"{folder}/config.json")
     head: HubertConfig | Wav2Vec2Config | None = None
     if (objective := head_in(tensors, "huggingface")) == "wav2vec2":
@@ -149,16 +157,9 @@ def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Te
             continue
         tensors: dict[str, Tensor] = {}
         for path in files:
-            tensors |= _load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path, allow_pickle)
+            tensors |= load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path, allow_pickle)
         return tensors, sha256_file(files[0])
     raise ValueError(f"{folder}: no model.safetensors and no pytorch_model.bin beside config.json")
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); was it downloaded whole?") from None
 
 
 def write_huggingface(

@@ -1,7 +1,7 @@
 """What other libraries call the weights of wav2vec 2.0 and HuBERT, and how their tensors lie.
 
 `parameters` lists every tensor of ours with the tensors of theirs that hold it; one list serves reading and writing, so what
-one direction does the other undoes. The names are those of fairseq's, transformers' and torchaudio's state dicts without the
+one direction does the other undoes. The names are those of fairseq's, fairseq2's, transformers' and torchaudio's state dicts without the
 prefix of the wrapping model. Weight normalisation is `weight_g` and `weight_v` here; `canonical` brings torch's newer
 `parametrizations.weight.original0` and `original1` to it.
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 from pretrain.encoder import EncoderConfig
 from pretrain.frontend import CONV_KERNELS
 
-Format = Literal["huggingface", "fairseq", "torchaudio"]
+Format = Literal["huggingface", "fairseq", "fairseq2", "torchaudio"]
 Objective = Literal["hubert", "wav2vec2"]
 SHOWN = 6  # wrong names of a kind that a message lists
 
-# Where each part of the encoder is. {} is the number of a convolution or a layer.
+# Where each part of the encoder is. {} is the number of a convolution or a layer. `norm` is the last one of pre-norm models and the one
+# before the layers of post-norm models; `first_norm` is the latter's name where it has one of its own.
 ENCODER_NAMES: dict[Format, dict[str, str]] = {
     "huggingface": {
         "conv": "feature_extractor.conv_layers.{}.conv",
@@ -57,9 +58,22 @@ ENCODER_NAMES: dict[Format, dict[str, str]] = {
         "norm": "encoder.layer_norm",
         "layer": "encoder.layers.{}",
     },
+    "fairseq2": {
+        "conv": "encoder_frontend.feature_extractor.layers.{}.conv",
+        "group_norm": "encoder_frontend.feature_extractor.layers.{}.group_norm",
+        "layer_norm": "encoder_frontend.feature_extractor.layers.{}.layer_norm",
+        "feature_norm": "encoder_frontend.post_extract_layer_norm",
+        "project": "encoder_frontend.model_dim_proj",
+        "mask_embedding": "masker.temporal_mask_embed",
+        "positional": "encoder_frontend.pos_encoder.conv",
+        "norm": "encoder.layer_norm",
+        "first_norm": "encoder_frontend.layer_norm",
+        "layer": "encoder.layers.{}",
+    },
 }
 _HUGGINGFACE_LAYER = {
     "attention": "attention",
+    "attention_out": "attention.out_proj",
     "attention_norm": "layer_norm",
     "ffn_in": "feed_forward.intermediate_dense",
     "ffn_out": "feed_forward.output_dense",
@@ -70,10 +84,19 @@ LAYER_NAMES: dict[Format, dict[str, str]] = {
     "torchaudio": _HUGGINGFACE_LAYER,
     "fairseq": {
         "attention": "self_attn",
+        "attention_out": "self_attn.out_proj",
         "attention_norm": "self_attn_layer_norm",
         "ffn_in": "fc1",
         "ffn_out": "fc2",
         "ffn_norm": "final_layer_norm",
+    },
+    "fairseq2": {
+        "attention": "self_attn",
+        "attention_out": "self_attn.output_proj",
+        "attention_norm": "self_attn_layer_norm",
+        "ffn_in": "ffn.inner_proj",
+        "ffn_out": "ffn.output_proj",
+        "ffn_norm": "ffn_layer_norm",
     },
 }
 # The pretraining heads. transformers has no HuBERT head: those two names are of the file we put beside its model.
@@ -90,6 +113,12 @@ HEAD_NAMES: dict[tuple[Format, Objective], dict[str, str]] = {
         "project_code": "project_q",
         "project": "final_proj",
     },
+    ("fairseq2", "wav2vec2"): {
+        "quantizer.codes": "quantizer.entries",
+        "quantizer.logits": "quantizer.entry_proj",
+        "project_code": "final_target_proj",
+        "project": "final_proj",
+    },
     ("huggingface", "hubert"): {"class_embeddings": "label_embeddings", "project": "final_proj"},
     ("fairseq", "hubert"): {"class_embeddings": "label_embs_concat", "project": "final_proj"},
     ("torchaudio", "hubert"): {
@@ -97,17 +126,19 @@ HEAD_NAMES: dict[tuple[Format, Objective], dict[str, str]] = {
         "project": "logit_generator.final_proj",
     },
 }
-CTC_HEADS: dict[Format, str] = {"huggingface": "lm_head", "fairseq": "w2v_encoder.proj", "torchaudio": "aux"}
+CTC_HEADS: dict[Format, str] = {
+    "huggingface": "lm_head", "fairseq": "w2v_encoder.proj", "fairseq2": "final_proj", "torchaudio": "aux",
+}  # fmt: skip
 # A sign in a tensor's name, and what it says the model is.
 UNSUPPORTED = {
     r"rel_attn_embed|gru_rel_pos|grep_linear|relative_attention_bias": "WavLM (gated relative positions)",
     r"conv_module|depthwise_conv|pos_bias_u": "a Conformer",
     r"running_mean": "a model with batch norm in the positional convolution",
-    r"pos_conv_embed\.layers|pos_conv\.\d+\.0\.": "data2vec (several positional convolutions)",
+    r"sdpa\.": "a model with relative positions in its attention",
+    r"pos_conv_embed\.layers|pos_conv\.\d+\.0\.|pos_encoder\.layers": "data2vec (several positional convolutions)",
     r"adapter": "a model with adapters",
     r"target_glu": "a model with a GLU over its targets (target_glu)",
     r"input_quantizer|project_inp": "a model with quantised inputs (quantize_input)",
-    r"encoder_frontend\.": "a fairseq2 checkpoint",
 }
 
 
@@ -141,15 +172,14 @@ def parameters(
     found.append(Parameter("encoder.mask_embedding", (names["mask_embedding"],)))
     for ours, theirs in (("magnitude", "weight_g"), ("direction", "weight_v"), ("bias", "bias")):
         found.append(Parameter(f"encoder.positional.{ours}", (f"{names['positional']}.{theirs}",)))
-    found += _affine("encoder.norm", names["norm"])
+    found += _affine("encoder.norm", names["norm"] if encoder.norm_first else names.get("first_norm", names["norm"]))
     for number in range(encoder.num_layers):
         ours, theirs = f"encoder.layers.{number}", names["layer"].format(number)
         attention = f"{theirs}.{layer_names['attention']}"
         for kind in ("weight", "bias"):
             parts = tuple(f"{attention}.{letter}_proj.{kind}" for letter in "qkv")
             found.append(Parameter(f"{ours}.qkv.{kind}", parts, lambda rows: torch.cat(list(rows)), lambda rows: rows.chunk(3)))
-        found += _affine(f"{ours}.attention_out", f"{attention}.out_proj")
-        for part in ("attention_norm", "ffn_in", "ffn_out", "ffn_norm"):
+        for part in ("attention_out", "attention_norm", "ffn_in", "ffn_out", "ffn_norm"):
             found += _affine(f"{ours}.{part}", f"{theirs}.{layer_names[part]}")
     for ours, theirs in HEAD_NAMES[form, objective].items() if objective else ():
         if ours == "quantizer.codes":  # theirs are (1, groups · entries, dim)
@@ -177,7 +207,8 @@ def head_in(names: Mapping[str, object], form: Format) -> Objective | None:
     """The objective whose heads are among canonical `names`, or None."""
     if any(name.startswith("quantizer.") for name in names):
         return "wav2vec2"
-    return "hubert" if HEAD_NAMES[form, "hubert"]["class_embeddings"] in names else None
+    hubert = HEAD_NAMES.get((form, "hubert"))
+    return "hubert" if hubert and hubert["class_embeddings"] in names else None
 
 
 def canonical(state: Mapping[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import Encoder, EncoderConfig, load_encoder
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.foreign import weights_only_hole
 from pretrain.weights.naming import Format
 from wordless import main
 
@@ -120,7 +121,7 @@ def test_fairseqs_names_and_settings_become_ours(tmp_path: Path) -> None:
     }  # fmt: skip
     summary = run_of(save(tmp_path / "w.pt", {"cfg": cfg, "args": None, "model": theirs}), tmp_path / "run")
     assert (summary["objective"], summary["heads"], summary["normalize_waveform"]) == ("wav2vec2", True, True)
-    assert summary["notes"] == []
+    assert summary["notes"] == [note for note in [weights_only_hole()] if note]  # of torch 2.9
     ours, config = weights(tmp_path / "run"), read_meta(tmp_path / "run", "encoder")["config"]
     assert sum(tensor.numel() for tensor in ours.values()) == sum(tensor.numel() for tensor in theirs.values())
     attention = "encoder.layers.1.self_attn"
@@ -532,7 +533,6 @@ def test_settings_that_we_have_no_encoder_for_are_refused(changes: dict[str, Any
         ("encoder.pos_conv.0.running_mean", "batch norm"),
         ("encoder.layers.0.adapter.up.weight", "adapters"),
         ("encoder.pos_conv.1.0.weight", "data2vec"),
-        ("encoder_frontend.model_dim_proj.weight", "fairseq2"),
     ],
 )
 def test_a_name_that_is_a_sign_of_another_architecture_is_refused_by_its_name(name: str, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,237 @@
+"""fairseq2's asset cards as files, its checkpoints, and the configs of its models with what they leave to a default.
+
+Nothing of fairseq2 is imported. Checkpoints are a `.pt` or safetensors, or what its trainer writes: `checkpoints/model.yaml` beside
+`step_N/model/pp_00/tp_00/sdp_00.pt`, in as many files as data-parallel processes shared the weights, each tensor cut along its first axis.
+"""
+
+import contextlib
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.artefact import sha256_file
+from pretrain.checkpoint import load_weights
+from pretrain.weights.foreign import load_pickle, load_safetensors
+
+OWN_FAMILIES = ("wordless_encoder", "wordless_hubert", "wordless_wav2vec2", "wordless_recognizer")
+FAMILIES = ("wav2vec2", "wav2vec2_asr")
+CARD, TRAINER_CARD = "card.yaml", "model.yaml"
+
+# fairseq2 0.8's configs without an architecture, which are those of "base" and "base_10h".
+_ENCODER: dict[str, Any] = {
+    "model_dim": 768, "max_seq_len": 4096, "feature_dim": 512, "use_fbank": False, "first_pass_dropout_p": 0.0,
+    "layer_norm_features": True,
+    "feature_extractor_layer_descs": [[512, 10, 5], *[[512, 3, 2]] * 4, *[[512, 2, 2]] * 2],
+    "feature_extractor_bias": False, "feature_extractor_layer_norm_convs": False, "feature_grad_scale": 0.1,
+    "num_fbank_channels": 0, "fbank_stride": 0, "sample_fbank_every_k": 0, "pos_encoder_type": "conv", "pos_encoder_depth": 1,
+    "pos_conv_kernel_size": 128, "num_pos_conv_groups": 16, "use_conformer": False, "num_encoder_layers": 12,
+    "num_encoder_attn_heads": 12, "ffn_inner_dim": 3072, "dropout_p": 0.1, "attn_dropout_p": 0.1, "ffn_inner_dropout_p": 0.0,
+    "layer_drop_p": 0.05, "norm_order": "POST", "depthwise_conv_kernel_size": 0,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "wav2vec2": {
+        "encoder_config": _ENCODER, "final_dim": 256, "final_proj_bias": True, "quantizer_encoder_grad": True,
+        "temporal_mask_span_len": 10, "max_temporal_mask_prob": 0.69, "min_num_temporal_mask_spans": 2, "spatial_mask_span_len": 10,
+        "max_spatial_mask_prob": 0.0, "min_num_spatial_mask_spans": 2, "quantized_dim": 256, "num_codebooks": 2,
+        "num_codebook_entries": 320, "codebook_sampling_temperature": [2.0, 0.5, 0.999995], "num_distractors": 100,
+        "logit_temp": 0.1,
+    },
+    "wav2vec2_asr": {
+        "encoder_config": {
+            **_ENCODER, "feature_grad_scale": 1.0, "dropout_p": 0.0, "attn_dropout_p": 0.0, "ffn_inner_dropout_p": 0.1,
+        },
+        "target_vocab_size": 32, "final_dropout_p": 0.0, "use_masking": True, "temporal_mask_span_len": 10,
+        "max_temporal_mask_prob": 0.69, "min_num_temporal_mask_spans": 2, "spatial_mask_span_len": 64,
+        "max_spatial_mask_prob": 0.55, "min_num_spatial_mask_spans": 2,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an asset card says of a model."""
+
+    source: str  # of which messages speak
+    family: str
+    config: dict[str, Any]  # every key of the family's config; of our own families what the card says
+    checkpoint: Path
+    tokenizer: Path | None = None  # a SentencePiece model of characters
+    extra: dict[str, Any] = field(default_factory=dict)  # its field `wordless`
+
+
+def read_card(source: Path) -> Card:
+    """The card of the model in a file or a folder; of a folder of fairseq2's trainer the last step, of one of its steps that one.
+
+    ValueError: no card or several, a family or an architecture that only fairseq2 knows, keys or values that are none of its config.
+    """
+    step: Path | None = None
+    path = source
+    if source.is_dir():
+        if (source.parent / TRAINER_CARD).is_file() and (source / "model").is_dir():
+            step, path = source / "model", source.parent / TRAINER_CARD
+        elif (source / TRAINER_CARD).is_file() and (steps := _steps(source)):
+            step, path = steps[-1] / "model", source / TRAINER_CARD
+    found = [(file, card) for file in _files(path) for card in read_yaml(file) if "model_family" in card]
+    if len(found) != 1:
+        names = ", ".join(sorted(str(card.get("name")) for _, card in found))
+        raise ValueError(
+            f"{source}: holds {len(found)} cards of models ({names}); put the folder on FAIRSEQ2_ASSET_DIR and say fairseq2:NAME"
+            if found
+            else f"{source}: neither config.json (of transformers) nor an asset card of a model (of fairseq2) is in it"
+        )
+    file, card = found[0]
+    family = str(card["model_family"])
+    require_family(family, str(file))
+    if "base" in card or card.get("model_arch") not in (None, "base" if family == "wav2vec2" else "base_10h"):
+        what = "base" if "base" in card else "model_arch"
+        raise ValueError(
+            f"{file}: {what} = {card[what]!r}: fairseq2 alone knows what that is; put the folder on FAIRSEQ2_ASSET_DIR, in an "
+            f"environment with fairseq2, and say fairseq2:{card.get('name')}"
+        )
+    given: dict[str, Any] = next((card[key] for key in CONFIG_KEYS if key in card), {})
+    if not isinstance(given, Mapping) or not isinstance(card.get("wordless") or {}, Mapping):
+        raise ValueError(f"{file}: model_config and wordless are tables")
+    config = dict(given) if family in OWN_FAMILIES else complete_config(family, given, str(file))
+    if step is None:
+        if not isinstance(card.get("checkpoint"), str):
+            raise ValueError(f"{file}: has no checkpoint; give a card with one, or the folder with fairseq2's checkpoints")
+        step = local_path(card["checkpoint"], file)
+    tokenizer = None
+    if card.get("tokenizer_family") == "char_tokenizer" and isinstance(card.get("tokenizer"), str):
+        tokenizer = local_path(card["tokenizer"], file)
+    return Card(str(file), family, config, step, tokenizer, dict(card.get("wordless") or {}))
+
+
+CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")  # as fairseq2 looks for them
+
+
+def require_family(family: str, source: str) -> None:
+    """ValueError for a family that is none of a speech encoder's."""
+    if family not in (*FAMILIES, *OWN_FAMILIES):
+        raise ValueError(
+            f"{source}: model_family = {family!r}: no speech encoder that wordless knows; supported are {', '.join(FAMILIES)}, and "
+            f"wordless's own {', '.join(OWN_FAMILIES)}"
+        )
+
+
+def is_card(source: Path) -> bool:
+    """Whether `source` is, or seems to be, a card, a folder with one, or a folder of fairseq2's trainer."""
+    return bool(_files(source)) or (source.is_dir() and (source.parent / TRAINER_CARD).is_file() and (source / "model").is_dir())
+
+
+def read_yaml(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a YAML file; ValueError for what is no YAML."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return [tree for tree in yaml.safe_load_all(path.read_text(encoding="utf-8")) if isinstance(tree, dict)]
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+
+
+def complete_config(family: str, given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A whole config of fairseq2's from what a card says; ValueError for keys and types that are not of it."""
+    return _complete(DEFAULTS[family], given, source, "model_config")
+
+
+def _complete(defaults: Mapping[str, Any], given: Mapping[str, Any], source: str, where: str) -> dict[str, Any]:
+    whole = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            near = near_names(str(key), defaults)
+            raise ValueError(f"{source}: {where}.{key} = {value!r}: no key of fairseq2 0.8's config{near}")
+        default = defaults[key]
+        if isinstance(default, dict):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{source}: {where}.{key} = {value!r}: a table is expected")
+            whole[key] = _complete(default, value, source, f"{where}.{key}")
+            continue
+        if isinstance(default, float) and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML 1.1 takes 1e-05 for a text
+        expected = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise ValueError(f"{source}: {where}.{key} = {value!r}: like {default!r} is expected")
+        whole[key] = value
+    return whole
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """What to add to a message that `name` is not known."""
+    known = sorted(known)
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
+        return f"; near it are {', '.join(near)}"
+    return f"; known are {', '.join(known[:8])}" if known else ""
+
+
+def local_path(text: str, card: Path) -> Path:
+    """The file of a `checkpoint` or `tokenizer` of a card; ValueError where it would have to be downloaded."""
+    if "://" in text and not text.startswith("file://"):
+        raise ValueError(f"{card}: {text} is not on this machine; fairseq2 downloads it: say fairseq2:NAME where it is installed")
+    return card.parent / text.removeprefix("file://")
+
+
+def load_checkpoint(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a checkpoint under their own names, and a SHA-256 of its files."""
+    if path.is_dir() and (path / "pp_00").is_dir():
+        return _load_shards(path, allow_pickle)
+    if any(path.glob("step_*/state.json")):  # a run of ours: its best weights, else the newest
+        weights, _, fingerprint = load_weights(path)
+        return weights, fingerprint
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"{path}: {'has no safetensors and no pp_00 in it' if path.is_dir() else 'no such checkpoint'}")
+    state: dict[str, Any] = {}
+    for file in files:
+        state |= load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file, allow_pickle)
+    return tensors_of(state, str(path)), _sha256(files)
+
+
+def tensors_of(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The weights in a loaded checkpoint: itself or its `model`, without the prefix of DDP."""
+    inside = state.get("model")
+    state = inside if isinstance(inside, Mapping) else state
+    if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
+        raise ValueError(f"{source}: {strange!r} is a {type(state[strange]).__name__}; a state dict holds tensors alone")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _load_shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
+    if (path / "pp_01").exists() or (path / "pp_00" / "tp_01").exists():
+        raise ValueError(
+            f"{path}: is cut by pipeline or tensor parallelism; save it from one such process, and any number of FSDP's"
+        )
+    files: list[Path] = []
+    while (file := path / "pp_00" / "tp_00" / f"sdp_{len(files):02d}.pt").is_file():
+        files.append(file)
+    if not files:
+        raise ValueError(f"{path}: has no pp_00/tp_00/sdp_00.pt")
+    shards = [tensors_of(load_pickle(file, allow_pickle), str(file)) for file in files]
+    whole = {}
+    for name, first in shards[0].items():
+        parts = [shard[name] for shard in shards if name in shard]
+        whole[name] = torch.cat(parts) if first.ndim and len(parts) > 1 else first
+    return whole, _sha256(files)
+
+
+def _sha256(files: list[Path]) -> str:
+    digests = [sha256_file(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_dir():
+        return sorted(path for path in source.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
+    return [source] if source.suffix in (".yaml", ".yml") and source.is_file() else []
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The finished steps of fairseq2's trainer, in their order."""
+    steps = [path for path in folder.glob("step_*") if path.name[5:].isdecimal() and (path / "model").is_dir()]
+    return sorted(steps, key=lambda path: int(path.name[5:]))

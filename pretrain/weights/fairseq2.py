@@ -1,0 +1,297 @@
+"""fairseq2's wav2vec 2.0 and wav2vec 2.0 ASR models: asset cards, the checkpoints of its trainer, files of weights alone.
+
+A card names a family, a config over that of an architecture, and a checkpoint; fairseq2 finds it by name (`fairseq2:NAME` here), or it
+lies in a folder, like those of `export` and of fairseq2's trainer, and needs no fairseq2 to be read. The classes of a recogniser are
+those of the card's tokenizer of characters; the blank is class 0, fairseq2's `ctc_loss` knows no other. What fairseq2's config has no key
+for (whether waveforms are normalised, the weights of the losses, the vocabulary) an exported card keeps in its field `wordless`.
+
+Pre-norm models have their last norm in `encoder`, post-norm ones their first in `encoder_frontend`; fairseq2 could build models with
+both or neither, which nobody trains.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+
+from pretrain.config import parse_config
+from pretrain.ctc.task import CTCConfig
+from pretrain.ctc.text import SPACE, TextConfig
+from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.encoder import EncoderConfig
+from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
+from pretrain.hubert import HubertConfig
+from pretrain.wav2vec2 import Wav2Vec2Config
+from pretrain.weights.cards import (
+    OWN_FAMILIES,
+    Card,
+    load_checkpoint,
+    read_card,
+    tensors_of,
+)
+from pretrain.weights.foreign import CTCHead, Foreign, infer_encoder, leave_out, make_encoder, normalization_note, weights_only_hole
+from pretrain.weights.hub import find_card
+from pretrain.weights.naming import CTC_HEADS, Format, Objective, canonical, head_in
+from pretrain.weights.recognizer import Classes, of_symbols, read_vocabulary, take_rows
+from pretrain.weights.sentencepiece import SPACE_PIECE, Pieces, read_pieces
+
+PREFIX = "fairseq2:"
+COUNTER = "quantizer.num_updates"  # of steps, which Gumbel's temperature follows
+
+# Our config's keys as fairseq2 calls them.
+ENCODER_KEYS = {
+    "dim": "model_dim", "num_layers": "num_encoder_layers", "num_heads": "num_encoder_attn_heads", "ffn_dim": "ffn_inner_dim",
+    "conv_dim": "feature_dim", "conv_bias": "feature_extractor_bias", "pos_kernel": "pos_conv_kernel_size",
+    "pos_groups": "num_pos_conv_groups", "input_dropout": "first_pass_dropout_p", "dropout": "dropout_p",
+    "attention_dropout": "attn_dropout_p", "activation_dropout": "ffn_inner_dropout_p", "layer_drop": "layer_drop_p",
+    "feature_gradient_scale": "feature_grad_scale",
+}  # fmt: skip
+CONTRASTIVE_KEYS = {
+    "mask_length": "temporal_mask_span_len", "num_distractors": "num_distractors", "num_groups": "num_codebooks",
+    "num_entries": "num_codebook_entries", "code_dim": "quantized_dim", "final_dim": "final_dim", "temperature": "logit_temp",
+}  # fmt: skip
+# Keys whose other values make another architecture.
+FIXED: tuple[tuple[str, Any, str], ...] = (
+    ("use_fbank", False, "log-mel filterbanks in place of waveforms"),
+    ("use_conformer", False, "Conformer blocks"),
+    ("pos_encoder_type", "conv", "positions in its attention"),
+    ("pos_encoder_depth", 1, "several positional convolutions"),
+)
+NO_OPTIONS: dict[str, Any] = {"num_heads": None, "normalize_waveform": None}
+
+
+def read_asset(
+    name: str, vocabulary: Path | None = None, options: Mapping[str, Any] = NO_OPTIONS, allow_pickle: bool = True
+) -> Foreign:
+    """The model of the asset card `name` (with or without `fairseq2:`), found and downloaded by fairseq2.
+
+    A card's `.pt` is read by torch's weights_only, as by fairseq2 itself. ValueError: fairseq2 is missing or another, no such card, a
+    family or an architecture that is not supported, a checkpoint that cannot be had or does not fit.
+    """
+    from pretrain.fairseq2.available import require_fairseq2
+
+    source = PREFIX + (name := name.removeprefix(PREFIX))
+    require_fairseq2(source)
+    return read_model(find_card(name, source), vocabulary, options, allow_pickle, source)
+
+
+def read_folder(source: Path, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool) -> Foreign:
+    """The model of a card in a file or a folder, or of a folder of fairseq2's trainer."""
+    return read_model(read_card(source), vocabulary, options, allow_pickle, str(source))
+
+
+def read_model(card: Card, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool, source: str) -> Foreign:
+    """The model that a card describes. `options` (of `import`) win over it, `vocabulary` over its tokenizer."""
+    state, sha256 = load_checkpoint(card.checkpoint, allow_pickle)
+    notes: list[str] = []
+    if card.checkpoint.suffix != ".safetensors" and (hole := weights_only_hole()):
+        notes.append(hole)
+    if card.family in OWN_FAMILIES:
+        if vocabulary is not None and card.family == "wordless_recognizer":
+            raise ValueError(f"{source}: holds its vocabulary; drop --vocabulary")
+        return _own(card, state, sha256, options, notes, source)
+    told = card.config["encoder_config"]
+    held = card.extra.get("encoder")
+    kept = ("architecture", "normalize_waveform")  # what fairseq2's config has no key for
+    keys = {key: held[key] for key in kept if key in held} if isinstance(held, Mapping) else {}
+    keys |= _encoder_keys(told, card.source)
+    if "normalize_waveform" not in keys:
+        keys["normalize_waveform"] = keys["conv_norm"] == "layer"
+        if options["normalize_waveform"] is None:
+            notes.append(normalization_note("fairseq2's configs do not say", keys["normalize_waveform"]))
+    encoder = make_encoder(keys, dict(options), card.source)
+    of_fairseq = any(name.endswith("mask_emb") for name in state)  # fairseq2 converts fairseq's own checkpoints where it reads them
+    form: Format = "fairseq" if of_fairseq else "fairseq2"
+    tensors = canonical(state, "w2v_encoder.w2v_model." if of_fairseq else "", str(card.checkpoint))
+    tensors.pop(COUNTER, None)
+    if card.family == "wav2vec2":
+        head = parse_config(Wav2Vec2Config, _contrastive_tree(card, notes), card.source)
+        return Foreign(form, tensors, encoder, "wav2vec2", head, sha256, notes, source=source)
+    recognizer = _recognizer(tensors, card, form, vocabulary, notes)
+    family: Objective = "hubert" if card.extra.get("objective") == "hubert" else "wav2vec2"
+    return Foreign(form, tensors, encoder, family, None, sha256, notes, recognizer, source)
+
+
+def read_weights(source: Path, state: Mapping[str, Any], sha256: str, options: dict[str, Any], vocabulary: Path | None) -> Foreign:
+    """A loaded file of fairseq2's tensors alone: its shapes tell the architecture."""
+    notes: list[str] = []
+    tensors = canonical(tensors_of(state, str(source)), "", str(source))
+    tensors.pop(COUNTER, None)
+    objective = head_in(tensors, "fairseq2")
+    recognizer = None
+    if objective is None and (weight := tensors.get("final_proj.weight")) is not None:
+        classes = _given_classes(vocabulary, len(weight), notes) if vocabulary else None
+        recognizer = _with_classes(tensors, "fairseq2", classes, CTCConfig(), notes)
+    encoder = infer_encoder(source, tensors, "fairseq2", options, notes)
+    head = None
+    if objective == "wav2vec2" and (codes := tensors.get("quantizer.entries")) is not None:
+        groups, final = 2, len(tensors.get("final_proj.weight", [None] * 256))
+        head = Wav2Vec2Config(
+            num_groups=groups, num_entries=codes.shape[1] // groups, code_dim=groups * codes.shape[2], final_dim=final
+        )
+        notes.append(
+            f"no config in the file: its {codes.shape[1]} codes are taken for {groups} groups; losses and masks as published"
+        )
+    return Foreign("fairseq2", tensors, encoder, "wav2vec2", head, sha256, notes, recognizer, str(source))
+
+
+def _encoder_keys(told: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Our encoder's keys of fairseq2's `encoder_config`; ValueError that names the key and value of what we have no place for."""
+    where = f"{source}: encoder_config"
+    for key, value, description in FIXED:
+        if told[key] != value:
+            raise ValueError(f"{where}.{key} = {told[key]!r}: a model with {description} is not supported")
+    layers = [tuple(layer) if isinstance(layer, list | tuple) else layer for layer in told["feature_extractor_layer_descs"]]
+    expected = [(told["feature_dim"], *shape) for shape in zip(CONV_KERNELS, CONV_STRIDES, strict=True)]
+    if layers != expected:
+        raise ValueError(f"{where}.feature_extractor_layer_descs = {layers}: only {expected} (width, kernel, stride) are supported")
+    order = str(told["norm_order"]).upper()
+    if order not in ("PRE", "POST"):
+        raise ValueError(f"{where}.norm_order = {told['norm_order']!r}: only PRE and POST are supported")
+    if told["layer_norm_features"] != (order == "POST"):
+        raise ValueError(
+            f"{where}.layer_norm_features = {told['layer_norm_features']} with norm_order = {order}: only true with POST, false with PRE "
+            "are supported, as in published models"
+        )
+    if told["feature_dim"] == told["model_dim"]:
+        raise ValueError(f"{where}.feature_dim = {told['feature_dim']} = model_dim: a model without a projection is not supported")
+    keys = {ours: told[theirs] for ours, theirs in ENCODER_KEYS.items()}
+    keys["front_end"] = "waveform"  # which an architecture may say otherwise
+    return {**keys, "norm_first": order == "PRE", "conv_norm": "layer" if told["feature_extractor_layer_norm_convs"] else "group"}
+
+
+def _contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
+    """Our config of wav2vec 2.0's heads and losses."""
+    told = card.config
+    if not told["final_proj_bias"]:
+        raise ValueError(f"{card.source}: final_proj_bias = False: a projection without a bias is not supported")
+    temperatures = told["codebook_sampling_temperature"]
+    if len(temperatures) != 3:
+        raise ValueError(f"{card.source}: codebook_sampling_temperature = {temperatures}: first, last and decay are expected")
+    first, last, decay = temperatures
+    held = card.extra.get("wav2vec2")
+    dropout = told["encoder_config"]["first_pass_dropout_p"]
+    tree = {"feature_dropout": dropout, **(held if isinstance(held, Mapping) else {})}
+    tree |= {ours: told[theirs] for ours, theirs in CONTRASTIVE_KEYS.items()}
+    tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
+    tree["mask_start_probability"] = round(told["max_temporal_mask_prob"] / max(1, told["temporal_mask_span_len"]), 12)
+    if told["max_spatial_mask_prob"]:
+        notes.append("max_spatial_mask_prob is not carried on: wav2vec 2.0 here masks time alone")
+    if not told["quantizer_encoder_grad"]:
+        notes.append("quantizer_encoder_grad = False is not carried on: the quantizer's gradient reaches the front end here")
+    if not held:
+        notes.append("fairseq2's configs do not hold the weights of its losses: diversity 0.1, feature penalty 10, as its default")
+    return tree
+
+
+def _recognizer(tensors: dict[str, Tensor], card: Card, form: Format, vocabulary: Path | None, notes: list[str]) -> CTCHead | None:
+    """The CTC head of a model; None, and the head left out of `tensors`, where nothing says what its classes are."""
+    rows, told = card.config["target_vocab_size"], card.config
+    if len(tensors.get(f"{CTC_HEADS[form]}.weight", range(rows))) != rows:
+        raise ValueError(
+            f"{card.source}: target_vocab_size = {rows}, but the head has {len(tensors[f'{CTC_HEADS[form]}.weight'])} rows"
+        )
+    held = card.extra.get("ctc")
+    tree = dict(held) if isinstance(held, Mapping) else {}
+    tree["final_dropout"] = told["final_dropout_p"]
+    for start, ours, theirs in (("mask_start", "mask", "temporal"), ("mask_channel", "mask_channel", "spatial")):
+        length, probability = told[f"{theirs}_mask_span_len"], told[f"max_{theirs}_mask_prob"]
+        tree[f"{ours}_length"] = length
+        if told["use_masking"] or ours == "mask":
+            tree[f"{start}_probability"] = round(probability / max(1, length), 12) if told["use_masking"] else 0.0
+    if not told["use_masking"]:
+        tree.setdefault("mask_channel_probability", 0.0)
+    classes = _given_classes(vocabulary, rows, notes) if vocabulary else _held_classes(card, rows, notes)
+    return _with_classes(tensors, form, classes, parse_config(CTCConfig, tree, card.source), notes)
+
+
+def _with_classes(
+    tensors: dict[str, Tensor], form: Format, classes: Classes | None, ctc: CTCConfig, notes: list[str]
+) -> CTCHead | None:
+    if classes is None:
+        leave_out(tensors, f"{CTC_HEADS[form]}.", "a CTC head", notes)
+        notes.append("nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or dict.ltr.txt) does")
+        return None
+    take_rows(tensors, CTC_HEADS[form], classes.rows)
+    return CTCHead(classes.vocabulary, classes.text, ctc)
+
+
+def _given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
+    """The classes that `--vocabulary` tells: a SentencePiece model of characters, a dictionary of fairseq's or a vocab.json."""
+    if path.suffix == ".model":
+        pieces = read_pieces(path)
+        if not pieces.of_characters:
+            raise ValueError(f"{path}: is no SentencePiece model of characters; a recogniser of pieces is not supported")
+        if len(pieces.names) > rows:
+            raise ValueError(f"{path}: has {len(pieces.names)} pieces, but the CTC head {rows} classes; is it of this model?")
+        return _of_pieces(pieces, rows, notes, str(path))
+    classes = read_vocabulary(path, rows, notes)
+    if classes.rows[0] != 0:
+        raise ValueError(f"{path}: its blank is number {classes.rows[0]}; that of fairseq2 is always 0")
+    return classes
+
+
+def _held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
+    """The classes that a card tells: an exported one itself, others by their tokenizer. None where it is none of characters."""
+    if isinstance(meta := card.extra.get("vocabulary"), Mapping):
+        text = parse_config(TextConfig, dict(card.extra.get("text") or {}), f"{card.source}: wordless.text")
+        vocabulary = vocabulary_of(meta, card.source)
+        if len(vocabulary) > rows:
+            raise ValueError(f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is {rows}")
+        if len(vocabulary) == rows or card.extra.get("unknown_class"):
+            return Classes(vocabulary, text, list(range(len(vocabulary))))
+    if card.tokenizer is None:
+        return None
+    pieces = read_pieces(card.tokenizer)
+    if not pieces.of_characters or len(pieces.names) > rows:
+        notes.append(
+            f"{card.tokenizer.name} has {len(pieces.names)} pieces for {rows} classes, or they are no characters: not used"
+        )
+        return None
+    return _of_pieces(pieces, rows, notes, str(card.tokenizer))
+
+
+def _of_pieces(pieces: Pieces, rows: int, notes: list[str], source: str) -> Classes:
+    """Classes spelled as a model of characters spells them; its space is ours, and `|` is then a character's name, if it has one."""
+    symbols = [f"<{row}>" if row >= len(pieces.names) else pieces.names[row] for row in range(1, rows)]
+    if SPACE_PIECE in symbols and SPACE in symbols:
+        symbols[symbols.index(SPACE)] = "<|>"  # never the space
+    symbols = [SPACE if symbol in (SPACE_PIECE, " ") else symbol for symbol in symbols]
+    if len(set(symbols)) < len(symbols):
+        raise ValueError(f"{source}: two of its pieces are one character; only different ones are supported")
+    return of_symbols(symbols, list(range(rows)), notes)
+
+
+def vocabulary_of(meta: Mapping[str, Any], source: str) -> Vocabulary:
+    """The vocabulary that a card of ours holds."""
+    symbols: Sequence[Any] = meta.get("symbols") or ()
+    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols) or "spelling" not in meta:
+        raise ValueError(f"{source}: vocabulary: `symbols`, a list of texts, and `spelling` are needed")
+    return Vocabulary.from_meta(dict(meta))
+
+
+def _own(card: Card, state: dict[str, Tensor], sha256: str, options: Mapping[str, Any], notes: list[str], source: str) -> Foreign:
+    """A model of one of our families: our tensors and configs, which need no conversion."""
+    told, where = card.config, f"{card.source}: model_config"
+    if not isinstance(told.get("encoder"), Mapping):
+        raise ValueError(f"{where}.encoder: a table is needed")
+    given = {key: value for key, value in options.items() if value is not None}
+    encoder = parse_config(EncoderConfig, {**told["encoder"], **given}, f"{where}.encoder")
+    head: HubertConfig | Wav2Vec2Config | None = None
+    recognizer: CTCHead | None = None
+    objective: Objective | None = next((known for known in get_args(Objective) if known == card.extra.get("objective")), None)
+    if card.family == "wordless_hubert":
+        objective, head = "hubert", parse_config(HubertConfig, dict(told.get("hubert") or {}), f"{where}.hubert")
+        if "class_embeddings" not in state:
+            raise ValueError(f"{card.checkpoint}: has no class_embeddings, so it is no checkpoint of {card.family}")
+    elif card.family == "wordless_wav2vec2":
+        objective, head = "wav2vec2", parse_config(Wav2Vec2Config, dict(told.get("wav2vec2") or {}), f"{where}.wav2vec2")
+    elif card.family == "wordless_encoder":  # of any run
+        state = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    elif card.family == "wordless_recognizer":
+        text = parse_config(TextConfig, dict(told.get("text") or {}), f"{where}.text")
+        ctc = parse_config(CTCConfig, dict(told.get("ctc") or {}), f"{where}.ctc")
+        recognizer = CTCHead(vocabulary_of(told.get("vocabulary") or {}, where), text, ctc)
+    codebook = card.extra.get("codebook")
+    return Foreign("wordless", state, encoder, objective, head, sha256, notes, recognizer, source, codebook and str(codebook))
