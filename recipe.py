@@ -199,11 +199,13 @@ class Recipe:
 
     def reads(self, name: str) -> tuple[str, ...]:
         """The earlier stages that a stage follows: those it names by `@`, and those whose output a path leads into, or holds."""
+        from pretrain.fairseq2.assets import asset_name
+
         outs = {stage: os.path.abspath(self._out(stage)) for stage in self._earlier(name)}
         table = {key: value for key, value in self.stages[name].items() if key not in STAGE_KEYS}
         found = {text[1:].partition("/")[0] for text in _strings(table) if text.startswith("@")} - {""}
         for text in _strings({key: value for key, value in table.items() if key != "out"}):
-            if text:
+            if text and asset_name(text) is None:
                 path = os.path.abspath(self._resolve(text, name))
                 around = [stage for stage, out in outs.items() if f"{path}{os.sep}".startswith(f"{out}{os.sep}")]
                 found |= {max(around, key=lambda stage: len(outs[stage]))} if around else set()
@@ -376,7 +378,7 @@ def _deviations(out: Path, config: Any) -> tuple[list[str], list[str]]:
 
 def _replaced_inputs(meta: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
     """Inputs of a standing artefact that have been made anew, otherwise, since: `key FINGERPRINT, which FOLDER no longer is`."""
-    from pretrain.artefact import is_complete, read_meta
+    from pretrain.artefact import known_by
 
     inputs: dict[str, Any] = {}
     for key, value in resolved.items():  # those of a list are `source`, `source_1`, …
@@ -386,11 +388,8 @@ def _replaced_inputs(meta: dict[str, Any], resolved: dict[str, Any]) -> list[str
     for key, fingerprint in meta["parents"].items():
         path = Path(str(inputs.get(key)))
         folder = path.parent if path.is_file() else path
-        if is_complete(folder):
-            now = read_meta(folder)
-            # A run of training is known by its weights, everything else by its own fingerprint.
-            if fingerprint not in {now["fingerprint"], *(sha256[:16] for sha256 in now["files"].values())}:
-                replaced.append(f"{key} {fingerprint}, which {folder} no longer is")
+        if (known := known_by(folder)) and fingerprint not in known:
+            replaced.append(f"{key} {fingerprint}, which {folder} no longer is")
     return replaced
 
 

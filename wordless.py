@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from slurm.resources import Resources
 
 EXPORTS = {
-    "run": ("huggingface", "fairseq", "torchaudio"),
+    "run": ("huggingface", "fairseq", "fairseq2", "torchaudio"),
     "codebook": ("npy", "safetensors"),
-    "language model": ("huggingface",),
+    "language model": ("huggingface", "fairseq2"),
     "corpus": ("km", "gslm", "textlesslib", "slamkit-features", "slamkit-tokens", "codec", "resynthesis", "parquet"),
 }
 app = typer.Typer(
@@ -185,12 +185,17 @@ def show_logs(
 
 
 @app.command("check")
-def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an artefact's folder.")]) -> None:
+def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, an artefact's folder, or fairseq2:CARD.")]) -> None:
     """Validate a config, a recipe or an artefact; say what is wrong with it."""
     from pretrain.artefact import read_meta, require_as_written, sha256_file
     from pretrain.config import parse_config, read_toml
+    from pretrain.fairseq2.assets import asset_name, load_asset
     from slurm.resources import parse_resources
 
+    if (name := asset_name(path)) is not None:
+        _, meta, fingerprint = load_asset(name)
+        print(f"{path}: a complete {meta['kind']}, fingerprint {fingerprint}")
+        return
     if path.is_dir():
         meta = read_meta(path)
         require_as_written(path, meta)
@@ -217,7 +222,11 @@ def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, or an a
 @app.command("import")
 def import_model(
     source: Annotated[
-        Path, typer.Argument(help="A transformers folder, a fairseq .pt, a torchaudio .pth; with --codebook a file of centroids.")
+        Path,
+        typer.Argument(
+            help="A transformers folder, a fairseq .pt, a torchaudio .pth, fairseq2:CARD or a folder with a card of fairseq2's; with "
+            "--codebook a file of centroids."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The run folder, or the codebook's, to make.")],
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, where no config and no published width tells.")] = None,
@@ -228,7 +237,7 @@ def import_model(
     ] = None,
     vocabulary: Annotated[
         Path | None,
-        typer.Option(help="What the classes of a CTC head are, where its file does not say: dict.ltr.txt or vocab.json."),
+        typer.Option(help="What the classes of a CTC head are, where its file does not say: dict.ltr.txt, vocab.json, .model."),
     ] = None,
     codebook: Annotated[
         bool, typer.Option("--codebook", help="Import k-means instead: scikit-learn or fairseq joblib, .pt, .npy, .safetensors.")
@@ -278,7 +287,7 @@ def export_artefact(
         Path,
         typer.Argument(metavar="RUN|CODEBOOK|CORPUS", help="Of `pretrain`, `finetune`, `train-lm`, `cluster`, `pack` or `import`."),
     ],
-    out: Annotated[Path, typer.Argument(help="The folder (huggingface, codec) or file (every other format) to write.")],
+    out: Annotated[Path, typer.Argument(help="The folder (huggingface, fairseq2, codec) or file (every other format) to write.")],
     form: Annotated[
         str, typer.Option("--format", help="; ".join(f"a {kind}: {', '.join(forms)}" for kind, forms in EXPORTS.items()))
     ],
@@ -313,6 +322,10 @@ def export_artefact(
         from units.formats import export_corpus
 
         summary = export_corpus(source, out, form, split)
+    elif kind == "language model" and form == "fairseq2":
+        from units.fairseq2 import export_card
+
+        summary = export_card(source, out)
     elif kind == "language model":
         from units.exporting import export_language_model
 

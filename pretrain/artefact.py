@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pretrain.fairseq2.assets import asset_name, current_fingerprint
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -302,6 +304,17 @@ def _meta_hash(meta: dict[str, Any]) -> str:
 def is_complete(folder: str | Path) -> bool:
     """Whether the folder has its `meta.json`, which is written last."""
     return (Path(folder) / "meta.json").is_file()
+
+
+def known_by(source: str | Path) -> set[str]:
+    """The fingerprints by which what is made from `source` now knows it: of a run of training that of its weights, of everything else
+    its own, of `fairseq2:NAME` that of the card's model. Empty where nothing finished is there, or the card cannot be read here."""
+    if (name := asset_name(source)) is not None:
+        return {fingerprint} if (fingerprint := current_fingerprint(name)) else set()
+    if not is_complete(source):
+        return set()
+    meta = read_meta(source)
+    return {meta["fingerprint"], *(sha256[:16] for sha256 in meta["files"].values())}
 
 
 def require_absent(folder: str | Path) -> None:

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pretrain.artefact import make_folder, read_meta, sha256_file, sync_folder, telling_full_disk
+from pretrain.fairseq2.assets import asset_name, load_asset
 from pretrain.parallel import World, placed_like, whole
 
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
@@ -203,12 +204,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Weights, meta data and weights' fingerprint of a run's best checkpoint where one was kept (`keep_best`), else of the newest valid
-    one, as where `best` is not wanted.
+    one, as where `best` is not wanted; or of `fairseq2:NAME`, the model of an asset card (pretrain/fairseq2/assets.py).
 
     `meta["config"]` is the resolved config. A run that is not finished can be used; its meta data then come from the checkpoint.
     The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. A best checkpoint that is damaged is a ValueError;
     of one that is gone stderr tells.
     """
+    if (name := asset_name(run)) is not None:
+        return load_asset(name)
     run = Path(run)
     path = latest_checkpoint(run) if run.is_dir() else None
     if path is None:

@@ -358,7 +358,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def load_encoder(run: str | Path, device: str | torch.device = "cpu") -> tuple[Encoder, str]:
-    """The encoder of a pretraining or fine-tuning run (its best where one was kept) in eval mode, and the weights' fingerprint."""
+    """The encoder of a pretraining or fine-tuning run (its best where one was kept), or of a card (`fairseq2:NAME`), in eval mode, and
+    the weights' fingerprint."""
     weights, meta, fingerprint = load_weights(run)
     # A fine-tuning run's own config names a pretraining run there; the architecture stands beside its vocabulary.
     config = meta.get("config_encoder") or meta["config"].get("encoder")

@@ -36,7 +36,7 @@ class ClusterConfig(Config):
     split: Split = None
     features: Literal["mfcc", "encoder"] = "mfcc"
     cmvn: bool = Field(False, description="normalise MFCC over each utterance")
-    encoder: str | None = Field(None, description="run folder, for features = 'encoder'")
+    encoder: str | None = Field(None, description="run folder, or fairseq2:CARD, for features = 'encoder'")
     layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field("best", description="0 is the first layer's input")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     select_split: Split = Field("dev", description="where 'best' is judged, by its phones; \"\": on all")

@@ -45,7 +45,7 @@ FEWEST_SHARDS, MOST_SHARDS = 8, 1000  # by default: short corpora occupy several
 
 
 class EncodeConfig(Config):
-    """`encoder`: the run folder whose features the codebook was fitted on, when they are an encoder's."""
+    """`encoder`: the run folder, or fairseq2:CARD, whose features the codebook was fitted on, when they are an encoder's."""
 
     manifest: str
     codebook: str

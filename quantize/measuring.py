@@ -49,7 +49,9 @@ class MeasureConfig(Config):
     split: Split = None
     labels: str | None = Field(None, description="units to measure")
     codebook: str | None = Field(None, description="that of the labels: measures the features, too")
-    encoder: str | None = Field(None, description="run folder: the codebook's, or the one whose layers are measured")
+    encoder: str | None = Field(
+        None, description="run folder or fairseq2:CARD: the codebook's, or the one whose layers are measured"
+    )
     layers: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
         None, description="layers to compare; 0 is the first layer's input"
     )

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from pretrain.artefact import atomic_path, commit, is_complete, read_meta, require_absent, write_json
+from pretrain.artefact import atomic_path, commit, is_complete, known_by, read_meta, require_absent, write_json
 from pretrain.checkpoint import load_weights
 from pretrain.config import Config, differences, parse_config, part_of, share
 from pretrain.ctc.curve import as_text, summarize, write_curve
@@ -345,10 +345,8 @@ def is_made(config: FinetuneConfig | TranscribeConfig, kind: str) -> bool:
     changed = {key: f"{key}: {old!r} -> {new!r}" for key, old, new in differences(meta["config"], now) if key not in HOW}
     for name, fingerprint in meta["parents"].items():
         folder = now.get(name)
-        if isinstance(folder, str) and is_complete(folder):
-            parent = read_meta(folder)
-            # A run is known by its weights, everything else by its own fingerprint.
-            if fingerprint not in {parent["fingerprint"], *(sha256[:16] for sha256 in parent["files"].values())}:
+        if isinstance(folder, str) and (known := known_by(folder)):
+            if fingerprint not in known:
                 raise ValueError(
                     f"{config.out}: was made from {name} {fingerprint}, which {folder} is not; remove it to make it again"
                 )
