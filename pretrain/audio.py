@@ -73,8 +73,9 @@ def load_audio(utterance: "Utterance", first: int = 0, count: int | None = None)
     except ValueError as error:
         raise ValueError(f"{utterance.path} (utterance {utterance.id!r}): {error}") from None
     # Resamplers round to the nearest sample, and compressed formats may end a few samples early: make the length exact.
-    wave = np.pad(wave[:length], (0, max(0, length - len(wave))))
-    return np.ascontiguousarray(wave if count is None else wave[first : first + count])
+    if len(wave) < length:
+        wave = np.pad(wave, (0, length - len(wave)))
+    return np.ascontiguousarray(wave[:length] if count is None else wave[first : first + count])
 
 
 def probe_audio(
@@ -201,11 +202,19 @@ def _read(file: soundfile.SoundFile, count: int) -> np.ndarray:
     """The next `count` samples, or as many as there are, as the mean of the channels, (samples,). What is not there takes no memory."""
     blocks, most, left = [], max(1, _LARGEST_READ // file.channels), count
     while left > 0:
-        block = file.read(min(most, left), dtype="float32", always_2d=True)  # (samples, channels)
-        _require_finite(block)
+        block = _read_block(file, min(most, left))
         blocks.append(block[:, 0] if file.channels == 1 else block.mean(axis=1))
         left = left - len(block) if len(block) == min(most, left) else 0
     return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def _read_block(file: soundfile.SoundFile, count: int) -> np.ndarray:
+    """Samples (count, channels) as float32, in [-1, 1) where they are stored as integers."""
+    if file.subtype == "PCM_16":  # finite, and the same numbers as libsndfile's own floats, in half the time
+        return np.multiply(file.read(count, dtype="int16", always_2d=True), np.float32(1 / 32768), dtype=np.float32)
+    block: np.ndarray = file.read(count, dtype="float32", always_2d=True)
+    _require_finite(block)
+    return block
 
 
 def _decode(file: soundfile.SoundFile, start: int, count: int) -> int:

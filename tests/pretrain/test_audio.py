@@ -46,6 +46,20 @@ def test_every_rate_width_and_channel_count_becomes_the_same_waveform(
     assert np.abs(loaded - expected)[500:-500].max() < tolerance
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(
+    ("suffix", "subtype"), [("wav", "PCM_16"), ("flac", "PCM_16"), ("wav", "PCM_24"), ("wav", "PCM_U8"), ("wav", "FLOAT")]
+)
+def test_samples_are_libsndfiles_own_floats_to_the_bit(tmp_path: Path, suffix: str, subtype: str, channels: int) -> None:
+    wave = np.random.default_rng(0).uniform(-1, 1, (4000, channels))
+    wave[:2] = [[-1.0], [1.0]]  # the ends of the range, where rounding would show
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, wave, 16000, subtype=subtype)
+    expected = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
+    read = load_audio(Utterance(id="a", path=str(path), start=0, num_samples=4000, sample_rate=16000))
+    assert read.dtype == np.float32 and read.flags.c_contiguous and np.array_equal(read, expected)
+
+
 @pytest.mark.parametrize(("suffix", "tolerance"), [("flac", 5e-5), ("ogg", 0.05), ("mp3", 0.05)])
 def test_compressed_formats_decode_to_the_length_they_were_written_with(tmp_path: Path, suffix: str, tolerance: float) -> None:
     path = tmp_path / f"tone.{suffix}"
