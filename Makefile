@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 AUDIO ?=
 RUN ?= runs/$(if $(AUDIO),audio,demo)
+FAIRSEQ2_PYTHON ?= $(PYTHON)
 
-.PHONY: install demo test test-all lint
+.PHONY: install demo test test-all lint install-fairseq2 test-fairseq2
 
 install: .venv/installed
 
@@ -28,3 +29,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The second environment, .venv-fairseq2: fairseq2, torch 2.9.1 and torchaudio, 8 GB that are kept in ~/.cache/wordless
+install-fairseq2:
+	$(FAIRSEQ2_PYTHON) .ci/fairseq2_environment.py
+
+test-fairseq2: install-fairseq2
+	WORDLESS_FAIRSEQ2=required .venv-fairseq2/bin/python -m pytest

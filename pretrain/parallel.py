@@ -11,6 +11,7 @@ import gc
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -23,6 +24,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 _groups_joined = itertools.count()
+
+
+@contextmanager
+def greetings_on_stderr() -> Iterator[None]:
+    """For where a group is made: torch 2.9's Gloo tells on stdout, which is for results, how many peers it has met."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def resolve_device(name: str, key: str = "device") -> torch.device:
@@ -65,7 +79,8 @@ class World(NamedTuple):
                 store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]  # public, but its stub exports it not
                 store = dist.PrefixStore(f"run{next(_groups_joined)}", store)  # type: ignore[attr-defined]
                 backend = "nccl" if chosen.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+                with greetings_on_stderr():
+                    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
             except RuntimeError as error:
                 if not is_loss_of_a_rank(error):
                     raise

@@ -290,7 +290,8 @@ def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path
         given = transcriber.feature_extractor(wave, sampling_rate=16000, return_tensors="pt")
         with torch.no_grad():
             logits = theirs(**given).logits[0][:, order]
-        torch.testing.assert_close(logits_of(loaded, wave), logits, rtol=0.0, atol=1e-3)  # as above
+        # as above; how much of 1e-4 of the amplitude reaches logits up to 40 hangs on the weights, which each version draws otherwise
+        torch.testing.assert_close(logits_of(loaded, wave), logits, rtol=0.0, atol=4e-3 if size == "large" else 2e-4)
     said = [single_spaced(transcriber(wave)["text"]) for wave in spoken]
     assert texts_of(tmp_path / "run", tmp_path, spoken) == said and all(said)
     export_weights(tmp_path / "run", tmp_path / "out", "huggingface")  # where the blank is 0 and <s> is a token still

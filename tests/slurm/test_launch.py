@@ -53,12 +53,12 @@ def second_fails(argv):
 
 def all_reduce(argv):
     import torch
-    import torch.distributed as dist
-    dist.init_process_group("gloo")  # env://
-    total = torch.tensor([dist.get_rank() + 1.0])
-    dist.all_reduce(total)
-    print("total", total.item(), "of", dist.get_world_size())
-    dist.destroy_process_group()
+    from pretrain.parallel import World
+    from pretrain.stopping import Stop
+    world = World.join("cpu")
+    with Stop(world):
+        print("total", world.sum(torch.tensor([world.rank + 1.0])).item(), "of", world.size)
+    torch.distributed.destroy_process_group()
     return 0
 
 def stubborn(argv):
@@ -206,7 +206,7 @@ def test_setup_runs_before_a_local_job_which_forgets_the_job_around_it(tmp_path:
 def test_two_local_tasks_meet_and_all_reduce(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = launch(["x"], "local", TWO, tmp_path, wait=True, target="launch_targets:all_reduce")
     assert done.status == 0
-    assert capsys.readouterr().out == "total 3.0 of 2\n"  # the first task's alone
+    assert capsys.readouterr().out == "total 3.0 of 2\n"  # the first task's alone, and nothing of torch's
     assert "total 3.0 of 2" in Path(str(done.stdout).replace("_0_log", "_1_log")).read_text()
 
 

@@ -16,8 +16,9 @@ SIZES = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+# Rotations as transformers 4 spells them; 5 reads that too, and writes what it calls `rope_parameters`.
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 
@@ -41,11 +42,11 @@ def checkpoint(folder: Path, kind: str, **changes: Any) -> Any:
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rms_norm_eps": 1e-3}),
-    "llama with llama3's rotation": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama with llama3's rotation": ("llama", {"rope_theta": 50.0, "rope_scaling": LLAMA3, "tie_word_embeddings": True}),
     "llama with wide heads": ("llama", {"head_dim": 16}),
     "mistral with a window": ("mistral", {"sliding_window": 7}),
     "mistral without": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2": ("qwen2", {"rope_theta": 1e6}),
     "qwen2 with a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
 }
 
