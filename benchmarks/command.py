@@ -73,7 +73,13 @@ def command(module: str, parser: argparse.ArgumentParser, arguments: argparse.Na
     words = ["python", "-m", module]
     for name, value in vars(arguments).items():
         if name not in HIDDEN and value != parser.get_default(name):
-            shown = [] if value is True else ["PYTHON"] if name == "peer_python" else [str(value)]
+            shown = (
+                []
+                if value is True
+                else ["PYTHON"]
+                if name == "peer_python"
+                else list(map(str, value if isinstance(value, list) else [value]))
+            )
             words += [f"--{name.replace('_', '-')}", *shown]
     return " ".join(words)
 

@@ -18,6 +18,7 @@ import os
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -25,6 +26,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import system_library  # noqa: F401  # before anything imports soundfile
+
+# isort: split
 import numpy as np
 import soundfile
 import torch
@@ -32,10 +36,12 @@ from torch import Tensor, nn
 
 from benchmarks import corpus
 from benchmarks.command import argument_parser, run_main
-from benchmarks.measure import Contender, Measurement, machine, sides, take_turns
+from benchmarks.loader_fairseq2 import WAYS, Fairseq2, crop
+from benchmarks.measure import KEPT, Contender, Measurement, machine, say, sides, take_turns
 from pretrain.audio import SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.indexing import IndexConfig, index
+from pretrain.kernels import keep_freed_memory
 from pretrain.loading import load_ahead
 from pretrain.manifest import Manifest, Utterance
 from pretrain.packing import Layout, pack
@@ -73,9 +79,7 @@ class Ours:
 
     amount = 0.0
 
-    def __init__(self, settings: dict[str, Any], folder: Path, system_library: bool = False):
-        if system_library:
-            use_system_library()
+    def __init__(self, settings: dict[str, Any], folder: Path):
         keep_freed_memory()
         self.task = LoadTask(Manifest(folder / "manifest"), settings)
         self.training = TrainingConfig(max_steps=1, loader_threads=settings["threads"])
@@ -98,15 +102,6 @@ class Ours:
         self.parts = {"cpu_seconds": time.process_time() - began}
 
 
-def use_system_library() -> None:
-    """Have soundfile call the system's libsndfile, as where it was installed without a library of its own."""
-    found = find_library("sndfile")
-    if found is None:
-        raise ValueError("there is no libsndfile beside soundfile's; install one (Debian: libsndfile1)")
-    name = next(line.split("=> ")[1] for line in _loadable() if line.strip().startswith(found))  # not the one loaded already
-    soundfile._snd = soundfile._ffi.dlopen(name)
-
-
 def library_version() -> str:
     """Of libsndfile, as soundfile calls it now."""
     version: str = soundfile._ffi.string(soundfile._snd.sf_version_string()).decode()
@@ -120,7 +115,7 @@ def read_audio(utterance: Utterance, first: int = 0, count: int = -1) -> np.ndar
         with open(utterance.path, "rb") as file:
             file.seek(utterance.member.offset)
             source = io.BytesIO(file.read(utterance.member.size))
-    wave: np.ndarray = soundfile.read(source, dtype="float32")[0]
+    wave: np.ndarray = soundfile.read(source, count, first, dtype="float32")[0]
     return wave
 
 
@@ -129,22 +124,21 @@ class Peer:
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         manifest = Manifest(folder / "manifest")
-        utterances = list(manifest)
-        task = LoadTask(manifest, settings["batch_seconds"], settings["seed"])
-        self.amount = float(manifest.lengths.sum()) / SAMPLE_RATE
+        utterances, speech = list(manifest), LoadTask(manifest, settings).train_set
+        self.amount = float(speech.lengths.sum()) / SAMPLE_RATE
 
         class Waveforms(torch.utils.data.Dataset[Tensor]):
             def __len__(self) -> int:
                 return len(utterances)
 
             def __getitem__(self, item: int) -> Tensor:
-                return torch.from_numpy(read_audio(utterances[item]))
+                return torch.from_numpy(read_audio(utterances[item], crop(speech, item, 0), speech.crop_samples))
 
         def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
             lengths = torch.tensor([len(waveform) for waveform in waveforms])
             return nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
 
-        plan = [items.tolist() for items in task.plan(0)]
+        plan = [items.tolist() for items in speech.plan(0)]
         self.loader = torch.utils.data.DataLoader(
             Waveforms(), batch_sampler=plan, collate_fn=collate, num_workers=settings["threads"], persistent_workers=True
         )
@@ -160,12 +154,13 @@ class Peer:
 
 
 class Decoding:
-    """The limit: every file decoded once, in threads, in the order of the manifest."""
+    """The limit: every file decoded once, in threads, in the order of the manifest, from its crop's start."""
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         manifest = Manifest(folder / "manifest")
-        self.utterances = list(manifest)
-        self.amount = float(manifest.lengths.sum()) / SAMPLE_RATE
+        speech = LoadTask(manifest, settings).train_set
+        self.utterances = [(utterance, crop(speech, item, 0), speech.crop_samples) for item, utterance in enumerate(manifest)]
+        self.amount = float(speech.lengths.sum()) / SAMPLE_RATE
         self.pool = ThreadPoolExecutor(settings["threads"])
 
     def about(self) -> dict[str, Any]:
@@ -177,16 +172,22 @@ class Decoding:
         # In pieces of a few utterances, so that handing out the work costs next to nothing.
         list(
             self.pool.map(
-                lambda first: [len(read_audio(u)) for u in self.utterances[first : first + 8]], range(0, len(self.utterances), 8)
+                lambda first: [len(read_audio(*u)) for u in self.utterances[first : first + 8]], range(0, len(self.utterances), 8)
             )
         )
 
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
-    """Names are contenders with the format behind a hyphen."""
-    kind, _, suffix = name.partition("-")
-    contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {"ours": Ours, "dataloader": Peer, "decoding": Decoding}
-    return contenders[kind](settings, folder / suffix)
+    """Names are contenders with the format behind a hyphen; fairseq2's have their way between."""
+    kind, _, suffix = name.rpartition("-")
+    folder /= suffix
+    if kind.startswith("fairseq2-"):
+        speech = LoadTask(Manifest(folder / "manifest"), settings).train_set
+        return Fairseq2(settings, speech, [items.tolist() for items in speech.plan(0)], kind.removeprefix("fairseq2-"))
+    contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {
+        "ours": Ours, "system": Ours, "dataloader": Peer, "decoding": Decoding,
+    }  # fmt: skip
+    return contenders[kind](settings, folder)
 
 
 def write_formats(folder: Path, lengths: np.ndarray, seed: int) -> None:
@@ -210,13 +211,17 @@ def write_formats(folder: Path, lengths: np.ndarray, seed: int) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each format's contenders in turn; the figures of the first format stand for the whole."""
+    """Each format's contenders in turn, all of a peer's ways among them; the figures of the first format stand for the whole."""
     load = os.getloadavg()[0]
-    given = "threads rounds warmup seed needed total_seconds lengths batch_seconds".split()
+    if load > 0.5:
+        say(f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven")
+    given = "threads rounds warmup seed needed total_seconds lengths batch_seconds crop_seconds".split()
     settings = {"device": "cpu", **{name: getattr(arguments, name) for name in given}}
-    if min(arguments.batch_seconds, arguments.total_seconds) <= 0:
-        raise ValueError("--batch-seconds and --total-seconds: more than 0 s is needed")
+    if min(arguments.batch_seconds, arguments.total_seconds) <= 0 or arguments.crop_seconds < 0.025:
+        raise ValueError("--batch-seconds, --total-seconds: more than 0 s is needed, and --crop-seconds of at least 0.025")
     lengths = corpus.draw_lengths(arguments.lengths, 10.0, arguments.total_seconds, arguments.seed)
+    ways = {"dataloader": ["dataloader"], "fairseq2": [f"fairseq2-{way}" for way in WAYS], "none": []}[arguments.peer]
+    names = ["ours", *(["system"] if arguments.peer == "fairseq2" else []), "decoding", *ways]
     formats = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
@@ -224,31 +229,52 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         (folder / "settings.json").write_text(json.dumps(settings))
         turns = {key: settings[key] for key in ("rounds", "warmup", "threads")}
         for suffix in FORMATS if arguments.format == "all" else (arguments.format,):
-            names = [f"{kind}-{suffix}" for kind in ("ours", "decoding", *([] if arguments.peer == "none" else ["dataloader"]))]
-            measured = take_turns(MODULE, dict.fromkeys(names, sys.executable), folder, **turns)
-            formats[suffix] = figures(*(measured.get(f"{kind}-{suffix}") for kind in ("ours", "decoding", "dataloader")))
+            asked = {f"{name}-{suffix}{kept}": name + kept for name in names for kept in ("", *([KEPT] if name in ways else []))}
+            measured = take_turns(MODULE, dict.fromkeys(asked, sys.executable), folder, **turns)
+            formats[suffix] = figures({short: measured[name] for name, short in asked.items()})
     first = next(iter(formats.values()))
     return {
-        "name": "loader", "unit": "audio seconds per second", **first, "formats": formats,
+        "name": " ".join(["loader", *([f"crop {arguments.crop_seconds:g}"] if arguments.crop_seconds < 20 else [])]),
+        "unit": "audio seconds per second", **first, "formats": formats,
         "times_needed": arguments.needed and first["ours"] / arguments.needed, "peer_name": None if arguments.peer == "none" else arguments.peer,
         "settings": settings, "load_before": load, "corpus": corpus.describe(lengths), "machine": {**machine(), "torch": torch.__version__},
         "date": date.today().isoformat(),
     }  # fmt: skip
 
 
-def figures(ours: Measurement | None, limit: Measurement | None, peer: Measurement | None) -> dict[str, Any]:
-    """DESIGN.md's keys for one format."""
-    assert ours is not None and limit is not None
-    return {**sides(ours, peer), "limit": limit.rate, "share_of_limit": ours.rate / limit.rate}
+def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
+    """DESIGN.md's keys for one format: ours against the fastest of the peer's ways, and against the fastest with the C library's defaults."""
+    ours, limit = measured["ours"], measured["decoding"]
+    ways = {name: found for name, found in measured.items() if name not in ("ours", "system", "decoding")}
+    best = max(ways, key=lambda name: ways[name].rate, default=None)
+    default = max((name for name in ways if not name.endswith(KEPT)), key=lambda name: ways[name].rate, default=None)
+    system = measured.get("system")
+    return {
+        **sides(ours, ways[best] if best else None),
+        "peer_way": best,
+        "peer_way_default": default,
+        "ratio_default": default and ours.rate / ways[default].rate,
+        "peer_variants": {name: found.rate for name, found in sorted(ways.items(), key=lambda way: -way[1].rate)},
+        **({"ours_system": system.rate, "ratio_system": best and system.rate / ways[best].rate} if system else {}),
+        "libsndfile": {name: measured[name].hello["about"]["libsndfile"] for name in ("ours", "system") if name in measured},
+        "cpu_seconds": {name: found.parts["cpu_seconds"] for name, found in measured.items() if found.parts},
+        "limit": limit.rate,
+        "share_of_limit": ours.rate / limit.rate,
+    }
 
 
 def show(result: dict[str, Any]) -> str:
     """A line for each format."""
-    lines = [f"{'':5}{'ours':>10}{result['peer_name'] or '(no peer)':>12}{'soundfile alone':>17}   {result['unit']}"]
+    system = "ours_system" in result
+    lines = [
+        f"{'':5}{'ours':>10}{'ours, system library' if system else '':>23}{result['peer_name'] or '(no peer)':>12}{'soundfile alone':>17}"
+        f"   {result['unit']}"
+    ]
     for suffix, found in result["formats"].items():
-        peer = f"{found['peer']:.0f}" if found["peer"] else "-"
+        peer, other = (f"{rate:.0f}" if rate else "-" for rate in (found["peer"], found.get("ours_system")))
         lines.append(
-            f"{suffix:5}{found['ours']:10.0f}{peer:>12}{found['limit']:17.0f}   peak memory {found['ours_peak_gb']:.2f} GB"
+            f"{suffix:5}{found['ours']:10.0f}{other if system else '':>23}{peer:>12}{found['limit']:17.0f}"
+            f"   peak memory {found['ours_peak_gb']:.2f} GB{'; ' + found['peer_way'] if len(found['peer_variants']) > 1 else ''}"
         )
     if result["times_needed"]:
         lines.append(f"{result['times_needed']:.0f} times what the training step consumes")
@@ -257,10 +283,11 @@ def show(result: dict[str, Any]) -> str:
 
 def main(given: list[str] | None = None) -> int:
     """Read the command line and run."""
-    parser = argument_parser(__doc__, ["dataloader"])
+    parser = argument_parser(__doc__, ["dataloader", "fairseq2"])
     parser.add_argument("--format", choices=["all", *FORMATS], default="all")
     parser.add_argument("--lengths", choices=["equal", "mixed"], default="equal", help="equal: 10 s; mixed: 1 to 20 s")
     parser.add_argument("--batch-seconds", type=float, default=87.5)
+    parser.add_argument("--crop-seconds", type=float, default=30.0, help="longer utterances are cropped at random")
     parser.add_argument("--total-seconds", type=float, default=1800.0, help="audio in a round")
     parser.add_argument("--needed", type=float, metavar="RATE", help="audio seconds per second that the training step consumes")
     return run_main(MODULE, parser, given, build, compare, show)

@@ -35,7 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class Contender(Protocol):
     """What runs in a child. `amount` is the work of a round in the benchmark's unit times seconds (audio seconds, say), known at
-    the latest after the round. `parts`, where a contender has it, are the seconds of the last round's parts by name."""
+    the latest after the round. `parts`, where a contender has it, are the seconds of the last round's parts by name; `seconds`, where
+    a contender times itself, those that count."""
 
     amount: float
 
@@ -107,6 +108,7 @@ def serve(build: Build, name: str, folder: Path) -> None:
         contender.run()
         _synchronize(settings["device"])
         seconds, parts = time.perf_counter() - began, getattr(contender, "parts", {})
+        seconds = getattr(contender, "seconds", seconds)
         answer(seconds=seconds, amount=contender.amount, peak_gb=_peak_gb(settings["device"]), parts=parts)
 
 
@@ -132,23 +134,29 @@ def _peak_gb(device: str) -> float:
 class Child:
     """A contender's process, seen from the parent."""
 
-    def __init__(self, module: str, name: str, folder: Path, python: str, threads: int):
+    def __init__(
+        self, module: str, name: str, folder: Path, python: str, threads: int, environment: Mapping[str, str] | None = None
+    ):
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | limits
+        own = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | limits | dict(environment or {})
         self.name = name
         self.process = subprocess.Popen(
             [python, "-m", module, "--contender", name, "--inputs", str(folder)], cwd=ROOT,
-            env=environment | (KEEP_FREED_MEMORY if name.endswith(KEPT) else {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=own | (KEEP_FREED_MEMORY if name.endswith(KEPT) else {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.hello = self._read()
+        self.hello = self.answer()
 
     def round(self, number: int) -> dict[str, Any]:
+        self.begin(number)
+        return self.answer()
+
+    def begin(self, number: int) -> None:
+        """Tell it to work, without waiting for its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"round": number}) + "\n")
         self.process.stdin.flush()
-        return self._read()
 
-    def _read(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:

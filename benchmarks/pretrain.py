@@ -108,9 +108,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     whole, bare = (forward_flops(settings["sizes"], lengths, n) for n in (settings["sizes"]["num_layers"], 0))
     flops = 3 * (bare + (whole - bare) * layers / settings["sizes"]["num_layers"]) / audio_seconds
     variants = [] if arguments.peer == "none" else [arguments.peer]
-    if arguments.peer == "transformers":
+    if arguments.peer in ("transformers", "fairseq2"):
         attentions = ["sdpa", "eager"] if arguments.attention == "auto" else [arguments.attention]
-        variants = [f"transformers-{attention}" for attention in attentions]
+        variants = [f"{arguments.peer}-{attention}" for attention in attentions]
     if arguments.compile:
         variants += [f"{variant}-compiled" for variant in variants]
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
@@ -158,7 +158,9 @@ def main(given: list[str] | None = None) -> int:
     corpus.add_arguments(parser)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layer-drop", type=float, default=0.0, help="on both sides; published: 0.05")
-    parser.add_argument("--attention", choices=["auto", "sdpa", "eager"], default="auto", help="of transformers; auto tries both")
+    parser.add_argument(
+        "--attention", choices=["auto", "sdpa", "eager"], default="auto", help="of transformers and fairseq2; auto tries both"
+    )
     parser.add_argument(
         "--compile",
         action="store_true",

@@ -153,6 +153,16 @@ def test_pretrain_ends_with_one_json_line(objective: str, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+def test_fairseq2s_own_step_takes_turns_with_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fairseq2")
+    assert pretrain.main(["--peer", "fairseq2", "--attention", "eager", *TINY]) == 0
+    result = last_line(capsys.readouterr().out)
+    check(result)
+    assert result["peer_name"] in ("fairseq2-eager", "fairseq2-eager-kept")
+    assert result["ours_about"]["parameters"] == result["peer_about"]["parameters"]
+
+
+@pytest.mark.slow
 def test_features_end_with_one_json_line_and_every_way_of_the_peer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
