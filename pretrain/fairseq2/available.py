@@ -19,5 +19,5 @@ def require_fairseq2(what: str) -> None:
         raise ValueError(f"{what} needs fairseq2 {SERIES}; fairseq2 {found} is installed here; {REMEDY}")
     try:
         import fairseq2  # noqa: F401  # its C++ library is found and fits torch, or not, here
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the last for another torch
         raise ValueError(f"{what} needs fairseq2 {SERIES}; fairseq2 {found} does not load here ({error}); {REMEDY}") from None

@@ -14,6 +14,7 @@ from fairseq2.checkpoint import StandardCheckpointManager
 from fairseq2.file_system import GlobalFileSystem
 from fairseq2.gang import Gangs
 from fairseq2.io import CorruptFileError, TensorFileDumper, TensorFileDumpOptions, TensorFileLoader, TensorFileLoadOptions
+from fairseq2.utils.rng import RngBag
 from fairseq2.utils.threading import ThreadPool
 
 from pretrain.artefact import telling_full_disk
@@ -31,7 +32,11 @@ class Dumper(TensorFileDumper):  # type: ignore[misc]
 
 class Loader(TensorFileLoader):  # type: ignore[misc]
     """torch.load by `weights_only`. A rank that was not there when a checkpoint was written reads the first one's state, which
-    differs in sums for the log alone: runs may go on with another number of processes."""
+    differs in sums for the log alone: runs may go on with another number of processes. So they may on another `device`, which has
+    another number of generators; of these the present state is read, since every step seeds them anew."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
 
     def load(self, file: Path, options: TensorFileLoadOptions | None = None) -> dict[str, object]:
         if file.parent.name in ("trainer", "data_reader") and not file.exists():
@@ -42,6 +47,8 @@ class Loader(TensorFileLoader):  # type: ignore[misc]
             raise
         except Exception as error:  # torch raises what the damage makes it raise
             raise CorruptFileError(file) from error
+        if file.parent.name == "trainer":
+            state["_rng_bag"] = RngBag.from_device_defaults(torch.device("cpu"), self._device).state_dict()
         return state
 
 
@@ -57,7 +64,7 @@ class Pool(ThreadPool):  # type: ignore[misc]
 
 def checkpoint_manager(folder: Path, gangs: Gangs) -> StandardCheckpointManager:
     """The manager of the checkpoints in `folder/checkpoints`."""
-    return StandardCheckpointManager(folder, gangs, GlobalFileSystem(), Loader(), Dumper(), Pool())
+    return StandardCheckpointManager(folder, gangs, GlobalFileSystem(), Loader(gangs.device), Dumper(), Pool())
 
 
 def last_step(folder: Path) -> int | None:

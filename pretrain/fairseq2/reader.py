@@ -1,5 +1,6 @@
 """A task's batches through fairseq2's data-reader interface: the same plan, micro-batches and position as in our engine."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -29,13 +30,15 @@ class MicroBatch:
 class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fairseq2 is not installed
     """Steps of `task`: a list of this rank's micro-batches each; StopIteration at the end of every epoch, and once `ended()`.
 
-    Its state is the position in the plan, (epoch, batch), which is the same on every rank and for any number of them.
+    Its state is the position in the plan, (epoch, batch), which is the same on every rank and for any number of them, and the `seconds`
+    that the run has taken, all sessions together.
     """
 
     def __init__(self, task: Task, training: TrainingConfig, world: World, ended: Callable[[], bool]):
         self._task, self._training, self._world, self._ended = task, training, world, ended
         self.position = 0, 0  # of the next step
         self.amount = 0.0  # of the step given last, over all ranks, in the task's unit
+        self._began = time.monotonic()
         self._source: Any = None
         self._ahead: Any = None  # the first step of the next epoch, after the end of one was told
 
@@ -65,13 +68,18 @@ class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fai
             self._source.close()
 
     def state_dict(self) -> dict[str, object]:
-        return {"epoch": self.position[0], "batch": self.position[1]}
+        return {"epoch": self.position[0], "batch": self.position[1], "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        epoch, batch = state_dict["epoch"], state_dict["batch"]
-        if not isinstance(epoch, int) or not isinstance(batch, int):
-            raise ValueError(f"not a position in a plan: epoch {epoch!r}, batch {batch!r}")
+        epoch, batch, seconds = state_dict["epoch"], state_dict["batch"], state_dict["seconds"]
+        if not isinstance(epoch, int) or not isinstance(batch, int) or not isinstance(seconds, float):
+            raise ValueError(f"not a position in a plan: epoch {epoch!r}, batch {batch!r}, after {seconds!r} seconds")
         self.position = epoch, batch
+        self._began = time.monotonic() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
 
     @property
     def num_accumulate(self) -> int:

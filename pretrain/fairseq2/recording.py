@@ -67,7 +67,7 @@ class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
     def record_metric_values(self, category: str, values: Mapping[str, object], step_nr: int | None = None) -> None:
         if category == "valid":
             assert step_nr is not None
-            self._log.write(step_nr, {name: value for name, value in values.items() if isinstance(value, float)})
+            self._log.write(step_nr, {name: value for name, value in values.items() if isinstance(value, (int, float))})
 
     def close(self) -> None:
         self._log.close()

@@ -13,6 +13,8 @@ Some of fairseq2's (0.8.1) ways are gone around, each through its public interfa
 - Gradients are divided in a `DataParallelFacade`. Its `normalize_grads` waits for ever where one rank counts nothing, and wants
   the counts on the CPU.
 - A trainer that was told how many steps to run ignores a request to stop. So it is not told, and asked to stop after the last step.
+- It saves a step before the loss of that step is known, and removes older checkpoints then. So two are kept at least, one that is good
+  among them.
 - It closes the process group itself while DDP still holds it, which may hang (see World.leave). So the root gang does not close.
 - Its validator would want each metric twice. A `Validator` runs the engine's own validation.
 """
@@ -49,7 +51,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pretrain.artefact import require_absent
-from pretrain.checkpoint import Best, checkpoint_damage, checkpoint_path, remove_old_checkpoints, save_checkpoint
+from pretrain.checkpoint import Best, remove_old_checkpoints, save_checkpoint
 from pretrain.engine import (
     autocast_dtype,
     conclude,
@@ -111,7 +113,7 @@ def train_with_fairseq2(
         finished, done, log = steps.finished, steps.done, steps.log
         summary: dict[str, Any] = {}
         if finished and log is not None:
-            summary = log.summarise(done, time.monotonic() - steps.began, done - steps.first)
+            summary = log.summarise(done, steps.reader.seconds, done - steps.first)
             if training.patience is not None:
                 summary["stopped_early"] = done < max_steps
             summary = conclude(run, summary, done, steps.best, kind, config, parents, extra)
@@ -132,7 +134,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self.task, self.run, self.folder, self.training, self.optimizer = task, run, run / "fairseq2", training, optimizer
         self.world, self.max_steps, self.best, self.stored = world, max_steps, best, stored
         self.first = self.done = first
-        self.began = self.window_began = time.monotonic()
+        self.window_began = time.monotonic()
         # fairseq2 wants the other intervals to be multiples of that of its metrics.
         self.publish_every = math.gcd(training.log_every, training.checkpoint_every, training.validate_every)
         self.phase: int | None = None
@@ -150,11 +152,8 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         lines = [] if self.log is None else [line for line in self.log.lines if any(key.startswith("valid_") for key in line)]
         for line in self.world.from_first(lines):
             self.judge(line["step"], line)
-        damage = ""
-        if self.best.step is not None and self.best.step != self.first and self.world.rank == 0:
-            damage = checkpoint_damage(checkpoint_path(self.run, self.best.step))
-        if self.world.from_first(damage):
-            self.best = Best(self.best.monitor)  # the next validation is judged as the first
+        said, self.best = self.best.to_state(), Best(self.best.monitor)
+        self.best.resume(self.run, {**said, "step": self.first}, self.world)
         self.best_due = self.first > 0 and self.best.step == self.first
 
     def train(self, gangs: Gangs, sharded: bool) -> Stop:
@@ -190,7 +189,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
                 wall_watch=wall, progress_reporter=NOOP_PROGRESS_REPORTER, seed=training.seed % 2**31,
                 no_sync_grad_accumulation=not sharded, max_grad_norm=self.optimizer.clip_norm or None,
                 validate_every_n_steps=training.validate_every or None, publish_metrics_every_n_steps=self.publish_every,
-                checkpoint_every_n_steps=training.checkpoint_every, keep_last_n_checkpoints=training.keep_checkpoints,
+                checkpoint_every_n_steps=training.checkpoint_every, keep_last_n_checkpoints=max(training.keep_checkpoints, 2),
             )  # fmt: skip
             with suppress(TaskStopException):  # how it ends when it was asked to
                 self.trainer.run()
@@ -217,12 +216,17 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         return not self.owed and (self.done == self.max_steps or self.out_of_patience)
 
     def ended(self) -> bool:
-        """Asked before every step: whether none follows."""
+        """Asked before every step: whether none follows. What the one before has left to do is done here."""
         if self.done == self.first and self.owed:
+            self.task.before_step(self.done - 1)  # what it had set when the step was done
             self.placed.eval()
             with get_data_parallel_facade(self.placed).summon_full_parameters():
                 self.validator.run(self.done)
             self.placed.train()
+        if self.done % self.publish_every == 0:
+            self.require_sound()
+        if self.best_due:
+            self.save()
         if self.finished or self.stop.signal:
             self.ask_to_stop()
         return self.asked
@@ -240,10 +244,6 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
     def set_step_nr(self, step_nr: int) -> None:
         """`step_nr`, from 1, begins."""
         step = step_nr - 1
-        if self.done > self.first and self.done % self.publish_every == 0:
-            self.require_sound()
-        if self.best_due:
-            self.save()
         if self.phase != self.task.phase(step):
             self.phase = self.task.phase(step)
             self.task.enter_phase(self.phase)
@@ -311,13 +311,13 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         if not self.training.keep_best or any(name not in metrics for name in self.best.monitor):
             return None
         values = self.world.from_first([metrics[name] for name in self.best.monitor])
-        self.best_due = self.best.judge(step, values, counts=self.task.phase(step) == self.task.phase(self.max_steps - 1))
+        self.best_due = self.best.judge(step, values, counts=self.task.phase(step - 1) == self.task.phase(self.max_steps - 1))
         return -float(values[0])
 
     def save(self) -> None:
         """Write a checkpoint of ours after the step done last: the best so far, or the end of the run."""
         epoch, batch = self.reader.position
-        state = {"epoch": epoch, "batch": batch, "seconds": time.monotonic() - self.began, **self.stored}
+        state = {"epoch": epoch, "batch": batch, "seconds": self.reader.seconds, **self.stored}
         state |= self.best.to_state() if self.training.keep_best else {}
         main = self.world.rank == 0
         save_checkpoint(self.run, self.done, self.task.model, self.adamw, state, write=main)
@@ -370,6 +370,7 @@ class _TaskValidator(Validator):  # type: ignore[misc]
         if steps.log is not None:
             self._metrics.record_metric_values("valid", values, train_step_nr)
             steps.examine(steps.log.lines[-1])
+        steps.window_began = time.monotonic()  # a line has just been written: the next tells the rate of training alone
         return steps.judge(train_step_nr, values)
 
     def reset(self) -> None: ...

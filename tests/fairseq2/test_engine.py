@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from pretrain.audio import num_frames
 from pretrain.checkpoint import load_weights
+from pretrain.fairseq2.available import require_fairseq2
 from pretrain.manifest import write_manifest
 from tests.fairseq2.engine_worker import ENGINES, STEPS, TASKS, main
 from tests.pretrain.conftest import run_two_processes, write_corpus, write_labels
@@ -185,16 +188,11 @@ def test_a_kill_between_a_checkpoint_and_the_validation_after_it_costs_nothing(s
     settings = {**PATIENT, "patience": None, "checkpoint_every": 4}
     with pytest.raises(RuntimeError, match="power cut"):
         run_theirs(tmp_path / "killed", Killed(SCORES), settings, monitor=MONITOR)
-    summary = run_theirs(tmp_path / "killed", after(8, ScoredTask(SCORES)), settings, monitor=MONITOR)
+    summary = run_theirs(tmp_path / "killed", ScoredTask(SCORES), settings, monitor=MONITOR)
     assert summary["steps_this_time"] == 4 and summary["best_step"] == 6
     assert [line["valid_score"] for line in lines(tmp_path / "killed") if "valid_score" in line] == SCORES
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert checkpoint_file(tmp_path / "straight", name).read_bytes() == checkpoint_file(tmp_path / "killed", name).read_bytes()
-
-
-def after(step: int, task: ScoredTask) -> ScoredTask:
-    task.step = step
-    return task
 
 
 def test_a_run_that_was_killed_when_only_its_end_was_left_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,3 +295,73 @@ def test_a_signal_stops_after_the_step_and_is_passed_on(tmp_path: Path) -> None:
     assert stops == 1
     numbers = sorted(int(path.name[5:]) for path in (tmp_path / "run/fairseq2/checkpoints").glob("step_*"))
     assert numbers == [8, 12]  # of 4, 7 (the stop), 8 and 12 the last two
+
+
+def test_patience_begins_with_the_last_phase_as_in_our_engine(tmp_path: Path) -> None:
+    summaries = [
+        run(tmp_path / name, ScoredTask([1, 2, 2, 2, 2, 2], freeze_steps=4), PATIENT, monitor=MONITOR)
+        for name, run in (("ours", run_linear), ("theirs", run_theirs))
+    ]
+    assert [(summary["steps"], summary["best_step"]) for summary in summaries] == [(8, 2)] * 2
+    scores = [line["valid_score"] for line in lines(tmp_path / "theirs") if "valid_score" in line]
+    assert scores == [1, 2, 2, 2]  # whole numbers, too
+    states = [json.loads((tmp_path / name / "step_00000002/state.json").read_text()) for name in ("ours", "theirs")]
+    assert [(state["epoch"], state["batch"]) for state in states] == [(0, 2)] * 2
+
+
+def test_the_last_good_checkpoint_stays_also_where_one_is_kept(tmp_path: Path) -> None:
+    training = {"log_every": 5, "checkpoint_every": 5, "max_steps": 30, "keep_checkpoints": 1}
+    with pytest.raises(ValueError, match=r"stopped at step 15: .*The last good checkpoint: .*step_10$"):
+        run_theirs(tmp_path / "run", LinearTask(nan_from=2), training)
+
+
+def test_an_alarm_of_a_validation_that_a_stop_broke_off_ends_the_run_where_it_stood(tmp_path: Path) -> None:
+    class Alarmed(Validated):
+        def alarm(self, metrics: dict[str, float], step: int) -> str | None:
+            return "collapsed" if metrics.get("valid_score") == 3.0 else None
+
+    task = Alarmed(SCORES, {7})  # the second batch of the validation after step 6
+    with pytest.raises(ValueError, match=r"stopped at step 6: collapsed\. .*step_4$"):
+        until_finished(lambda: run_theirs(tmp_path / "run", task, {**PATIENT, "checkpoint_every": 4}, monitor=MONITOR))
+    assert task.step == 6
+
+
+def test_a_run_goes_on_on_another_device_and_counts_the_seconds_of_all_sessions(tmp_path: Path) -> None:
+    task = LinearTask(dropout=0.3, on_step=once_at(6))
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit):
+            run_theirs(tmp_path / "run", task)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    stopped = tmp_path / "run/fairseq2/checkpoints/step_7"
+    for name, change in {"trainer/rank_00.pt": written_on_a_gpu, "data_reader/dp_00.pt": of_an_hour}.items():
+        state = torch.load(stopped / name, weights_only=True)
+        change(state)
+        torch.save(state, stopped / name)
+    summary = run_theirs(tmp_path / "run", task)
+    assert summary["steps_this_time"] == 5 and 3600 < summary["seconds"] < 4200
+    run_theirs(tmp_path / "straight", LinearTask(dropout=0.3))
+    weights = [checkpoint_file(tmp_path / name, "model.safetensors").read_bytes() for name in ("straight", "run")]
+    assert weights[0] == weights[1]
+
+
+def written_on_a_gpu(state: dict[str, Any]) -> None:
+    """Its generator has a state, too: fairseq2 wants as many as it writes."""
+    state["_rng_bag"]["generators"].append(torch.zeros(16, dtype=torch.uint8))
+
+
+def of_an_hour(state: dict[str, Any]) -> None:
+    state["seconds"] += 3600.0
+
+
+def test_fairseq2_beside_another_torch_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "fairseq2":
+                raise RuntimeError("fairseq2 requires a CPU-only build of PyTorch 2.9.1")
+
+    monkeypatch.delitem(sys.modules, "fairseq2")
+    monkeypatch.setattr(sys, "meta_path", [Refusing(), *sys.meta_path])
+    with pytest.raises(ValueError, match=r"does not load here \(fairseq2 requires .*\); install"):
+        require_fairseq2("this test")
