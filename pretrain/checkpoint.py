@@ -214,6 +214,11 @@ def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tenso
         return load_asset(name)
     run = Path(run)
     path = latest_checkpoint(run) if run.is_dir() else None
+    if path is None and any(run.glob("fairseq2/checkpoints/step_*")):
+        raise ValueError(
+            f'{run}: is not finished, and was begun with training.engine = "fairseq2", whose checkpoints are fairseq2\'s own until the end (of a '
+            "keep_best run, until its first validation); give its command again, which goes on from them"
+        )
     if path is None:
         raise ValueError(f"{run}: holds no checkpoint; give the folder of a training run")
     state = _read_state(path)

@@ -1,13 +1,12 @@
 """A task's metrics through fairseq2: a metric of its metric bag, and a recorder that keeps our own log beside its recorders."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from fairseq2.file_system import GlobalFileSystem
 from fairseq2.metrics.recorders import (
-    CompositeMetricRecorder,
     JsonlMetricRecorder,
     LogMetricRecorder,
     MetricDescriptorRegistry,
@@ -55,6 +54,22 @@ class Sums(Metric[dict[str, Tensor]]):  # type: ignore[misc]
         return self
 
 
+class Trained(MetricRecorder):  # type: ignore[misc]
+    """Passes on to `recorders` what has something to tell: a run that is stopped right after a line publishes one more, of nothing."""
+
+    def __init__(self, recorders: Sequence[MetricRecorder]):
+        self._recorders = recorders
+
+    def record_metric_values(self, category: str, values: Mapping[str, object], step_nr: int | None = None) -> None:
+        if category != "train" or "loss" in values:
+            for recorder in self._recorders:
+                recorder.record_metric_values(category, values, step_nr)
+
+    def close(self) -> None:
+        for recorder in self._recorders:
+            recorder.close()
+
+
 class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
     """Our `metrics.jsonl` and TensorBoard events: a line for what was trained, with the validation of the same step.
 
@@ -76,5 +91,5 @@ class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
 def recorder(folder: Path, log: RunLog) -> MetricRecorder:
     """fairseq2's own recorders, JSON lines and TensorBoard in `folder` and its log, with ours."""
     descriptors = MetricDescriptorRegistry([])
-    theirs: list[Any] = [JsonlMetricRecorder(folder, GlobalFileSystem(), descriptors), TensorBoardRecorder(folder, descriptors)]
-    return CompositeMetricRecorder([RunLogRecorder(log), *theirs, LogMetricRecorder(descriptors)])
+    theirs = [JsonlMetricRecorder(folder, GlobalFileSystem(), descriptors), TensorBoardRecorder(folder, descriptors)]
+    return Trained([RunLogRecorder(log), *theirs, LogMetricRecorder(descriptors)])

@@ -21,23 +21,19 @@ Some of fairseq2's (0.8.1) ways are gone around, each through its public interfa
 
 import math
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import fairseq2.recipe  # noqa: F401  # before fairseq2.trainer, with which it imports in a circle
 import torch
-import torch.distributed as dist
-from fairseq2.checkpoint import NOOP_HG_EXPORTER, CheckpointError, CheckpointNotFoundError
+from fairseq2.checkpoint import NOOP_HG_EXPORTER
 from fairseq2.early_stopper import NOOP_EARLY_STOPPER, EarlyStopper
-from fairseq2.error import OperationalError
-from fairseq2.gang import FakeGang, GangError, Gangs, ProcessGroupGang, create_fsdp_gangs, create_parallel_gangs
+from fairseq2.gang import Gangs
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.recorders import NOOP_METRIC_RECORDER, MetricRecorder
 from fairseq2.nn.data_parallel import DataParallelFacade, get_data_parallel_facade, set_data_parallel_facade
-from fairseq2.nn.ddp import to_ddp
-from fairseq2.nn.fsdp import to_fsdp2
 from fairseq2.optim.fp16_loss_scaler import NOOP_FP16_LOSS_SCALER
 from fairseq2.profilers import NOOP_PROFILER
 from fairseq2.task import TaskStopException
@@ -47,7 +43,7 @@ from fairseq2.utils.gc import NOOP_GARBAGE_COLLECTOR
 from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
 from fairseq2.utils.stopwatch import Stopwatch
 from fairseq2.validator import NOOP_VALIDATOR, Validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from pretrain.artefact import require_absent
@@ -65,16 +61,16 @@ from pretrain.engine import (
     weighted,
 )
 from pretrain.fairseq2.checkpoints import (
-    checkpoint_folder,
     checkpoint_manager,
     last_step,
     newest_checkpoint,
     require_fitting_shards,
 )
+from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
 from pretrain.fairseq2.reader import MicroBatch, TaskReader
 from pretrain.fairseq2.recording import Sums, recorder
 from pretrain.kernels import keep_freed_memory
-from pretrain.parallel import World, is_loss_of_a_rank, scale_and_clip
+from pretrain.parallel import World, scale_and_clip
 from pretrain.progress import progress
 from pretrain.runlog import RunLog
 from pretrain.stopping import Stop, lost_ranks_told
@@ -101,7 +97,7 @@ def train_with_fairseq2(
         keep_freed_memory()
     max_steps = num_steps(task, training, run)
     folder = run / "fairseq2"
-    with lost_ranks_told(run, world, lambda: newest_checkpoint(folder)), _causes_told(folder):
+    with lost_ranks_told(run, world, lambda: newest_checkpoint(folder)), causes_told(folder):
         sharded = training.sharding == "full" and world.size > 1
         found = resume_point(run, config, world, lambda: last_step(folder), "step_*")
         if found is not None:
@@ -109,7 +105,7 @@ def train_with_fairseq2(
         prepare(task, training)
         stored = {"kind": kind, "extra": extra, "config": config}
         steps = _Steps(task, run, training, optimizer, world, max_steps, Best(monitor), found or 0, stored)
-        stop = steps.train(_gangs(world, sharded), sharded)
+        stop = steps.train(gangs_of(world, sharded), sharded)
         finished, done, log = steps.finished, steps.done, steps.log
         summary: dict[str, Any] = {}
         if finished and log is not None:
@@ -160,9 +156,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         """Run the trainer to the end of training, or until a signal."""
         training, task, world = self.training, self.task, self.world
         self.manager = checkpoint_manager(self.folder, gangs)
-        self.placed = _wrapped(
-            task, gangs, sharded, task.phase(self.max_steps - 1) != task.phase(0), task.phase(self.max_steps - 1)
-        )
+        self.placed = wrapped(task, gangs, sharded, task.phase(self.max_steps - 1) != task.phase(0), task.phase(self.max_steps - 1))
         self.adamw = make_optimizer(task, self.optimizer)
         for group in self.adamw.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
@@ -384,64 +378,3 @@ class _Patience(EarlyStopper):  # type: ignore[misc]
 
     def should_stop(self, step_nr: int, score: float) -> bool:
         return self._steps.out_of_patience
-
-
-class _OpenGang(ProcessGroupGang):  # type: ignore[misc]
-    """The process group of a World, which ends it itself."""
-
-    def close(self) -> None: ...
-
-
-def _gangs(world: World, sharded: bool) -> Gangs:
-    """fairseq2's gangs over the processes of `world`."""
-    if world.size == 1:
-        return create_parallel_gangs(FakeGang(world.device))
-    gangs = create_parallel_gangs(_OpenGang(dist.group.WORLD, world.device))
-    return create_fsdp_gangs(gangs) if sharded else gangs
-
-
-def _wrapped(task: Task, gangs: Gangs, sharded: bool, phases: bool, last_phase: int) -> nn.Module:
-    """The model on its device, within DDP or split by FSDP2 where there are several processes.
-
-    DDP must know of all parameters that ever learn, and of `phases` in which some do not.
-    """
-    if sharded:
-
-        def split(model: nn.Module, wrap: Callable[..., nn.Module]) -> nn.Module:
-            for block in task.blocks():
-                wrap(block)
-            return model
-
-        model: nn.Module = to_fsdp2(task.model.to(gangs.device), gangs, split)
-        return model
-    task.model.to(gangs.device)
-    if gangs.dp.size == 1:
-        return task.model
-    task.enter_phase(last_phase)
-    if not any(p.requires_grad for p in task.model.parameters()):
-        return task.model
-    replicas: nn.Module = to_ddp(task.model, gangs, find_unused_parameters=phases)
-    return replicas
-
-
-@contextmanager
-def _causes_told(folder: Path) -> Iterator[None]:
-    """fairseq2 wraps what went wrong: give the cause where it is one that others know how to tell."""
-    try:
-        yield
-    except (CheckpointError, CheckpointNotFoundError) as error:
-        path = checkpoint_folder(folder, error.step_nr)
-        raise ValueError(
-            f"{path}: its {error.kind} cannot be read ({error}); it is damaged. Remove that folder to go on from the one before it"
-        ) from None
-    except (OperationalError, GangError) as error:
-        cause: BaseException | None = error
-        while (
-            cause is not None
-            and not isinstance(cause, OSError)
-            and not (isinstance(cause, RuntimeError) and is_loss_of_a_rank(cause))
-        ):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None

@@ -215,6 +215,13 @@ def test_what_is_not_finite_ends_the_run_and_takes_its_checkpoint_with_it(tmp_pa
     assert sorted(path.name for path in (tmp_path / "run/fairseq2/checkpoints").glob("step_*")) == ["step_10"]
 
 
+def test_a_run_in_training_says_that_its_checkpoints_are_not_ours_yet(saves_at_once: None, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_theirs(tmp_path / "run", LinearTask(on_step=cut_at_9))
+    with pytest.raises(ValueError, match=r"not finished, and was begun with training.engine = .fairseq2.*give its command again"):
+        load_weights(tmp_path / "run")
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_can_be_gone_on_from(saves_at_once: None, tmp_path: Path) -> None:
     def fail(step: int) -> None:
         if step == 9:
