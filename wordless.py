@@ -194,7 +194,7 @@ def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, an arte
 
     if (name := asset_name(path)) is not None:
         _, meta, fingerprint = load_asset(name)
-        print(f"{path}: a complete {meta['kind']}, fingerprint {fingerprint}")
+        print(f"{path}: a complete {meta['kind']}, weights {fingerprint}")
         return
     if path.is_dir():
         meta = read_meta(path)

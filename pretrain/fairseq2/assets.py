@@ -2,10 +2,17 @@
 
 The card's checkpoint becomes what a run of `wordless import` would hold, in memory: the same tensors, the same meta data and so the same
 fingerprint, by which codebooks and labels know their encoder. fairseq2 itself finds cards and downloads (FAIRSEQ2_ASSET_DIR,
-FAIRSEQ2_USER_ASSET_DIR or ~/.config/fairseq2/assets, FAIRSEQ2_CACHE_DIR). Light to import: fairseq2 and torch come when a card is read.
+FAIRSEQ2_USER_ASSET_DIR or ~/.config/fairseq2/assets, FAIRSEQ2_CACHE_DIR).
+
+Light to import: fairseq2, torch and pretrain.weights come when a card is read. The last must: it reads runs by pretrain.checkpoint,
+which reads `fairseq2:NAME` by this module.
 """
 
+import contextlib
 import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +21,8 @@ from pretrain.fairseq2.available import require_fairseq2
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pretrain.weights.cards import Card
 
 PREFIX = "fairseq2:"
 
@@ -33,8 +42,6 @@ def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
 
     ValueError: fairseq2 is missing, no such card, a family or an architecture that is no encoder of ours, a damaged checkpoint.
     """
-    require_fairseq2(f"{PREFIX}{name}")
-    resolver()
     from pretrain.weights.conversion import in_memory
     from pretrain.weights.fairseq2 import read_asset
 
@@ -70,3 +77,129 @@ def resolver() -> Any:
         return init_fairseq2(extras=register)
     except InvalidOperationError:  # it has been started
         return get_dependency_resolver()
+
+
+def find_card(name: str) -> "Card":
+    """fairseq2's own look-up: the card `name` (with or without `fairseq2:`), its bases and architecture, its checkpoint and its tokenizer
+    downloaded.
+
+    ValueError: fairseq2 is missing, no such card, a family that is no encoder's, a card that fairseq2 cannot read or download.
+    """
+    source = PREFIX + (name := name.removeprefix(PREFIX))
+    require_fairseq2(source)
+    from fairseq2.assets import (
+        AssetCardError,
+        AssetDownloadError,
+        AssetDownloadManager,
+        AssetMetadataError,
+        AssetSourceNotFoundError,
+        get_asset_store,
+    )
+    from fairseq2.error import NotSupportedError
+    from fairseq2.models import ModelFamily
+    from fairseq2.models.wav2vec2 import get_wav2vec2_model_hub
+    from fairseq2.models.wav2vec2.asr import get_wav2vec2_asr_model_hub
+    from fairseq2.runtime.dependency import get_dependency_resolver
+
+    from pretrain.weights.card_config import near_names
+    from pretrain.weights.cards import OWN_FAMILIES, THEIR_FAMILIES, Card, require_family
+
+    try:
+        resolver()  # started with our families
+        store = get_asset_store()
+        card = store.maybe_retrieve_card(name)
+        if card is None:
+            ours = []
+            for full in store.asset_names:  # `name@environment`; not `find_cards`, which one broken card ends
+                with contextlib.suppress(AssetCardError):
+                    known = store.maybe_retrieve_card(full.partition("@")[0])
+                    told = known.maybe_get_field("model_family") if known is not None else None
+                    if told is not None and told.value in (*THEIR_FAMILIES, *OWN_FAMILIES):
+                        ours.append(known.name)
+            raise ValueError(
+                f"{source}: fairseq2 has no asset card of that name{near_names(name, ours)}. Cards of your own are found in the folders "
+                "FAIRSEQ2_ASSET_DIR and FAIRSEQ2_USER_ASSET_DIR"
+            )
+        family_field = card.maybe_get_field("model_family")
+        if family_field is None:
+            raise ValueError(f"{source}: is the card of something else than a model: it has no model_family")
+        family = family_field.as_(str)
+        require_family(family, source)
+        config: dict[str, Any]
+        if family in OWN_FAMILIES:
+            config = asdict(resolver().resolve(ModelFamily, key=family).get_model_config(card))
+        else:
+            hub = get_wav2vec2_model_hub() if family == "wav2vec2" else get_wav2vec2_asr_model_hub()
+            config = _plain(asdict(hub.get_model_config(card)))
+        downloads = get_dependency_resolver().resolve(AssetDownloadManager)
+        checkpoint = _download(card, "checkpoint", downloads.download_model)
+        if checkpoint is None:
+            raise ValueError(f"{source}: its card has no checkpoint (a gated model?); add one to a card of your own")
+        if (inside := card.maybe_get_field("checkpoint_path")) is not None:
+            checkpoint = checkpoint / inside.as_(str)
+        extra = card.maybe_get_field("wordless")
+        held = dict(extra.value) if extra is not None and isinstance(extra.value, Mapping) else {}
+        tokenizer = _tokenizer(card, store, downloads) if family == "wav2vec2_asr" and "vocabulary" not in held else None
+    except (AssetCardError, AssetMetadataError, AssetSourceNotFoundError) as error:
+        hint = "; a package that brings its architecture may have to be installed" if "architecture" in str(error) else ""
+        reasons, cause = [str(error)], error.__cause__
+        while cause is not None:  # of which one names the key, and one what is wrong with its value
+            reasons, cause = [*reasons, str(cause)], cause.__cause__
+        if any("recursion" in reason for reason in reasons):
+            hint = "; is a card its own base?"
+        raise ValueError(f"{source}: {': '.join(reason.removesuffix('.') for reason in reasons)}{hint}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: maximum recursion depth exceeded; is a card its own base?") from None
+    except UnicodeDecodeError as error:
+        strange = ", ".join(map(str, _not_utf8())) or "a card beside it"
+        raise ValueError(f"{source}: {strange} is not UTF-8 ({error})") from None
+    except (AssetDownloadError, NotSupportedError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    return Card(source, family, config, checkpoint, tokenizer, held)
+
+
+def _download(card: Any, key: str, download: Any) -> Path | None:
+    """The file or the folder that a card's field names, on this machine."""
+    named = card.maybe_get_field(key)
+    if named is None:
+        return None
+    from pretrain.weights.cards import require_path
+
+    require_path(named.as_(str), f"{PREFIX}{card.name}: {key}")
+    uri = named.as_uri()
+    return Path(uri.to_path()) if uri.scheme == "file" else Path(download(uri))
+
+
+def _tokenizer(card: Any, store: Any, downloads: Any) -> Path | None:
+    """The tokenizer of characters of a card, or of the one that it refers to; None where there is none, or none of characters."""
+    from fairseq2.data.tokenizers.ref import resolve_tokenizer_reference
+
+    card = resolve_tokenizer_reference(store, card)
+    kind = card.maybe_get_field("tokenizer_family")
+    return (
+        _download(card, "tokenizer", downloads.download_tokenizer) if kind is not None and kind.value == "char_tokenizer" else None
+    )
+
+
+def _not_utf8() -> list[Path]:
+    """The cards on the user's paths that fairseq2, which reads them all, cannot decode and does not name."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    folders = [os.environ.get("FAIRSEQ2_ASSET_DIR"), os.environ.get("FAIRSEQ2_USER_ASSET_DIR") or Path(home, "fairseq2/assets")]
+    found = []
+    for path in sorted(path for folder in folders if folder for path in Path(folder).rglob("*.y*ml")):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            found.append(path)
+        except OSError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A config as YAML has it: tables, lists, and the names of enumerated values."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return getattr(value, "name", value)

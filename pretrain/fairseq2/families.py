@@ -6,6 +6,7 @@ they are merged as fairseq2 merges tables, may leave out what `architecture` fil
 everywhere else.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -155,7 +156,25 @@ class RecognizerModelConfig(EncoderModelConfig):
                 f"model_config.vocabulary.spelling: one of {', '.join(spellings)} is needed, the last with `tokenizer`, the JSON of "
                 f"one, and no other with it; got {spelling!r}"
             )
+        if twice := sorted(symbol for symbol, count in Counter(symbols).items() if count > 1):
+            raise ValueError(
+                f"model_config.vocabulary.symbols: {', '.join(map(repr, twice[:5]))} more than once; each is one class"
+            )
+        if spelling == "tokenizer" and (lacking := sorted(set(symbols) - _pieces(self.vocabulary["tokenizer"]))):
+            raise ValueError(
+                f"model_config.vocabulary.symbols: {', '.join(map(repr, lacking[:5]))}: no pieces of vocabulary.tokenizer"
+            )
         return Vocabulary.from_meta({**self.vocabulary, "spelling": spelling})
+
+
+def _pieces(definition: Any) -> set[str]:
+    """The pieces of a tokenizer, of its JSON."""
+    from tokenizers import Tokenizer
+
+    try:
+        return set(Tokenizer.from_str(definition).get_vocab(with_added_tokens=True))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"model_config.vocabulary.tokenizer: not the JSON of a Hugging Face tokenizer ({error})") from None
 
 
 class Family(NamedTuple):

@@ -6,48 +6,38 @@ waveforms. Whatever else we train becomes a card of one of ours, over our own te
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE
 from pretrain.encoder import EncoderConfig
 from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
-from pretrain.weights.cards import CARD, DEFAULTS
-from pretrain.weights.fairseq2 import CONTRASTIVE_KEYS, COUNTER, ENCODER_KEYS
-from pretrain.weights.foreign import CTCHead
-from pretrain.weights.naming import CTC_HEADS, Objective, parameters, to_theirs
-from pretrain.weights.recognizer import take_rows
+from pretrain.weights.card_config import CONTRASTIVE_KEYS, COUNTER, DEFAULTS, ENCODER_KEYS
+from pretrain.weights.cards import CARD
+from pretrain.weights.foreign import CTCHead, Foreign
+from pretrain.weights.naming import CTC_HEADS, parameters, to_theirs
+from pretrain.weights.recognizer import name_blank, take_rows
 from pretrain.weights.sentencepiece import SPACE_PIECE, write_pieces
 
 TENSORS, TOKENIZER = "model.safetensors", "tokenizer.model"
 
 
-class Exported(NamedTuple):
-    """A run to write: our tensors, and what is known about them."""
-
-    weights: dict[str, Tensor]
-    encoder: EncoderConfig
-    objective: Objective | None  # that it was pretrained with, where that is known
-    head: HubertConfig | Wav2Vec2Config | None
-    recognizer: CTCHead | None
-    codebook: str | None = None  # of the units that a recogniser reads
-
-    @property
-    def own_family(self) -> str:
-        """The family of ours that it is of."""
-        if self.recognizer is not None:
-            return "wordless_recognizer"
-        if self.head is None:
-            return "wordless_encoder"
-        return "wordless_hubert" if isinstance(self.head, HubertConfig) else "wordless_wav2vec2"
+def own_family(run: Foreign) -> str:
+    """The family of ours that it is of."""
+    if run.recognizer is not None:
+        return "wordless_recognizer"
+    if run.head is None:
+        return "wordless_encoder"
+    return "wordless_hubert" if isinstance(run.head, HubertConfig) else "wordless_wav2vec2"
 
 
-def why_own_family(run: Exported) -> str | None:
+def why_own_family(run: Foreign) -> str | None:
     """Why none of fairseq2's families holds it; None where one does."""
     encoder = run.encoder
     if isinstance(run.head, HubertConfig):
@@ -60,21 +50,23 @@ def why_own_family(run: Exported) -> str | None:
         return "fairseq2 has no streaming encoder"
     if encoder.conv_dim == encoder.dim:
         return f"fairseq2 has no projection where conv_dim equals dim ({encoder.dim})"
-    if "layer_weights" in run.weights:
+    if "layer_weights" in run.tensors:
         return 'fairseq2 has no recogniser with ctc.layers = "weighted"'
     return None
 
 
-def write_card(folder: Path, name: str, run: Exported, notes: list[str]) -> str:
-    """Write `run` into the existing `folder` as the asset `name`; returns its family. What fairseq2 cannot hold is added to `notes`."""
+def write_card(folder: Path, name: str, run: Foreign) -> str:
+    """Write `run`, whose tensors are ours, into the existing `folder` as the asset `name`; returns its family. What fairseq2 cannot hold
+    is added to its notes."""
     import yaml  # type: ignore[import-untyped]
 
+    notes = run.notes
     card: dict[str, Any]
     if why := why_own_family(run):
-        notes.append(f"{why}: the card is of {run.own_family}, which fairseq2 knows where wordless is installed beside it")
-        card, tensors = _own_card(run), dict(run.weights)
+        notes.append(f"{why}: the card is of {own_family(run)}, which fairseq2 knows where wordless is installed beside it")
+        card, tensors = _own_card(run), dict(run.tensors)
     else:
-        card, tensors = _their_card(folder, run, notes)
+        card, tensors = _their_card(folder, run)
         if run.encoder.normalize_waveform:
             notes.append("fairseq2's models take waveforms as they are: give them normalised, as this one was trained")
     card = {"name": name, "model_family": card.pop("model_family"), "checkpoint": TENSORS, **card}
@@ -83,27 +75,27 @@ def write_card(folder: Path, name: str, run: Exported, notes: list[str]) -> str:
     return str(card["model_family"])
 
 
-def _own_card(run: Exported) -> dict[str, Any]:
+def _own_card(run: Foreign) -> dict[str, Any]:
     config: dict[str, Any] = {"encoder": run.encoder.resolved()}
     if isinstance(run.head, HubertConfig):
-        config |= {"hubert": run.head.resolved(), "num_classes": len(run.weights["class_embeddings"])}
+        config |= {"hubert": run.head.resolved(), "num_classes": len(run.tensors["class_embeddings"])}
     elif run.head is not None:
         config["wav2vec2"] = run.head.resolved()
     if run.recognizer is not None:
         vocabulary, text, ctc = run.recognizer
-        layers = "weighted" if "layer_weights" in run.weights else "last"
+        layers = "weighted" if "layer_weights" in run.tensors else "last"
         config |= {"vocabulary": vocabulary.to_meta(), "text": text.resolved(), "ctc": {**ctc.resolved(), "layers": layers}}
-    extra = {"objective": run.objective, "codebook": run.codebook}
-    return {"model_family": run.own_family, "model_config": config, "wordless": extra}
+    extra = {"objective": run.family, "codebook": run.codebook}
+    return {"model_family": own_family(run), "model_config": config, "wordless": extra}
 
 
-def _their_card(folder: Path, run: Exported, notes: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _their_card(folder: Path, run: Foreign) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The card's fields, and the tensors under fairseq2's names."""
-    extra: dict[str, Any] = {"objective": run.objective, "encoder": run.encoder.resolved()}
+    extra: dict[str, Any] = {"objective": run.family, "encoder": run.encoder.resolved()}
+    head, recognizer, notes = run.head, run.recognizer, run.notes
     told = _encoder_config(run.encoder, notes)
-    head, recognizer = run.head, run.recognizer
     if isinstance(head, Wav2Vec2Config):
-        tensors = to_theirs(run.weights, parameters("fairseq2", run.encoder, "wav2vec2", head.num_groups))
+        tensors = to_theirs(run.tensors, parameters("fairseq2", run.encoder, "wav2vec2", head.num_groups))
         tensors[COUNTER] = torch.zeros((), dtype=torch.int64)
         config = {**DEFAULTS["wav2vec2"], "encoder_config": told, **_contrastive_config(head)}
         if head.feature_dropout != run.encoder.input_dropout:
@@ -117,12 +109,12 @@ def _their_card(folder: Path, run: Exported, notes: list[str]) -> tuple[dict[str
             )
         return {"model_family": "wav2vec2", "model_config": config, "wordless": {**extra, "wav2vec2": head.resolved()}}, tensors
     assert recognizer is not None
-    tensors = to_theirs(run.weights, parameters("fairseq2", run.encoder, None, ctc=True))
-    config = {**DEFAULTS["wav2vec2_asr"], "encoder_config": told, **_ctc_config(recognizer, notes)}
+    tensors = to_theirs(run.tensors, parameters("fairseq2", run.encoder, None, ctc=True))
+    config = {**DEFAULTS["wav2vec2_asr"], "encoder_config": told, **_ctc_config(recognizer.ctc, run.encoder.dim, notes)}
     if not config["use_masking"]:
         del tensors["masker.temporal_mask_embed"]
         notes.append("the mask embedding is left out: fairseq2 has none where no time is masked")
-    if run.objective == "hubert":
+    if run.family == "hubert":
         notes.append("written as wav2vec 2.0, whose encoder is HuBERT's")
     extra |= {"vocabulary": recognizer.vocabulary.to_meta(), "text": recognizer.text.resolved(), "ctc": recognizer.ctc.resolved()}
     card = {"model_family": "wav2vec2_asr", "model_config": config, "wordless": extra}
@@ -153,18 +145,27 @@ def _contrastive_config(head: Wav2Vec2Config) -> dict[str, Any]:
     return told | {"codebook_sampling_temperature": [*head.gumbel_temperature, head.gumbel_decay]}
 
 
-def _ctc_config(recognizer: CTCHead, notes: list[str]) -> dict[str, Any]:
-    ctc = recognizer.ctc
+def _ctc_config(ctc: CTCConfig, dim: int, notes: list[str]) -> dict[str, Any]:
+    """fairseq2 raises where an utterance has room for fewer spans than its least number, so that is 0 here: it is then not masked."""
     told: dict[str, Any] = {"final_dropout_p": ctc.final_dropout, "use_masking": ctc.mask_start_probability > 0}
     if not told["use_masking"]:
         if ctc.mask_channel_probability > 0:
             notes.append("fairseq2 masks no channels where it masks no time: mask_channel_probability is not written")
         return told
+    channels = ctc.mask_channel_probability
+    # fairseq2 raises for spans as long as the width, and rounds less than one span down to none
+    if channels > 0 and (ctc.mask_channel_length >= dim or channels * (dim - 1) < 1):
+        notes.append(
+            f"fairseq2 masks no channels where a span of {ctc.mask_channel_length} does not fit {dim} of them, or fewer than one is to begin "
+            f"({channels} of {dim - 1}): max_spatial_mask_prob is 0"
+        )
+        channels = 0.0
     return told | {
         "temporal_mask_span_len": ctc.mask_length,
         "max_temporal_mask_prob": round(ctc.mask_start_probability * ctc.mask_length, 12),
+        "min_num_temporal_mask_spans": 0,
         "spatial_mask_span_len": ctc.mask_channel_length,
-        "max_spatial_mask_prob": round(ctc.mask_channel_probability * ctc.mask_channel_length, 12),
+        "max_spatial_mask_prob": round(channels * ctc.mask_channel_length, 12),
         "min_num_spatial_mask_spans": 0,
     }
 
@@ -184,8 +185,7 @@ def _write_tokenizer(folder: Path, recognizer: CTCHead, tensors: dict[str, Tenso
         return {}
     if vocabulary.spelling == "jamo":
         notes.append("the tokenizer spells jamo: give it texts in which syllables are taken apart (NFD)")
-    blank = next(name for name in ("<pad>", "<blank>", "<ctc blank>") if name not in symbols)
-    write_pieces(folder / TOKENIZER, blank, symbols, "<unk>")
+    write_pieces(folder / TOKENIZER, name_blank(symbols), symbols, "<unk>")
     if "<unk>" not in symbols:
-        take_rows(tensors, CTC_HEADS["fairseq2"], [*range(len(vocabulary)), -1])
+        take_rows(tensors, CTC_HEADS["fairseq2"], [*range(len(vocabulary)), -1], str(folder))
     return {"tokenizer_family": "char_tokenizer", "tokenizer": TOKENIZER}

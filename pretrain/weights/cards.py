@@ -1,13 +1,11 @@
-"""fairseq2's asset cards as files, its checkpoints, and the configs of its models with what they leave to a default.
+"""fairseq2's asset cards as files, and its checkpoints.
 
 Nothing of fairseq2 is imported. Checkpoints are a `.pt` or safetensors, or what its trainer writes: `checkpoints/model.yaml` beside
 `step_N/model/pp_00/tp_00/sdp_00.pt`, in as many files as data-parallel processes shared the weights, each tensor cut along its first axis.
 """
 
-import contextlib
-import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,40 +15,14 @@ from torch import Tensor
 
 from pretrain.artefact import sha256_file
 from pretrain.checkpoint import load_weights
+from pretrain.fairseq2.families import FAMILIES
+from pretrain.weights.card_config import DEFAULTS, complete_config
 from pretrain.weights.foreign import load_pickle, load_safetensors
 
-OWN_FAMILIES = ("wordless_encoder", "wordless_hubert", "wordless_wav2vec2", "wordless_recognizer")
-FAMILIES = ("wav2vec2", "wav2vec2_asr")
+OWN_FAMILIES, THEIR_FAMILIES = tuple(FAMILIES), tuple(DEFAULTS)
+DEFAULT_ARCHS = {"wav2vec2": "base", "wav2vec2_asr": "base_10h"}  # whose configs `DEFAULTS` has
+MOST_VALUES = 1_000_000  # of a file of cards; fairseq2's configs have some fifty
 CARD, TRAINER_CARD = "card.yaml", "model.yaml"
-
-# fairseq2 0.8's configs without an architecture, which are those of "base" and "base_10h".
-_ENCODER: dict[str, Any] = {
-    "model_dim": 768, "max_seq_len": 4096, "feature_dim": 512, "use_fbank": False, "first_pass_dropout_p": 0.0,
-    "layer_norm_features": True,
-    "feature_extractor_layer_descs": [[512, 10, 5], *[[512, 3, 2]] * 4, *[[512, 2, 2]] * 2],
-    "feature_extractor_bias": False, "feature_extractor_layer_norm_convs": False, "feature_grad_scale": 0.1,
-    "num_fbank_channels": 0, "fbank_stride": 0, "sample_fbank_every_k": 0, "pos_encoder_type": "conv", "pos_encoder_depth": 1,
-    "pos_conv_kernel_size": 128, "num_pos_conv_groups": 16, "use_conformer": False, "num_encoder_layers": 12,
-    "num_encoder_attn_heads": 12, "ffn_inner_dim": 3072, "dropout_p": 0.1, "attn_dropout_p": 0.1, "ffn_inner_dropout_p": 0.0,
-    "layer_drop_p": 0.05, "norm_order": "POST", "depthwise_conv_kernel_size": 0,
-}  # fmt: skip
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "wav2vec2": {
-        "encoder_config": _ENCODER, "final_dim": 256, "final_proj_bias": True, "quantizer_encoder_grad": True,
-        "temporal_mask_span_len": 10, "max_temporal_mask_prob": 0.69, "min_num_temporal_mask_spans": 2, "spatial_mask_span_len": 10,
-        "max_spatial_mask_prob": 0.0, "min_num_spatial_mask_spans": 2, "quantized_dim": 256, "num_codebooks": 2,
-        "num_codebook_entries": 320, "codebook_sampling_temperature": [2.0, 0.5, 0.999995], "num_distractors": 100,
-        "logit_temp": 0.1,
-    },
-    "wav2vec2_asr": {
-        "encoder_config": {
-            **_ENCODER, "feature_grad_scale": 1.0, "dropout_p": 0.0, "attn_dropout_p": 0.0, "ffn_inner_dropout_p": 0.1,
-        },
-        "target_vocab_size": 32, "final_dropout_p": 0.0, "use_masking": True, "temporal_mask_span_len": 10,
-        "max_temporal_mask_prob": 0.69, "min_num_temporal_mask_spans": 2, "spatial_mask_span_len": 64,
-        "max_spatial_mask_prob": 0.55, "min_num_spatial_mask_spans": 2,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,7 @@ def read_card(source: Path) -> Card:
     file, card = found[0]
     family = str(card["model_family"])
     require_family(family, str(file))
-    if "base" in card or card.get("model_arch") not in (None, "base" if family == "wav2vec2" else "base_10h"):
+    if "base" in card or card.get("model_arch") not in (None, DEFAULT_ARCHS.get(family)):
         what = "base" if "base" in card else "model_arch"
         raise ValueError(
             f"{file}: {what} = {card[what]!r}: fairseq2 alone knows what that is; put the folder on FAIRSEQ2_ASSET_DIR, in an "
@@ -101,7 +73,9 @@ def read_card(source: Path) -> Card:
     if step is None:
         if not isinstance(card.get("checkpoint"), str):
             raise ValueError(f"{file}: has no checkpoint; give a card with one, or the folder with fairseq2's checkpoints")
-        step = local_path(card["checkpoint"], file)
+        if not isinstance(inside := card.get("checkpoint_path", "."), str):
+            raise ValueError(f"{file}: checkpoint_path = {inside!r}: a path inside `checkpoint` is expected")
+        step = local_path(card["checkpoint"], file) / inside
     tokenizer = None
     if card.get("tokenizer_family") == "char_tokenizer" and isinstance(card.get("tokenizer"), str):
         tokenizer = local_path(card["tokenizer"], file)
@@ -113,9 +87,9 @@ CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config"
 
 def require_family(family: str, source: str) -> None:
     """ValueError for a family that is none of a speech encoder's."""
-    if family not in (*FAMILIES, *OWN_FAMILIES):
+    if family not in (*THEIR_FAMILIES, *OWN_FAMILIES):
         raise ValueError(
-            f"{source}: model_family = {family!r}: no speech encoder that wordless knows; supported are {', '.join(FAMILIES)}, and "
+            f"{source}: model_family = {family!r}: no speech encoder that wordless knows; supported are {', '.join(THEIR_FAMILIES)}, and "
             f"wordless's own {', '.join(OWN_FAMILIES)}"
         )
 
@@ -130,55 +104,46 @@ def read_yaml(path: Path) -> list[dict[str, Any]]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        return [tree for tree in yaml.safe_load_all(path.read_text(encoding="utf-8")) if isinstance(tree, dict)]
+        trees = [tree for tree in yaml.safe_load_all(path.read_text(encoding="utf-8")) if isinstance(tree, dict)]
+        if _weigh(trees, {}) > MOST_VALUES:
+            raise ValueError("its aliases stand for more values than a card can have")
+        return trees
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
 
 
-def complete_config(family: str, given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A whole config of fairseq2's from what a card says; ValueError for keys and types that are not of it."""
-    return _complete(DEFAULTS[family], given, source, "model_config")
-
-
-def _complete(defaults: Mapping[str, Any], given: Mapping[str, Any], source: str, where: str) -> dict[str, Any]:
-    whole = dict(defaults)
-    for key, value in given.items():
-        if key not in defaults:
-            near = near_names(str(key), defaults)
-            raise ValueError(f"{source}: {where}.{key} = {value!r}: no key of fairseq2 0.8's config{near}")
-        default = defaults[key]
-        if isinstance(default, dict):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{source}: {where}.{key} = {value!r}: a table is expected")
-            whole[key] = _complete(default, value, source, f"{where}.{key}")
-            continue
-        if isinstance(default, float) and isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)  # YAML 1.1 takes 1e-05 for a text
-        expected = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, expected) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise ValueError(f"{source}: {where}.{key} = {value!r}: like {default!r} is expected")
-        whole[key] = value
-    return whole
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """What to add to a message that `name` is not known."""
-    known = sorted(known)
-    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
-        return f"; near it are {', '.join(near)}"
-    return f"; known are {', '.join(known[:8])}" if known else ""
+def _weigh(value: Any, known: dict[int, int]) -> int:
+    """How many values and characters a tree has with its aliases written out, as a message or JSON would; too many where it holds itself."""
+    if not isinstance(value, dict | list | tuple):
+        return len(value) if isinstance(value, str) else 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_weigh(item, known) for item in inside)
+    return known[id(value)]
 
 
 def local_path(text: str, card: Path) -> Path:
-    """The file of a `checkpoint` or `tokenizer` of a card; ValueError where it would have to be downloaded."""
+    """The file of a `checkpoint` or `tokenizer` of a card; ValueError where it names none or would have to be downloaded."""
+    require_path(text, str(card))
     if "://" in text and not text.startswith("file://"):
         raise ValueError(f"{card}: {text} is not on this machine; fairseq2 downloads it: say fairseq2:NAME where it is installed")
     return card.parent / text.removeprefix("file://")
 
 
+def require_path(text: str, source: str) -> None:
+    """ValueError for a field of a card that names nothing but the card's own folder."""
+    if Path(text.removeprefix("file://")) == Path():
+        raise ValueError(f"{source}: {text!r} stands for the folder of the card; name a file, or a folder with one checkpoint")
+
+
 def load_checkpoint(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a checkpoint under their own names, and a SHA-256 of its files."""
+    """The tensors of a checkpoint under their own names, and the SHA-256 of its files; of a run of ours the run's fingerprint."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # not there, of a name that no file can have, in a folder that is closed
+        reason = error.strerror if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
+        raise ValueError(f"{str(path)[:200]}: no such checkpoint{f' ({reason})' if reason else ''}") from None
     if path.is_dir() and (path / "pp_00").is_dir():
         return _load_shards(path, allow_pickle)
     if any(path.glob("step_*/state.json")):  # a run of ours: its best weights, else the newest
@@ -216,7 +181,11 @@ def _load_shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str
     whole = {}
     for name, first in shards[0].items():
         parts = [shard[name] for shard in shards if name in shard]
-        whole[name] = torch.cat(parts) if first.ndim and len(parts) > 1 else first
+        try:
+            whole[name] = torch.cat(parts) if first.ndim and len(parts) > 1 else first
+        except RuntimeError:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise ValueError(f"{path}: the parts of {name!r} in its files do not fit together: {shapes}") from None
     return whole, _sha256(files)
 
 

@@ -29,16 +29,26 @@ from pretrain.config import Config, parse_config, without_none
 from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
 from pretrain.ctc.task import CTCConfig
 from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.fairseq2.assets import asset_name, load_asset
+from pretrain.fairseq2.assets import asset_name, find_card
 from pretrain.hubert import Hubert, HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from pretrain.weights.card_writing import Exported, write_card
+from pretrain.weights.card_writing import write_card
 from pretrain.weights.cards import is_card
 from pretrain.weights.fairseq import read_fairseq, write_fairseq
-from pretrain.weights.fairseq2 import PREFIX, read_asset, read_folder, read_weights
+from pretrain.weights.fairseq2 import objective_of, read_asset, read_folder, read_weights
 from pretrain.weights.foreign import NUM_HEADS, CTCHead, Foreign, load_pickle, load_safetensors, weights_only_hole
 from pretrain.weights.huggingface import HEADS_FILE, read_huggingface, write_huggingface
-from pretrain.weights.naming import ENCODER_NAMES, HEAD_NAMES, Format, Objective, Parameter, parameters, to_ours, to_theirs
+from pretrain.weights.naming import (
+    ENCODER_NAMES,
+    HEAD_NAMES,
+    Format,
+    Objective,
+    Parameter,
+    parameters,
+    to_ours,
+    to_theirs,
+    type_name,
+)
 from pretrain.weights.torchaudio import read_torchaudio, write_torchaudio
 
 
@@ -58,8 +68,8 @@ def read_foreign(config: ImportConfig) -> Foreign:
     """Find out what `config.source` is and read it."""
     vocabulary = Path(config.vocabulary) if config.vocabulary else None
     source, options = Path(config.source), {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform}
-    if config.source.startswith(PREFIX):
-        return read_asset(config.source, vocabulary, options, config.allow_pickle)
+    if (name := asset_name(config.source)) is not None:
+        return read_asset(name, vocabulary, options, config.allow_pickle)
     if not (source / "config.json").is_file() and is_card(source):
         return read_folder(source, vocabulary, options, config.allow_pickle)
     if source.is_dir():
@@ -133,8 +143,15 @@ def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Te
     notes = list(foreign.notes)
     if foreign.head is None and foreign.recognizer is None:
         notes.append("there are no pretraining heads in the file: the run is an encoder alone")
-    with torch.device("meta"):
-        model = _skeleton(foreign)
+    if foreign.encoder.num_layers > len(foreign.tensors):  # before so many are made
+        raise ValueError(
+            f"{source}: {foreign.encoder.num_layers} layers are told, but there are only {len(foreign.tensors)} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            model = _skeleton(foreign)
+    except RuntimeError as error:  # sizes that no tensor can have
+        raise ValueError(f"{source}: no model can be that large ({str(error).splitlines()[0]})") from None
     weights = _ours(foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, source, notes)
     table = {str(foreign.family): foreign.head.resolved()} if foreign.head is not None else {}
     config = {"objective": foreign.family, "encoder": foreign.encoder.resolved(), **table}
@@ -241,9 +258,9 @@ def _export_card(
     elif encoder_only:
         weights = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
         notes.append("the heads are left out: as --encoder-only says")
-    exported = Exported(weights, encoder, named, head, recognizer, meta.get("codebook"))
+    foreign = Foreign("wordless", weights, encoder, named, head, fingerprint, notes, recognizer, run, meta.get("codebook"))
     with atomic_folder(out) as temporary:
-        family = write_card(temporary, out.name, exported, notes)
+        family = write_card(temporary, out.name, foreign)
     return {
         "out": str(out), "format": "fairseq2", "family": family, "objective": named, "heads": head is not None,
         "recognizer": recognizer is not None, "weights": fingerprint, "notes": notes,
@@ -288,7 +305,7 @@ def _ours(foreign: Foreign, shapes: Mapping[str, torch.Size], source: str, notes
     if name not in tensors:
         tensors[name] = torch.zeros(shapes["encoder.mask_embedding"])
         notes.append("there is no mask embedding in the file; it is zero")
-    if kinds := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"}:
+    if kinds := {type_name(tensor) for tensor in tensors.values()} - {"float32"}:
         notes.append(f"weights in {' and '.join(sorted(kinds))} became float32")
     groups = foreign.head.num_groups if isinstance(foreign.head, Wav2Vec2Config) else 1
     objective = foreign.family if foreign.head is not None else None
@@ -308,7 +325,7 @@ def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
     source = meta["config"].get("encoder")
     if named is None and isinstance(source, str) and (name := asset_name(source)) is not None:
         with suppress(ValueError):  # the card, or fairseq2, is gone
-            return _pretrained_with(load_asset(name)[1])
+            return objective_of(find_card(name))
     if named is None and isinstance(source, str) and is_complete(source):
         return _pretrained_with(read_meta(source))
     return named

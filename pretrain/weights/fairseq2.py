@@ -9,7 +9,8 @@ Pre-norm models have their last norm in `encoder`, post-norm ones their first in
 both or neither, which nobody trains.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,37 +21,27 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import EncoderConfig
+from pretrain.fairseq2.assets import find_card
+from pretrain.fairseq2.families import FAMILIES, EncoderModelConfig, RecognizerModelConfig
 from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.hubert import HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2Config
-from pretrain.weights.cards import (
-    OWN_FAMILIES,
-    Card,
-    load_checkpoint,
-    read_card,
-    tensors_of,
+from pretrain.weights.card_config import (
+    COMPUTED_KEYS,
+    CONTRASTIVE_KEYS,
+    COUNTER,
+    CTC_KEYS,
+    DEFAULTS,
+    ENCODER_KEYS,
+    near_names,
+    told_with,
 )
+from pretrain.weights.cards import OWN_FAMILIES, Card, load_checkpoint, read_card, tensors_of
 from pretrain.weights.foreign import CTCHead, Foreign, infer_encoder, leave_out, make_encoder, normalization_note, weights_only_hole
-from pretrain.weights.hub import find_card
 from pretrain.weights.naming import CTC_HEADS, Format, Objective, canonical, head_in
 from pretrain.weights.recognizer import Classes, of_symbols, read_vocabulary, take_rows
 from pretrain.weights.sentencepiece import SPACE_PIECE, Pieces, read_pieces
 
-PREFIX = "fairseq2:"
-COUNTER = "quantizer.num_updates"  # of steps, which Gumbel's temperature follows
-
-# Our config's keys as fairseq2 calls them.
-ENCODER_KEYS = {
-    "dim": "model_dim", "num_layers": "num_encoder_layers", "num_heads": "num_encoder_attn_heads", "ffn_dim": "ffn_inner_dim",
-    "conv_dim": "feature_dim", "conv_bias": "feature_extractor_bias", "pos_kernel": "pos_conv_kernel_size",
-    "pos_groups": "num_pos_conv_groups", "input_dropout": "first_pass_dropout_p", "dropout": "dropout_p",
-    "attention_dropout": "attn_dropout_p", "activation_dropout": "ffn_inner_dropout_p", "layer_drop": "layer_drop_p",
-    "feature_gradient_scale": "feature_grad_scale",
-}  # fmt: skip
-CONTRASTIVE_KEYS = {
-    "mask_length": "temporal_mask_span_len", "num_distractors": "num_distractors", "num_groups": "num_codebooks",
-    "num_entries": "num_codebook_entries", "code_dim": "quantized_dim", "final_dim": "final_dim", "temperature": "logit_temp",
-}  # fmt: skip
 # Keys whose other values make another architecture.
 FIXED: tuple[tuple[str, Any, str], ...] = (
     ("use_fbank", False, "log-mel filterbanks in place of waveforms"),
@@ -69,11 +60,8 @@ def read_asset(
     A card's `.pt` is read by torch's weights_only, as by fairseq2 itself. ValueError: fairseq2 is missing or another, no such card, a
     family or an architecture that is not supported, a checkpoint that cannot be had or does not fit.
     """
-    from pretrain.fairseq2.available import require_fairseq2
-
-    source = PREFIX + (name := name.removeprefix(PREFIX))
-    require_fairseq2(source)
-    return read_model(find_card(name, source), vocabulary, options, allow_pickle, source)
+    card = find_card(name)
+    return read_model(card, vocabulary, options, allow_pickle, card.source)
 
 
 def read_folder(source: Path, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool) -> Foreign:
@@ -91,26 +79,36 @@ def read_model(card: Card, vocabulary: Path | None, options: Mapping[str, Any], 
         if vocabulary is not None and card.family == "wordless_recognizer":
             raise ValueError(f"{source}: holds its vocabulary; drop --vocabulary")
         return _own(card, state, sha256, options, notes, source)
-    told = card.config["encoder_config"]
-    held = card.extra.get("encoder")
+    told, held = card.config["encoder_config"], _held(card, "encoder")
     kept = ("architecture", "normalize_waveform")  # what fairseq2's config has no key for
-    keys = {key: held[key] for key in kept if key in held} if isinstance(held, Mapping) else {}
+    keys = {key: held[key] for key in kept if key in held}
     keys |= _encoder_keys(told, card.source)
     if "normalize_waveform" not in keys:
         keys["normalize_waveform"] = keys["conv_norm"] == "layer"
         if options["normalize_waveform"] is None:
             notes.append(normalization_note("fairseq2's configs do not say", keys["normalize_waveform"]))
-    encoder = make_encoder(keys, dict(options), card.source)
+    with told_with({ours: f"encoder_config.{theirs}" for ours, theirs in ENCODER_KEYS.items()}, card.source):
+        encoder = make_encoder(keys, dict(options), card.source)
     of_fairseq = any(name.endswith("mask_emb") for name in state)  # fairseq2 converts fairseq's own checkpoints where it reads them
     form: Format = "fairseq" if of_fairseq else "fairseq2"
     tensors = canonical(state, "w2v_encoder.w2v_model." if of_fairseq else "", str(card.checkpoint))
     tensors.pop(COUNTER, None)
     if card.family == "wav2vec2":
-        head = parse_config(Wav2Vec2Config, _contrastive_tree(card, notes), card.source)
+        with told_with(CONTRASTIVE_KEYS | COMPUTED_KEYS, card.source):
+            head = parse_config(Wav2Vec2Config, _contrastive_tree(card, notes), card.source)
         return Foreign(form, tensors, encoder, "wav2vec2", head, sha256, notes, source=source)
     recognizer = _recognizer(tensors, card, form, vocabulary, notes)
-    family: Objective = "hubert" if card.extra.get("objective") == "hubert" else "wav2vec2"
-    return Foreign(form, tensors, encoder, family, None, sha256, notes, recognizer, source)
+    return Foreign(form, tensors, encoder, objective_of(card), None, sha256, notes, recognizer, source)
+
+
+def objective_of(card: Card) -> Objective | None:
+    """What the model was pretrained with; None where the card does not say."""
+    if card.family in ("wav2vec2", "wordless_wav2vec2"):
+        return "wav2vec2"
+    if card.family == "wordless_hubert":
+        return "hubert"
+    told: Objective | None = next((known for known in get_args(Objective) if known == card.extra.get("objective")), None)
+    return told or ("wav2vec2" if card.family == "wav2vec2_asr" else None)
 
 
 def read_weights(source: Path, state: Mapping[str, Any], sha256: str, options: dict[str, Any], vocabulary: Path | None) -> Foreign:
@@ -120,12 +118,12 @@ def read_weights(source: Path, state: Mapping[str, Any], sha256: str, options: d
     tensors.pop(COUNTER, None)
     objective = head_in(tensors, "fairseq2")
     recognizer = None
-    if objective is None and (weight := tensors.get("final_proj.weight")) is not None:
+    if objective is None and (weight := tensors.get("final_proj.weight")) is not None and weight.ndim == 2:
         classes = _given_classes(vocabulary, len(weight), notes) if vocabulary else None
-        recognizer = _with_classes(tensors, "fairseq2", classes, CTCConfig(), notes)
+        recognizer = _with_classes(tensors, "fairseq2", classes, CTCConfig(), notes, str(source))
     encoder = infer_encoder(source, tensors, "fairseq2", options, notes)
     head = None
-    if objective == "wav2vec2" and (codes := tensors.get("quantizer.entries")) is not None:
+    if objective == "wav2vec2" and (codes := tensors.get("quantizer.entries")) is not None and codes.ndim == 3:
         groups, final = 2, len(tensors.get("final_proj.weight", [None] * 256))
         head = Wav2Vec2Config(
             num_groups=groups, num_entries=codes.shape[1] // groups, code_dim=groups * codes.shape[2], final_dim=final
@@ -170,12 +168,12 @@ def _contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
     if len(temperatures) != 3:
         raise ValueError(f"{card.source}: codebook_sampling_temperature = {temperatures}: first, last and decay are expected")
     first, last, decay = temperatures
-    held = card.extra.get("wav2vec2")
-    dropout = told["encoder_config"]["first_pass_dropout_p"]
-    tree = {"feature_dropout": dropout, **(held if isinstance(held, Mapping) else {})}
+    held = _held(card, "wav2vec2")
+    tree = {"feature_dropout": told["encoder_config"]["first_pass_dropout_p"], **held}
     tree |= {ours: told[theirs] for ours, theirs in CONTRASTIVE_KEYS.items()}
     tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
     tree["mask_start_probability"] = round(told["max_temporal_mask_prob"] / max(1, told["temporal_mask_span_len"]), 12)
+    _note_least_spans(card, notes)
     if told["max_spatial_mask_prob"]:
         notes.append("max_spatial_mask_prob is not carried on: wav2vec 2.0 here masks time alone")
     if not told["quantizer_encoder_grad"]:
@@ -188,32 +186,43 @@ def _contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
 def _recognizer(tensors: dict[str, Tensor], card: Card, form: Format, vocabulary: Path | None, notes: list[str]) -> CTCHead | None:
     """The CTC head of a model; None, and the head left out of `tensors`, where nothing says what its classes are."""
     rows, told = card.config["target_vocab_size"], card.config
-    if len(tensors.get(f"{CTC_HEADS[form]}.weight", range(rows))) != rows:
-        raise ValueError(
-            f"{card.source}: target_vocab_size = {rows}, but the head has {len(tensors[f'{CTC_HEADS[form]}.weight'])} rows"
-        )
-    held = card.extra.get("ctc")
-    tree = dict(held) if isinstance(held, Mapping) else {}
-    tree["final_dropout"] = told["final_dropout_p"]
-    for start, ours, theirs in (("mask_start", "mask", "temporal"), ("mask_channel", "mask_channel", "spatial")):
-        length, probability = told[f"{theirs}_mask_span_len"], told[f"max_{theirs}_mask_prob"]
-        tree[f"{ours}_length"] = length
-        if told["use_masking"] or ours == "mask":
-            tree[f"{start}_probability"] = round(probability / max(1, length), 12) if told["use_masking"] else 0.0
-    if not told["use_masking"]:
-        tree.setdefault("mask_channel_probability", 0.0)
+    if (weight := tensors.get(name := f"{CTC_HEADS[form]}.weight")) is None:
+        raise ValueError(f"{card.checkpoint}: has no {name}, so it is no checkpoint of {card.family}")
+    if weight.shape[:1] != (rows,):
+        raise ValueError(f"{card.source}: target_vocab_size = {rows}, but {name} is {tuple(weight.shape)}")
+    tree = {"mask_channel_probability": 0.0, **_held(card, "ctc")}
+    tree |= {"final_dropout": told["final_dropout_p"], "mask_start_probability": 0.0}
+    if told["use_masking"]:  # else fairseq2's lengths are of nothing
+        for start, ours, theirs in (("mask_start", "mask", "temporal"), ("mask_channel", "mask_channel", "spatial")):
+            length, probability = told[f"{theirs}_mask_span_len"], told[f"max_{theirs}_mask_prob"]
+            if theirs == "temporal" or probability:  # else fairseq2 has no such mask, and an exported card says which was ours
+                tree |= {f"{ours}_length": length, f"{start}_probability": round(probability / max(1, length), 12)}
+        _note_least_spans(card, notes)
     classes = _given_classes(vocabulary, rows, notes) if vocabulary else _held_classes(card, rows, notes)
-    return _with_classes(tensors, form, classes, parse_config(CTCConfig, tree, card.source), notes)
+    with told_with(CTC_KEYS | COMPUTED_KEYS, card.source):
+        ctc = parse_config(CTCConfig, tree, card.source)
+    return _with_classes(tensors, form, classes, ctc, notes, str(card.checkpoint))
+
+
+def _note_least_spans(card: Card, notes: list[str]) -> None:
+    """fairseq2 raises where an utterance has fewer spans; here there are at least two of time, shorter where they have to be."""
+    if "encoder" in card.extra:  # it was written by `export`
+        return
+    notes.extend(
+        f"{key} = {card.config[key]} is not carried on: at least two spans of time are masked here, and none of channels"
+        for key in ("min_num_temporal_mask_spans", "min_num_spatial_mask_spans")
+        if card.config[key] != DEFAULTS[card.family][key]
+    )
 
 
 def _with_classes(
-    tensors: dict[str, Tensor], form: Format, classes: Classes | None, ctc: CTCConfig, notes: list[str]
+    tensors: dict[str, Tensor], form: Format, classes: Classes | None, ctc: CTCConfig, notes: list[str], source: str
 ) -> CTCHead | None:
     if classes is None:
         leave_out(tensors, f"{CTC_HEADS[form]}.", "a CTC head", notes)
         notes.append("nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or dict.ltr.txt) does")
         return None
-    take_rows(tensors, CTC_HEADS[form], classes.rows)
+    take_rows(tensors, CTC_HEADS[form], classes.rows, source)
     return CTCHead(classes.vocabulary, classes.text, ctc)
 
 
@@ -234,9 +243,9 @@ def _given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
 
 def _held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
     """The classes that a card tells: an exported one itself, others by their tokenizer. None where it is none of characters."""
-    if isinstance(meta := card.extra.get("vocabulary"), Mapping):
-        text = parse_config(TextConfig, dict(card.extra.get("text") or {}), f"{card.source}: wordless.text")
-        vocabulary = vocabulary_of(meta, card.source)
+    if meta := _held(card, "vocabulary"):
+        text = parse_config(TextConfig, _held(card, "text"), f"{card.source}: wordless.text")
+        vocabulary = Vocabulary.from_meta(_parsed(card, RecognizerModelConfig, {"vocabulary": meta}, "wordless")["vocabulary"])
         if len(vocabulary) > rows:
             raise ValueError(f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is {rows}")
         if len(vocabulary) == rows or card.extra.get("unknown_class"):
@@ -263,35 +272,50 @@ def _of_pieces(pieces: Pieces, rows: int, notes: list[str], source: str) -> Clas
     return of_symbols(symbols, list(range(rows)), notes)
 
 
-def vocabulary_of(meta: Mapping[str, Any], source: str) -> Vocabulary:
-    """The vocabulary that a card of ours holds."""
-    symbols: Sequence[Any] = meta.get("symbols") or ()
-    if not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols) or "spelling" not in meta:
-        raise ValueError(f"{source}: vocabulary: `symbols`, a list of texts, and `spelling` are needed")
-    return Vocabulary.from_meta(dict(meta))
+def _held(card: Card, key: str) -> dict[str, Any]:
+    """A table of the card's field `wordless`; empty where it has none."""
+    if not isinstance(held := card.extra.get(key) or {}, Mapping):
+        raise ValueError(f"{card.source}: wordless.{key} = {held!r}: a table is expected")
+    return dict(held)
+
+
+def _parsed(card: Card, kind: type[EncoderModelConfig], told: Mapping[str, Any], where: str = "model_config") -> dict[str, Any]:
+    """Tables of one of our families as fairseq2 would have them; ValueError that names the card for keys and values that are not of it."""
+    known = {field.name: field.type for field in fields(kind)}
+    for key, value in told.items():
+        if key not in known:
+            raise ValueError(f"{card.source}: {where}.{key}: no key of a {card.family}{near_names(str(key), known)}")
+        if not isinstance(value, int if known[key] is int else Mapping):
+            expected = "a whole number" if known[key] is int else "a table"
+            raise ValueError(f"{card.source}: {where}.{key} = {value!r}: {expected} is expected")
+    try:
+        return kind(**told).parsed()
+    except ValueError as error:
+        lines = str(error).replace("model_config.", f"{where}.").splitlines()
+        raise ValueError("\n".join(f"{card.source}: {line}" for line in lines)) from None
 
 
 def _own(card: Card, state: dict[str, Tensor], sha256: str, options: Mapping[str, Any], notes: list[str], source: str) -> Foreign:
     """A model of one of our families: our tensors and configs, which need no conversion."""
-    told, where = card.config, f"{card.source}: model_config"
-    if not isinstance(told.get("encoder"), Mapping):
-        raise ValueError(f"{where}.encoder: a table is needed")
+    told = _parsed(card, FAMILIES[card.family].config, card.config)
     given = {key: value for key, value in options.items() if value is not None}
-    encoder = parse_config(EncoderConfig, {**told["encoder"], **given}, f"{where}.encoder")
+    encoder = parse_config(EncoderConfig, {**told["encoder"], **given}, card.source)
     head: HubertConfig | Wav2Vec2Config | None = None
     recognizer: CTCHead | None = None
-    objective: Objective | None = next((known for known in get_args(Objective) if known == card.extra.get("objective")), None)
     if card.family == "wordless_hubert":
-        objective, head = "hubert", parse_config(HubertConfig, dict(told.get("hubert") or {}), f"{where}.hubert")
-        if "class_embeddings" not in state:
+        head, classes = parse_config(HubertConfig, told["hubert"], card.source), state.get("class_embeddings")
+        if classes is None:
             raise ValueError(f"{card.checkpoint}: has no class_embeddings, so it is no checkpoint of {card.family}")
+        if classes.shape[:1] != (told["num_classes"],):
+            raise ValueError(f"{card.source}: num_classes = {told['num_classes']}, but class_embeddings is {tuple(classes.shape)}")
     elif card.family == "wordless_wav2vec2":
-        objective, head = "wav2vec2", parse_config(Wav2Vec2Config, dict(told.get("wav2vec2") or {}), f"{where}.wav2vec2")
+        head = parse_config(Wav2Vec2Config, told["wav2vec2"], card.source)
     elif card.family == "wordless_encoder":  # of any run
         state = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     elif card.family == "wordless_recognizer":
-        text = parse_config(TextConfig, dict(told.get("text") or {}), f"{where}.text")
-        ctc = parse_config(CTCConfig, dict(told.get("ctc") or {}), f"{where}.ctc")
-        recognizer = CTCHead(vocabulary_of(told.get("vocabulary") or {}, where), text, ctc)
+        text, ctc = parse_config(TextConfig, told["text"], card.source), parse_config(CTCConfig, told["ctc"], card.source)
+        recognizer = CTCHead(Vocabulary.from_meta(told["vocabulary"]), text, ctc)
     codebook = card.extra.get("codebook")
-    return Foreign("wordless", state, encoder, objective, head, sha256, notes, recognizer, source, codebook and str(codebook))
+    return Foreign(
+        "wordless", state, encoder, objective_of(card), head, sha256, notes, recognizer, source, codebook and str(codebook)
+    )

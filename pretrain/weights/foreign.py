@@ -46,7 +46,7 @@ class CTCHead(NamedTuple):
 class Foreign:
     """A model of another library: its tensors under the names of pretrain/weights/naming.py, and what is known about it."""
 
-    form: Format | Literal["wordless"]  # the latter: a card's that holds our own tensors
+    form: Format | Literal["wordless"]  # the latter: our own tensors, which a card holds or a run that is exported
     tensors: dict[str, Tensor]
     encoder: EncoderConfig
     family: Objective | None  # None: a bare encoder of a file that does not say
@@ -276,10 +276,15 @@ def infer_encoder(
     names = ENCODER_NAMES[form]
     first, ffn = f"{names['conv'].format(0)}.weight", f"{names['layer'].format(0)}.{LAYER_NAMES[form]['ffn_in']}.weight"
     position = f"{names['positional']}.weight_v"
-    if absent := [name for name in (first, ffn, position) if name not in tensors]:
+    axes = {first: 3, ffn: 2, position: 3}
+    if absent := [name for name in axes if name not in tensors]:
         raise ValueError(
             f"{source}: not a wav2vec 2.0 or HuBERT state dict of {form}: no {absent[0]!r}; it begins with "
             f"{', '.join(map(repr, list(tensors)[:4]))}"
+        )
+    if strange := next((name for name, count in axes.items() if tensors[name].ndim != count or 0 in tensors[name].shape), None):
+        raise ValueError(
+            f"{source}: {strange!r} is {tuple(tensors[strange].shape)}; {axes[strange]} axes, none empty, are expected"
         )
     dim, group, kernel = tensors[position].shape
     layer_norm = f"{names['layer_norm'].format(1)}.weight" in tensors

@@ -115,7 +115,7 @@ def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool, 
             leave_out(tensors, "lm_head.", "a CTC head", notes)
             notes.append("no vocab.json says what the classes of the CTC head are; --vocabulary FILE does, and keeps it")
         else:
-            take_rows(tensors, CTC_HEADS["huggingface"], classes.rows)
+            take_rows(tensors, CTC_HEADS["huggingface"], classes.rows, str(folder))
             recognizer = CTCHead(classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json"))
     if (folder / HEADS_FILE).is_file():
         tensors |= load_safetensors(folder / HEADS_FILE)

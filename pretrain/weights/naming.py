@@ -234,7 +234,7 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Their tensors as ours, float32 and contiguous. `shapes` are those of our model.
 
-    Errors: a ValueError that names every kind of tensor that is missing, not expected or of another shape.
+    Errors: a ValueError that names every kind of tensor that is missing, not expected, or of another shape or type.
     """
     expected: dict[str, torch.Size] = {}
     for parameter in table:
@@ -242,6 +242,11 @@ def to_ours(
         expected |= {name: part.shape for name, part in zip(parameter.theirs, parts, strict=True)}
     _compare(theirs, expected, source)
     return {p.ours: p.read([theirs[name].float() for name in p.theirs]).contiguous() for p in table}
+
+
+def type_name(tensor: Tensor) -> str:
+    """Of its numbers: float32, int8, …"""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Parameter]) -> dict[str, Tensor]:
@@ -255,6 +260,7 @@ def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Parameter]) -> dict[st
 
 def _compare(theirs: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
     missing, surplus = [name for name in expected if name not in theirs], [name for name in theirs if name not in expected]
+    strange = [name for name in expected if name in theirs and not theirs[name].is_floating_point()]
     misshaped = [name for name, shape in expected.items() if name in theirs and theirs[name].shape != shape]
     problems = []
     for name in missing[:SHOWN]:
@@ -264,7 +270,8 @@ def _compare(theirs: Mapping[str, Tensor], expected: Mapping[str, torch.Size], s
         near = difflib.get_close_matches(name, missing or list(expected), n=1)
         problems.append(f"not expected: {name}" + (f" (the nearest known name is {near[0]!r})" if near else ""))
     problems += [f"{name}: is {tuple(theirs[name].shape)}; {tuple(expected[name])} is expected" for name in misshaped[:SHOWN]]
-    kinds = (("missing", missing), ("not expected", surplus), ("of another shape", misshaped))
+    problems += [f"{name}: holds {type_name(theirs[name])}; floating-point numbers are expected" for name in strange[:SHOWN]]
+    kinds = (("missing", missing), ("not expected", surplus), ("of another shape", misshaped), ("of another type", strange))
     problems += [f"{len(names)} tensors are {kind}, of which {SHOWN} are named here" for kind, names in kinds if len(names) > SHOWN]
     if problems:
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))

@@ -11,7 +11,8 @@ frame, so that logits, probabilities and texts are those of the original.
 
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -44,12 +45,25 @@ class Classes(NamedTuple):
     rows: list[int]
 
 
-def take_rows(tensors: dict[str, Tensor], name: str, rows: Sequence[int]) -> None:
-    """Bring the head `name` to these rows, in place; -1 is a class that never wins."""
+def take_rows(tensors: dict[str, Tensor], name: str, rows: Sequence[int], source: str) -> None:
+    """Bring the head `name` to these rows, in place; -1 is a class that never wins. `source` is for messages."""
     index, absent = torch.tensor(rows), torch.tensor(rows) < 0
-    tensors[f"{name}.weight"] = tensors[f"{name}.weight"][index].masked_fill(absent[:, None], 0.0)
-    if (bias := tensors.get(f"{name}.bias")) is not None:  # `to_ours` names what a file lacks
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")  # `to_ours` names what a file lacks
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape) if bias is not None else 'none'}"
+        raise ValueError(
+            f"{source}: the CTC head's {name}.weight and {name}.bias, {shapes}, do not fit each other: (classes, width) and (classes,)"
+        )
+    if not weight.is_floating_point() or (bias is not None and not bias.is_floating_point()):
+        return  # `to_ours` names it
+    tensors[f"{name}.weight"] = weight[index].masked_fill(absent[:, None], 0.0)
+    if bias is not None:
         tensors[f"{name}.bias"] = bias[index].masked_fill(absent, FILLER_BIAS)
+
+
+def name_blank(symbols: Collection[str]) -> str:
+    """A name for the blank that none of `symbols` has."""
+    return next(name for name in chain(("<pad>", "<blank>"), map("<blank {}>".format, count(2))) if name not in symbols)
 
 
 def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: list[str]) -> Classes | None:
@@ -127,7 +141,7 @@ def read_head(
         notes.append("nothing says what the classes of the CTC head are; --vocabulary dict.ltr.txt does, and keeps it")
         return None
     classes = read_vocabulary(given, rows, notes) if given else of_dictionary(fitting[0], rows, notes, source)
-    take_rows(tensors, name, classes.rows)
+    take_rows(tensors, name, classes.rows, source)
     return CTCHead(classes.vocabulary, classes.text)
 
 
@@ -203,7 +217,7 @@ def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) ->
     vocabulary, _, ctc = recognizer
     write = _write_pieces if vocabulary.spelling == "tokenizer" else _write_vocab
     settings, rows = write(folder, vocabulary)
-    take_rows(tensors, "lm_head", rows)
+    take_rows(tensors, "lm_head", rows, str(folder))
     blank = settings["pad_token"]
     settings |= {"clean_up_tokenization_spaces": False, "processor_class": "Wav2Vec2Processor"}  # " ." stays " ."
     special = {
@@ -228,7 +242,7 @@ def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) ->
 
 def _write_vocab(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
     """vocab.json with our classes in our order. There is a token for unknown characters only where there is a class for them."""
-    blank = next(name for name in ("<pad>", "<blank>", "<ctc blank>") if name not in vocabulary.symbols)
+    blank = name_blank(vocabulary.symbols)
     _write(folder / "vocab.json", {blank: 0, **{symbol: number for number, symbol in enumerate(vocabulary.symbols, start=1)}})
     unknown = next((name for name in ("<unk>", "[UNK]", "[unk]") if name in vocabulary.symbols), "<unk>")
     ends = {key: name if name in vocabulary.symbols else None for key, name in (("bos_token", "<s>"), ("eos_token", "</s>"))}
@@ -244,7 +258,7 @@ def _write_pieces(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any],
     """tokenizer.json with the blank as one more token, its decoder after CTC's; the tokenizer's special tokens are classes that never win."""
     assert vocabulary.tokenizer is not None
     tree, numbers = json.loads(vocabulary.tokenizer), _numbers(vocabulary.tokenizer)
-    blank, last = next(name for name in ("<pad>", "<blank>", "<ctc blank>") if name not in numbers), 1 + max(numbers.values())
+    blank, last = name_blank(numbers), 1 + max(numbers.values())
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tree["added_tokens"] = [*tree.get("added_tokens", []), {"id": last, "content": blank, **plain, "special": True}]
     ctc = {"type": "CTC", "pad_token": blank, "word_delimiter_token": SPACE, "cleanup": False}

@@ -130,7 +130,7 @@ def test_what_a_card_gives_is_what_its_imported_run_holds(imported: str) -> None
 
 def test_check_reads_a_card(imported: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", NAME]) == 0
-    assert capsys.readouterr().out == f"{NAME}: a complete encoder, fingerprint {load_weights(imported)[2]}\n"
+    assert capsys.readouterr().out == f"{NAME}: a complete encoder, weights {load_weights(imported)[2]}\n"
 
 
 def test_fine_tuning_a_card_is_fine_tuning_the_imported_run(cards: Path, imported: str, tmp_path: Path, corpus: str) -> None:

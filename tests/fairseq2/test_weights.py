@@ -19,7 +19,12 @@ from fairseq2.models import load_model
 from fairseq2.models.transformer import TransformerNormOrder
 from fairseq2.models.wav2vec2 import Wav2Vec2Config as TheirConfig
 from fairseq2.models.wav2vec2 import Wav2Vec2EncoderConfig, create_wav2vec2_model, get_wav2vec2_model_hub
-from fairseq2.models.wav2vec2.asr import Wav2Vec2AsrConfig, create_wav2vec2_asr_model, get_wav2vec2_asr_model_hub
+from fairseq2.models.wav2vec2.asr import (
+    Wav2Vec2AsrConfig,
+    Wav2Vec2AsrFactory,
+    create_wav2vec2_asr_model,
+    get_wav2vec2_asr_model_hub,
+)
 from fairseq2.nn import BatchLayout
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,10 +37,13 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.fairseq2.assets import find_card
 from pretrain.hubert import Hubert, HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config, draw_distractors, wav2vec2_batch
-from pretrain.weights.cards import DEFAULTS, complete_config, load_checkpoint
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights, in_memory
+from pretrain.weights.card_config import DEFAULTS, complete_config
+from pretrain.weights.card_writing import _ctc_config
+from pretrain.weights.cards import load_checkpoint, read_card
+from pretrain.weights.conversion import ImportConfig, _pretrained_with, export_weights, import_weights, in_memory
 from pretrain.weights.fairseq2 import _encoder_keys, read_asset
 from pretrain.weights.naming import parameters, to_theirs
 from pretrain.weights.sentencepiece import write_pieces
@@ -52,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
 SMALL: dict[str, Any] = {
     "model_dim": 64, "num_encoder_layers": 3, "num_encoder_attn_heads": 4, "ffn_inner_dim": 96, "feature_dim": 32,
     "feature_extractor_layer_descs": [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2, "pos_conv_kernel_size": 16,
-    "num_pos_conv_groups": 4, "dropout_p": 0.0, "attn_dropout_p": 0.0, "layer_drop_p": 0.0, "feature_grad_scale": 1.0,
+    "num_pos_conv_groups": 4, "dropout_p": 0.0, "attn_dropout_p": 0.0, "layer_drop_p": 0.0, "feature_grad_scale": 0.5,
 }  # fmt: skip
 CODES: dict[str, Any] = {
     "num_codebook_entries": 8, "quantized_dim": 24, "final_dim": 20, "num_distractors": 9, "logit_temp": 0.15,
@@ -204,7 +212,9 @@ def our_run(run: Path, objective: str, kind: str = "base", **changes: Any) -> tu
     else:
         vocabulary, text = Vocabulary(SYMBOLS), TextConfig(punctuation="keep")
         model = Recognizer(config, vocabulary)
-        ctc = CTCConfig(mask_start_probability=0.065, mask_channel_probability=0.004, final_dropout=0.2, freeze_steps=3)
+        ctc = CTCConfig(
+            mask_start_probability=0.065, mask_channel_probability=0.04, mask_channel_length=16, final_dropout=0.2, freeze_steps=3
+        )  # fmt: skip
         tree |= {"text": text.resolved(), "ctc": ctc.resolved()}
         extra = {"vocabulary": vocabulary.to_meta(), "config_encoder": config.resolved(), "codebook": None, "objective": "hubert"}
     scatter(model)
@@ -264,6 +274,9 @@ def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
     ours = load_pretraining(tmp_path / "run", feature_penalty=penalty, diversity_weight=0.3)
     assert isinstance(ours, Wav2Vec2)
     ours.quantizer.temperature = 0.7
+    scale = read_meta(tmp_path / "run")["config"]["encoder"]["feature_gradient_scale"]
+    assert scale == config.encoder_config.feature_grad_scale == 0.5
+    ours.encoder.config = ours.encoder.config.model_copy(update={"feature_gradient_scale": scale})
     assert (ours.config.mask_start_probability, ours.config.mask_length) == (0.075, 8)
 
     rng = np.random.default_rng(0)
@@ -347,7 +360,29 @@ def test_fairseq2_reads_an_exported_recogniser_with_its_tokenizer(assets: Assets
     assert tokenizer.create_decoder()(torch.from_numpy(ours.vocabulary.encode("te=1 et"))) == "te=1 et"
     config = get_wav2vec2_asr_model_hub().get_model_config("mine")
     assert (config.max_temporal_mask_prob, config.temporal_mask_span_len) == (0.65, 10)
-    assert config.max_spatial_mask_prob == pytest.approx(0.256) and config.final_dropout_p == 0.2
+    assert config.max_spatial_mask_prob == pytest.approx(0.64) and config.final_dropout_p == 0.2
+
+
+@pytest.mark.parametrize(
+    ("channels", "length", "written"), [(0.04, 16, 0.64), (0.001, 16, 0.0), (0.0016, 64, 0.0), (0.5, 64, 0.0), (0.0, 16, 0.0)]
+)
+def test_fairseq2_trains_with_the_masks_of_an_exported_recogniser(channels: float, length: int, written: float) -> None:
+    """Of the width 64. With fairseq2's own least numbers of spans a short utterance, and spans of all channels, end the training."""
+    ctc = CTCConfig(mask_start_probability=0.05, mask_channel_probability=channels, mask_channel_length=length)
+    notes: list[str] = []
+    told = _ctc_config(ctc, 64, notes)
+    assert told["max_spatial_mask_prob"] == written
+    assert any("max_spatial_mask_prob is 0" in note for note in notes) == (channels > 0 and not written)
+    theirs = Wav2Vec2AsrConfig(encoder_config=their_encoder("base"), **told)
+    masker = Wav2Vec2AsrFactory(theirs).create_masker()
+    seqs = torch.ones(2, 50, 64)
+    masked, _ = masker(seqs.clone(), BatchLayout.of(seqs, [50, 45]))
+    assert (masked == 0).all(dim=1).any().item() == (written > 0) and not torch.equal(masked, seqs)
+    unmasked, _ = masker(seqs.clone(), BatchLayout.of(seqs, [50, 12]))
+    assert ((unmasked == 1) | (unmasked == 0)).all()  # in time; the embedding is drawn between
+    theirs.min_num_temporal_mask_spans = 2
+    with pytest.raises(ValueError, match="`min_num_spans` is 2"):
+        Wav2Vec2AsrFactory(theirs).create_masker()(seqs, BatchLayout.of(seqs, [50, 12]))
 
 
 def test_masks_and_losses_go_to_fairseq2s_config(assets: Assets, tmp_path: Path) -> None:
@@ -476,6 +511,53 @@ def test_an_architecture_that_fairseq2_does_not_know_is_refused(assets: Assets) 
     assets("omni", "wav2vec2", config, theirs, model_arch="7b")
     with pytest.raises(ValueError, match=r"fairseq2:omni: .*7b.*a package that brings its architecture may have to be installed"):
         read_asset("omni")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config": {"lora": 4}}, "fairseq2:odd: model_config field of the odd asset card .*lora"),
+        ({"model_config": {"final_dim": "x"}}, "fairseq2:odd: model_config field of the odd asset card .*final_dim"),
+        ({"checkpoint": "ftp://there/w.pt"}, "fairseq2:odd: .*ftp"),
+        ({"checkpoint": 3}, "fairseq2:odd: checkpoint field of the odd asset card"),
+        ({"base": "gone"}, "fairseq2:odd: gone base asset"),
+        ({"base": "odd"}, "fairseq2:odd: Metadata of the odd@ asset .*; is a card its own base?"),
+        ({"checkpoint": ""}, "fairseq2:odd: checkpoint: '' stands for the folder of the card"),
+        ({"checkpoint": "x" * 5000}, "xxx: no such checkpoint .File name too long"),
+        ({"wordless": {"encoder": 3}}, "fairseq2:odd: wordless.encoder = 3: a table is expected"),
+    ],
+)
+def test_a_card_that_fairseq2_cannot_read_is_refused_by_its_key(changes: dict[str, Any], message: str, assets: Assets) -> None:
+    assets("odd", "wav2vec2", *their_model("base"), **changes)
+    with pytest.raises(ValueError, match=message):
+        read_asset("odd")
+
+
+def test_a_card_that_is_not_utf_8_is_named(assets: Assets, tmp_path: Path) -> None:
+    """fairseq2 reads every card of its folders before it finds one."""
+    assets("w2v", "wav2vec2", *their_model("base"))
+    (tmp_path / "assets/latin.yaml").write_bytes("name: café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"fairseq2:w2v: .*assets/latin.yaml is not UTF-8"):
+        read_asset("w2v")
+
+
+def test_a_checkpoint_path_is_followed_with_and_without_fairseq2(assets: Assets, tmp_path: Path) -> None:
+    config, theirs = their_model("base")
+    assets("w2v", "wav2vec2", config, checkpoint="whole", checkpoint_path="model/w.pt")
+    (tmp_path / "assets/whole/model").mkdir(parents=True)
+    torch.save(theirs.state_dict(), tmp_path / "assets/whole/model/w.pt")
+    named, read = find_card("w2v"), read_card(tmp_path / "assets/w2v.yaml")
+    assert named.checkpoint == read.checkpoint == tmp_path / "assets/whole/model/w.pt"
+    assert named.config == read.config
+
+
+def test_the_objective_of_a_card_is_known_without_its_weights(assets: Assets, tmp_path: Path) -> None:
+    """Of a run that was fine-tuned from it, say."""
+    run, _ = our_run(tmp_path / "run", "hubert")
+    export_weights(run, tmp_path / "assets/units", "fairseq2")
+    (tmp_path / "assets/units/model.safetensors").write_bytes(b"")
+    assert _pretrained_with({"config": {"encoder": "fairseq2:units"}}) == "hubert"
+    assert _pretrained_with({"config": {"encoder": "fairseq2:gone"}}) is None
 
 
 def test_weights_that_do_not_fit_their_card_are_refused(assets: Assets, tmp_path: Path) -> None:

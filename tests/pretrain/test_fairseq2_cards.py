@@ -147,13 +147,14 @@ def test_phones_have_no_tokenizer_there_and_come_back_by_the_card(tmp_path: Path
 
 
 def test_without_masks_in_time_fairseq2_has_no_mask_embedding(tmp_path: Path) -> None:
-    run = recognizer_run(tmp_path / "run", ["|", "a"], ctc=CTCConfig(mask_start_probability=0.0, mask_channel_probability=0.002))
+    ctc = CTCConfig(mask_start_probability=0.0, mask_length=5, mask_channel_probability=0.002, mask_channel_length=7)
+    run = recognizer_run(tmp_path / "run", ["|", "a"], ctc=ctc)
     card, summary = exported(run, tmp_path / "mine")
     assert card["model_config"]["use_masking"] is False
     assert "masker.temporal_mask_embed" not in load_file(tmp_path / "mine/model.safetensors")
     assert any("masks no channels" in note for note in summary["notes"])
     assert any("it is zero" in note for note in back(tmp_path / "mine", tmp_path / "back")["notes"])
-    assert read_meta(tmp_path / "back")["config"]["ctc"]["mask_channel_probability"] == 0.002  # as the card of ours says
+    assert read_meta(tmp_path / "back")["config"]["ctc"] == ctc.resolved()  # as the card of ours says
 
 
 @pytest.mark.parametrize("kind", ["hubert", "encoder", "filterbank", "square", "weighted", "units"])
@@ -244,10 +245,15 @@ def test_a_head_alone_needs_its_vocabulary(tmp_path: Path) -> None:
         ({"num_encoder_attn_heads": 5}, "dim 64 is not a multiple of num_heads 5"),
         ({"final_proj_bias": False}, "final_proj_bias = False: a projection without a bias"),
         ({"codebook_sampling_temperature": [2.0, 0.5]}, r"codebook_sampling_temperature = \[2.0, 0.5\]: first, last and decay"),
+        ({"max_temporal_mask_prob": 20}, "card.yaml: max_temporal_mask_prob, here mask_start_probability: .* got 2.0"),
+        ({"num_codebooks": 0}, "card.yaml: num_codebooks, here num_groups: "),
+        ({"num_encoder_layers": 0}, "card.yaml: encoder_config.num_encoder_layers, here num_layers: .* got 0"),
         ({"lora_rank": 4}, "encoder_config.lora_rank = 4: no key of fairseq2 0.8's config"),
         ({"num_encoder_layer": 4}, "num_encoder_layer = 4: no key .*; near it are .*num_encoder_layers"),
         ({"dropout_p": "much"}, "dropout_p = 'much': like 0.1 is expected"),
         ({"encoder_config": 3}, "encoder_config = 3: a table is expected"),
+        ({"num_encoder_layers": 10**30}, "10{30} layers are told, but there are only"),
+        ({"model_dim": 10**12}, "no model can be that large"),
         ({"num_encoder_layers": 3}, "missing: encoder.layers.2.self_attn.q_proj.weight"),
         ({"quantized_dim": 16}, r"quantizer.entries: is \(1, 8, 4\); \(1, 8, 8\) is expected"),
     ],
@@ -271,8 +277,42 @@ def test_a_card_of_another_architecture_is_refused_by_its_key_and_value(changes:
         ({"checkpoint": "https://example.org/w.pt"}, "https://example.org/w.pt is not on this machine; fairseq2 downloads it"),
         ({"checkpoint": "gone.safetensors"}, "gone.safetensors: no such checkpoint"),
         ({"checkpoint": None}, "card.yaml: has no checkpoint"),
+        ({"checkpoint": ""}, "card.yaml: '' stands for the folder of the card"),
+        ({"checkpoint": "./"}, "card.yaml: './' stands for the folder of the card"),
+        ({"checkpoint": "x" * 5000}, "xxx: no such checkpoint .File name too long"),
+        ({"checkpoint_path": 3}, "card.yaml: checkpoint_path = 3: a path inside `checkpoint`"),
+        ({"checkpoint_path": "in.pt"}, "model.safetensors/in.pt: no such checkpoint"),
         ({"model_config": 3}, "model_config and wordless are tables"),
-        ({"model_family": "wordless_hubert"}, "model_config.encoder: a table is needed"),
+        ({"model_arch": "base_10h"}, "model_arch = 'base_10h': fairseq2 alone knows"),
+        (
+            {"model_config": {"final_dim": [["x" * 1000] * 1001] * 1000}},
+            "card.yaml: not valid YAML .its aliases stand for more values",
+        ),
+        ({"wordless": {"wav2vec2": [1]}}, r"card.yaml: wordless.wav2vec2 = \[1\]: a table is expected"),
+        ({"model_family": "wordless_hubert"}, "card.yaml: model_config.*: no key of a wordless_hubert; known are encoder, hubert"),
+        (
+            {"model_family": "wordless_encoder", "model_config": {"encoder": [1]}},
+            r"model_config.encoder = \[1\]: a table is expected",
+        ),
+        (
+            {"model_family": "wordless_encoder", "model_config": {"encoder": {"dims": 1}}},
+            "card.yaml: model_config.encoder: dims: unknown key",
+        ),
+        (
+            {"model_family": "wordless_recognizer", "model_config": {"vocabulary": {"symbols": ["a"], "spelling": "x"}}},
+            "card.yaml: model_config.vocabulary.spelling: one of characters",
+        ),
+        (
+            {"model_family": "wordless_recognizer", "model_config": {"vocabulary": {"symbols": ["a", "a", "b"]}}},
+            "card.yaml: model_config.vocabulary.symbols: 'a' more than once",
+        ),
+        (
+            {
+                "model_family": "wordless_recognizer",
+                "model_config": {"vocabulary": {"symbols": ["a"], "spelling": "tokenizer", "tokenizer": "{}"}},
+            },
+            "card.yaml: model_config.vocabulary.tokenizer: not the JSON of a Hugging Face tokenizer",
+        ),
         ({"model_family": "wordless_hubert", "model_config": {"encoder": PLAIN}}, "has no class_embeddings"),
     ],
 )
@@ -306,6 +346,91 @@ def test_damaged_files_of_a_card_are_named(tmp_path: Path) -> None:
         back(tmp_path / "mine", tmp_path / "never")
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "of_card", "alone"),
+    [
+        ("final_proj.weight", torch.tensor(1.0), r"target_vocab_size = 4, but final_proj.weight is \(\)", "not expected: final_proj"),
+        ("final_proj.weight", None, "has no final_proj.weight, so it is no checkpoint of wav2vec2_asr", "not expected: final_proj.bias"),
+        ("final_proj.bias", torch.zeros(2), r"model.safetensors: .*final_proj.bias, \(4, 64\) and \(2,\), do not fit", None),
+        (
+            "encoder_frontend.pos_encoder.conv.weight_v", torch.zeros(3), r"weight_v: is \(3,\); \(64, 16, 16\) is expected",
+            r"weight_v' is \(3,\); 3 axes, none empty",
+        ),
+        ("quantizer.entries", torch.zeros(4), "not expected: quantizer.entries", "not expected: "),
+    ],
+)  # fmt: skip
+def test_tensors_of_strange_shapes_are_named(
+    name: str, tensor: Tensor | None, of_card: str, alone: str | None, tmp_path: Path
+) -> None:
+    exported(recognizer_run(tmp_path / "run", ["|", "a"]), tmp_path / "mine")
+    file = tmp_path / "mine/model.safetensors"
+    state = {key: value for key, value in load_file(file).items() if key != name} | ({name: tensor} if tensor is not None else {})
+    save_file(state, file)
+    with pytest.raises(ValueError, match=of_card):
+        back(tmp_path / "mine", tmp_path / "never")
+    if alone is not None:
+        with pytest.raises(ValueError, match=alone):
+            back(file, tmp_path / "never", num_heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+@pytest.mark.parametrize("name", ["final_proj.weight", "final_proj.bias", "encoder_frontend.model_dim_proj.bias"])
+def test_tensors_that_are_no_floating_point_numbers_are_named(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    exported(recognizer_run(tmp_path / "run", ["|", "a"]), tmp_path / "mine")
+    file = tmp_path / "mine/model.safetensors"
+    state = load_file(file)
+    save_file({**state, name: state[name].to(dtype)}, file)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"mine: {name}: holds {kind}; floating-point numbers are expected"):
+        back(tmp_path / "mine", tmp_path / "never")
+
+
+def test_symbols_that_an_exported_card_has_twice_are_refused(tmp_path: Path) -> None:
+    card, _ = exported(recognizer_run(tmp_path / "run", ["|", "a"]), tmp_path / "mine")
+    card["wordless"]["vocabulary"]["symbols"] = ["a", "a", "|"]
+    (tmp_path / "mine/card.yaml").write_text(yaml.safe_dump(card))
+    with pytest.raises(ValueError, match="card.yaml: wordless.vocabulary.symbols: 'a' more than once; each is one class"):
+        back(tmp_path / "mine", tmp_path / "never")
+
+
+def test_channels_that_fairseq2_cannot_mask_come_back(tmp_path: Path) -> None:
+    """Of the width 64, spans of 64 channels, which are the default."""
+    run = recognizer_run(tmp_path / "run", ["|", "a"])
+    card, summary = exported(run, tmp_path / "mine")
+    assert card["model_config"]["max_spatial_mask_prob"] == 0 == card["model_config"]["min_num_temporal_mask_spans"]
+    assert any("masks no channels where a span of 64 does not fit 64" in note for note in summary["notes"])
+    assert not any("min_num" in note for note in back(tmp_path / "mine", tmp_path / "back")["notes"])
+    assert read_meta(tmp_path / "back")["config"]["ctc"] == CTCConfig().resolved()
+
+
+def test_a_least_number_of_spans_is_said_to_stay_behind(tmp_path: Path) -> None:
+    card, _ = exported(wav2vec2_run(tmp_path / "run"), tmp_path / "mine", min_num_temporal_mask_spans=5)
+    del card["wordless"]
+    (tmp_path / "mine/card.yaml").write_text(yaml.safe_dump(card))
+    notes = back(tmp_path / "mine", tmp_path / "back")["notes"]
+    assert [note for note in notes if "min_num_temporal_mask_spans = 5 is not carried on" in note]
+    assert not any("min_num_spatial" in note for note in notes)
+
+
+def test_the_blank_gets_a_name_that_no_symbol_has(tmp_path: Path) -> None:
+    symbols = ["a", "<pad>", "<blank>", "<blank 2>", "<ctc blank>"]
+    run = recognizer_run(tmp_path / "run", symbols)
+    for form in ("fairseq2", "huggingface"):
+        export_weights(run, tmp_path / form, form)  # type: ignore[arg-type]
+        back(tmp_path / form, tmp_path / f"back-{form}")
+        assert load_recognizer(tmp_path / f"back-{form}").vocabulary.symbols == symbols
+    assert read_pieces(tmp_path / "fairseq2/tokenizer.model").names[0] == "<blank 3>"
+
+
+def test_classes_that_a_card_and_its_checkpoint_count_otherwise_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", Hubert(EncoderConfig(**PLAIN), HubertConfig(), 5), objective="hubert", hubert=HubertConfig())
+    card, _ = exported(run, tmp_path / "mine")
+    card["model_config"]["num_classes"] = 9
+    (tmp_path / "mine/card.yaml").write_text(yaml.safe_dump(card))
+    with pytest.raises(ValueError, match=r"num_classes = 9, but class_embeddings is \(5, 256\)"):
+        back(tmp_path / "mine", tmp_path / "never")
+
+
 def test_checkpoints_cut_by_tensor_parallelism_are_refused(tmp_path: Path) -> None:
     card, _ = exported(wav2vec2_run(tmp_path / "run"), tmp_path / "mine")
     folder = tmp_path / "checkpoints"
@@ -316,6 +441,11 @@ def test_checkpoints_cut_by_tensor_parallelism_are_refused(tmp_path: Path) -> No
     (folder / "step_3/model/pp_00/tp_01").rmdir()
     with pytest.raises(ValueError, match="has no pp_00/tp_00/sdp_00.pt"):
         back(folder / "step_3", tmp_path / "never", allow_pickle=True)
+    (folder / "step_3/model/pp_00/tp_00").mkdir()
+    for number, part in enumerate([torch.zeros(3, 4), torch.zeros(3)]):
+        torch.save({"w": part}, folder / f"step_3/model/pp_00/tp_00/sdp_{number:02d}.pt")
+    with pytest.raises(ValueError, match=r"the parts of 'w' in its files do not fit together: \(3, 4\), \(3,\)"):
+        back(folder, tmp_path / "never", allow_pickle=True)
 
 
 @pytest.mark.parametrize(
