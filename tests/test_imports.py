@@ -11,8 +11,9 @@ MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.
 OURS = {*MAY_IMPORT, "recipe", "wordless", "tests", "benchmarks"}
 TOP = [ROOT / "recipe.py", ROOT / "wordless.py"]
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
-# Other libraries' formats are pickles: these modules write them, and foreign.py alone reads them, by `weights_only`.
-READ_PICKLES = {"weights/foreign.py", "fairseq2/checkpoints.py"}  # by weights_only; the second those that fairseq2's trainer goes on from
+# Other libraries' formats are pickles: these modules write them. Read by `weights_only` are
+# others' models, and the checkpoints that fairseq2's trainer goes on from.
+READ_PICKLES = {"weights/foreign.py", "fairseq2/checkpoints.py"}
 WRITE_PICKLES = READ_PICKLES | {"weights/fairseq.py", "weights/torchaudio.py"}  # other libraries' files
 
 

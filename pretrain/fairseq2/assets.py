@@ -11,6 +11,7 @@ which reads `fairseq2:NAME` by this module.
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -28,12 +29,14 @@ PREFIX = "fairseq2:"
 
 
 def asset_name(run: str | Path) -> str | None:
-    """NAME where `run` is fairseq2:NAME; None where it is a folder. ValueError for a prefix alone."""
+    """NAME where `run` is fairseq2:NAME; None where it is a folder. ValueError for a prefix alone, and for spaces about a name: the
+    same card must be the same text, by which a stage's settings are compared."""
     text = str(run)
     if not text.startswith(PREFIX):
         return None
-    if not (name := text.removeprefix(PREFIX).strip()):
-        raise ValueError(f"{text}: names no asset card; write {PREFIX}NAME")
+    name = text.removeprefix(PREFIX)
+    if not name or name != name.strip():
+        raise ValueError(f"{text!r}: names no asset card; write {PREFIX}NAME")
     return name
 
 
@@ -51,10 +54,11 @@ def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
 
 @cache
 def current_fingerprint(name: str) -> str | None:
-    """The fingerprint that `load_asset` gives, read once in a process; None where the card cannot be read here."""
+    """The fingerprint that `load_asset` gives, read once in a process; None where the card cannot be read here, which stderr tells."""
     try:
         return load_asset(name)[2]
-    except ValueError:
+    except ValueError as error:
+        print(f"{PREFIX}{name}: cannot be compared with the model that was used before ({error})", file=sys.stderr)
         return None
 
 

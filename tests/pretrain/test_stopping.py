@@ -308,7 +308,10 @@ def test_the_command_tells_of_a_lost_rank_without_a_traceback(
     error = capsys.readouterr().err
     assert error.startswith("wordless: ") and "rank 1 of 4 lost another one" in error and "checkpoint: none yet" in error
     assert "pair.cc:537" in error and "Traceback" not in error
-    with pytest.raises(RuntimeError, match="shapes"), lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu")), lambda: None):
+    with (
+        pytest.raises(RuntimeError, match="shapes"),
+        lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu")), lambda: None),
+    ):
         raise RuntimeError("shapes do not fit")  # its own mistake stays what it is
 
 
