@@ -9,6 +9,7 @@ this machine consumes, when it is given: the loader should deliver at least twen
 
 fairseq2 decodes with the system's libsndfile, ours with the one in soundfile's wheel. `ours_system` is ours with the system's, which
 tells what of a difference is the pipeline's and what the C library's; `pip install --no-binary soundfile soundfile` installs it so.
+`ours_variants` has ours with fairseq2's decoder, too (`batches.decoder = "fairseq2"`), and the name of each contender of ours: OURS.
 """
 
 import argparse
@@ -22,9 +23,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from benchmarks import system_library  # noqa: F401  # before anything imports soundfile
 
@@ -50,6 +52,12 @@ from pretrain.task import TrainingConfig
 
 FORMATS = ("flac", "wav", "tar")
 MODULE = "benchmarks.loader"
+OURS = (
+    "ours",
+    "decoder",
+    "system",
+    "system-decoder",
+)  # with soundfile and with `batches.decoder = "fairseq2"`, the wheel's library and the system's
 
 
 class Packed(NamedTuple):
@@ -65,8 +73,8 @@ class LoadTask(SpeechTask):
     model = nn.Identity()
     valid_set = None
 
-    def __init__(self, manifest: Manifest, settings: dict[str, Any]):
-        config = BatchConfig(batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"])
+    def __init__(self, manifest: Manifest, settings: dict[str, Any], decoder: Literal["soundfile", "fairseq2"] = "soundfile"):
+        config = BatchConfig(batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"], decoder=decoder)
         self.train_set = SpeechBatches(manifest, config, settings["seed"])
 
     def collate(self, items: np.ndarray, epoch: int) -> Packed:
@@ -79,9 +87,9 @@ class Ours:
 
     amount = 0.0
 
-    def __init__(self, settings: dict[str, Any], folder: Path):
+    def __init__(self, settings: dict[str, Any], folder: Path, decoder: Literal["soundfile", "fairseq2"] = "soundfile"):
         keep_freed_memory()
-        self.task = LoadTask(Manifest(folder / "manifest"), settings)
+        self.task = LoadTask(Manifest(folder / "manifest"), settings, decoder)
         self.training = TrainingConfig(max_steps=1, loader_threads=settings["threads"])
         self.steps = len(self.task.plan(0))
         self.parts: dict[str, float] = {}
@@ -185,7 +193,8 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
         speech = LoadTask(Manifest(folder / "manifest"), settings).train_set
         return Fairseq2(settings, speech, [items.tolist() for items in speech.plan(0)], kind.removeprefix("fairseq2-"))
     contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {
-        "ours": Ours, "system": Ours, "dataloader": Peer, "decoding": Decoding,
+        "ours": Ours, "system": Ours, "decoder": partial(Ours, decoder="fairseq2"), "system-decoder": partial(Ours, decoder="fairseq2"),
+        "dataloader": Peer, "decoding": Decoding,
     }  # fmt: skip
     return contenders[kind](settings, folder)
 
@@ -221,7 +230,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--batch-seconds, --total-seconds: more than 0 s is needed, and --crop-seconds of at least 0.025")
     lengths = corpus.draw_lengths(arguments.lengths, 10.0, arguments.total_seconds, arguments.seed)
     ways = {"dataloader": ["dataloader"], "fairseq2": [f"fairseq2-{way}" for way in WAYS], "none": []}[arguments.peer]
-    names = ["ours", *(["system"] if arguments.peer == "fairseq2" else []), "decoding", *ways]
+    names = [*(OURS if arguments.peer == "fairseq2" else ["ours"]), "decoding", *ways]
     formats = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
@@ -245,7 +254,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
     """DESIGN.md's keys for one format: ours against the fastest of the peer's ways, and against the fastest with the C library's defaults."""
     ours, limit = measured["ours"], measured["decoding"]
-    ways = {name: found for name, found in measured.items() if name not in ("ours", "system", "decoding")}
+    ways = {name: found for name, found in measured.items() if name not in (*OURS, "decoding")}
     best = max(ways, key=lambda name: ways[name].rate, default=None)
     default = max((name for name in ways if not name.endswith(KEPT)), key=lambda name: ways[name].rate, default=None)
     system = measured.get("system")
@@ -256,6 +265,7 @@ def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
         "ratio_default": default and ours.rate / ways[default].rate,
         "peer_variants": {name: found.rate for name, found in sorted(ways.items(), key=lambda way: -way[1].rate)},
         **({"ours_system": system.rate, "ratio_system": best and system.rate / ways[best].rate} if system else {}),
+        "ours_variants": {name: measured[name].rate for name in OURS if name in measured},
         "libsndfile": {name: measured[name].hello["about"]["libsndfile"] for name in ("ours", "system") if name in measured},
         "cpu_seconds": {name: found.parts["cpu_seconds"] for name, found in measured.items() if found.parts},
         "limit": limit.rate,

@@ -163,5 +163,5 @@ class TrainingConfig(Config):
 # What an unfinished run may go on with: how a step is computed, not what.
 NEUTRAL = {
     "training.accumulate", "training.sharding", "training.activation_checkpointing", "training.compile", "training.device",
-    "training.loader_threads", "training.keep_checkpoints", "training.keep_best", "training.collective_timeout_seconds",
+    "training.loader_threads", "batches.decoder", "training.keep_checkpoints", "training.keep_best", "training.collective_timeout_seconds",
 }  # fmt: skip

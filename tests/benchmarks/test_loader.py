@@ -137,6 +137,7 @@ def test_loader_ends_with_one_json_line_and_every_way_of_the_peer(
     assert result["ratio"] == result["ours"] / result["peer"] and result["peer_name"] == peer
     if peer == "fairseq2":
         assert result["ours_system"] > 0 and set(result["libsndfile"]) == {"ours", "system"}
+        assert set(result["ours_variants"]) == set(loader.OURS)
 
 
 def test_a_recording_longer_than_a_batch_is_told(tmp_path: Path) -> None:
