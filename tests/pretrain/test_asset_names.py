@@ -110,3 +110,9 @@ def test_an_artefact_is_known_by_its_own_fingerprint_and_those_of_its_files(tmp_
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     fingerprint = commit(tmp_path, "encoder", {}, {}, {"model.safetensors": "a" * 64})
     assert known_by(tmp_path) == {fingerprint, "a" * 16}
+
+
+@pytest.mark.parametrize("text", ["fairseq2:", "fairseq2: small", "fairseq2:small "])
+def test_a_prefix_alone_and_spaces_about_a_name_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="names no asset card; write fairseq2:NAME"):
+        assets.asset_name(text)
