@@ -131,7 +131,8 @@ class Board:
         from torch.utils.tensorboard import summary
 
         make_folder(folder)
-        session = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_logs_opened)}"
+        # Readers take the files in the order of their names, of sessions within a second by the last number.
+        session = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_logs_opened):06d}"
         self._file = Appended(folder / f"events.out.tfevents.{session}")
         self._records, self._event, self._scalar = RecordWriter(self._file), Event, summary.scalar
         self._write(file_version="brain.Event:2")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pretrain.artefact import is_complete, read_meta
 from pretrain.checkpoint import latest_checkpoint, load_weights
 from pretrain.config import read_toml
+from pretrain.runlog import Board
 from pretrain.task import OptimizerConfig, TrainingConfig
 from tests.pretrain.linear_task import LinearTask, ScoredTask, run_linear
 from tests.pretrain.runs import assert_same_run, curve, lines
@@ -560,3 +561,11 @@ def test_patience_without_validations_is_a_message(tmp_path: Path) -> None:
         run_linear(tmp_path / "run", LinearTask(), {"patience": 1, "keep_best": True, "validate_every": 2})
     summary = run_linear(tmp_path / "run", LinearTask(), {"keep_best": True, "validate_every": 2})
     assert "best_step" not in summary and same(best_of(tmp_path / "run"), weights(tmp_path / "run"))
+
+
+def test_the_event_files_of_sessions_within_a_second_are_named_in_their_order(tmp_path: Path) -> None:
+    opened: list[str] = []
+    for _ in range(12):
+        Board(tmp_path, None).close()
+        opened += [path.name for path in tmp_path.iterdir() if path.name not in opened]
+    assert len(opened) == 12 and sorted(opened) == opened
