@@ -134,7 +134,7 @@ def find_card(name: str) -> "Card":
             config = asdict(resolver().resolve(ModelFamily, key=family).get_model_config(card))
         else:
             hub = get_wav2vec2_model_hub() if family == "wav2vec2" else get_wav2vec2_asr_model_hub()
-            config = _plain(asdict(hub.get_model_config(card)))
+            config = plain_config(asdict(hub.get_model_config(card)))
         downloads = get_dependency_resolver().resolve(AssetDownloadManager)
         checkpoint = _download(card, "checkpoint", downloads.download_model)
         if checkpoint is None:
@@ -200,10 +200,10 @@ def _not_utf8() -> list[Path]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain_config(value: Any) -> Any:
     """A config as YAML has it: tables, lists, and the names of enumerated values."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_config(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_config(item) for item in value]
     return getattr(value, "name", value)

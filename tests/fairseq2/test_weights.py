@@ -37,7 +37,7 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import Encoder, EncoderConfig, load_encoder
-from pretrain.fairseq2.assets import find_card
+from pretrain.fairseq2.assets import find_card, plain_config
 from pretrain.hubert import Hubert, HubertConfig
 from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config, draw_distractors, wav2vec2_batch
 from pretrain.weights.card_config import DEFAULTS, complete_config
@@ -83,21 +83,19 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assets:
     monkeypatch.setattr(fairseq2.runtime.dependency, "_resolver", None)  # it reads the folder once
 
     def put(name: str, family: str, config: Any, model: nn.Module | None = None, **fields: Any) -> str:
-        card = {"name": name, "model_family": family, "model_config": plain(asdict(config)), "checkpoint": f"{name}.pt", **fields}
+        card = {
+            "name": name,
+            "model_family": family,
+            "model_config": plain_config(asdict(config)),
+            "checkpoint": f"{name}.pt",
+            **fields,
+        }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(card))
         if model is not None:
             torch.save(model.state_dict(), folder / f"{name}.pt")
         return name
 
     return put
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return getattr(value, "name", value)
 
 
 def their_encoder(kind: str, **changes: Any) -> Wav2Vec2EncoderConfig:
@@ -396,8 +394,8 @@ def test_masks_and_losses_go_to_fairseq2s_config(assets: Assets, tmp_path: Path)
 
 
 def test_the_defaults_known_here_are_fairseq2s() -> None:
-    assert DEFAULTS["wav2vec2"] == plain(asdict(TheirConfig()))
-    assert DEFAULTS["wav2vec2_asr"] == plain(asdict(Wav2Vec2AsrConfig()))
+    assert DEFAULTS["wav2vec2"] == plain_config(asdict(TheirConfig()))
+    assert DEFAULTS["wav2vec2_asr"] == plain_config(asdict(Wav2Vec2AsrConfig()))
 
 
 @pytest.mark.parametrize("arch", ["base", "large", "large_lv60k"])
@@ -411,7 +409,7 @@ def test_every_architecture_of_fairseq2_has_our_config(arch: str, assets: Assets
             config.encoder_config.num_encoder_attn_heads = 16
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in create_wav2vec2_model(config).state_dict().items()}
-        encoder = EncoderConfig(**_encoder_keys(plain(asdict(config.encoder_config)), arch))
+        encoder = EncoderConfig(**_encoder_keys(plain_config(asdict(config.encoder_config)), arch))
         with torch.device("meta"):
             ours = Wav2Vec2(encoder, Wav2Vec2Config(code_dim=config.quantized_dim, final_dim=config.final_dim)).state_dict()
         expected = {"quantizer.num_updates": torch.Size([])}
@@ -446,7 +444,7 @@ def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(assets
                 shard[name] = (part + step if part.is_floating_point() else part).clone()
         for number, shard in enumerate(cut):
             torch.save(shard, folder / f"step_{step}/model/pp_00/tp_00/sdp_{number:02d}.pt")
-    card = {"name": "checkpoint", "model_family": "wav2vec2", "model_config": plain(asdict(config))}
+    card = {"name": "checkpoint", "model_family": "wav2vec2", "model_config": plain_config(asdict(config))}
     (folder / "model.yaml").write_text(yaml.safe_dump(card))
     for number, (source, step) in enumerate([(folder, 10), (folder / "step_2", 2)]):
         import_weights(ImportConfig(source=str(source), out=str(tmp_path / f"run{number}"), allow_pickle=True))
@@ -587,7 +585,7 @@ def test_an_incomplete_config_gets_fairseq2s_defaults(assets: Assets, tmp_path: 
     """What a card leaves out, with and without fairseq2."""
     (tmp_path / "assets/c.yaml").write_text(yaml.safe_dump({"name": "c", "model_family": "wav2vec2_asr", "model_config": {
         "encoder_config": {"num_encoder_layers": 2}, "target_vocab_size": 9}}))  # fmt: skip
-    theirs = plain(asdict(get_wav2vec2_asr_model_hub().get_model_config("c")))
+    theirs = plain_config(asdict(get_wav2vec2_asr_model_hub().get_model_config("c")))
     given = {"encoder_config": {"num_encoder_layers": 2}, "target_vocab_size": 9}
     assert complete_config("wav2vec2_asr", given, "c") == theirs
 
