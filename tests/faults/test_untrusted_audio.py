@@ -46,7 +46,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "believable.mp3": (mp3_claiming(2**14), "is truncated: "),
     "most.flac": (flac_claiming(2**36 - 1), "claims 68719476735 samples"),
     "most.ogg": (ogg_claiming(2**62), "claims 4611686018427387904 samples"),
-    "none.flac": (flac_claiming(0), "does not say how long it is"),
+    "none.flac": (flac_claiming(0)[:-100], "does not say how long it is"),
     "negative.ogg": (ogg_claiming(-5), "cannot be decoded"),
     "1 Hz.wav": (wav(200_000, bytes(200_000), rate=1), "is at 1 Hz; 1000 to 768000"),
     "1 Hz.flac": (flac_claiming(16000, rate=1), "is at 1 Hz"),
@@ -230,6 +230,10 @@ def test_an_interrupt_ends_every_worker(breaking: Path, tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert b"KeyboardInterrupt" in told and not (tmp_path / "m").exists()
+    for _ in range(100):  # one that was just starting ends by itself, at the end of its input
+        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
+            break
+        time.sleep(0.1)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 

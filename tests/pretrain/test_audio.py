@@ -69,7 +69,7 @@ def test_compressed_formats_decode_to_the_length_they_were_written_with(tmp_path
     assert np.abs(loaded - tone(1.3, 16000))[1000:-1000].max() < tolerance  # lossy: within a tenth of the amplitude
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 @given(start=st.integers(0, 15000), num_samples=st.integers(400, 900))
 def test_a_segment_equals_the_slice_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, start: int, num_samples: int
@@ -80,17 +80,6 @@ def test_a_segment_equals_the_slice_of_the_whole(
     segment = load_audio(whole(path, start=start, num_samples=num_samples))
     np.testing.assert_array_equal(segment, load_audio(whole(path))[start : start + num_samples])
     np.testing.assert_array_equal(load_audio(whole(path), start, num_samples), segment)
-
-
-def test_a_segment_of_an_mp3_is_the_slice_but_for_rounding(tmp_path: Path) -> None:
-    path = tmp_path / "whole.mp3"
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 32000)
-    soundfile.write(path, np.convolve(noise, np.full(12, 1 / 12), "same"), 16000)
-    everything = load_audio(whole(path))
-    for start in np.random.default_rng(1).integers(0, 31000, 12).tolist():
-        # The decoder begins a few packets earlier with other rounding errors: some 1e-7 of float32 sums.
-        segment = load_audio(whole(path, start=start, num_samples=900))
-        np.testing.assert_allclose(segment, everything[start : start + 900], rtol=0, atol=1e-6)
 
 
 @given(
