@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.artefact import CheckedNpy, atomic_path, commit, damaged, map_npy, read_meta, require_as_written, sha256_file
+from pretrain.frame_counts import differing
 
 MAX_CLASSES = 2**16
 SHARD_SCHEMA = pa.schema([("id", pa.string()), ("num_frames", pa.int64())])
@@ -221,7 +222,7 @@ class Labels:
         """Every utterance has as many labels as frames, give or take one, or a ValueError names one that has not."""
         ids = pa.chunked_array(list(_chunks(ids)), pa.string())
         have = self.frame_counts(ids)
-        wrong = np.flatnonzero(np.abs(have - num_frames) > 1)
+        wrong = differing(have, num_frames)
         if not len(wrong):
             return
         share = have.sum() / max(1, num_frames.sum())

@@ -16,9 +16,10 @@ from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import progress
 from units.bpe import learn
 from units.corpus import Document, UnitCorpus, write_corpus
-from units.formats import describe_source, fingerprint_source, guess_format, read_units
+from units.formats import describe_source, fingerprint_source, guess_format, read_located, sidecar_path
 from units.grid import grid_document
 from units.interleaving import interleaved_document
+from units.lengths import LengthCheck
 from units.sequence import deduplicate, expand
 from units.text import TextConfig, TextPieces, learn_pieces
 from units.vocabulary import Vocabulary
@@ -177,11 +178,16 @@ def _of_source(config: PackConfig) -> Contents:
         raise ValueError(
             f"{config.source}: does not say whether a unit is a frame; if so, say source_options.per_frame = true, if not, deduplicate"
         )
-    split_of, parents = _splits_of(config)
+    manifest = None if config.manifest is None else Manifest(config.manifest)
+    rows = {} if manifest is None else {name: row for row, name in enumerate(manifest.ids)}
+    split_of = _splits_of(config, manifest, rows)
+    parents = {} if manifest is None else {"manifest": manifest.fingerprint}
+    description = config.source if form == "parquet" else str(sidecar_path(config.source))
 
     def documents(first: int) -> Iterator[Document]:
         assert config.source is not None
-        for document in itertools.islice(read_units(config.source, form, **config.source_options), first, None):
+        check = LengthCheck(config.source, rate, description if said.frame_rate_hz is not None else None, manifest, rows)
+        for document in itertools.islice(check.checked(read_located(config.source, form, **config.source_options)), first, None):
             units, durations = document.units, document.durations
             if units.ndim > 1:
                 units = units[:, 0] if levels == 1 else units[:, :levels]
@@ -232,21 +238,20 @@ def _codebook_of(named: str | None) -> tuple[str | None, int | None]:
     return meta["fingerprint"], meta["num_classes"]
 
 
-def _splits_of(config: PackConfig) -> tuple[Callable[[Document], str | None], dict[str, str]]:
-    """The split of a document, and what it depends on: the manifest's, or else its own, or one drawn from a hash of its id."""
-    if config.manifest is not None:
-        manifest = Manifest(config.manifest)
-        known = dict(zip(manifest.ids, manifest.column("split").to_pylist(), strict=True))
+def _splits_of(config: PackConfig, manifest: Manifest | None, rows: dict[str, int]) -> Callable[[Document], str | None]:
+    """The split of a document: the manifest's, or else its own, or one drawn from a hash of its id."""
+    if manifest is not None:
+        splits = manifest.column("split").to_pylist()
 
         def look_up(document: Document) -> str | None:
-            if document.id not in known:
+            if document.id not in rows:
                 raise ValueError(f"{config.source}: document {document.id!r} is no utterance of {config.manifest}")
-            split = known[document.id]
+            split: str | None = splits[rows[document.id]]
             if document.split and split and document.split != split:
                 raise ValueError(f"{config.source}: document {document.id!r} is {document.split}, but {split} in {config.manifest}")
             return split or document.split
 
-        return look_up, {"manifest": manifest.fingerprint}
+        return look_up
 
     def draw(document: Document) -> str:
         digest = hashlib.sha256(f"{config.split_seed}:{document.id}".encode()).digest()
@@ -254,7 +259,7 @@ def _splits_of(config: PackConfig) -> tuple[Callable[[Document], str | None], di
         drawn = "test" if share < config.test_share else "dev" if share < config.test_share + config.dev_share else "train"
         return document.split or drawn
 
-    return draw, {}
+    return draw
 
 
 def _chosen_levels(wanted: int | Literal["all"], have: int, named: str) -> int:

@@ -34,7 +34,7 @@ from units.sequence import expand
 
 __all__ = [
     "FORMATS", "Described", "Format", "Sidecar", "describe_source", "export_corpus", "fingerprint_source", "guess_format",
-    "read_sidecar", "read_units", "write_units",
+    "read_located", "read_sidecar", "read_units", "write_units",
 ]  # fmt: skip
 
 FORMATS: dict[str, Format] = {
@@ -143,15 +143,21 @@ def read_units(path: str | Path, form: str, **options: Any) -> Iterator[Document
     `units` int32 (n,) or (n, levels); `durations` in frames, uint16 (n,), where the file or its sidecar knows them. `per_frame=True`
     says that a unit is a frame where the file does not say. ValueError at what is malformed: `FILE: line N: what is wrong`.
     """
+    return (located.document for located in read_located(path, form, **options))
+
+
+def read_located(path: str | Path, form: str, **options: Any) -> Iterator[Located]:
+    """What `read_units` gives, with the place of each document and the length of its recording where the file has one."""
     path, found = Path(path), find_format(form)
     described = describe_source(path, form, **options)
     own, _ = _checked_options(found, options)
     return _read(path, found, described, own)
 
 
-def _read(path: Path, form: Format, described: Described, options: dict[str, Any]) -> Iterator[Document]:
+def _read(path: Path, form: Format, described: Described, options: dict[str, Any]) -> Iterator[Located]:
     seen = _Seen()
-    for where, document in form.read(path, **options):
+    for located in form.read(path, **options):
+        where, document = located.where, located.document
         _require_name(document.id, where)
         seen.add(document)
         levels = document.units.shape[1] if document.units.ndim == 2 else 1
@@ -163,7 +169,7 @@ def _read(path: Path, form: Format, described: Described, options: dict[str, Any
         if (document.durations is not None) != described.timed:
             whether, told = ("no durations", "they are known") if described.timed else ("durations", "there are none")
             raise ValueError(f"{where}: has {whether}, expected that {told}, as the first or {sidecar_path(path).name} says")
-        yield document
+        yield located._replace(document=document)
     beside = sidecar_path(path).name
     if isinstance(described, Sidecar) and described.num_documents not in (None, len(seen)):
         raise ValueError(f"{path}: {len(seen)} utterances, expected {described.num_documents} ({beside}); it was changed")
@@ -210,7 +216,7 @@ class _Seen:
 
 def _name_repeated(rows: Iterable[Located], repeated: set[int]) -> None:
     first = dict[str, str]()
-    for where, document in rows:
+    for where, document, *_ in rows:
         if hash(document.id) in repeated and first.setdefault(document.id, where) != where:
             raise ValueError(f"{where}: a second utterance named {document.id!r}, expected each once (first: {first[document.id]})")
 

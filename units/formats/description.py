@@ -39,10 +39,12 @@ class Sidecar(Described):
 
 
 class Located(NamedTuple):
-    """A document and where it stands, for messages."""
+    """A document and where it stands, for messages; and the length of its recording, where the file gives one."""
 
     where: str
     document: Document
+    num_samples: int | None = None  # at 16 kHz
+    length_of: str = ""  # where that is from, for messages
 
 
 FLAGS = {"levels_first", "per_frame", "stem"}

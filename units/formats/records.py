@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.audio import SAMPLE_RATE
 from units.corpus import Document
 from units.formats.description import Described, Format, Located
 from units.formats.lines import check_durations, id_of_path, integers, parse_integers, parse_json, path_of_id, read_lines, written
@@ -71,7 +72,7 @@ def _describe_slamkit_tokens(path: Path, **options: Any) -> Mapping[str, Any]:
 
 def read_resynthesis(path: Path, key: str | None = None, stem: bool = False) -> Iterator[Located]:
     """speech-resynthesis, unit HiFi-GAN, pGSLM: {'audio': 'a/b.wav', 'hubert': '71 86 86', 'duration': 4.56}, a label per frame; the
-    duration, in seconds, is not read. `key` says under which the units are, if under none of the usual.
+    duration, in seconds, where it is a number. `key` says under which the units are, if under none of the usual.
 
     Such lines are Python text, which these tools `eval`. Here only literals are read, and nothing is executed.
     """
@@ -84,7 +85,15 @@ def read_resynthesis(path: Path, key: str | None = None, stem: bool = False) -> 
         value = row[keys[0]]
         label = f"{where}: {keys[0]!r}"
         units = parse_integers(value, label, "label") if isinstance(value, str) else integers(value, label, "label")
-        yield Located(where, Document(_name(row, "audio", where, stem), None, units))
+        yield Located(where, Document(_name(row, "audio", where, stem), None, units), _samples(row), f"{where}: 'duration'")
+
+
+def _samples(row: Mapping[Any, Any]) -> int | None:
+    """Samples at 16 kHz of the row's `duration` in seconds; None where it is no length."""
+    seconds = row.get("duration")
+    if type(seconds) not in (int, float) or not 0 < seconds < 1e9:
+        return None
+    return round(seconds * SAMPLE_RATE)
 
 
 def _literal(line: str, where: str) -> dict[Any, Any]:

@@ -45,10 +45,11 @@ def read_km(path: Path, tsv: str | None = None, stem: bool = False) -> Iterator[
                 f"{where}: nothing in {shorter} belongs to this and {sum(1 for _ in rest)} lines after it; "
                 "the labels and the .tsv are of different utterances"
             )
-        match = re.fullmatch(r"(.+)\t\d+", row[1])
+        match = re.fullmatch(r"(.+)\t([0-9]{1,15})", row[1])
         if match is None:
             raise ValueError(f"{row[0]}: expected path<TAB>samples, got {row[1][:80]!r}")
-        yield Located(line[0], Document(id_of_path(match[1], row[0], stem), None, parse_integers(line[1], line[0], "label")))
+        document = Document(id_of_path(match[1], row[0], stem), None, parse_integers(line[1], line[0], "label"))
+        yield Located(line[0], document, int(match[2]), row[0])
 
 
 def write_km(path: Path, documents: Iterator[Document], described: Described) -> None:
