@@ -261,6 +261,8 @@ class Recipe:
         """Run what does not stand yet, in order; returns verb and summary of the last stage (in most recipes the report)."""
         for name, following in zip(chosen, [*chosen[1:], None], strict=True):
             summary = self._run_stage(name, redo)
+            for note in summary.get("notes", []) if following is not None else []:  # the last one's go with its summary
+                say(f"{name}: note: {note}")
             if following is not None and VERBS[self.stages[name]["verb"]].distributed:
                 from pretrain.stopping import answer_late
 

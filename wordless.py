@@ -426,13 +426,13 @@ def _read(path: Path, overrides: list[str] | None) -> dict[str, Any]:
 def _print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
+    for note in summary.get("notes", []):  # on stderr, so with --json, too
+        say(f"note: {note}")
     if as_json:
         print(json.dumps(summary))
         return
     from pretrain.config import flatten
 
-    for note in summary.get("notes", []):
-        say(f"note: {note}")
     if verb is not None and (writer := VERBS[verb].text) is not None:
         print(getattr(import_module(VERBS[verb].module), writer)(summary))
         return

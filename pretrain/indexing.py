@@ -3,13 +3,11 @@
 Recordings that cannot be used are listed with the reason and left out, unless there are too many of them.
 """
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
@@ -21,6 +19,7 @@ from pretrain.manifest import write_manifest
 from pretrain.probing import Limits, Probed, Request, probe_recordings
 from pretrain.progress import console, progress
 from pretrain.sources import Candidate, attach_alignments, name_speakers, read_sources, require_distinct_ids
+from pretrain.splits import Split, draw_splits, notes_on_splits
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -28,7 +27,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class IndexConfig(Config):
     """What to index: a source or a list of them (see `pretrain.sources`). `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
     group, is the speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...], "words": [[start, end, word], ...]},
-    either or both, for utterances by id. Recordings are examined in `workers` processes; one that takes more memory there, or more
+    either or both, for utterances by id. `dev_share` and `test_share` are of the hours; splits are drawn where the source gives none, by
+    speaker where three or more are known, from `split_seed`, names and lengths (see `pretrain.splits`). Recordings are examined in `workers` processes; one that takes more memory there, or more
     of the processor's time than `seconds_limit` and five seconds for each MB of it, is left out, as are others that cannot be used."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
@@ -85,18 +85,23 @@ def index(config: IndexConfig) -> dict[str, Any]:
     found, quarantine = _verify(candidates, config)
     _report_quarantine(quarantine, len(candidates), config)
     assert len(found) + len(quarantine) == len(candidates)
-    _split([candidate for candidate, _ in found], config)
+    drawn = _split(found, config)
     root = os.path.commonpath({os.path.dirname(os.path.abspath(candidate.path)) for candidate in candidates})
-    write_manifest(config.out, map(_row, found), config.resolved(), _parents(config.sources), quarantine, root)
+    write_manifest(
+        config.out, map(_row, found), config.resolved(), _parents(config.sources), quarantine, root,
+        splits_drawn_by=drawn.by, split_notes=drawn.notes,
+    )  # fmt: skip
     splits = sorted({candidate.split or "" for candidate, _ in found})
     return {
         "found": len(candidates),
         "quarantined": len(quarantine),
         **_count(found),
         "splits": {split: _count([pair for pair in found if pair[0].split == split]) for split in splits},
+        "splits_drawn_by": drawn.by,
         "has_text": any(candidate.text is not None for candidate, _ in found),
         "has_phones": any(candidate.phones is not None for candidate, _ in found),
         "has_words": any(candidate.words is not None for candidate, _ in found),
+        **({"notes": drawn.notes} if drawn.notes else {}),
     }
 
 
@@ -184,31 +189,54 @@ def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config:
 # Drawing splits
 
 
-def _split(candidates: list[Candidate], config: IndexConfig) -> None:
+class Drawn(NamedTuple):
+    """How the splits came about: by "speaker" or "utterance", from the "source", or "none" where all is train; and notes on them."""
+
+    by: str
+    notes: list[str]
+
+
+def _split(found: list[Found], config: IndexConfig) -> Drawn:
     """Fill in `split` unless the source gave it: by speaker when three or more are known, otherwise by utterance.
 
-    Who goes where follows from a hash of the seed and the name, never from the order of rows. Utterances of unknown speakers
-    stay in train when the split is by speaker.
+    Utterances of unknown speakers stay in train when the split is by speaker.
     """
+    candidates = [candidate for candidate, _ in found]
     without = [candidate.id for candidate in candidates if candidate.split is None]
     if len(without) < len(candidates):
         if without:
             raise ValueError(f"{config.named}: {without[0]!r} has no split though others do; give one to all rows or to none")
-        return
-    by_speaker = len({candidate.speaker for candidate in candidates} - {None}) >= 3
-    drawn_by = [candidate.speaker if by_speaker else candidate.id for candidate in candidates]
-    splits = draw_splits({name for name in drawn_by if name is not None}, config)
-    for candidate, name in zip(candidates, drawn_by, strict=True):
-        candidate.split = "train" if name is None else splits[name]
+        return Drawn("source", [])
+    num_speakers = len({candidate.speaker for candidate in candidates} - {None})
+    by = "speaker" if num_speakers >= 3 else "utterance"
+    names = [candidate.speaker if by == "speaker" else candidate.id for candidate in candidates]
+    lengths = [num_samples / sample_rate for _, (_, num_samples, sample_rate) in found]
+    seconds: dict[str | None, float] = {}
+    for name, length in sorted(zip(names, lengths, strict=True), key=lambda pair: (pair[0] or "", pair[1])):
+        seconds[name] = seconds.get(name, 0.0) + length  # summed in this order: not even the rounding depends on that of rows
+    of_strangers = seconds.pop(None, 0.0)
+    splits = [Split(name, share) for name, share in (("test", config.test_share), ("dev", config.dev_share)) if share > 0]
+    try:
+        drawn = draw_splits({name: length for name, length in seconds.items() if name is not None}, splits, config.split_seed, of_strangers)
+    except ValueError as error:
+        raise ValueError(f"{config.named}: {error}") from None
+    for candidate, name in zip(candidates, names, strict=True):
+        candidate.split = "train" if name is None else drawn[name]
+    if not splits:
+        return Drawn("none", [])
+    totals: dict[str, float] = {}
+    for candidate, length in zip(candidates, lengths, strict=True):
+        totals[str(candidate.split)] = totals.get(str(candidate.split), 0.0) + length
+    return Drawn(by, [*notes_on_splits(totals, splits, by), *_notes_on_voices(by, num_speakers, names.count(None), splits)])
 
 
-def draw_splits(names: Iterable[str], config: IndexConfig) -> dict[str, str]:
-    """Split of each name. Every split with a share gets at least one and otherwise no more than its share; train, the rest."""
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{config.split_seed}:{name}".encode()).digest())
-    shares = {"test": config.test_share, "dev": config.dev_share}
-    counts = {split: max(1, int(share * len(order) + 1e-9)) for split, share in shares.items() if share > 0}
-    if sum(counts.values()) >= len(order):
-        few = f"{len(order)} are too few to draw {' and '.join(counts)} from and leave a train split"
-        raise ValueError(f"{config.named}: {few}; set dev_share or test_share to 0")
-    parts = [split for split, count in counts.items() for _ in range(count)]
-    return dict(zip(order, [*parts, *["train"] * (len(order) - len(parts))], strict=True))
+def _notes_on_voices(by: str, num_speakers: int, num_strangers: int, splits: list[Split]) -> list[str]:
+    """Whether voices that are tested may have been heard in training."""
+    held_out = " and ".join(split.name for split in splits)
+    name_them = "name them with speaker_pattern (such as '^([^/]+)/' for a folder each) or `speaker` in JSON lines"
+    if by == "utterance":
+        known = f"only {num_speakers} of them {'is' if num_speakers == 1 else 'are'} known" if num_speakers else "none is known"
+        return [f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard in training; {name_them}"]
+    if num_strangers:
+        return [f"{num_strangers} utterances have no speaker and are in train: voices of {held_out} may be among them; {name_them}"]
+    return []

@@ -226,11 +226,12 @@ def write_manifest(
     parents: dict[str, str],
     quarantine: list[dict[str, Any]] | None = None,
     root: str = "/",
+    **extra: Any,
 ) -> str:
     """Write and commit a manifest of `rows` (dicts by column; unknown ones may be left out), a row group at a time.
 
     `phones` and `words` are (start, end, name) triples; `quarantine` rows say id, path and reason. Paths below `root` are stored relative
-    to it, so that the fingerprint, which this returns, does not change when a corpus moves.
+    to it, so that the fingerprint, which this returns, does not change when a corpus moves. `extra` goes into meta.json.
     """
     root, rows = os.path.abspath(root), iter(rows)
 
@@ -239,7 +240,7 @@ def write_manifest(
             stored = [{**row, "path": _below(os.path.abspath(row["path"]), root)} for row in group]
             yield pa.Table.from_pylist(stored, schema=SCHEMA)
 
-    return _write(Path(folder), tables(), config, parents, quarantine or [], root)
+    return _write(Path(folder), tables(), config, parents, quarantine or [], root, **extra)
 
 
 def copy_manifest(folder: str | Path, manifest: Manifest, config: dict[str, Any], parents: dict[str, str], **extra: Any) -> str:

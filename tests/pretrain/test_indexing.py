@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.artefact import read_meta
 from pretrain.audio import load_audio
 from pretrain.config import parse_config
-from pretrain.indexing import IndexConfig, draw_splits, index
+from pretrain.indexing import IndexConfig, index
 from pretrain.manifest import Manifest, Phone, Word
+from wordless import main
 
 
 def record(path: Path, num_samples: int = 4000, rate: int = 16000, value: float | None = None) -> Path:
@@ -402,34 +405,6 @@ def config(**keys: Any) -> IndexConfig:
     return IndexConfig(source="corpus", out="manifest", **keys)
 
 
-@settings(max_examples=50)
-@given(
-    st.sets(st.text(min_size=1, max_size=4), min_size=3, max_size=60),
-    st.floats(0, 0.45),
-    st.floats(0, 0.45),
-    st.integers(0, 5),
-    st.randoms(use_true_random=False),
-)
-def test_drawn_splits_have_their_shares_whatever_the_order(
-    names: set[str], dev_share: float, test_share: float, seed: int, random: Any
-) -> None:
-    keys = config(dev_share=dev_share, test_share=test_share, split_seed=seed)
-    splits = draw_splits(names, keys)
-    assert splits.keys() == names
-    for split, share in (("dev", dev_share), ("test", test_share)):
-        count = sum(value == split for value in splits.values())
-        assert count == (max(1, int(share * len(names) + 1e-9)) if share else 0)
-    assert "train" in splits.values()
-    shuffled = sorted(names)
-    random.shuffle(shuffled)
-    assert draw_splits(shuffled, keys) == splits
-
-
-def test_another_seed_draws_other_splits() -> None:
-    names = [str(number) for number in range(100)]
-    assert draw_splits(names, config(split_seed=1)) != draw_splits(names, config(split_seed=2))
-
-
 def test_too_few_utterances_to_split_is_an_error(tmp_path: Path) -> None:
     record(tmp_path / "c/x.wav")
     with pytest.raises(
@@ -469,3 +444,73 @@ def test_a_split_given_for_some_rows_only_is_an_error(tmp_path: Path) -> None:
         rows.append({"audio_filepath": f"{name}.wav"} | ({"split": "train"} if name == "x" else {}))
     with pytest.raises(ValueError, match="'y' has no split though others do"):
         run(write_lines(tmp_path / "l.jsonl", rows))
+
+
+def lasting(folder: Path, minutes: dict[str, float]) -> Path:
+    """A list of recordings of so many minutes, at 1 kHz so that they are quickly written; their first letter is the speaker."""
+    rows = []
+    for name, length in minutes.items():
+        path = folder / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, int(length * 60_000)).astype(np.float32), 1000)
+        rows.append({"audio_filepath": path.name, "speaker": None if name.startswith("_") else name[0]})
+    return write_lines(folder / "l.jsonl", rows)
+
+
+def test_splits_have_their_share_of_the_hours_not_of_the_speakers(tmp_path: Path) -> None:
+    minutes = {"a": 20.0, "b": 2.0, "c": 2.0, "d": 3.0, "e": 4.0, "f": 6.0, "g": 3.0}
+    source = lasting(tmp_path / "c", minutes)
+    summary, manifest = run(source, dev_share=0.1, test_share=0.15)
+    hours = {name: split["hours"] * 60 for name, split in summary["splits"].items()}
+    assert hours == {"train": pytest.approx(30), "dev": pytest.approx(4), "test": pytest.approx(6)}
+    assert summary["splits_drawn_by"] == "speaker" and "notes" not in summary
+    source.write_text("".join(reversed(source.read_text().splitlines(keepends=True))))
+    index(IndexConfig(source=str(source), out=str(tmp_path / "again"), dev_share=0.1, test_share=0.15))
+    assert {u.id: u.split for u in Manifest(tmp_path / "again")} == {u.id: u.split for u in manifest}
+
+
+def test_a_split_of_under_two_minutes_or_over_twice_its_share_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = lasting(tmp_path / "c", {"a": 9.0, "b": 8.0, "c": 6.0})
+    assert main(["index", str(source), str(tmp_path / "m"), "test_share=0"]) == 0
+    told = capsys.readouterr().err
+    assert "note: split 'dev' has 26.1% of the hours, and dev_share asks for 10.0%: no whole speaker is shorter" in told
+    assert read_meta(tmp_path / "m")["split_notes"][0] in told
+    source = lasting(tmp_path / "d", {"a": 9.0, "b": 8.0, "c": 1.5})
+    assert main(["index", str(source), str(tmp_path / "n"), "test_share=0", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "note: split 'dev' has 90 s, under two minutes: too little to rely on; raise dev_share or add audio" in printed.err
+    assert len(json.loads(printed.out)["notes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "drawn_by", "note"),
+    [
+        ("abc", "speaker", None),
+        ("abc_", "speaker", r"1 utterances have no speaker and are in train: voices of test and dev may be among them; name them with"),
+        (
+            "ab_", "utterance",
+            r"splits are drawn by utterance, not by speaker \(only 2 of them are known\): voices of test and dev may be heard in training",
+        ),
+        ("____", "utterance", r"\(none is known\): voices of test and dev may be heard in training; name them with speaker_pattern"),
+    ],
+)  # fmt: skip
+def test_without_speakers_it_is_said_that_test_voices_may_be_heard_in_training(
+    tmp_path: Path, names: str, drawn_by: str, note: str | None
+) -> None:
+    source = lasting(tmp_path / "c", {f"{name}{number}": 2.5 for number, name in enumerate(names)})
+    summary, manifest = run(source, dev_share=0.2, test_share=0.2)
+    notes = [text for text in summary.get("notes", []) if "voices" in text]
+    assert len(notes) == (note is not None) and (note is None or re.search(note, notes[0]))
+    meta = read_meta(manifest.folder)
+    assert meta["splits_drawn_by"] == summary["splits_drawn_by"] == drawn_by and meta["split_notes"] == summary.get("notes", [])
+
+
+def test_splits_of_the_source_or_none_at_all_are_no_reason_for_notes(tmp_path: Path) -> None:
+    record(tmp_path / "x.wav")
+    summary, _ = run(write_lines(tmp_path / "l.jsonl", [{"audio_filepath": "x.wav", "split": "test"}]), test_share=0.1)
+    assert summary["splits_drawn_by"] == "source" and "notes" not in summary
+    (tmp_path / "l.jsonl").write_text('{"audio_filepath": "x.wav"}\n')
+    summary = index(IndexConfig(source=str(tmp_path / "l.jsonl"), out=str(tmp_path / "n"), dev_share=0.0, test_share=0.0))
+    assert summary["splits_drawn_by"] == "none" and "notes" not in summary
