@@ -1,9 +1,11 @@
 """What README.md and CONTRIBUTING.md show is run: commands in order at tiny size, configs as shown, make's targets, links."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import joblib
@@ -14,6 +16,7 @@ from sklearn.cluster import KMeans
 from transformers import HubertConfig, HubertModel
 
 from pretrain.config import read_toml
+from recipe import VERBS
 from wordless import main
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +60,7 @@ def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path
     joblib.dump(KMeans(8, n_init=1, random_state=0).fit(rng.standard_normal((50, 16))), "km.bin")
     Path("units.txt").write_text("".join(f"{number}|{number} 1 2\n" for number in range(100)))
     Path("pairs.csv").write_text("positive,negative\n00,01\n02,03\n04,05\n")
+    shutil.copyfile("audio/07.wav", "hello.wav")
     np.save("centroids.npy", rng.standard_normal((8, 39)).astype(np.float32))
     for fence in fences(ROOT / "README.md", "toml"):
         name = re.match(r"# (\S+\.toml)\n", fence)
@@ -65,9 +69,31 @@ def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path
         assert main(["check", name[1]]) == 0
     for words in commands(ROOT / "README.md"):
         if words[0] == "wordless":
-            elsewhere = ["--dry-run"] if words[-2:] == ["--on", "slurm"] else []
-            assert main([*words[1:], *SHRUNK.get(words[1], []), *elsewhere]) == 0, shlex.join(words)
+            assert main([*words[1:], *SHRUNK.get(words[1], [])]) == 0, shlex.join(words)
     assert "</html>" in Path("runs/own/report.html").read_text()
+    assert soundfile.info("continuations.wav").duration > 2
+    (hello,) = {json.loads(line)["document"] for line in Path("runs/own/samples_hello/samples.jsonl").read_text().splitlines()}
+    assert hello == "hello.wav"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_command_within_the_text_is_a_pattern_not_a_step(page: Path) -> None:
+    """What a user may copy lies in a block of commands, where it is run; in a sentence it has a word in capitals to be replaced."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    verbs = "|".join(VERBS)
+    for inline in re.findall(rf"`(wordless (?:{verbs}|import|export|run|check) [^`]+)`", text):
+        assert re.search(r"\b[A-Z]{2,}\b", inline), f"{page.name}: `{inline}`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_two_commands_shown_write_to_one_place(page: Path) -> None:
+    tables = {match[1]: tomllib.loads(fence) for fence in fences(page, "toml") if (match := re.match(r"# (\S+\.toml)\n", fence))}
+    outs = []
+    for words in commands(page):
+        if words[0] == "wordless" and words[1] in {*VERBS, "run"} and words[2] in tables and "--dry-run" not in words:
+            given = dict(word.split("=", 1) for word in words[3:] if "=" in word)
+            outs += [given.get("out", tables[words[2]]["out"])]
+    assert len(outs) == len(set(outs)), outs
 
 
 def test_the_configs_of_the_other_pages_are_valid(tmp_path: Path) -> None:
