@@ -27,9 +27,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class IndexConfig(Config):
     """What to index: a source or a list of them (see `pretrain.sources`). `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
     group, is the speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...], "words": [[start, end, word], ...]},
-    either or both, for utterances by id. `dev_share` and `test_share` are of the hours; splits are drawn where the source gives none, by
-    speaker where three or more are known, from `split_seed`, names and lengths (see `pretrain.splits`). Recordings are examined in `workers` processes; one that takes more memory there, or more
-    of the processor's time than `seconds_limit` and five seconds for each MB of it, is left out, as are others that cannot be used."""
+    either or both, for utterances by id. `dev_share` and `test_share` are shares of the hours (see `pretrain.splits`).
+    Recordings are examined in `workers` processes; one that takes more memory there, or more of the processor's time than
+    `seconds_limit` and five seconds for each MB of it, is left out, as are others that cannot be used."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
     out: str
@@ -211,13 +211,15 @@ def _split(found: list[Found], config: IndexConfig) -> Drawn:
     by = "speaker" if num_speakers >= 3 else "utterance"
     names = [candidate.speaker if by == "speaker" else candidate.id for candidate in candidates]
     lengths = [num_samples / sample_rate for _, (_, num_samples, sample_rate) in found]
-    seconds: dict[str | None, float] = {}
+    seconds, of_strangers = dict[str, float](), 0.0
     for name, length in sorted(zip(names, lengths, strict=True), key=lambda pair: (pair[0] or "", pair[1])):
-        seconds[name] = seconds.get(name, 0.0) + length  # summed in this order: not even the rounding depends on that of rows
-    of_strangers = seconds.pop(None, 0.0)
+        if name is None:
+            of_strangers += length
+        else:
+            seconds[name] = seconds.get(name, 0.0) + length  # in this order, so that rounding does not depend on that of the rows
     splits = [Split(name, share) for name, share in (("test", config.test_share), ("dev", config.dev_share)) if share > 0]
     try:
-        drawn = draw_splits({name: length for name, length in seconds.items() if name is not None}, splits, config.split_seed, of_strangers)
+        drawn = draw_splits(seconds, splits, config.split_seed, of_strangers)
     except ValueError as error:
         raise ValueError(f"{config.named}: {error}") from None
     for candidate, name in zip(candidates, names, strict=True):
@@ -236,7 +238,9 @@ def _notes_on_voices(by: str, num_speakers: int, num_strangers: int, splits: lis
     name_them = "name them with speaker_pattern (such as '^([^/]+)/' for a folder each) or `speaker` in JSON lines"
     if by == "utterance":
         known = f"only {num_speakers} of them {'is' if num_speakers == 1 else 'are'} known" if num_speakers else "none is known"
-        return [f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard in training; {name_them}"]
+        return [
+            f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard in training; {name_them}"
+        ]
     if num_strangers:
         return [f"{num_strangers} utterances have no speaker and are in train: voices of {held_out} may be among them; {name_them}"]
     return []

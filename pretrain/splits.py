@@ -35,9 +35,7 @@ def draw_splits(seconds: Mapping[str, float], splits: list[Split], seed: int, se
         return dict.fromkeys(order, "train")
     if len(order) <= len(splits):
         names = " and ".join(split.name for split in splits)
-        raise ValueError(
-            f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or test_share to 0"
-        )
+        raise ValueError(f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or test_share to 0")
     lengths = np.array([max(1, round(seconds[name] * 1000)) for name in order], np.int64)  # in ms: sums of integers are exact
     total = int(lengths.sum()) + round(seconds_of_train * 1000)
     targets = np.array([int(split.share * total + 1e-6) for split in splits], np.int64)
@@ -124,7 +122,7 @@ def notes_on_splits(seconds: Mapping[str, float], splits: list[Split], drawn_by:
             notes.append(f"split {split.name!r} has {has:.0f} s, under two minutes: too little to rely on; {remedy}")
         if has > 2 * split.share * total:
             notes.append(
-                f"split {split.name!r} has {has / total:.1%} of the hours, and {split.name}_share asks for {split.share:.1%}: no whole "
-                f"{drawn_by} is shorter; give `split` in JSON lines, or set {split.name}_share to 0"
+                f"split {split.name!r} has {has / total:.1%} of the hours, and {split.name}_share asks for {split.share:.1%}: whole "
+                f"{drawn_by}s allow nothing nearer; give `split` in JSON lines, or set {split.name}_share to 0"
             )
     return notes

@@ -104,6 +104,8 @@ class LengthCheck:
             return f"all together they look like {rate:g} Hz units; {where} frame_rate_hz = {rate:g}{other}"
         if in_list:
             return f"give the .tsv that {self.source} was made from (source_options.tsv = …), with its lines in the same order"
+        if wrong.length_of.startswith(wrong.where):
+            return "its units or its length are of another recording"
         if wrong.num_frames is None:
             return "give the manifest of the audio that they were made from, or their frame_rate_hz"
         return (

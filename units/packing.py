@@ -16,7 +16,8 @@ from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import progress
 from units.bpe import learn
 from units.corpus import Document, UnitCorpus, write_corpus
-from units.formats import describe_source, fingerprint_source, guess_format, read_located, sidecar_path
+from units.formats import describe_source, fingerprint_source, guess_format, read_located
+from units.formats.description import sidecar_path
 from units.grid import grid_document
 from units.interleaving import interleaved_document
 from units.lengths import LengthCheck

@@ -59,7 +59,9 @@ def test_at_50_hz_the_rule_is_that_of_labels(num_samples: int) -> None:
     frames = num_frames(num_samples)
     assert count_frames(num_samples, 50) == frames
     fewest, most = count_bounds(num_samples, 50)
-    allowed = [count for count in range(max(0, frames - 1), frames + 2) if not len(differing(np.array([count]), np.array([frames])))]
+    allowed = [
+        count for count in range(max(0, frames - 1), frames + 2) if not len(differing(np.array([count]), np.array([frames])))
+    ]
     assert fewest <= min(allowed) and most >= max(allowed)
     assert not fewest <= 2 * frames <= most or frames <= 2
 

@@ -475,7 +475,7 @@ def test_a_split_of_under_two_minutes_or_over_twice_its_share_is_warned_of(
     source = lasting(tmp_path / "c", {"a": 9.0, "b": 8.0, "c": 6.0})
     assert main(["index", str(source), str(tmp_path / "m"), "test_share=0"]) == 0
     told = capsys.readouterr().err
-    assert "note: split 'dev' has 26.1% of the hours, and dev_share asks for 10.0%: no whole speaker is shorter" in told
+    assert "note: split 'dev' has 26.1% of the hours, and dev_share asks for 10.0%: whole speakers allow nothing nearer" in told
     assert read_meta(tmp_path / "m")["split_notes"][0] in told
     source = lasting(tmp_path / "d", {"a": 9.0, "b": 8.0, "c": 1.5})
     assert main(["index", str(source), str(tmp_path / "n"), "test_share=0", "--json"]) == 0

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from pretrain.splits import Split, draw_splits, notes_on_splits
 
-LENGTHS = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 400).map(lambda tens: tens * 10.0), min_size=3, max_size=40)
+LENGTHS = st.dictionaries(
+    st.text(min_size=1, max_size=4), st.integers(1, 400).map(lambda tens: tens * 10.0), min_size=3, max_size=40
+)
 SHARES = st.tuples(st.floats(0, 0.45), st.floats(0, 0.45))
 
 
@@ -44,7 +46,9 @@ def test_of_few_names_the_split_is_the_nearest_that_there_is(
 ) -> None:
     splits = asked(*shares)
     parts = ["train", *(split.name for split in splits)]
-    every = (dict(zip(seconds, row, strict=True)) for row in itertools.product(parts, repeat=len(seconds)) if set(row) == set(parts))
+    every = (
+        dict(zip(seconds, row, strict=True)) for row in itertools.product(parts, repeat=len(seconds)) if set(row) == set(parts)
+    )
     best = min(error(drawn, seconds, splits, more) for drawn in every)
     assert error(draw_splits(seconds, splits, 0, more), seconds, splits, more) <= best + 0.01  # targets are whole milliseconds
 

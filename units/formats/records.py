@@ -90,10 +90,9 @@ def read_resynthesis(path: Path, key: str | None = None, stem: bool = False) -> 
 
 def _samples(row: Mapping[Any, Any]) -> int | None:
     """Samples at 16 kHz of the row's `duration` in seconds; None where it is no length."""
-    seconds = row.get("duration")
-    if type(seconds) not in (int, float) or not 0 < seconds < 1e9:
-        return None
-    return round(seconds * SAMPLE_RATE)
+    seconds: Any = row.get("duration")
+    known = isinstance(seconds, int | float) and 0 < seconds < 1e9
+    return round(seconds * SAMPLE_RATE) if known else None
 
 
 def _literal(line: str, where: str) -> dict[Any, Any]:
