@@ -90,7 +90,7 @@ class LengthCheck:
         lasting = f" that last {wrong.num_frames} frames" if wrong.num_frames not in (None, wrong.num_units) else ""
         return (
             f"{wrong.where}: {wrong.num_units} units{lasting} for utterance {wrong.utterance!r}, which has {frames} frames at "
-            f"{self.rate_hz:g} Hz by the {wrong.num_samples} samples in {wrong.length_of} ({count} of {self._num_checked} utterances "
+            f"{self.rate_hz:g} Hz by the {wrong.num_samples} samples (16 kHz) in {wrong.length_of} ({count} of {self._num_checked} utterances "
             f"differ); {self._remedy(wrong)}"
         )
 

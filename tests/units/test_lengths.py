@@ -53,7 +53,7 @@ def test_a_km_whose_lines_are_in_another_order_is_refused_with_both_numbers(tmp_
     where = "manifest" if with_manifest else "train.tsv: line 2"
     with pytest.raises(
         ValueError,
-        match=rf"train.km: line 1: 124 units for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples in .*{where} "
+        match=rf"train.km: line 1: 124 units for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples \(16 kHz\) in .*{where} "
         r"\(2 of 3 utterances differ\); give the ",
     ):
         pack(config)
@@ -64,7 +64,7 @@ def test_a_km_whose_lines_are_in_another_order_is_refused_with_both_numbers(tmp_
 def test_a_tsv_whose_samples_disagree_with_the_lines_is_refused(tmp_path: Path, with_manifest: bool) -> None:
     """Also where the manifest agrees with the lines: which utterances they are is known from the .tsv alone."""
     given = {"manifest": manifest(tmp_path)} if with_manifest else {}
-    with pytest.raises(ValueError, match=r"line 2: 74 units for utterance 'b', which has 77 frames at 50 Hz by the 25000 samples in "
+    with pytest.raises(ValueError, match=r"line 2: 74 units for utterance 'b', which has 77 frames at 50 Hz by the 25000 samples \(16 kHz\) in "
                        r".*train.tsv: line 3 \(1 of 3 utterances differ\); give the .tsv that .*train.km was made from"):  # fmt: skip
         pack(km(tmp_path, list(LABELS.values()), {**SAMPLES, "b": 25000}, **given))
 
@@ -122,7 +122,7 @@ def test_units_with_known_durations_fit_the_manifest_in_every_format(tmp_path: P
     if change:
         with pytest.raises(
             ValueError,
-            match=rf"units.*: .*for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples in {config.manifest}",
+            match=rf"units.*: .*for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples \(16 kHz\) in {config.manifest}",
         ) as error:
             pack(config)
         assert "109" in str(error.value)  # 49 + 60, of units or of frames that they last
@@ -169,7 +169,7 @@ def test_units_of_speech_resynthesis_fit_the_durations_beside_them(tmp_path: Pat
     pack(PackConfig(**given, out=str(tmp_path / "whole")))
     write(60)
     with pytest.raises(
-        ValueError, match=r"val.txt: line 1: 60 units for utterance 'x/a', which has 99 frames at 50 Hz by the 32000 samples in "
+        ValueError, match=r"val.txt: line 1: 60 units for utterance 'x/a', which has 99 frames at 50 Hz by the 32000 samples \(16 kHz\) in "
         r".*val.txt: line 1: 'duration' .* differ\); its units or its length are of another recording",
     ):  # fmt: skip
         pack(PackConfig(**given, out=str(tmp_path / "cut")))
