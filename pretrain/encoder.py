@@ -23,7 +23,7 @@ from pretrain.config import Config, parse_config
 from pretrain.frontend import FilterbankFrontEnd, UnitFrontEnd, WaveformFrontEnd, normalize, normalize_so_far
 from pretrain.kernels import Int8Linear, attention, drop_values, dropout, gelu_linear, grouped_conv
 from pretrain.packing import Layout, pack_padded
-from pretrain.streaming import Attending, Blocks, Chunks, StreamingConfig, cut_blocks
+from pretrain.streaming import Attending, Blocks, Chunks, StreamingConfig, Windows, cut_blocks
 
 LayerConvention = Literal["residual", "feed_forward"]
 """Which features a layer has: its output, after the residual and in post-norm models the norm (fairseq's `output_layer`; HuBERT's
@@ -228,9 +228,11 @@ class Encoder(nn.Module):
         drawn = np.random.default_rng([seed, step, 0x1D]).random(self.config.num_layers)
         self.gates = [bool(value >= self.config.layer_drop) for value in drawn]
 
-    def features(self, waveforms: Tensor, layout: Layout) -> Tensor:
+    def features(self, waveforms: Tensor, layout: Layout, totals: dict[str, Tensor] | None = None) -> Tensor:
         """Packed waveforms (samples,), or units (frames,) int64, to front-end output (frames, front_end.dim), its gradient scaled by
-        `feature_gradient_scale`."""
+        `feature_gradient_scale`. With `totals` (pretrain/totals.py) they are windows of one utterance, normalised as all of it is."""
+        if totals is not None:
+            return self.block_features(waveforms, Windows.of(layout, totals))
         if self.config.streaming is not None and self.config.front_end != "units":
             return self.block_features(*cut_blocks(waveforms, layout, self.config.streaming, self.front_end.tail))
         if self.config.normalize_waveform:
@@ -273,14 +275,15 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def extract_packed(
-        self, waveforms: Tensor, layout: Layout, last: int, convention: LayerConvention = "residual"
-    ) -> list[Tensor]:
+        self, waveforms: Tensor, layout: Layout, last: int, convention: LayerConvention = "residual",
+        totals: dict[str, Tensor] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Features (frames, dim) of layers 0 .. `last` of a packed batch; layer 0 is the first layer's input, and none beyond
-        `last` runs. See LayerConvention for what the features of a layer are."""
+        `last` runs. See LayerConvention for what the features of a layer are, and `features` for `totals`."""
         if not 0 <= last <= self.config.num_layers:
             raise ValueError(f"layer {last}: this encoder has layers 0 to {self.config.num_layers}")
         outputs: list[Tensor] = []
-        x = self.project(self.feature_norm(self.features(waveforms, layout)))
+        x = self.project(self.feature_norm(self.features(waveforms, layout, totals)))
         self._run(x, layout, last, outputs, convention)
         return outputs
 

@@ -68,7 +68,7 @@ class WaveformFrontEnd(nn.Module):
     def __init__(self, config: "EncoderConfig"):
         super().__init__()
         self.dim = config.conv_dim
-        self.group_norm = config.conv_norm == "group"
+        self.group_norm = self.has_statistics = config.conv_norm == "group"  # statistics: over time
         inputs = [1] + [config.conv_dim] * (len(CONV_KERNELS) - 1)
         # (kernel, in, out): tap-major, so that a product over stacked rows is a plain matrix product.
         self.weights = nn.ParameterList(
@@ -84,13 +84,18 @@ class WaveformFrontEnd(nn.Module):
         self.int8 = [Int8Linear(weight.flatten(0, 1).T, kernel=len(weight)) for weight in [*self.weights][1:]]
 
     def forward(self, waveforms: Tensor, layout: Layout, blocks: Blocks | None = None) -> Tensor:
-        """Packed waveforms (samples,) to (frames, dim). In streaming `layout` is that of `blocks`, whose statistics go on."""
+        """Packed waveforms (samples,) to (frames, dim). In streaming `layout` is that of `blocks`, whose statistics go on; so it is with
+        windows, whose statistics are their utterance's."""
         x = self._first(waveforms, layout, blocks)  # (time, channel) over the whole buffer
         for layer in range(1, len(CONV_KERNELS)):
             weight = self.int8[layer - 1] if self.int8 else self.weights[layer]
             x = gelu_conv(x, weight, None if self.biases is None else self.biases[layer], self._norm(layer - 1))
         x, norm = layout.drop_between(x), self._norm(len(CONV_KERNELS) - 1)
         return F.gelu(x if norm is None else norm(x))
+
+    def add_up(self, waveforms: Tensor, blocks: Blocks) -> None:
+        """Add what `forward` would to the totals of `blocks`, and compute nothing else."""
+        _moments_so_far([part.double() for part in self._windows(waveforms, blocks.layout)[1]], blocks)
 
     def _norm(self, layer: int) -> nn.LayerNorm | None:
         """The layer norm between a convolution and its GELU; the group norm is in the first convolution's weights."""
@@ -99,18 +104,22 @@ class WaveformFrontEnd(nn.Module):
         return norm
 
     def _first(self, waveforms: Tensor, layout: Layout, blocks: Blocks | None) -> Tensor:
-        kernel, stride = CONV_KERNELS[0], CONV_STRIDES[0]
-        windows = waveforms.unfold(0, kernel, stride)  # (time, 10)
         weight = self.weights[0].squeeze(1)  # (10, channel)
         if not self.group_norm:
-            x = windows @ weight
+            x = waveforms.unfold(0, CONV_KERNELS[0], CONV_STRIDES[0]) @ weight
             return x if self.biases is None else x + self.biases[0]
+        parts, valid = self._windows(waveforms, layout)
+        scale, shift = _group_norm_of_linear(valid, weight, self.norms[0], blocks)
+        return segment_linear(parts, weight * scale[:, None, :], shift)
+
+    def _windows(self, waveforms: Tensor, layout: Layout) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Inputs (time_i, 10) of the first convolution, by slot: all, and those that have no sample beyond the slot's own."""
+        kernel, stride = CONV_KERNELS[0], CONV_STRIDES[0]
+        windows = waveforms.unfold(0, kernel, stride)
         sizes = [slot * HOP // stride for slot in layout.slots]
         sizes[-1] -= sum(sizes) - len(windows)
         parts = windows.split(sizes)
-        valid = [part[: (length - kernel) // stride + 1] for part, length in zip(parts, layout.num_samples, strict=True)]
-        scale, shift = _group_norm_of_linear(valid, weight, self.norms[0], blocks)
-        return segment_linear(parts, weight * scale[:, None, :], shift)
+        return parts, [part[: (length - kernel) // stride + 1] for part, length in zip(parts, layout.num_samples, strict=True)]
 
 
 def _group_norm_of_linear(
@@ -159,6 +168,7 @@ class FilterbankFrontEnd(nn.Module):
     """
 
     tail = 240
+    has_statistics = True
 
     def __init__(self, config: "EncoderConfig"):
         super().__init__()
@@ -179,6 +189,10 @@ class FilterbankFrontEnd(nn.Module):
             parts = self._log_mel(waveforms, layout, None if blocks is None else blocks.num_blocks)
         normal = [_normalized(part) for part in parts] if blocks is None else _normalized_so_far(parts, blocks)
         return torch.cat([_stack(part, frames) for part, frames in zip(normal, layout.num_frames, strict=True)])
+
+    def add_up(self, waveforms: Tensor, blocks: Blocks) -> None:
+        """Add what `forward` would to the totals of `blocks`, and compute nothing else."""
+        _mel_so_far([part.double() for part in self._log_mel(waveforms, blocks.layout, blocks.num_blocks)], blocks)
 
     def _log_mel(self, waveforms: Tensor, layout: Layout, num_slots: Sequence[int] | None) -> list[Tensor]:
         """Log-mel energies of each slot, (windows at 100 Hz, mel); `num_slots` of each utterance, where that is not one."""
@@ -220,11 +234,17 @@ def _normalized(mel: Tensor) -> Tensor:
 def _normalized_so_far(parts: list[Tensor], blocks: Blocks) -> list[Tensor]:
     """Each block's log-mel energies by the mean and the variance from the utterance's beginning to the block's end."""
     wide = [part.double() for part in parts]
-    sums = [torch.cat([part.sum(0), part.square().sum(0)]) for part in wide]
-    total = blocks.through("mel", _counted([len(part) for part in wide], sums))
-    mean, square = (total[:, 1:] / total[:, :1]).chunk(2, dim=1)
+    mean, square = _mel_so_far(wide, blocks)
     scale = torch.rsqrt((square - mean.square()).clamp(min=0) + 1e-5)
     return [((part - m) * s).to(parts[0].dtype) for part, m, s in zip(wide, mean, scale, strict=True)]
+
+
+def _mel_so_far(parts: list[Tensor], blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Means of the log-mel energies and of their squares, (blocks, mel) each, of float64 parts (windows, mel)."""
+    sums = [torch.cat([part.sum(0), part.square().sum(0)]) for part in parts]
+    total = blocks.through("mel", _counted([len(part) for part in parts], sums))
+    mean, square = (total[:, 1:] / total[:, :1]).chunk(2, dim=1)
+    return mean, square
 
 
 def _stack(mel: Tensor, frames: int) -> Tensor:

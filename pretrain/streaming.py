@@ -80,6 +80,20 @@ class Blocks:
         return torch.cat([part.cumsum(0) for part in sums.split(self.num_blocks)])
 
 
+class Windows(Blocks):
+    """Windows of one utterance, that each have the statistics of all of it (pretrain/totals.py) and add nothing to them."""
+
+    @classmethod
+    def of(cls, layout: Layout, totals: dict[str, Tensor]) -> "Windows":
+        """The windows that `layout` has slots for, of the utterance with these `totals`."""
+        count = len(layout.num_samples)
+        return cls(layout, (count,), (0,) * count, totals)
+
+    def through(self, name: str, sums: Tensor) -> Tensor:
+        assert self.totals is not None
+        return self.totals[name].expand(len(sums), -1)
+
+
 def block_spans(num_samples: int, config: StreamingConfig, tail: int) -> list[tuple[int, int]]:
     """(first, past the last) sample of each block of an utterance, where a frame t needs samples 320 t ... 320 (t + 1) + tail of it;
     only its last frame may do with 400."""

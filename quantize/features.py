@@ -31,11 +31,14 @@ from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio, num_frames
 from pretrain.manifest import Utterance
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pretrain.encoder import Encoder
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "int8"]
 Layers = Iterator[tuple[Utterance, list[np.ndarray]]]  # of an utterance the features (frames, dim) of some layers
+Totals = dict[str, "Tensor"]  # pretrain/totals.py
 LayerConvention = Literal["residual", "feed_forward"]  # as pretrain.encoder says; named here too, because that imports torch
 
 NUM_CEPSTRA = 13
@@ -169,9 +172,7 @@ class EncoderSource:
         with ThreadPoolExecutor(threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for utterance, waveform in decoded:
-                    windows = self._windows(waveform)
-                    parts = [pool.submit(self._extract_window, waveform, *window, layers) for window in windows]
-                    pending.append((utterance, parts))
+                    pending.append((utterance, self._submit(pool, waveform, layers)))
                     while pending and sum(len(parts) for _, parts in pending) > 2 * threads:
                         yield _joined(*pending.popleft())
                 while pending:
@@ -181,6 +182,19 @@ class EncoderSource:
                     part.cancel()
                 decoded.close()
                 torch.set_num_threads(threads)
+
+    def _submit(self, pool: ThreadPoolExecutor, waveform: np.ndarray, layers: list[int]) -> list[Future[list[np.ndarray]]]:
+        """The windows of one utterance as tasks of the pool."""
+        windows = self._windows(waveform)
+        if len(windows) == 1:
+            return [pool.submit(self._extract_window, waveform, *windows[0], layers)]
+        # Asked for first, so begun first: no window holds a thread that the totals still need.
+        totals = pool.submit(self._totals, waveform)
+
+        def extract(window: tuple[int, int, int, int]) -> list[np.ndarray]:
+            return self._extract_window(waveform, *window, layers, totals.result())
+
+        return [pool.submit(extract, window) for window in windows]
 
     def _in_batches(self, groups: Iterable[Sequence[Utterance]], layers: list[int]) -> Layers:
         sizes: deque[int] = deque()  # of the batches whose decoding has begun
@@ -196,7 +210,8 @@ class EncoderSource:
             batch, waveforms = zip(first, *islice(decoded, sizes.popleft() - 1), strict=True)
             if len(batch) == 1:
                 windows = self._windows(waveforms[0])
-                found = [_stitched([self._extract_window(waveforms[0], *window, layers) for window in windows])]
+                totals = self._totals(waveforms[0]) if len(windows) > 1 else None
+                found = [_stitched([self._extract_window(waveforms[0], *window, layers, totals) for window in windows])]
             else:
                 found = self._extract(waveforms, layers)
             yield from zip(batch, found, strict=True)
@@ -205,23 +220,31 @@ class EncoderSource:
         total = num_frames(len(waveform))
         return plan_windows(total) if self.encoder.config.streaming is None else [(0, total, 0, total)]
 
+    def _totals(self, waveform: np.ndarray) -> "Totals | None":
+        """What windows of a waveform share."""
+        from pretrain.totals import utterance_totals
+
+        return utterance_totals(self.encoder, waveform)
+
     def _extract_window(
-        self, waveform: np.ndarray, start: int, end: int, first: int, last: int, layers: list[int]
+        self, waveform: np.ndarray, start: int, end: int, first: int, last: int, layers: list[int], totals: "Totals | None" = None
     ) -> list[np.ndarray]:
-        """Frames start … end of one waveform, of each of `layers`, computed from its frames first … last."""
+        """Frames start … end of one waveform, of each of `layers`, computed from its frames first … last; `totals` are of the whole."""
         if self.encoder.config.streaming is not None and last > WINDOW_FRAMES:
             return self._extract_online(waveform, layers)
         stop = len(waveform) if last == num_frames(len(waveform)) else (last - 1) * HOP + MIN_SAMPLES
-        (found,) = self._extract([waveform[first * HOP : stop]], layers)
+        (found,) = self._extract([waveform[first * HOP : stop]], layers, totals)
         return [features[start - first : end - first] for features in found]
 
-    def _extract(self, waveforms: Sequence[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
-        """For each waveform its features (frames, dim) of each of `layers`."""
+    def _extract(
+        self, waveforms: Sequence[np.ndarray], layers: list[int], totals: "Totals | None" = None
+    ) -> list[list[np.ndarray]]:  # fmt: skip
+        """For each waveform its features (frames, dim) of each of `layers`; with `totals` they are windows of one utterance."""
         from pretrain.packing import pack
 
         buffer, layout = pack(waveforms)
         with self._inference():
-            outputs = self.encoder.extract_packed(buffer.to(self.device), layout, max(layers), self.convention)
+            outputs = self.encoder.extract_packed(buffer.to(self.device), layout, max(layers), self.convention, totals)
             found = [outputs[layer].float().cpu().numpy() for layer in layers]
         return [[features[first:last] for features in found] for first, last in layout.frame_bounds]
 

@@ -34,10 +34,11 @@ class CTCBatch(NamedTuple):
     num_targets: tuple[int, ...]  # of each utterance
     mask: Tensor | None = None  # (frames,) bool
     channel_mask: Tensor | None = None  # (batch, dim) bool
+    totals: dict[str, Tensor] | None = None  # of the utterance, where these are windows of one (pretrain/totals.py)
 
     @classmethod
-    def untranscribed(cls, inputs: Tensor, layout: Layout) -> "CTCBatch":
-        return cls(inputs, layout, torch.zeros(0, dtype=torch.int64), ())
+    def untranscribed(cls, inputs: Tensor, layout: Layout, totals: dict[str, Tensor] | None = None) -> "CTCBatch":
+        return cls(inputs, layout, torch.zeros(0, dtype=torch.int64), (), totals=totals)
 
 
 class Recognizer(nn.Module):
@@ -55,7 +56,7 @@ class Recognizer(nn.Module):
         self.head = nn.Linear(encoder.dim, len(vocabulary))
 
     def logits(self, batch: CTCBatch) -> Tensor:  # (batch, frames, classes)
-        features = self.encoder.feature_norm(self.encoder.features(batch.inputs, batch.layout))
+        features = self.encoder.feature_norm(self.encoder.features(batch.inputs, batch.layout, batch.totals))
         outputs: list[Tensor] = []  # of every layer, (frames, dim) each
         x = self.encoder.contextualize(features, batch.layout, batch.mask, batch.channel_mask, outputs=outputs)
         return batch.layout.pad(self.classify(x, outputs))

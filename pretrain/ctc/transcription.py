@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -38,6 +39,7 @@ from pretrain.engine import autocast
 from pretrain.manifest import Manifest, Utterance, Word
 from pretrain.parallel import resolve_device
 from pretrain.progress import progress
+from pretrain.totals import utterance_totals
 
 __all__ = ["TranscribeConfig", "TuneConfig", "as_text", "transcribe"]
 
@@ -210,10 +212,10 @@ def _log_probs(
     plan = [*source.plan_in_order(), *(np.array([item]) for item in items[lengths[items] > longest].tolist())]
     source.items = items
 
-    def forward(loaded: list[np.ndarray]) -> list[Tensor]:
+    def forward(loaded: list[np.ndarray], totals: dict[str, Tensor] | None = None) -> list[Tensor]:
         inputs, layout = source.pack(loaded)
         with autocast(config.precision, device):
-            logits = recognizer.model.logits(CTCBatch.untranscribed(inputs.to(device), layout))
+            logits = recognizer.model.logits(CTCBatch.untranscribed(inputs.to(device), layout, totals))
         found = logits.float().log_softmax(2).cpu()
         return [row[:frames] for row, frames in zip(found, layout.num_frames, strict=True)]
 
@@ -233,7 +235,8 @@ def _log_probs(
                 with autocast(config.precision, device):
                     found = [recognize_online(OnlineRecognizer(recognizer.model), loaded[0], latency)[1]]
             else:
-                found = [in_windows(loaded[0], config.max_seconds, config.batch_seconds, forward)]
+                of_windows = partial(forward, totals=utterance_totals(recognizer.model.encoder, loaded[0]))
+                found = [in_windows(loaded[0], config.max_seconds, config.batch_seconds, of_windows)]
             for item, log_probs in zip(batch.tolist(), found, strict=True):
                 if not log_probs.isfinite().all():
                     raise ValueError(

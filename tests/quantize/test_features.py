@@ -157,9 +157,9 @@ def test_a_batch_has_utterances_of_one_group_only(corpus: Path, run: Path, monke
     sizes: list[int] = []
     real = EncoderSource._extract
 
-    def extract(self: EncoderSource, waveforms: list[np.ndarray], layers: list[int]) -> list[list[np.ndarray]]:
+    def extract(self: EncoderSource, waveforms: list[np.ndarray], layers: list[int], totals: Any = None) -> list[list[np.ndarray]]:
         sizes.append(len(waveforms))
-        return real(self, waveforms, layers)
+        return real(self, waveforms, layers, totals)
 
     monkeypatch.setattr(EncoderSource, "_extract", extract)
     assert len(list(source._in_batches([utterances[:5], utterances[5:6], utterances[6:]], [0]))) == 12
@@ -188,9 +188,12 @@ def test_all_layers_at_once_equal_each_layer_alone(corpus: Path, run: Path) -> N
 class WindowSums:
     """Stands for an encoder without context: a frame is the sum of its 400 samples."""
 
-    config = SimpleNamespace(dim=1, num_layers=0, streaming=None)
+    config = SimpleNamespace(dim=1, num_layers=0, streaming=None, normalize_waveform=False)
+    front_end = SimpleNamespace(has_statistics=False)
 
-    def extract_packed(self, waveforms: torch.Tensor, layout: Layout, last: int, convention: str) -> list[torch.Tensor]:
+    def extract_packed(
+        self, waveforms: torch.Tensor, layout: Layout, last: int, convention: str, totals: None
+    ) -> list[torch.Tensor]:  # fmt: skip
         return [layout.drop_between(waveforms.double().unfold(0, 400, 320).sum(dim=1, keepdim=True))]
 
 
