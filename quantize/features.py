@@ -12,8 +12,12 @@ On a GPU utterances are packed end to end into batches of `batch_seconds`. Nothi
 products have other shapes in another batch, and the last bits of a feature may differ (a label on the border of two classes
 with them). The same batches on the same kind of GPU give the same bits.
 
-Utterances of more than 100 s go through the encoder in windows, so that memory stays bounded; a streaming encoder, whose chunks
-and statistics count from the beginning, has no such cuts and takes them chunk by chunk (pretrain/online.py).
+Utterances of more than 100 s go through the encoder in windows: equal parts of at most 100 s, each with 2 s on both sides that are seen and
+dropped. What is normalised over time is normalised by the statistics of the whole utterance, taken before (pretrain/totals.py), and
+the positional convolution reaches less than 2 s. So the input of the first layer is that of the whole utterance, to rounding, and what
+the cuts change is attention, which sees a window (docs/formats.md has numbers). Decoded samples and the features of one utterance are
+in memory (per hour 230 MB, and 550 MB of BASE), activations of one window for each thread. A streaming encoder, whose chunks and
+statistics count from the beginning, has no cuts and takes long utterances chunk by chunk (pretrain/online.py).
 """
 
 from collections import deque
@@ -45,6 +49,7 @@ NUM_CEPSTRA = 13
 WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows
 CONTEXT_FRAMES = 100  # seen on both sides of a window and dropped; the positional convolution reaches 64 frames
 GPU_BATCH_SECONDS = 200.0
+AHEAD_SECONDS = 3600.0  # of audio decoded ahead at most (230 MB), but for one utterance that is longer
 
 
 class FeatureSource(Protocol):
@@ -292,13 +297,14 @@ def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) ->
 def ahead(
     function: Callable[[Utterance], T], utterances: Iterable[Utterance], workers: int
 ) -> Generator[tuple[Utterance, T], None, None]:
-    """`(utterance, function(utterance))` in order, computed by `workers` threads a little ahead of the consumer."""
+    """`(utterance, function(utterance))` in order, computed by `workers` threads a little ahead of the consumer; of hour-long recordings
+    two at a time are in memory."""
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Utterance, Future[T]]] = deque()
         try:
             for utterance in utterances:
                 pending.append((utterance, pool.submit(function, utterance)))
-                if len(pending) > 4 * workers:
+                while len(pending) > 4 * workers or (len(pending) > 1 and _seconds(pending) > AHEAD_SECONDS):
                     done, future = pending.popleft()
                     yield done, future.result()
             while pending:
@@ -307,6 +313,10 @@ def ahead(
         finally:  # an error, or a consumer that stopped early: drop what has not begun
             for _, future in pending:
                 future.cancel()
+
+
+def _seconds(pending: Iterable[tuple[Utterance, object]]) -> float:
+    return sum(utterance.length for utterance, _ in pending) / SAMPLE_RATE
 
 
 def plan_batches(utterances: Sequence[Utterance], batch_seconds: float) -> list[list[Utterance]]:

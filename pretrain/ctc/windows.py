@@ -1,7 +1,7 @@
 """Recordings too long for one attention: windows that overlap by a third, and of each overlap the outer halves dropped.
 
-In a window attention, a norm over time (wav2vec 2.0 and HuBERT BASE have one) and the normalisation of waveforms (LARGE's) see that
-window only, so that what is found near a cut can differ from what the whole would give.
+Attention sees a window only, so that what is found can differ from what the whole would give. What is normalised over time (the
+waveform, BASE's group norm, mel bands) is normalised by the statistics of the whole recording (pretrain/totals.py).
 """
 
 from collections.abc import Callable

@@ -81,7 +81,10 @@ def test_labels_of_a_long_utterance_are_those_of_the_whole_whatever_the_window(n
             assert same > (agreement if layer else 0.999)
 
 
-def test_labels_of_a_long_utterance_depend_on_no_batch_shard_thread_or_process(tmp_path: Path, long: Utterance) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])  # each imports torch
+def test_labels_of_a_long_utterance_depend_on_no_batch_shard_thread_or_process(
+    processes: int, tmp_path: Path, long: Utterance
+) -> None:
     """With windows as they are, of 100 s."""
     wave, _ = soundfile.read(long.path, dtype="float32")
     rows = []
@@ -97,7 +100,7 @@ def test_labels_of_a_long_utterance_depend_on_no_batch_shard_thread_or_process(t
     found, threads = [], torch.get_num_threads()
     options = {"manifest": manifest, "codebook": str(tmp_path / "codebook"), "encoder": run, "device": "cpu"}
     try:
-        for number, more in enumerate(({"num_shards": 1}, {"num_shards": 3, "processes": 2, "batch_seconds": 300})):
+        for number, more in enumerate(({"num_shards": 1}, {"num_shards": 3, "processes": processes, "batch_seconds": 300})):
             torch.set_num_threads(1 + number)
             encode(EncodeConfig(**options, **more, out=str(tmp_path / str(number))))
             labels = Labels(tmp_path / str(number))
