@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,16 +315,11 @@ def test_an_error_in_a_decoding_thread_reaches_the_consumer_and_stops_the_rest()
 
 def test_of_hour_long_recordings_two_at_a_time_are_decoded() -> None:
     utterances = [Utterance(str(number), "", 0, 3000 * 16000, 16000) for number in range(10)]
-    asked = 0
-
-    def counted() -> Iterator[Utterance]:
-        nonlocal asked
-        for asked, utterance in enumerate(utterances, start=1):
-            yield utterance
-
-    for place, (utterance, number) in enumerate(ahead(lambda utterance: int(utterance.id), counted(), workers=2)):
-        assert utterance == utterances[place] and number == place and asked <= place + 2
-    assert asked == 10
+    asked: list[Utterance] = []
+    generator = ahead(lambda utterance: utterance.id, ((asked.append(utterance), utterance)[1] for utterance in utterances), 2)
+    for place, (utterance, name) in enumerate(generator):
+        assert utterance == utterances[place] and name == utterance.id and len(asked) <= place + 2
+    assert asked == utterances
 
 
 def test_a_cpu_takes_one_utterance_at_a_time_whatever_batch_seconds_say(run: Path) -> None:
