@@ -115,7 +115,7 @@ class Judge:
             self._note(f"no {what}: {found['reason']}")
             return {}
         if found.get("stopped"):
-            self._note(f"a {what} stopped after {MAX_ITERATIONS} iterations: it might have told a little more or less")
+            self._note(f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ a little")
         return {key: float(found[key]) for key in keys}
 
     def _note(self, note: str) -> None:

@@ -16,6 +16,7 @@ from pretrain.frontend import log_mel, mel_matrix
 from pretrain.labels import Labels
 from pretrain.manifest import Utterance
 from quantize.quality import matching_labels
+from quantize.sweep import PANEL_INCHES, draw_panel, layer_panels
 
 STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888", "axes.titlesize": 10,
@@ -26,6 +27,10 @@ COLOURS = ("#2f6690", "#c8622d", "#4a7c59", "#7d5a96", "#8a7a2f", "#6b6b6b")
 GREY = (0.88, 0.88, 0.88)
 WIDTH = 10.8  # inches: the width of the page
 SHOWN_SECONDS = 6.0  # of an utterance, at most
+CURVES = {  # by group: the metric that is drawn and its unit
+    "pretrain": ("loss", "loss, nats"), "lm": ("bits", "bits per unit"), "synthesizer": ("loss", "loss, no unit"),
+    "ctc": ("loss", "nats per character"),
+}  # fmt: skip
 
 Colour = tuple[float, float, float]
 
@@ -38,33 +43,48 @@ class PhoneCounts(NamedTuple):
     silence: list[str]
 
 
-def draw_curves(runs: dict[str, dict[str, list[dict[str, float]]]], lm: dict[str, Any]) -> str | None:
-    """Training and validation losses of `runs` {group: {name: metrics by step}}; the language model's in bits, over its floors."""
-    titles = {"pretrain": ("Pretraining", "loss", "loss"), "lm": ("Unit language model", "bits", "bits per unit")}
-    titles["synthesizer"] = ("Synthesizer", "loss", "loss")
-    titles["ctc"] = ("Recogniser (CTC)", "loss", "nats per character")
-    groups = [group for group in titles if runs[group]]
-    if not groups:
-        return None
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        title, metric, unit = titles[group]
+def draw_curves(runs: dict[str, dict[str, list[dict[str, float]]]], lm: dict[str, Any]) -> dict[str, str]:
+    """By group an image of the training and validation losses of `runs` {group: {name: metrics by step}}; the unit language model's are
+    in bits, over its floors."""
+    images = {}
+    for group, (metric, unit) in CURVES.items():
+        if not runs.get(group):
+            continue
+        figure, axes = draw_panel_axes()
         for colour, (name, lines) in zip(itertools.cycle(COLOURS), runs[group].items(), strict=False):
             about = "" if name == group else f"{name}, "
             training = [(line["step"], line[metric]) for line in lines if metric in line]
             validation = [(line["step"], line[f"valid_{metric}"]) for line in lines if f"valid_{metric}" in line]
-            axes.plot(*np.transpose(training), color=colour, linewidth=1, alpha=0.55, label=f"{about}training")
+            if training:
+                axes.plot(*np.transpose(training), color=colour, linewidth=1, alpha=0.55, label=f"{about}training")
             if validation:
                 axes.plot(*np.transpose(validation), "o-", color=colour, linewidth=1.8, markersize=3, label=f"{about}validation")
         if group == "lm" and "bits_per_unit" in lm:
             for floor, dashes in (("unigram", ":"), ("bigram", "--"), ("trigram", "-.")):
                 axes.axhline(lm[f"{floor}_bits_per_unit"], color="#555", linewidth=1, linestyle=dashes, label=f"{floor}, scored")
             axes.plot(lines[-1]["step"], lm["bits_per_unit"], "D", color=COLOURS[1], markersize=5, label="model, scored")
-        axes.set(title=title, xlabel="step", ylabel=unit)
+        axes.set(xlabel="training step", ylabel=unit)
         axes.set_xlim(left=0)
         axes.grid(axis="y", color="#ddd", linewidth=0.6)
         axes.legend()
-    return as_image(figure)
+        images[group] = as_image(figure)
+    return images
+
+
+def draw_sweep(summary: dict[str, Any]) -> dict[str, str]:
+    """By title an image for each panel of a layer sweep, all of one size, so that the page can set them side by side or stack them."""
+    images = {}
+    for panel in layer_panels(summary):
+        figure, axes = draw_panel_axes()
+        draw_panel(axes, summary, panel)
+        images[panel[0]] = as_image(figure)
+    return images
+
+
+def draw_panel_axes() -> tuple[Figure, Axes]:
+    """An empty figure of the size of a panel, which is read on a phone as well."""
+    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+    return figure, figure.subplots()
 
 
 def draw_utterance(utterance: Utterance, labels: dict[str, Labels], counts: dict[str, PhoneCounts]) -> str:
@@ -105,7 +125,7 @@ def draw_utterance(utterance: Utterance, labels: dict[str, Labels], counts: dict
         draw_row(panels[-1], "phones", phones, {phone: hues.get(phone, GREY) for _, _, phone in phones}, 9)
     for axes in panels[:-1]:
         axes.tick_params(bottom=False, labelbottom=False)
-    panels[-1].set(xlim=(0, shown), xlabel="seconds")
+    panels[-1].set(xlim=(0, shown), xlabel="time, seconds")
     return as_image(figure)
 
 
