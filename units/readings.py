@@ -13,6 +13,7 @@ from units.figures import CURVES, PhoneCounts
 
 SAME = 0.005  # differences below this are called neither better nor worse
 SHORT_SECONDS = 120  # a split below this is too short to trust its numbers
+CLEAR_WER = 0.5  # above, most words of a recogniser are wrong, and the times of its words mean nothing
 FLAT = 0.01  # a validation loss that changes by less of itself has levelled off
 NAMED = 8  # phones that a sentence names, at most
 
@@ -88,6 +89,24 @@ def of_sounds(sounds: Mapping[str, Any]) -> list[str]:
     return [" ".join([*words, f"For comparison: {', and '.join(others)}."])] if others else words
 
 
+def of_recognisers(ctc: Mapping[str, Any]) -> list[str]:
+    """Recognisers that have most words wrong, or that wrote nothing."""
+    scored = {name: scores for name, scores in ctc.get("transcripts", {}).items() if "wer" in scores}
+    words = []
+    if scored and all(scores["wer"] > CLEAR_WER for scores in scored.values()):
+        counted = next(iter(scored.values())).get("counted", "words")
+        words.append(
+            f"Most {counted} are wrong, so these transcripts are of no use yet. More transcribed speech, or more training steps, may help; "
+            "until then a difference between recognisers means little."
+        )
+    for name, scores in scored.items():
+        if scores.get("empty_hypotheses"):
+            words.append(
+                f"{name}: nothing was written for {scores['empty_hypotheses']:,} of {scores['scored_utterances']:,} utterances."
+            )
+    return words
+
+
 def of_units(units: Mapping[str, Any]) -> list[str]:
     """What the table of units does not put into words: ABX of the last units beside MFCC's, and classes that are never used."""
     words = []
@@ -148,13 +167,13 @@ def of_curve(validation: Sequence[tuple[float, float]], training: Sequence[float
     if len(validation) < 2:
         at_end = f", and validation ended at {validation[-1][1]:.2f}" if validation else ""
         return f"the training loss went from {training[0]:.2f} to {training[-1]:.2f}{at_end}" if training else "no losses are known"
-    (_, first), (_, before), (last_step, last) = validation[0], validation[-2], validation[-1]
+    (first_step, first), (_, before), (last_step, last) = validation[0], validation[-2], validation[-1]
     step, best = min(validation, key=lambda point: point[1])
     change = f"{first:.2f} to {last:.2f}"
     if last > best * (1 + FLAT) and step < last_step:
         return f"validation was best at step {step:,} ({best:.2f}) and has risen since to {last:.2f}: later steps fit the training data only"
     if last > first * (1 - FLAT):
-        return f"validation did not improve ({change}): nothing was learned that carries over to other recordings"
+        return f"validation hardly changed from step {first_step:,} on ({change})"
     if last < before * (1 - FLAT):
         return f"validation fell from {change} and was still falling at the last step, so longer training would probably help"
     return f"validation fell from {change} and has levelled off"

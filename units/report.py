@@ -28,8 +28,7 @@ from units.players import listening_groups
 from units.run_stages import KINDS, Stages, find_stages, open_labels, read_records, skipped_stages
 from units.run_summary import headline, summarise
 
-CLEAR_WER = 0.5  # above, most words of a recogniser are wrong: the times of its words mean nothing
-FEW_EXAMPLES = 3  # transcripts that the page shows where even the best recogniser is above it
+FEW_EXAMPLES = 3  # transcripts that the page shows where even the best recogniser has most words wrong
 
 
 class ReportConfig(Config):
@@ -68,7 +67,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         config=config, manifest=manifest, stages=stages, left_out=left_out, summary=summary,
         title=config.title or default_title(config, summary),
         words=readings.in_words(summary), glance=readings.glance(summary), cautions=readings.cautions(summary["audio"]),
-        missing=readings.missing(summary["audio"]), unit_words=readings.of_units(summary["units"]),
+        missing=readings.missing(summary["audio"]), unit_words=readings.of_units(summary["units"]), recogniser_words=readings.of_recognisers(summary["ctc"]),
         layer_words={name: readings.of_layers(sweep) for name, sweep in summary["layers"].items()},
         measures=table_groups(list(summary["units"].values())), shown_seconds=SHOWN_SECONDS,
         **draw(config, manifest, stages, summary), **recogniser_rows(stages, summary),
@@ -111,7 +110,7 @@ def recogniser_rows(stages: Stages, summary: Mapping[str, Any]) -> dict[str, Any
     """`transcripts`, `worst`, `speakers` and `transfer_rows`. Of recognisers with most words wrong there are no word times, which would
     mean nothing, and where all are such, few transcripts: `unclear` are their names."""
     scored = {name: scores["wer"] for name, scores in summary["ctc"].get("transcripts", {}).items() if "wer" in scores}
-    unclear = [name for name, wer in scored.items() if wer > CLEAR_WER]
+    unclear = [name for name, wer in scored.items() if wer > readings.CLEAR_WER]
     few = {"count": FEW_EXAMPLES} if scored and len(unclear) == len(scored) else {}
     by_speaker = recognition.speaker_table(stages["transcripts"])
     examples = recognition.transcript_examples(stages["transcripts"], **few)

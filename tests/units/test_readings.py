@@ -15,6 +15,7 @@ from units.readings import (
     of_layers,
     of_matrix,
     of_rates,
+    of_recognisers,
     of_sounds,
     of_training,
     of_units,
@@ -81,7 +82,7 @@ def test_a_sweep_without_layer_0_has_nothing_to_compare_with() -> None:
         ([5.0, 4.0, 3.0], "fell from 5.00 to 3.00 and was still falling"),
         ([5.0, 4.0, 3.99], "fell from 5.00 to 3.99 and has levelled off"),
         ([5.0, 4.0, 4.5], "was best at step 20 (4.00) and has risen since to 4.50"),
-        ([5.0, 5.0, 4.99], "did not improve"),
+        ([5.0, 5.0, 4.99], "hardly changed from step 10 on (5.00 to 4.99)"),
         ([5.0], "the training loss went from 9.00 to 9.00, and validation ended at 5.00"),
     ],
 )
@@ -102,6 +103,13 @@ def test_units_worse_than_mfcc_at_abx_are_called_so() -> None:
     )
     assert used == "Only 30% of the classes of second occur."
     assert of_units({}) == []
+
+
+def test_recognisers_with_most_words_wrong_or_nothing_written_are_said_to_be_of_no_use_yet() -> None:
+    bad = {"wer": 0.93, "counted": "phones", "scored_utterances": 10, "empty_hypotheses": 4}
+    useless, empty = of_recognisers({"transcripts": {"pretrained": bad}})
+    assert useless.startswith("Most phones are wrong") and empty == "pretrained: nothing was written for 4 of 10 utterances."
+    assert of_recognisers({"transcripts": {"pretrained": {"wer": 0.2}, "scratch": {"wer": 0.9}}}) == of_recognisers({}) == []
 
 
 def test_the_matrix_is_read_for_clear_units_and_for_phones_without_one() -> None:

@@ -562,9 +562,9 @@ def test_a_sweep_without_alignments_has_panels_of_the_usual_size_with_labels_on_
     config = config.model_copy(update={"layers": {name: str(tmp_path / "run" / name) for name in ("layers1", "layers2")}})
     report(config)
     page = page_of(config)
-    assert page.count("<h4>Units in use</h4>") == page.count("<h4>Speaker probe: lower is better</h4>") == 2
+    assert page.count(">Units in use</figcaption>") == page.count(">Speaker probe: lower is better</figcaption>") == 2
     assert page.count("<p>Without phone alignments there is nothing to compare the layers by") == 2  # each sweep has its reading
-    assert "<h4>Phones: higher is better</h4>" not in page and "No phone alignments: PNMI needs them." in page
+    assert ">Phones: higher is better</figcaption>" not in page and "No phone alignments: PNMI needs them." in page
     figure = draw_layers(summary)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["Speaker probe: lower is better", "Units in use"]
     assert all(axes.get_ylabel() and axes.get_xlabel() == "layer (0: the input of the first)" for axes in figure.axes)
