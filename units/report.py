@@ -67,7 +67,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
         config=config, manifest=manifest, stages=stages, left_out=left_out, summary=summary,
         title=config.title or default_title(config, summary),
         words=readings.in_words(summary), glance=readings.glance(summary), cautions=readings.cautions(summary["audio"]),
-        missing=readings.missing(summary["audio"]), unit_words=readings.of_units(summary["units"]), recogniser_words=readings.of_recognisers(summary["ctc"]),
+        missing=readings.missing(summary["audio"]), unit_words=readings.of_units(summary["units"]),
+        recogniser_words=readings.of_recognisers(summary["ctc"]),
         layer_words={name: readings.of_layers(sweep) for name, sweep in summary["layers"].items()},
         measures=table_groups(list(summary["units"].values())), shown_seconds=SHOWN_SECONDS,
         **draw(config, manifest, stages, summary), **recogniser_rows(stages, summary),
@@ -89,8 +90,9 @@ def draw(config: ReportConfig, manifest: Manifest, stages: Stages, summary: Mapp
     trained = ("pretrain", "lm", "synthesizer", "ctc")
     runs = {group: {name: stage.lines("metrics.jsonl") for name, stage in stages[group].items()} for group in trained}
     with matplotlib.rc_context(STYLE):
+        curves = draw_curves(runs, summary["lm"])
         figures = {
-            "curves": draw_curves(runs, summary["lm"]),
+            "curves": curves,
             "utterance": draw_utterance(utterance, labels, counts) if utterance else None,
             "matrix": draw_matrix(list(counts.values())[-1]) if counts else None,
             "transfer": next((svg_image((s.folder / "transfer.svg").read_bytes()) for s in stages["transfer"].values()), None),
@@ -100,7 +102,7 @@ def draw(config: ReportConfig, manifest: Manifest, stages: Stages, summary: Mapp
         "figures": figures,
         "utterance": utterance,
         "rates": readings.of_rates(*change_rates(utterance, labels)) if utterance and labels else "",
-        "curve_words": {group: readings.of_training(group, runs[group]) for group in figures["curves"]},
+        "curve_words": {group: readings.of_training(group, runs[group]) for group in curves},
         "matrix_of": list(counts)[-1] if counts else "",
         "matrix_words": readings.of_matrix(list(counts.values())[-1]) if counts else [],
     }
