@@ -21,6 +21,7 @@ _CHUNKS = set(
     b"LIST INFO JUNK PAD  FLLR bext cue  plst smpl inst acid fact PEAK iXML axml chna cart DISP id3  ID3  _PMX aXML strc umid "
     b"minf elm1 regn SAUR NAME AUTH ANNO COMT MARK INST APPL MIDI (c)  afsp levl r64m".split(b" ")
 ) | {b"PAD ", b"cue ", b"id3 ", b"ID3 ", b"(c) "}  # fmt: skip
+_GSM = b"1\0"  # the format's number, 0x31
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # a player's tags at the end of a file
 
 
@@ -78,25 +79,27 @@ def _flac(span: Span, thorough: bool) -> list[Piece]:
 def _riff(span: Span, thorough: bool) -> list[Piece]:
     found, start = [], 0
     while start < span.size:
-        piece = _riff_piece(span, start)
+        piece, start = _riff_piece(span, start)
         found.append(piece)
-        start += piece.size
     return found
 
 
-def _riff_piece(span: Span, start: int) -> Piece:
-    """The WAV that begins at `start`, up to the next one or the end."""
+def _riff_piece(span: Span, start: int) -> tuple[Piece, int]:
+    """The WAV that begins at `start`, and where the next one does, or the end."""
     order: Literal["big", "little"] = "big" if span.at(start, 4) == b"RIFX" else "little"
-    place, large, rest = start + 12, None, span.size - start
+    place, large, rest, align = start + 12, None, span.size - start, 1
+    patches: tuple[Patch, ...] = ()
     while len(header := span.at(place, 8)) == 8:
         name, size = header[:4], int.from_bytes(header[4:], order)
         if name == b"ds64":
             large = place + 16
+        if name == b"fmt " and span.at(place + 8, 2) == _GSM:
+            align = int.from_bytes(span.at(place + 20, 2), order) or 1
         if name == b"data":
             break
         place += 8 + size + size % 2
     else:
-        return Piece(start, rest)  # no samples: libsndfile has the words for it
+        return Piece(start, rest), span.size  # no samples: libsndfile has the words for it
     data = place + 8
     if large is not None and size == 0xFFFFFFFF:
         size = int.from_bytes(span.at(large, 8), "little")
@@ -111,9 +114,14 @@ def _riff_piece(span: Span, start: int) -> Piece:
         end = _chunks_end(span, data + size + size % 2, order)
         if end is None and size % 2:  # some writers leave the padding out
             end = _chunks_end(span, data + size, order)
-    if end is not None:
-        return Piece(start, end - start)
-    return Piece(start, rest, (_corrected(patch_at - start, available, width, order),))
+    if end is None:
+        end, size = span.size, available
+        patches = (_corrected(patch_at - start, size, width, order),)
+    if align > 1:  # GSM: libsndfile takes the byte that makes an odd size even for a block of its own
+        size -= size % align
+        patches = (_corrected(patch_at - start, size - size % 2, width, order),)
+        return Piece(start, data + size - start, patches), end
+    return Piece(start, end - start, patches), end
 
 
 def _corrected(place: int, size: int, width: int, order: Literal["big", "little"]) -> Patch:

@@ -2,7 +2,7 @@
 
 libsndfile decodes; what it gets wrong is settled here. It believes lengths in headers (see `pretrain.containers`), reads the first of
 several recordings that lie end to end, and seeks inexactly in MPEG audio (see `pretrain.mpeg`), in Opus, whose decoder never forgets
-where it began, and in the last page of an Ogg Vorbis. GSM 6.10 and a few others cannot seek at all. Such formats are decoded from
+where it began, in ALAC whose table of packets is damaged, and in the last page of an Ogg Vorbis. GSM 6.10 and a few others cannot seek at all. Such formats are decoded from
 their start. A thread keeps the decoder it used last, so that the parts of a long recording, read in order, are decoded once.
 """
 
@@ -145,17 +145,22 @@ class _Decoder:
     def blocks(self, start: int, count: int, most: int) -> Iterator[np.ndarray]:
         file, start = self._file, min(start, self.num_samples)
         count, most = min(count, self.num_samples - start), max(1, most // self.channels)
-        if not file.seekable() or (file.format == "OGG" and file.subtype != "VORBIS"):
-            early = max(0, min(start, self.num_samples - _LAST))
-            decoder = _sequential(self._place, early)
-            yield from _without_first(start - early, decoder.blocks(early, start - early + count, most))
-            return
-        target = start
-        if file.format == "OGG" and start:  # libsndfile seeks in the last page as if it were whole
-            with Span(*self._place) as span:
-                target = max(0, min(start, self.num_samples - last_page_samples(span) - 1))
-        file.seek(target)
-        yield from _without_first(start - target, _read(file, start - target + count, most))
+        if file.seekable() and not (file.format == "OGG" and file.subtype != "VORBIS") and not file.subtype.startswith("ALAC"):
+            target = start
+            if file.format == "OGG" and start:  # libsndfile seeks in the last page as if it were whole
+                with Span(*self._place) as span:
+                    target = max(0, min(start, self.num_samples - last_page_samples(span) - 1))
+            try:
+                if target:
+                    file.seek(target)
+            except soundfile.LibsndfileError:  # some damage ends a search and not the decoder
+                pass
+            else:
+                yield from _without_first(start - target, _read(file, start - target + count, most))
+                return
+        early = max(0, min(start, self.num_samples - _LAST))
+        decoder = _sequential(self._place, early)
+        yield from _without_first(start - early, decoder.blocks(early, start - early + count, most))
 
 
 class _Mpeg:
