@@ -139,7 +139,9 @@ def run_recipe(
         _launch("run", tree, flags, stages.slurm, stages.source, stages.folder / "jobs" / "run", stages.folder, on, record)
     else:
         from slurm import pipeline
+        from slurm.launch import require_slurm
 
+        require_slurm()
         entries = pipeline.submit(stages.plan(chosen, redo, write=True), stages.folder / "jobs", record)
         print(json.dumps({"stages": pipeline.as_json(entries)}) if as_json else pipeline.table(entries))
         say(f"`wordless status {shlex.quote(str(stages.folder))}` tells how they fare" if entries else "nothing to submit")
@@ -382,10 +384,12 @@ def _launch(
     `record` is called once the job is submitted.
     """
     from slurm.jobs import require_no_job
-    from slurm.launch import follow, launch
+    from slurm.launch import follow, launch, require_slurm
     from slurm.pipeline import freeze, submitting
 
     resources = _resources(name, tree, table, source)
+    if on == "slurm":
+        require_slurm()
     with submitting(folder.absolute().parent):
         require_no_job(folder.parent, {folder.name: str(out)})
         settings = freeze(as_toml({**tree, "slurm": table}, source), folder.absolute())

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from submitit import LocalExecutor, SlurmExecutor
 
 __all__ = [
-    "Command", "Launched", "Place", "Submission", "TaskStatus", "follow", "launch", "read_submission", "sbatch_text", "task_statuses",
+    "Command", "Launched", "Place", "Submission", "TaskStatus", "follow", "launch", "read_submission", "require_slurm", "sbatch_text",
+    "task_statuses",
 ]  # fmt: skip
 
 RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -60,8 +61,8 @@ def launch(
     """
     if place == "local" and resources.nodes > 1:
         raise ValueError(f"slurm.nodes: {resources.nodes}, but a local job has one; set slurm.nodes=1 or use --on slurm")
-    if place == "slurm" and shutil.which("sbatch") is None:
-        raise ValueError("--on slurm: there is no `sbatch` here; go to a login node of the cluster, or use --on local or --dry-run")
+    if place == "slurm":
+        require_slurm()
     folder = folder.absolute()
     if "%" in str(folder):
         raise ValueError(f"{folder}: SLURM replaces % in the paths of logs; choose a folder without one")
@@ -104,6 +105,14 @@ def launch(
     write_submission(fresh, submission)
     launched = Launched(submission.job_id, place, fresh, job.paths.stdout, job.paths.stderr, job)
     return follow(launched) if wait else launched
+
+
+def require_slurm() -> None:
+    """Raises ValueError where a program that submitting needs is not on the PATH. Call it before anything is written."""
+    absent = [name for name in ("sbatch", "srun") if shutil.which(name) is None]  # submitit asks for srun, too
+    if absent:
+        names = " and no ".join(f"`{name}`" for name in absent)
+        raise ValueError(f"--on slurm: there is no {names} here; go to a login node of the cluster, or use --on local or --dry-run")
 
 
 def sbatch_text(

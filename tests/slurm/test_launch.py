@@ -366,7 +366,7 @@ def test_what_cannot_be_submitted_is_a_value_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"slurm\.gpus_per_node: 2, but CUDA_VISIBLE_DEVICES='3' shows 1"):
         launch(["x"], "local", Resources(gpus_per_node=2), tmp_path, wait=True)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="no `sbatch` here"):
+    with pytest.raises(ValueError, match="no `sbatch` and no `srun` here"):
         launch(["x"], "slurm", ONE, tmp_path, wait=True)
 
 

@@ -1,6 +1,6 @@
 """A recipe as dependent jobs: what is submitted, what is kept, how it goes on after a failure, and taking it back.
 
-The SLURM here is three shell scripts and a folder: nothing of what is submitted runs, except where a test runs it.
+The SLURM here is four shell scripts and a folder, and no program of a real one is asked for: nothing of what is submitted runs, except where a test runs it.
 """
 
 import json
@@ -40,6 +40,9 @@ if [ -n "$last" ]; then for i in $(seq 0 $last); do echo "PENDING|$reason" > "$F
 else echo "PENDING|$reason" > "$FAKE_SLURM/queue/$id"; fi
 echo Submitted batch job $id
 """
+FAKE_SRUN = """#!/bin/bash
+echo "srun: error: the batch scripts are not run here" >&2; exit 9
+"""
 FAKE_SQUEUE = """#!/bin/bash
 [ -e "$FAKE_SLURM/silent" ] && exit 1
 cd "$FAKE_SLURM/queue" && for job in *; do [ -e "$job" ] && echo "$job|$(cat $job)"; done; exit 0
@@ -57,7 +60,7 @@ class Cluster:
         self.folder = folder
         (folder / "queue").mkdir(parents=True)
         (folder / "last").write_text("40")
-        for name, text in (("sbatch", FAKE_SBATCH), ("squeue", FAKE_SQUEUE), ("scancel", FAKE_SCANCEL)):
+        for name, text in (("sbatch", FAKE_SBATCH), ("srun", FAKE_SRUN), ("squeue", FAKE_SQUEUE), ("scancel", FAKE_SCANCEL)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
 
