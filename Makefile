@@ -4,6 +4,9 @@ BIN := .venv/bin
 AUDIO ?=
 RUN ?= runs/$(if $(AUDIO),audio,demo)
 FAIRSEQ2_PYTHON ?= $(PYTHON)
+PYTEST ?=
+# A worker per core, but no more than four, for each imports torch; a file's tests stay in one, and share its fixtures.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install demo test test-all lint install-fairseq2 test-fairseq2
 
@@ -19,11 +22,13 @@ install: .venv/installed
 demo: install
 	$(BIN)/wordless run recipes/demo.toml run=$(RUN) $(if $(AUDIO),--skip speech manifest.source=$(AUDIO))
 
+# make test PYTEST=-x      with options of pytest's
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(PYTEST)
 
-test-all: install
-	$(BIN)/python -m pytest
+# The slow ones measure times and start a real SLURM: one after the other, with nothing beside them.
+test-all: test
+	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,4 +40,5 @@ install-fairseq2:
 	$(FAIRSEQ2_PYTHON) .ci/fairseq2_environment.py
 
 test-fairseq2: install-fairseq2
-	WORDLESS_FAIRSEQ2=required .venv-fairseq2/bin/python -m pytest
+	WORDLESS_FAIRSEQ2=required .venv-fairseq2/bin/python -m pytest -m "not slow" $(WORKERS) $(PYTEST)
+	WORDLESS_FAIRSEQ2=required .venv-fairseq2/bin/python -m pytest -m slow $(PYTEST)
