@@ -286,13 +286,13 @@ def test_a_window_shared_out_among_other_ranks_keeps_its_sums() -> None:
 
 
 def test_a_rank_whose_others_never_come_says_where_it_waited_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConnectionError, match=rf"rank 1 of 2 did not meet the others at 127\.0\.0\.1:{port} within 0\.5 s"):
-        World.join("cpu", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and kept, without listening, so that nobody else takes the port and answers
+        port = str(silent.getsockname()[1])
+        for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=rf"rank 1 of 2 did not meet the others at 127\.0\.0\.1:{port} within 0\.5 s"):
+            World.join("cpu", 0.5)
 
 
 def test_the_command_tells_of_a_lost_rank_without_a_traceback(

@@ -374,7 +374,7 @@ def test_the_heart_beats_until_the_end_and_survives_a_file_server_that_does_not_
         time.sleep(0.05)  # no such file
         write_json(path, {})
         os.utime(path, (0, 0))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while path.stat().st_mtime == 0:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -387,4 +387,4 @@ def test_the_heart_beats_until_the_end_and_survives_a_file_server_that_does_not_
 
 def test_the_heart_keeps_no_process_alive(tmp_path: Path) -> None:
     code = f"from pathlib import Path; from slurm.submission import Heartbeat; Heartbeat(Path({str(tmp_path)!r})).__enter__()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

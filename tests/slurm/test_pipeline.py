@@ -594,7 +594,7 @@ def test_a_local_job_is_cancelled_by_a_signal_to_what_controls_it(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     folder, began = tmp_path / "jobs" / "x", tmp_path / "began"
     launched = launch([str(began)], "local", Resources(), folder, wait=False, target="pipeline_target:sleep", out=tmp_path / "x")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not began.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
