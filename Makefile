@@ -5,8 +5,9 @@ AUDIO ?=
 RUN ?= runs/$(if $(AUDIO),audio,demo)
 FAIRSEQ2_PYTHON ?= $(PYTHON)
 PYTEST ?=
-# A worker per core, but no more than four, for each imports torch; a file's tests stay in one, and share its fixtures.
-WORKERS := -n auto --maxprocesses 4 --dist loadfile
+# A worker per core, but no more than four, for each imports torch. A file's tests stay in one, and share its fixtures; the files are
+# begun in the order of tests/conftest.py, not in xdist's own.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test test-all lint install-fairseq2 test-fairseq2
 

@@ -74,7 +74,9 @@ def main(argv: list[str]) -> int:
     """Returns the exit status of the command, as a shell would give it."""
     with tempfile.TemporaryDirectory(prefix="bare-") as folder:
         # By way of a shell, for the command itself is to be looked for along the new PATH.
-        status = subprocess.run(["sh", "-c", 'exec "$@"', "sh", *argv], env=hide(Path(folder), dict(os.environ)), check=False).returncode
+        status = subprocess.run(
+            ["sh", "-c", 'exec "$@"', "sh", *argv], env=hide(Path(folder), dict(os.environ)), check=False
+        ).returncode
     return status if status >= 0 else 128 - status
 
 

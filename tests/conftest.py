@@ -5,9 +5,25 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # other workers are on the same cores; OpenMP looks at this once, when it is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("wordless", deadline=None)
 settings.load_profile("wordless")
+
+# The files that take longest, by measurement: workers begin with them, so that none is left with one of them while the others have
+# nothing to do. A file that is not here, or no longer there, costs some seconds and nothing else.
+LONG_FILES = [
+    "tests/test_pipeline.py", "tests/units/test_report.py", "tests/pretrain/test_stopping.py", "tests/slurm/test_launch.py",
+    "tests/units/test_scoring.py", "tests/benchmarks/test_benchmarks.py", "tests/units/test_levels.py",
+    "tests/faults/test_untrusted_audio.py", "tests/units/test_corpus.py", "tests/parity/test_transformers_encoder.py",
+    "tests/pretrain/test_engine.py", "tests/pretrain/test_fairseq2_cards.py", "tests/test_readme.py", "tests/pretrain/test_resuming.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {name: number for number, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))

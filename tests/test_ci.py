@@ -160,7 +160,9 @@ LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
 
 def loads(library: str, **environment: str) -> bool:
     """In a process of its own: this one may have the library of soundfile's wheel, whose name is the same."""
-    done = subprocess.run([sys.executable, "-c", LOAD, library], env={**os.environ, **environment}, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, library], env={**os.environ, **environment}, capture_output=True, check=False
+    )
     return done.returncode == 0
 
 
