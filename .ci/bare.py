@@ -15,6 +15,7 @@ The command runs with WORDLESS_BARE=1, by which a test in tests/test_ci.py knows
 """
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,12 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
         links = folder / f"path{number}"
         links.mkdir()
         for name in names:
-            if not is_hidden(name):
+            if name.startswith(
+                "python"
+            ):  # finds itself by the path that it is started by: `python -m venv` would keep one in `links`
+                (links / name).write_text(f'#!/bin/sh\nexec {shlex.quote(str((there / name).absolute()))} "$@"\n')
+                (links / name).chmod(0o755)
+            elif not is_hidden(name):
                 (links / name).symlink_to((there / name).absolute())
         path.append(str(links))
     libraries = folder / "libraries"
@@ -73,10 +79,8 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
 def main(argv: list[str]) -> int:
     """Returns the exit status of the command, as a shell would give it."""
     with tempfile.TemporaryDirectory(prefix="bare-") as folder:
-        # By way of a shell, for the command itself is to be looked for along the new PATH.
-        status = subprocess.run(
-            ["sh", "-c", 'exec "$@"', "sh", *argv], env=hide(Path(folder), dict(os.environ)), check=False
-        ).returncode
+        shell = ["sh", "-c", 'exec "$@"', "sh"]  # which looks for the command along the new PATH
+        status = subprocess.run([*shell, *argv], env=hide(Path(folder), dict(os.environ)), check=False).returncode
     return status if status >= 0 else 128 - status
 
 

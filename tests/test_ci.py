@@ -218,6 +218,14 @@ def test_a_command_runs_without_what_is_hidden_and_with_everything_else(machine:
     assert (done.stdout.split(), done.returncode) == (["bin/greet", "other/tool", "1", "127", "OSError"], 3)
 
 
+def test_an_environment_that_is_made_where_things_are_hidden_outlives_that(machine: Path) -> None:
+    (machine / "bin" / "python3").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
+    make = [sys.executable, str(ROOT / ".ci" / "bare.py"), "python3", "-m", "venv", "--without-pip", str(machine / "made")]
+    subprocess.run(make, check=True)
+    asked = [machine / "made" / "bin" / "python", "-c", "import sys; print(sys.prefix)"]
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == f"{machine / 'made'}\n"
+
+
 def test_folders_with_nothing_to_hide_stay_on_the_path_as_they_are(bare: ModuleType, machine: Path) -> None:
     (machine / "hidden").mkdir()
     path = bare.hide(machine / "hidden", {"PATH": f"{machine}/bin:{machine}/other:{machine}/none"})["PATH"].split(":")
