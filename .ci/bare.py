@@ -52,16 +52,14 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
     path = []
     for number, given in enumerate(environment.get("PATH", os.defpath).split(os.pathsep)):
         there = Path(given or ".")  # an empty entry is the working directory
-        names = os.listdir(there) if there.is_dir() and os.access(there, os.R_OK) else []
-        if not any(map(is_hidden, names)):
+        programs = os.listdir(there) if there.is_dir() and os.access(there, os.R_OK) else []
+        if not any(map(is_hidden, programs)):
             path.append(given)
             continue
         links = folder / f"path{number}"
         links.mkdir()
-        for name in names:
-            if name.startswith(
-                "python"
-            ):  # finds itself by the path that it is started by: `python -m venv` would keep one in `links`
+        for name in programs:
+            if name.startswith("python"):  # finds itself by where it was started: `python -m venv` would keep a path into `links`
                 (links / name).write_text(f'#!/bin/sh\nexec {shlex.quote(str((there / name).absolute()))} "$@"\n')
                 (links / name).chmod(0o755)
             elif not is_hidden(name):
@@ -70,8 +68,8 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
     libraries = folder / "libraries"
     libraries.mkdir()
     for _, names in HIDDEN.values():
-        for name in names:
-            (libraries / name).touch()
+        for library in names:
+            (libraries / library).touch()
     searched = filter(None, [str(libraries), environment.get("LD_LIBRARY_PATH")])
     return {**environment, "PATH": os.pathsep.join(path), "LD_LIBRARY_PATH": os.pathsep.join(searched), "WORDLESS_BARE": "1"}
 
