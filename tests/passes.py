@@ -1,7 +1,8 @@
 """A plugin of pytest's by which `.ci/run` runs every test once, though it has two passes.
 
-`-p tests.passes --passed-to FILE` writes down what passes, `-p tests.passes --not-in FILE` leaves that out: what is left are the slow
-tests, those that were skipped, and whatever else the first pass did not run.
+`-p tests.passes --passed-to=FILE` writes down what passes, `-p tests.passes --not-in=FILE` leaves that out: what is left are the slow
+tests, those that were skipped, and whatever else the first pass did not run. The `=` matters: pytest takes a path on its own for one
+to collect, before it knows these options, and the folder that it shares with the tests for its root.
 """
 
 from pathlib import Path
