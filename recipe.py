@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +32,7 @@ class Verb:
     text: str | None = None  # the function that writes the summary for a terminal; without one, a line for each value
     grows: bool = False  # a finished output with other settings can be added to: the verb itself checks what stands in it
     distributed: bool = False  # several processes can do it together; any other verb runs in one
+    resumes: bool = False  # the same command goes on from what it had done; any other verb begins again
 
     def load(self) -> tuple[type, Callable[[Any], dict[str, Any]]]:
         module = import_module(self.module)
@@ -44,23 +45,35 @@ VERBS = {
         "pretrain.indexing", "IndexConfig", "index", "List and check audio: a manifest from a folder, tars, .tsv or .jsonl."
     ),
     "pretrain": Verb(
-        "pretrain.pretraining", "PretrainConfig", "pretrain", "Train a HuBERT or wav2vec 2.0 encoder.", distributed=True
+        "pretrain.pretraining",
+        "PretrainConfig",
+        "pretrain",
+        "Train a HuBERT or wav2vec 2.0 encoder.",
+        distributed=True,
+        resumes=True,
     ),
-    "cluster": Verb("quantize.clustering", "ClusterConfig", "cluster", "Fit k-means on MFCC or on an encoder layer."),
-    "encode": Verb("quantize.encoding", "EncodeConfig", "encode", "Turn a corpus into labels, in one pass."),
+    "cluster": Verb("quantize.clustering", "ClusterConfig", "cluster", "Fit k-means on MFCC or on an encoder layer.", resumes=True),
+    "encode": Verb("quantize.encoding", "EncodeConfig", "encode", "Turn a corpus into labels, in one pass.", resumes=True),
     "measure": Verb("quantize.measuring", "MeasureConfig", "measure", "Unit quality: PNMI, ABX, probes; which layer.", "as_text"),
-    "pack": Verb("units.packing", "PackConfig", "pack", "Labels, or other tools' units, to a unit corpus."),
-    "train-lm": Verb("units.training", "TrainLMConfig", "train_lm", "Train the unit language model; DPO.", distributed=True),
+    "pack": Verb("units.packing", "PackConfig", "pack", "Labels, or other tools' units, to a unit corpus.", resumes=True),
+    "train-lm": Verb(
+        "units.training", "TrainLMConfig", "train_lm", "Train the unit language model; DPO.", distributed=True, resumes=True
+    ),
     "score": Verb("units.scoring", "ScoreConfig", "score", "Likelihood and minimal pairs, beside their floors."),
     "train-synthesizer": Verb(
-        "units.synthesis", "SynthesizerConfig", "train_synthesizer", "Learn how units sound.", distributed=True
+        "units.synthesis", "SynthesizerConfig", "train_synthesizer", "Learn how units sound.", distributed=True, resumes=True
     ),
     "sample": Verb("units.sampling", "SampleConfig", "sample", "Continue units or audio; --audio FILE to hear it."),
     "synthesize": Verb(
         "units.listening", "SynthesizeConfig", "synthesize", "Units back to sound; how many survive the round trip."
     ),
     "finetune": Verb(
-        "pretrain.ctc.finetuning", "FinetuneConfig", "finetune", "Train a CTC recogniser on transcripts.", distributed=True
+        "pretrain.ctc.finetuning",
+        "FinetuneConfig",
+        "finetune",
+        "Train a CTC recogniser on transcripts.",
+        distributed=True,
+        resumes=True,
     ),
     "transcribe": Verb(
         "pretrain.ctc.transcription", "TranscribeConfig", "transcribe", "Decode speech to text; WER and CER.", "as_text"
@@ -73,6 +86,7 @@ VERBS = {
         "WER against labelled minutes, pretrained and not.",
         "as_text",
         grows=True,
+        resumes=True,
     ),
     "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run.", text="as_text"),
 }
@@ -260,7 +274,8 @@ class Recipe:
     def run(self, chosen: list[str], redo: bool) -> tuple[str | None, dict[str, Any]]:
         """Run what does not stand yet, in order; returns verb and summary of the last stage (in most recipes the report)."""
         for name, following in zip(chosen, [*chosen[1:], None], strict=True):
-            summary = self._run_stage(name, redo)
+            with self._occupied_stage(name, redo):
+                summary = self._run_stage(name, redo)
             for note in summary.get("notes", []) if following is not None else []:  # the last one's go with its summary
                 say(f"{name}: note: {note}")
             if following is not None and VERBS[self.stages[name]["verb"]].distributed:
@@ -275,6 +290,29 @@ class Recipe:
                 return self.stages[name]["verb"], summary
         records = (self._read_record(name) for name in reversed(chosen))
         return next(((record["verb"], record["summary"]) for record in records if "summary" in record), (None, {}))
+
+    @contextmanager
+    def occupied(self, chosen: list[str], redo: bool) -> Iterator[None]:
+        """Within, no other process works on one stage, if that is all, or runs several of this recipe. ValueError where one does."""
+        from pretrain.lock import locked
+
+        with (
+            locked(self.folder / "stages")
+            if len(chosen) > 1
+            else self._occupied_stage(chosen[0], redo)
+            if chosen
+            else nullcontext()
+        ):
+            yield
+
+    @contextmanager
+    def _occupied_stage(self, name: str, redo: bool) -> Iterator[None]:
+        """Within, no other process writes a stage's output, unless there is nothing to do."""
+        from pretrain.lock import locked
+
+        config = self.parse(name)
+        with nullcontext() if self.idle(name, config, redo) else locked(config.out, getattr(config, "part", None)):
+            yield
 
     def _run_stage(self, name: str, redo: bool) -> dict[str, Any]:
         """Its summary; empty where there was nothing to do."""
@@ -317,16 +355,12 @@ class Recipe:
 
     def _remove(self, name: str, config: Any) -> None:
         """Remove what stands with other settings. Of several processes (ranks, parts) one does it, and the others find new work there."""
-        import fcntl
         import shutil
 
         from pretrain.artefact import is_complete
+        from pretrain.lock import taking_turns
 
-        lock = self.folder / "stages" / f".{name}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "w") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with taking_turns(self.folder / "stages" / f".{name}.lock"):
             if is_complete(out := Path(config.out)) and self.idle(name, config, redo=True) is None:
                 if self.folder.absolute().is_relative_to(out.absolute()):
                     raise ValueError(f"{name}: {out} holds the whole run; remove what is to be made again by hand")

@@ -112,6 +112,8 @@ def run_recipe(
     as_json: Json = False,
 ) -> None:
     """Run a recipe's stages in order; what already stands is skipped. On SLURM, a dependent job per stage."""
+    from pretrain.interrupts import ends_in_a_line
+
     began = time.time()
     stages = Recipe(_read(recipe, overrides), str(recipe))
     chosen = stages.choose(set(skip or []), set(only or []))
@@ -127,16 +129,18 @@ def run_recipe(
             print(f"\n# what sbatch would get\n{sbatch_texts(stages.plan(chosen, redo, write=False), stages.folder / 'jobs')}")
     elif on == "here":
         stages.require_feasible(chosen, redo, int(os.environ.get("WORLD_SIZE", "1")))
-        if not recipe.resolve().is_relative_to((stages.folder / "jobs").resolve()):  # a job: its submission has said all
-            stages.require_no_job(chosen)
-            record()
-        _print_summary(*stages.run(chosen, redo), as_json)
+        with ends_in_a_line(str(stages.folder), resumes=True), stages.occupied(chosen, redo):
+            if not recipe.resolve().is_relative_to((stages.folder / "jobs").resolve()):  # a job: its submission has said all
+                stages.require_no_job(chosen)
+                record()
+            _print_summary(*stages.run(chosen, redo), as_json)
     elif on == "local":
         stages.require_feasible(chosen, redo, _resources("run", {}, stages.slurm, stages.source).tasks_per_node)
         stages.require_no_job(chosen)
         flags = [*given, *["--redo"] * redo, *["--json"] * as_json]
         tree = {"run": str(stages.folder), **stages.stages}
-        _launch("run", tree, flags, stages.slurm, stages.source, stages.folder / "jobs" / "run", stages.folder, on, record)
+        with ends_in_a_line(str(stages.folder), resumes=True):
+            _launch("run", tree, flags, stages.slurm, stages.source, stages.folder / "jobs" / "run", stages.folder, on, record)
     else:
         from slurm import pipeline
         from slurm.launch import require_slurm
@@ -261,6 +265,8 @@ def import_model(
 ) -> None:
     """Other libraries' wav2vec 2.0 and HuBERT weights to a run; with --codebook, their k-means to a codebook."""
     from pretrain.config import parse_config, without_none
+    from pretrain.interrupts import ends_in_a_line
+    from pretrain.lock import locked
 
     given = {"source": str(source), "out": str(out), "allow_pickle": allow_pickle}
     of_runs: dict[str, Any] = {
@@ -275,12 +281,14 @@ def import_model(
     if codebook:
         from quantize.importing import CodebookImportConfig, import_codebook
 
-        tree = without_none({**given, **of_codebooks})
-        _print_summary(None, import_codebook(parse_config(CodebookImportConfig, tree, "import --codebook")), as_json)
+        importing: Any = parse_config(CodebookImportConfig, without_none({**given, **of_codebooks}), "import --codebook")
+        function: Callable[[Any], dict[str, Any]] = import_codebook
     else:
         from pretrain.weights.conversion import ImportConfig, import_weights
 
-        _print_summary(None, import_weights(parse_config(ImportConfig, {**given, **of_runs}, "import")), as_json)
+        importing, function = parse_config(ImportConfig, {**given, **of_runs}, "import"), import_weights
+    with ends_in_a_line(str(out), resumes=False), locked(out):
+        _print_summary(None, function(importing), as_json)
 
 
 @app.command("export")
@@ -299,6 +307,8 @@ def export_artefact(
 ) -> None:
     """Weights, centroids and units to other libraries' files."""
     from pretrain.artefact import is_complete, read_meta
+    from pretrain.interrupts import ends_in_a_line
+    from pretrain.lock import locked
 
     if form in EXPORTS["run"] and not is_complete(source):
         from pretrain.checkpoint import load_weights  # a run in training has no meta.json yet, and its weights can be exported
@@ -319,30 +329,33 @@ def export_artefact(
     if kind == "codebook":
         from quantize.importing import export_codebook
 
-        summary = export_codebook(source, out, cast(Any, form))
+        write = partial(export_codebook, source, out, cast(Any, form))
     elif kind == "corpus":
         from units.formats import export_corpus
 
-        summary = export_corpus(source, out, form, split)
+        write = partial(export_corpus, source, out, form, split)
     elif kind == "language model" and form == "fairseq2":
         from units.fairseq2 import export_card
 
-        summary = export_card(source, out)
+        write = partial(export_card, source, out)
     elif kind == "language model":
         from units.exporting import export_language_model
 
-        summary = export_language_model(source, out)
+        write = partial(export_language_model, source, out)
     else:
         from pretrain.weights.conversion import export_weights
 
-        summary = export_weights(source, out, cast(Any, form), encoder_only)
-    _print_summary(None, summary, as_json)
+        write = partial(export_weights, source, out, cast(Any, form), encoder_only)
+    with ends_in_a_line(str(out), resumes=False), locked(out):
+        _print_summary(None, write(), as_json)
 
 
 def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bool, as_json: bool) -> None:
     """Validate one verb's config and run it here or as a job."""
     from pretrain.artefact import require_absent
     from pretrain.config import parse_config
+    from pretrain.interrupts import ends_in_a_line
+    from pretrain.lock import locked
     from slurm.jobs import require_no_job
 
     if tree.pop("verb", name) != name:
@@ -358,12 +371,14 @@ def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bo
             return
         if "WORDLESS_ATTEMPT" not in os.environ:  # else this is that job
             require_no_job(folder.parent, {folder.name: config.out})
-        _print_summary(name, function(config), as_json)
+        with ends_in_a_line(config.out, resumes=VERBS[name].resumes), locked(config.out, getattr(config, "part", None)):
+            _print_summary(name, function(config), as_json)
         return
     if not dry_run:
         if not VERBS[name].grows:
             require_absent(out)
-        _launch(name, tree, flags, table, source, folder, out, on)
+        with ends_in_a_line(config.out, resumes=VERBS[name].resumes):
+            _launch(name, tree, flags, table, source, folder, out, on)
         return
     _dry_run(config.resolved())
     resources = _resources(name, tree, table, source)
@@ -445,9 +460,12 @@ def _print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status (2 for a user's mistake)."""
+    """Run a command line; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
+    from pretrain.interrupts import INTERRUPTED, second_interrupt_ends
+
     try:
-        app(args=argv, prog_name="wordless")
+        with second_interrupt_ends():
+            app(args=argv, prog_name="wordless")
     except ValueError as error:
         if os.environ.get("WORDLESS_TRACEBACK"):
             raise
@@ -460,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wordless: {error}", file=sys.stderr)
         return 2 if full else 1  # of a lost rank the message tells the rest
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

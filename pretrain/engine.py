@@ -5,7 +5,7 @@ the gradient once by the count over all ranks and accumulation steps, so any spl
 Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use DistributedDataParallel or FSDP2
 (pretrain/parallel.py). Randomness is a function of (seed, epoch, rank, step), so resuming from a checkpoint continues bit for
 bit. A run may go on with another number of processes, `accumulate` or `sharding`: it stays the same up to rounding, and up to
-what is drawn by rank (dropout). SIGTERM and SIGUSR2 stop it between two steps or within a validation (pretrain/stopping.py),
+what is drawn by rank (dropout). SIGTERM, SIGUSR2 and Ctrl-C stop it between two steps or within a validation (pretrain/stopping.py),
 with a checkpoint from which it becomes what it would have been, its log included.
 """
 
@@ -35,6 +35,7 @@ from pretrain.config import differences, without_none
 from pretrain.fairseq2.available import require_fairseq2
 from pretrain.kernels import keep_freed_memory
 from pretrain.loading import load_ahead
+from pretrain.lock import locked
 from pretrain.parallel import (
     World,
     compile_in_place,
@@ -68,20 +69,31 @@ def train(
     `monitor` are the metrics that `keep_best` and `patience` go by (see Best); validations before the last phase, while a part of
     the model is still frozen, do not try the patience.
 
-    A signal that stops the run (SIGTERM, SIGUSR2) is passed on once a checkpoint is written, and ends the process; one that comes
-    when only the end is left to be written lets that happen.
+    A signal that stops the run (SIGTERM, SIGUSR2, SIGINT) is passed on once a checkpoint is written, and ends the process; one that
+    comes when only the end is left to be written lets that happen.
 
-    Errors: ValueError when `out` is finished, was begun with other settings, has `patience` and nothing to validate on, or the run
-    diverges or collapses (the last good checkpoint stays and is named); ConnectionError when another rank is lost.
+    Errors: ValueError when `out` is finished, another process trains there, it was begun with other settings, has `patience` and
+    nothing to validate on, or the run diverges or collapses (the last good checkpoint stays and is named); ConnectionError when
+    another rank is lost.
     """
+    loop: Callable[..., dict[str, Any]] = _train
     if training.engine == "fairseq2":
         require_fairseq2('training.engine = "fairseq2"')
         from pretrain.fairseq2.training import train_with_fairseq2
 
-        return train_with_fairseq2(
+        loop = train_with_fairseq2
+    with locked(out):
+        return loop(
             task, out=out, kind=kind, training=training, optimizer=optimizer, config=config, parents=parents, extra=extra,
             monitor=monitor,
         )  # fmt: skip
+
+
+def _train(
+    task: Task, *, out: str, kind: str, training: TrainingConfig, optimizer: OptimizerConfig, config: dict[str, Any],
+    parents: dict[str, str], extra: dict[str, Any] | None, monitor: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """`train` by the loop of ours."""
     run, extra = Path(out), extra or {}
     require_absent(run)
     world = World.join(training.device, training.collective_timeout_seconds)

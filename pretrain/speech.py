@@ -7,9 +7,8 @@ something to learn beyond neighbouring words. `speech.jsonl` is a source for `in
 """
 
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -22,6 +21,7 @@ from pretrain.artefact import atomic_path, commit, require_absent
 from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config
 from pretrain.espeak import Espeak, library_paths
+from pretrain.interrupts import process_pool
 from pretrain.progress import progress
 
 # espeak-ng's variants that sound like people.
@@ -96,9 +96,8 @@ def speech(config: SpeechConfig) -> dict[str, Any]:
     seconds = 3600 * config.hours / len(voices)
     rows: dict[int, list[dict[str, Any]]] = {}
     # Fresh processes: espeak-ng keeps its state in globals and changes the locale, and forking is unsafe once torch has threads.
-    context = multiprocessing.get_context("spawn")
     workers = min(config.workers or os.cpu_count() or 1, len(voices))
-    with ProcessPoolExecutor(workers, context) as pool, progress("speech", len(voices), "voice") as advance:
+    with process_pool(workers) as pool, progress("speech", len(voices), "voice") as advance:
         futures = {pool.submit(speak_voice, voice, seconds, config): voice.number for voice in voices}
         for future in as_completed(futures):
             rows[futures[future]] = future.result()

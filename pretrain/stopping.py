@@ -1,8 +1,9 @@
 """Stopping in time: a signal is noted, all ranks agree on it between two steps, and the process then ends as that signal says.
 
-SIGTERM (a preempting or closing machine, torchrun, `kill`) and SIGUSR2 (the warning that slurm/ asks for before the time limit)
-must not end a step half way, and every rank must stop after the same one, or the others wait for it for ever. So the handlers
-only take the signal down. At every boundary (after a step, before each batch of a validation) the ranks exchange what they have,
+SIGTERM (a preempting or closing machine, torchrun, `kill`), SIGUSR2 (the warning that slurm/ asks for before the time limit) and
+SIGINT (Ctrl-C, which reaches every rank in the terminal) must not end a step half way, and every rank must stop after the same one,
+or the others wait for it for ever. So the handlers only take the signal down; a second Ctrl-C ends the process
+(pretrain/interrupts.py). At every boundary (after a step, before each batch of a validation) the ranks exchange what they have,
 the greatest number wins, and each reads the result at its next boundary: that costs a thread's work and no waiting, since the
 ranks are never further apart than a step. The exchange goes over a gloo group of its own also where gradients go over NCCL, so
 no GPU is waited for; a rank that dies is noticed there at once.
@@ -11,6 +12,7 @@ no GPU is waited for; a rank that dies is noticed there at once.
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,14 +24,16 @@ import torch
 import torch.distributed as dist
 
 from pretrain.artefact import is_complete
+from pretrain.interrupts import second_interrupt_ends, tell, together_seconds
+from pretrain.lock import release_all
 from pretrain.parallel import World, greetings_on_stderr, is_loss_of_a_rank
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR2)
+STOPPING = (signal.SIGTERM, signal.SIGUSR2)  # and SIGINT
 _unanswered = 0  # a signal that came when a run was as good as finished: the next one in this process stops at once
 
 
 class Stop:
-    """A context that takes down STOPPING signals; `signal` is the number that all ranks have agreed on, 0 while there is none.
+    """A context that takes down STOPPING signals and SIGINT; `signal` is the number that all ranks have agreed on, 0 while there is none.
 
     Handlers are set in the main thread alone (Python has none elsewhere), not over a signal that is ignored, and those before
     them are back on leaving, however that comes about. Every rank must `check` equally often.
@@ -39,7 +43,9 @@ class Stop:
         self.world, self.timeout = world, timedelta(seconds=timeout_seconds)
         self.signal = 0
         self._noted = 0
+        self._interrupted = 0.0  # when the first Ctrl-C came, by the monotonic clock
         self._handlers: dict[int, Any] = {}
+        self._watch = second_interrupt_ends()
         self._group: dist.ProcessGroup | None = None
         self._exchange: tuple[dist.Work, torch.Tensor] | None = None  # one at most: under way since the last check
 
@@ -50,8 +56,9 @@ class Stop:
             with greetings_on_stderr():
                 self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         self._noted, _unanswered = _unanswered, 0
+        self._watch.__enter__()
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
+            for number in (*STOPPING, signal.SIGINT):
                 if signal.getsignal(number) not in (
                     signal.SIG_IGN,
                     None,
@@ -64,6 +71,7 @@ class Stop:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+        self._watch.__exit__(None, None, None)
         if self._exchange is not None and error is None:
             self._finish_exchange()
         _unanswered = max(self._noted, self.signal)
@@ -72,6 +80,13 @@ class Stop:
 
     def _note(self, number: int, frame: object) -> None:
         self._noted = max(self._noted, number)
+        if number != signal.SIGINT:
+            return
+        if self._interrupted and time.monotonic() > self._interrupted + together_seconds():
+            raise KeyboardInterrupt  # where nobody watches, as in a notebook
+        if not self._interrupted and self.world.rank == 0:
+            tell("Ctrl-C: stops after this step and saves; once more, and it ends at once")
+        self._interrupted = self._interrupted or time.monotonic()
 
     def check(self, wait: bool = False) -> bool:
         """A boundary: whether to stop here. With `wait` whatever any rank has noted by now counts, else by the last check."""
@@ -104,13 +119,30 @@ class Stop:
         assert self.signal
         assert not self._handlers
         _unanswered = 0
+        by_hand = self.signal == signal.SIGINT
         if self.world.rank == 0:
             where = f"after step {step}, saved; the same command goes on from there" if step else "before its first step"
-            print(f"{run}: stopped by {signal.Signals(self.signal).name} {where}", file=sys.stderr)
-        sys.stdout.flush()  # a signal's default action does not
-        sys.stderr.flush()
-        signal.raise_signal(self.signal)
-        raise SystemExit(128 + self.signal)
+            if by_hand:
+                where = f"after step {step}, saved; run the same command again to go on from step {step}" if step else where
+            name = "Ctrl-C" if by_hand else signal.Signals(self.signal).name
+            print(f"{run}: stopped by {name} {where}", file=sys.stderr)
+        try:
+            _hand_on(self.signal)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{run}: stopped after step {step}") from None  # with a text: the user knows
+
+
+def _hand_on(number: int) -> NoReturn:
+    """Let a signal do what it does without us; SystemExit where its handler returns."""
+    sys.stdout.flush()  # a signal's default action does not
+    sys.stderr.flush()
+    release_all()  # nor that
+    handler = signal.getsignal(number)
+    if number == signal.SIGINT and callable(handler):
+        handler(number, sys._getframe())  # raised again it would count as the second Ctrl-C
+    else:
+        signal.raise_signal(number)
+    raise SystemExit(128 + number)
 
 
 def answer_late() -> None:
@@ -118,8 +150,7 @@ def answer_late() -> None:
     global _unanswered
     number, _unanswered = _unanswered, 0
     if number:
-        signal.raise_signal(number)
-        raise SystemExit(128 + number)
+        _hand_on(number)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def follow(launched: Launched) -> Launched:
     """Copy the first task's output to stdout and stderr as it comes; at the end return `launched` with its exit status.
 
     A failure is told on stderr: which task, the end of its stderr unless that was copied already, and where its logs are.
-    An interrupt (Ctrl-C) or SIGTERM ends a local job, which may save first; a SLURM job goes on.
+    An interrupt (Ctrl-C) or SIGTERM ends a local job, which may save first: an interrupt is raised when it has. A SLURM job goes on.
     """
     local, submission = launched.place == "local", read_submission(launched.folder)
 
@@ -70,6 +70,10 @@ def follow(launched: Launched) -> Launched:
             while not launched.job.done() and time.monotonic() < deadline:
                 time.sleep(0.1)
             _end(launched)
+            while not launched.job.done():  # for as long as it may take to save; a second interrupt is not waited for
+                time.sleep(0.1)
+            for log in logs:
+                log.copy(rest=True)
         else:
             print(f"job {launched.job_id} goes on; `scancel {launched.job_id}` ends it", file=sys.stderr)
         raise

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ from pretrain.ctc.decoding import Decoder, DecodingConfig, Hypothesis
 from pretrain.ctc.model import LoadedRecognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.interrupts import process_pool
 
 T = TypeVar("T")
 Weights = tuple[float, float] | None  # lm_weight and word_score in place of the config's
@@ -51,7 +51,7 @@ def open_search(config: DecodingConfig, decoder: Decoder, recognizer: LoadedReco
         yield Search(decoder, None, 1)
         return
     start = (config, recognizer.vocabulary.to_meta(), recognizer.text)
-    with ProcessPoolExecutor(config.processes, get_context("spawn"), _start_there, start) as pool:
+    with process_pool(config.processes, _start_there, start) as pool:
         yield Search(decoder, pool, config.processes)
 
 

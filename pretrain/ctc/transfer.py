@@ -27,9 +27,11 @@ from pretrain.ctc.subsets import Budget, amount, draw_subset, transcribed
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.labels import Labels
+from pretrain.lock import locked
 from pretrain.manifest import Manifest
 from pretrain.parallel import resolve_device
 from pretrain.progress import console
+from pretrain.stopping import answer_late
 from pretrain.task import NEUTRAL
 
 __all__ = ["TransferConfig", "as_text", "transfer"]
@@ -188,9 +190,11 @@ class Cell(NamedTuple):
         if not is_made(config, "recognizer"):
             say(f"{self.name}: fine-tuning")
             finetune(config)
+            answer_late()
         for test in self.config.tests:
             if not is_made(to_do := self.transcribing(test), "transcripts"):
-                transcribe(to_do)
+                with locked(to_do.out):
+                    transcribe(to_do)
 
     def stands(self) -> bool:
         """Whether everything of it is there."""
