@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -486,7 +487,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry_point() -> None:
     """The script `wordless`."""
-    sys.exit(main())
+    status = main()
+    if status == 130:  # while the interpreter waits for its threads
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def _escaped(name: str) -> str:
 def _missing(folder: Path) -> list[Path]:
     """Of a folder and those above it the ones that are not there, the deepest first."""
     found = []
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         found.append(folder)
         folder = folder.parent
     return found

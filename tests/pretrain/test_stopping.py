@@ -380,10 +380,18 @@ def test_sigterm_ends_the_command_with_that_signal_and_the_same_command_finishes
         assert one.read_bytes() == two.read_bytes()
 
 
+def torchrun_command(*arguments: str | Path) -> list[str]:
+    """After the interpreter."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+
+
 def torchrun(*arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
     return subprocess.Popen(
-        [*command, *map(str, arguments)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *torchrun_command(WORKER, *arguments)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
