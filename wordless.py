@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -487,9 +486,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry_point() -> None:
     """The script `wordless`."""
+    from pretrain.interrupts import INTERRUPTED, end_now
+
     status = main()
-    if status == 130:  # while the interpreter waits for its threads
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if status == INTERRUPTED:
+        end_now()
     sys.exit(status)
 
 

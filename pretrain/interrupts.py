@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any
+from typing import Any, NoReturn
 
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 
@@ -62,14 +62,19 @@ def _watch(reader: int) -> None:
             if number == signal.SIGINT:
                 first = first or time.monotonic()
                 if time.monotonic() > first + together_seconds():
-                    _end_at_once()
+                    if os.environ.get("RANK", "0") == "0":
+                        tell("Ctrl-C: ended at once; what was saved before is there")
+                    end_now()
 
 
-def _end_at_once() -> None:
+def end_now() -> NoReturn:
+    """End the process with status 130 and those that work for it; threads that still decode, say, are not waited for."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the same Ctrl-C, handed on
+        sys.stdout.flush()
+        sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.kill()
-    if os.environ.get("RANK", "0") == "0":
-        tell("Ctrl-C: ended at once; what was saved before is there")
     os._exit(INTERRUPTED)
 
 

@@ -185,7 +185,7 @@ def test_ctrl_c_of_a_command_saves_ends_with_130_and_the_same_command_finishes_t
     with started([WORKER, "run", recipe]) as process:
         wait_for_step(tmp_path / "units" / "one", 3, process)
         ctrl_c(process)
-        time.sleep(0.1)
+        time.sleep(0.01)
         ctrl_c(process)
         out, error = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "Traceback" not in error, error
