@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -291,28 +291,20 @@ class Recipe:
         records = (self._read_record(name) for name in reversed(chosen))
         return next(((record["verb"], record["summary"]) for record in records if "summary" in record), (None, {}))
 
-    @contextmanager
-    def occupied(self, chosen: list[str], redo: bool) -> Iterator[None]:
-        """Within, no other process works on one stage, if that is all, or runs several of this recipe. ValueError where one does."""
+    def occupied(self, chosen: list[str], redo: bool) -> AbstractContextManager[None]:
+        """Within, no other process runs several stages of this recipe, or writes the one that is chosen. ValueError where one does."""
         from pretrain.lock import locked
 
-        with (
-            locked(self.folder / "stages")
-            if len(chosen) > 1
-            else self._occupied_stage(chosen[0], redo)
-            if chosen
-            else nullcontext()
-        ):
-            yield
+        if len(chosen) == 1:
+            return self._occupied_stage(chosen[0], redo)
+        return locked(self.folder / "stages", name=self.folder)
 
-    @contextmanager
-    def _occupied_stage(self, name: str, redo: bool) -> Iterator[None]:
+    def _occupied_stage(self, name: str, redo: bool) -> AbstractContextManager[None]:
         """Within, no other process writes a stage's output, unless there is nothing to do."""
         from pretrain.lock import locked
 
         config = self.parse(name)
-        with nullcontext() if self.idle(name, config, redo) else locked(config.out, getattr(config, "part", None)):
-            yield
+        return nullcontext() if self.idle(name, config, redo) else locked(config.out, getattr(config, "part", None))
 
     def _run_stage(self, name: str, redo: bool) -> dict[str, Any]:
         """Its summary; empty where there was nothing to do."""

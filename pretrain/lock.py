@@ -114,17 +114,17 @@ _held: dict[tuple[str, str | None], _Lock] = {}
 
 
 @contextmanager
-def locked(out: str | Path, part: str | None = None) -> Iterator[None]:
+def locked(out: str | Path, part: str | None = None, *, name: str | Path | None = None) -> Iterator[None]:
     """Within, no other process that asks for the same output (or the same part of it) goes on; nested in one thread it is one lock.
 
-    Of the ranks of one training the first has it. A requeued job (WORDLESS_ATTEMPT) waits for what its attempt before left.
+    `name` is what messages call it, if not `out`. Of the ranks of one training the first has it. A requeued job (WORDLESS_ATTEMPT) waits for what its attempt before left.
     Errors: Occupied, a ValueError, names folder, host, pid and since when; ValueError where nothing can be written there. A
     finished output on a disk that may not be written needs no lock.
     """
     place = Path(os.path.realpath(out))
     key = (str(place), part)
     within = key in _held and _held[key].thread == threading.get_ident()
-    lock = None if within or os.environ.get("RANK", "0") != "0" else _take_in_time(Path(out), place, part)
+    lock = None if within or os.environ.get("RANK", "0") != "0" else _take_in_time(Path(name or out), place, part)
     if lock is None:
         yield
         return
@@ -193,7 +193,7 @@ def _take(out: Path, place: Path, part: str | None) -> _Lock | None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(out, error.errno, 4096, at_least=False) from None
-        if error.errno in NOT_HERE and is_complete(out):
+        if error.errno in NOT_HERE and is_complete(place):
             return None
         raise ValueError(f"{out}: cannot be written ({error.strerror}: {error.filename or above}); choose another `out`") from None
     name = "" if above == place else place.name
