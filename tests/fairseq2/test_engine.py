@@ -304,6 +304,20 @@ def test_a_signal_stops_after_the_step_and_is_passed_on(tmp_path: Path) -> None:
     assert numbers == [8, 12]  # of 4, 7 (the stop), 8 and 12 the last two
 
 
+def test_ctrl_c_stops_after_the_step_and_the_run_becomes_the_one_that_was_not(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 7"):
+            run_theirs(tmp_path / "run", LinearTask(dropout=0.3, on_step=once_at(6, number=signal.SIGINT)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / ".run.lock").exists()
+    run_theirs(tmp_path / "run", LinearTask(dropout=0.3))
+    run_theirs(tmp_path / "straight", LinearTask(dropout=0.3))
+    weights = [checkpoint_file(tmp_path / name, "model.safetensors").read_bytes() for name in ("straight", "run")]
+    assert weights[0] == weights[1]
+
+
 def test_patience_begins_with_the_last_phase_as_in_our_engine(tmp_path: Path) -> None:
     summaries = [
         run(tmp_path / name, ScoredTask([1, 2, 2, 2, 2, 2], freeze_steps=4), PATIENT, monitor=MONITOR)

@@ -53,6 +53,14 @@ VERBS["pretrain"] = Verb(
     "tests.pretrain.interrupt_worker", "StandInConfig", "stand_in", "A stand-in.", distributed=True, resumes=True
 )
 
+
+def main(argv: list[str]) -> int:
+    """What a job runs."""
+    import wordless
+
+    return wordless.main(argv)
+
+
 if __name__ == "__main__":
     from wordless import entry_point
 

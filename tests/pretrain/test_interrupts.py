@@ -239,3 +239,23 @@ def test_ctrl_c_under_torchrun_stops_both_processes_after_the_same_step(tmp_path
     with started(command) as process:
         _, error = process.communicate(timeout=90)
     assert process.returncode == 0 and is_complete(tmp_path / "run"), error
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_a_local_job_waits_until_it_has_saved(tmp_path: Path) -> None:
+    """The launcher, the controller and the task each have it from the terminal."""
+    code = f"""
+from pathlib import Path
+from slurm.launch import Resources, launch
+argv, jobs = ["pretrain", {str(config(tmp_path))!r}], Path({str(tmp_path / "jobs")!r})
+launch(argv, "local", Resources(), jobs, wait=True, target="tests.pretrain.interrupt_worker:main")
+"""
+    with started(["-c", code]) as process:
+        wait_for_step(tmp_path / "run", 3, process)
+        ctrl_c(process)
+        _, error = process.communicate(timeout=60)
+    step = state_of(tmp_path / "run")["step"]
+    assert process.returncode != 0 and f"after step {step}, saved" in error and not list(tmp_path.glob(".*")), error
+    with started([WORKER, "pretrain", tmp_path / "config.toml"]) as process:
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and is_complete(tmp_path / "run"), error
