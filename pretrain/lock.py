@@ -241,9 +241,7 @@ def _acquire(out: Path, path: Path, made: list[Path]) -> _Lock:
                 continue
             if not new:
                 _take_over(out, path, descriptor, has_locks)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode() + b"\n", 0)
-            os.utime(path)
+            _sign(path, descriptor, has_locks)
         except BaseException as error:
             if isinstance(error, OSError) and new:
                 path.unlink(missing_ok=True)
@@ -251,6 +249,17 @@ def _acquire(out: Path, path: Path, made: list[Path]) -> _Lock:
                 os.close(descriptor)
             raise
         return _Lock(path, descriptor, made)
+
+
+def _sign(path: Path, descriptor: int, has_locks: bool) -> None:
+    """Write into a lock file who has it. flock does without on a full disk: what is to be written there will say so."""
+    os.ftruncate(descriptor, 0)
+    os.utime(path)
+    try:
+        os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode() + b"\n", 0)
+    except OSError as error:
+        if not has_locks or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _open(out: Path, path: Path) -> tuple[int, bool]:

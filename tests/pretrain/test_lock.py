@@ -360,6 +360,21 @@ def test_a_read_only_disk_is_one_clear_message_and_a_finished_output_on_it_needs
     take(tmp_path / "run")
 
 
+def test_on_a_full_disk_flock_does_without_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be written there names the file and the bytes."""
+
+    def pwrite(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with locked(tmp_path / "run"):
+        assert "which one is not known" in str(in_a_thread(lambda: take(tmp_path / "run")))
+    without_locks(monkeypatch)
+    with pytest.raises(DiskFull, match="run: no space left on the disk"):
+        take(tmp_path / "run")
+    assert names(tmp_path) == []
+
+
 def test_a_full_disk_a_file_in_the_way_and_a_name_too_long_are_one_clear_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
