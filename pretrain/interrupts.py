@@ -109,7 +109,7 @@ class _Process(SpawnProcess):
 class DeafContext(SpawnContext):
     """multiprocessing's "spawn", whose processes do not hear of a Ctrl-C."""
 
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process
 
 
 @contextmanager

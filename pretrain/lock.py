@@ -15,8 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shlex
-import socket
 import sys
 import threading
 import time
@@ -26,59 +24,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pretrain.artefact import DiskFull, is_complete
+from pretrain.holder import Holder
 
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 120.0  # twelve beats; longer than an NFS server keeps the locks of a client that is gone (90 s)
 RETRY_SECONDS = 1.0
+SIGNING_SECONDS = 0.4  # at most between making a lock file and writing into it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what flock answers on a file system without locks
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Occupied(ValueError):
     """Another process is at work on the same output."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who has a lock. `boot` and `started` (Linux) make host and pid unmistakable."""
-
-    host: str
-    pid: int
-    since: float  # Unix time
-    command: str = ""
-    boot: str = ""
-    started: str = ""
-
-    @classmethod
-    def me(cls) -> "Holder":
-        pid = os.getpid()
-        command = " ".join(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())[:200]
-        return cls(socket.gethostname(), pid, time.time(), command, _boot(), _started(pid))
-
-    @property
-    def is_of_this_host(self) -> bool:
-        return self.host == socket.gethostname()
-
-    @property
-    def is_of_this_machine(self) -> bool:
-        """Whether flock knows about it. A container has another host name than its machine; a machine has another boot after one."""
-        return self.is_of_this_host or (bool(self.boot) and self.boot == _boot())
-
-    def lives(self) -> bool:
-        """Of this host: whether that very process is there."""
-        if self.boot != _boot() or self.started != _started(self.pid):
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # it is another user's
-            return True
-        return True
-
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on host {self.host}, since {since}" + (f" ({self.command})" if self.command else "")
 
 
 @dataclass
@@ -117,7 +74,9 @@ _held: dict[tuple[str, str | None], _Lock] = {}
 def locked(out: str | Path, part: str | None = None, *, name: str | Path | None = None) -> Iterator[None]:
     """Within, no other process that asks for the same output (or the same part of it) goes on; nested in one thread it is one lock.
 
-    `name` is what messages call it, if not `out`. Of the ranks of one training the first has it. A requeued job (WORDLESS_ATTEMPT) waits for what its attempt before left.
+    `name` is what messages call it, if not `out`. Of the ranks of one training the first has it. A requeued job (WORDLESS_ATTEMPT)
+    waits for the lock of its attempt before.
+
     Errors: Occupied, a ValueError, names folder, host, pid and since when; ValueError where nothing can be written there. A
     finished output on a disk that may not be written needs no lock.
     """
@@ -280,8 +239,7 @@ def _flock(out: Path, path: Path, descriptor: int, how: int = fcntl.LOCK_EX) -> 
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder, heard = _read(path)
-        raise _occupied(out, path, holder, heard) from None
+        raise _occupied(out, path, *_read_signed(path)) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -292,7 +250,9 @@ def _flock(out: Path, path: Path, descriptor: int, how: int = fcntl.LOCK_EX) -> 
 def _is_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the second over NFS
+            raise
         return False
 
 
@@ -303,6 +263,14 @@ def _read(path: Path) -> tuple[Holder | None, float]:
         heard = path.stat().st_mtime
         holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
     return holder, heard
+
+
+def _read_signed(path: Path) -> tuple[Holder | None, float]:
+    """The same a moment later where who has it is about to sign."""
+    deadline = time.monotonic() + SIGNING_SECONDS
+    while (found := _read(path))[0] is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
 
 
 def _is_left(holder: Holder | None, heard: float, has_locks: bool) -> bool:
@@ -317,7 +285,7 @@ def _is_left(holder: Holder | None, heard: float, has_locks: bool) -> bool:
 
 def _take_over(out: Path, path: Path, descriptor: int, has_locks: bool) -> None:
     """A line on stderr where what is found was left by a process that is gone; Occupied where it may not be."""
-    holder, heard = _read(path)
+    holder, heard = _read_signed(path)  # on another machine, where flock does not reach, it may be new
     if not _is_left(holder, heard, has_locks):
         raise _occupied(out, path, holder, heard)
     if holder is not None:
@@ -350,18 +318,3 @@ def _occupied(out: Path, path: Path, holder: Holder | None, heard: float) -> Occ
     if holder is None or not holder.is_of_this_host:
         text += f"; if it is gone (last sign of life {max(0.0, time.time() - heard):,.0f} s ago), remove {path}"
     return Occupied(text)
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When a process started, in the kernel's ticks: numbers of processes come again. Empty where that is not known."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""

@@ -206,6 +206,7 @@ def _encode_in_processes(plan: Plan, advance: Callable[[float], object]) -> None
     count = min(plan.config.processes, len(plan.part))
     workers: dict[Any, SpawnProcess] = {}
     connection: Any
+    worker: SpawnProcess
     try:
         for number in range(count):
             ours, theirs = context.Pipe()

@@ -20,7 +20,8 @@ import pytest
 
 from pretrain import lock
 from pretrain.artefact import DiskFull
-from pretrain.lock import Holder, Occupied, locked, taking_turns
+from pretrain.holder import Holder
+from pretrain.lock import Occupied, locked, taking_turns
 from tests.pretrain.linear_task import LinearTask, run_linear
 from tests.pretrain.stopping_worker import once_at
 
