@@ -292,7 +292,7 @@ class Recipe:
         return next(((record["verb"], record["summary"]) for record in records if "summary" in record), (None, {}))
 
     def occupied(self, chosen: list[str], redo: bool) -> AbstractContextManager[None]:
-        """Within, no other process runs several stages of this recipe, or writes the one that is chosen. ValueError where one does."""
+        """Within, no other process runs several stages of this recipe, or writes the only one chosen. ValueError where one does."""
         from pretrain.lock import locked
 
         if len(chosen) == 1:

@@ -32,7 +32,7 @@ class Holder:
 
     @property
     def is_of_this_machine(self) -> bool:
-        """Whether flock knows about it. A container has another host name than its machine; a machine has another boot after one."""
+        """Whether flock knows about it: a container has another host name than its machine, a machine another id after each boot."""
         return self.is_of_this_host or (bool(self.boot) and self.boot == _boot())
 
     def lives(self) -> bool:

@@ -24,7 +24,7 @@ INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 
 @contextmanager
 def second_interrupt_ends() -> Iterator[None]:
-    """Within, a second SIGINT ends the process with status 130. Nested, or where SIGINT is ignored or others watch signals: no effect."""
+    """Within, a second SIGINT ends the process with status 130; not where SIGINT is ignored, or others (or this) watch signals already."""
     ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
     if ignored or threading.current_thread() is not threading.main_thread():
         yield

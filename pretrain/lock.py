@@ -1,8 +1,8 @@
 """One process at a time writes an output: a lock file beside it, for as long as the work takes.
 
-`OUT/../.NAME.lock` is locked with flock and holds, as JSON, who has it: host, pid, since when, the command. Where the folder above may
-not be written it is `OUT/.lock`. It is touched every ten seconds (a sign of life), and removed at the end. A part (`part = "2/16"`)
-has a lock of its own, `.NAME.part-2-16.lock`; parts share an output with each other, and with no one who takes all of it.
+`.NAME.lock` is locked with flock and contains, as JSON, who has it: host, pid, since when, the command. Where the folder above may not
+be written it is `OUT/.lock`. It is touched every ten seconds (a sign of life), and removed at the end. A part (`part = "2/16"`) has
+a lock of its own, `.NAME.part-2-16.lock`; parts share an output with each other, and with no one who takes all of it.
 
 A process that was killed leaves its lock file behind. On the same machine flock knows that it is gone, and the next one takes
 over. What another machine left is taken over after two minutes without a sign of life: not every shared file system hands locks
@@ -293,7 +293,7 @@ def _take_over(out: Path, path: Path, descriptor: int, has_locks: bool) -> None:
 
 
 def _require_free(out: Path, path: Path, *, of_all: bool) -> None:
-    """Occupied where another process has the lock at `path`. Who has the lock `of_all` removes what was left by one that is gone."""
+    """Occupied where another process has the lock at `path`. Who has the lock `of_all` removes what one that is gone has left."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -314,7 +314,8 @@ def _require_free(out: Path, path: Path, *, of_all: bool) -> None:
 
 
 def _occupied(out: Path, path: Path, holder: Holder | None, heard: float) -> Occupied:
-    text = f"{out}: another process is at work on it: {holder or 'which one is not known'}. Nothing was changed. Wait, or stop that one"
+    who = holder or "which one is not known"
+    text = f"{out}: another process is at work on it: {who}. Nothing was changed. Wait, or stop that one"
     if holder is None or not holder.is_of_this_host:
         text += f"; if it is gone (last sign of life {max(0.0, time.time() - heard):,.0f} s ago), remove {path}"
     return Occupied(text)

@@ -33,7 +33,7 @@ _unanswered = 0  # a signal that came when a run was as good as finished: the ne
 
 
 class Stop:
-    """A context that takes down STOPPING signals and SIGINT; `signal` is the number that all ranks have agreed on, 0 while there is none.
+    """A context that takes down STOPPING signals and SIGINT; `signal` is the number that all ranks have agreed on, else 0.
 
     Handlers are set in the main thread alone (Python has none elsewhere), not over a signal that is ignored, and those before
     them are back on leaving, however that comes about. Every rank must `check` equally often.

@@ -189,7 +189,8 @@ class Cell(NamedTuple):
         config = self.finetuning()
         if not is_made(config, "recognizer"):
             say(f"{self.name}: fine-tuning")
-            finetune(config)
+            with locked(config.out):  # the draw of labels, too, which comes before the training
+                finetune(config)
             answer_late()
         for test in self.config.tests:
             if not is_made(to_do := self.transcribing(test), "transcripts"):

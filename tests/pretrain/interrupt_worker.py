@@ -1,4 +1,7 @@
-"""`wordless` with a stand-in for what `pretrain` does, for signals from outside: `python tests/pretrain/interrupt_worker.py pretrain CONFIG`."""
+"""`wordless` with a stand-in for what `pretrain` does, for signals from outside.
+
+python tests/pretrain/interrupt_worker.py pretrain CONFIG.toml
+"""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""Ctrl-C: a training saves and goes on bit for bit, everything else ends in a line, a second one ends at once, and nobody is left behind."""
+"""Ctrl-C: a training saves and goes on bit for bit, everything else ends in a line, a second one ends at once, no process is left."""
 
 import os
 import signal
