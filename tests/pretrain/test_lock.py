@@ -276,7 +276,7 @@ def test_of_many_that_try_at_once_one_is_within_at_a_time(tmp_path: Path, monkey
 
     def work() -> None:
         nonlocal within, most, done
-        left = 20
+        left = 8
         while left:
             try:
                 with locked(tmp_path / "run"):
@@ -289,12 +289,12 @@ def test_of_many_that_try_at_once_one_is_within_at_a_time(tmp_path: Path, monkey
             except Occupied:
                 time.sleep(0.0005)
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (most, done) == (1, 120) and names(tmp_path) == []
+    assert (most, done) == (1, 32) and names(tmp_path) == []
 
 
 def test_those_that_take_turns_wait_for_each_other_and_leave_nothing(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_those_that_take_turns_wait_for_each_other_and_leave_nothing(tmp_path: P
                 most = max(most, within)
                 within -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
