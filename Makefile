@@ -19,7 +19,7 @@ install: .venv/installed
 	@touch $@
 
 # make demo                the pipeline on synthetic speech: five to seven minutes on two cores
-# make demo AUDIO=DIR      the same recipe on your own folder of audio
+# make demo AUDIO=DIR      the same recipe on your own folder of audio; what it is too small for is left out, with the reason
 demo: install
 	$(BIN)/wordless run recipes/demo.toml run=$(RUN) $(if $(AUDIO),--skip speech manifest.source=$(AUDIO))
 

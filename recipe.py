@@ -10,11 +10,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import omissions
 
 if TYPE_CHECKING:
     from slurm.pipeline import Stage
@@ -91,7 +94,7 @@ VERBS = {
     "report": Verb("units.report", "ReportConfig", "report", "One self-contained HTML page of a run.", text="as_text"),
 }
 RECIPE_KEYS = {"run", "slurm"}
-STAGE_KEYS = {"verb", "needs", "slurm"}  # of a stage's table; every other key is its verb's
+STAGE_KEYS = {"verb", "needs", "optional", "slurm"}  # of a stage's table; every other key is its verb's
 RUN_FOLDERS = {"jobs", "stages"}  # what a recipe's run has besides its stages' folders
 
 
@@ -107,7 +110,8 @@ class Recipe:
 
     A stage writes to `run/NAME` unless it has an `out`. A string `@NAME` or `@NAME/file` is the output of an earlier stage,
     `@` alone the run's folder. `needs = "text"`, `"phones"` or `"words"` skips a stage whose manifest has none. A table
-    `[NAME.slurm]` in a stage lies over the recipe's `[slurm]`.
+    `[NAME.slurm]` in a stage lies over the recipe's `[slurm]`. A stage with `optional = true` that ends with a ValueError is left
+    out, and with it the stages that read it, except reports, which get the reasons as `left_out`.
     """
 
     def __init__(self, tree: dict[str, Any], source: str):
@@ -116,6 +120,8 @@ class Recipe:
         problems = [f"{source}: {name}: unknown key; a recipe has `run`, `slurm` and tables with a `verb`" for name in tree
                     if name not in RECIPE_KEYS and name not in self.stages]  # fmt: skip
         problems += [f"{source}: {name}: a stage needs a `verb`" for name, table in self.stages.items() if "verb" not in table]
+        problems += [f"{source}: {name}.optional: true or false; got {table['optional']!r}" for name, table in self.stages.items()
+                     if not isinstance(table.get("optional", False), bool)]  # fmt: skip
         problems += [f"{source}: {name!r}: no name for a stage, whose folder is named so: letters, digits, -, _ and ., not "
                      f"{' or '.join(sorted(RUN_FOLDERS))}" for name in self.stages
                      if not re.fullmatch(r"\w[\w.-]*", name) or name in RUN_FOLDERS]  # fmt: skip
@@ -123,6 +129,7 @@ class Recipe:
         if problems:
             raise ValueError("\n".join(problems))
         self.folder = Path(tree["run"])
+        self.left_out: dict[str, str] = {}  # by `run`: stages and the reasons
 
     def choose(self, skip: set[str], only: set[str]) -> list[str]:
         """The stages to run, in order."""
@@ -130,8 +137,17 @@ class Recipe:
             raise ValueError(f"{self.source}: no stage {', '.join(sorted(unknown))}; there are {', '.join(self.stages)}")
         return [name for name in self.stages if name not in skip and (not only or name in only)]
 
-    def parse(self, name: str) -> Any:
-        """The validated config of a stage, its references resolved."""
+    @cached_property
+    def optional(self) -> set[str]:
+        """The stages that the others go on without: they say so, or read one that does. A report goes on without what it reads."""
+        found: set[str] = set()
+        for name, table in self.stages.items():
+            if table.get("optional") or (table["verb"] != "report" and found & set(self.reads(name))):
+                found.add(name)
+        return found
+
+    def parse(self, name: str, **more: Any) -> Any:
+        """The validated config of a stage, its references resolved; `more` keys are those of the run."""
         from pretrain.config import parse_config
 
         table = {key: value for key, value in self.stages[name].items() if key not in STAGE_KEYS}
@@ -140,7 +156,7 @@ class Recipe:
             needs and "manifest" not in table
         ):
             raise ValueError(f'{self.source}: {name}.needs: "text", "phones" or "words", of the stage\'s `manifest`; got {needs!r}')
-        resolved = {"out": self._out(name), **self._resolve(table, name)}
+        resolved = {"out": self._out(name), **self._resolve(table, name), **more}
         try:
             return parse_config(config_class, resolved, self.source)
         except ValueError as error:
@@ -188,7 +204,9 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """Every stage's resolved config, under its name."""
-        kept = {name: {key: table[key] for key in ("verb", "needs") if key in table} for name, table in self.stages.items()}
+        kept = {
+            name: {key: table[key] for key in ("verb", "needs", "optional") if key in table} for name, table in self.stages.items()
+        }
         return {name: {**table, **self.parse(name).resolved()} for name, table in kept.items()}
 
     def _out(self, name: str) -> str:
@@ -239,11 +257,15 @@ class Recipe:
                 say(f"{name}: {reason}")
                 continue
             table = {key: value for key, value in self.stages[name].items() if key != "slurm"}
-            alone = {"run": str(self.folder), name: {**self._resolve(table, name), "out": self._out(name)}}
+            table = {**self._resolve(table, name), "out": self._out(name)}
+            if name in self.optional:
+                table["optional"] = True  # also where it is so by what it reads, which is not in this file
+            alone = {"run": str(self.folder), name: table}
             settings = freeze(as_toml(alone, self.source), (self.folder / "jobs" / name).absolute(), write=write)
             argv = ["run", str(settings), "--only", name, *["--redo"] * redo]
             out = Path(config.out).absolute()
-            jobs.append(Stage(name, table["verb"], argv, out, reads, self.resources(name), f"{name}.part"))
+            after_any = tuple(parent for parent in reads if parent in self.optional) if table["verb"] == "report" else ()
+            jobs.append(Stage(name, table["verb"], argv, out, reads, self.resources(name), f"{name}.part", after_any))
         return jobs
 
     def require_no_job(self, chosen: list[str]) -> None:
@@ -272,12 +294,23 @@ class Recipe:
             write_recipe(self.folder, command, stages, given)
 
     def run(self, chosen: list[str], redo: bool) -> tuple[str | None, dict[str, Any]]:
-        """Run what does not stand yet, in order; returns verb and summary of the last stage (in most recipes the report)."""
-        for name, following in zip(chosen, [*chosen[1:], None], strict=True):
-            with self._occupied_stage(name, redo):
-                summary = self._run_stage(name, redo)
+        """Run what does not stand yet, in order; returns verb and summary of the last stage (in most recipes the report).
+
+        Optional stages that could not be made are in `left_out`, with the reasons. A needed one that fails is a ValueError, after the
+        reports of what there is.
+        """
+        for place, (name, following) in enumerate(zip(chosen, [*chosen[1:], None], strict=True)):
+            try:
+                with self._occupied_stage(name, redo):
+                    summary = self._run_stage(name, redo)
+            except ValueError:
+                if "failed" in self._read_record(name) and self.stages[name]["verb"] != "report":
+                    self._report_nevertheless(chosen[place + 1 :], redo)
+                raise
             for note in summary.get("notes", []) if following is not None else []:  # the last one's go with its summary
                 say(f"{name}: note: {note}")
+            if self.stages[name]["verb"] == "index":
+                self._foresee(chosen[place + 1 :], redo)
             if following is not None and VERBS[self.stages[name]["verb"]].distributed:
                 from pretrain.stopping import answer_late
 
@@ -304,29 +337,79 @@ class Recipe:
         from pretrain.lock import locked
 
         config = self.parse(name)
-        return nullcontext() if self.idle(name, config, redo) else locked(config.out, getattr(config, "part", None))
+        return nullcontext() if name in self.left_out or self.idle(name, config, redo) else locked(config.out, getattr(config, "part", None))
 
     def _run_stage(self, name: str, redo: bool) -> dict[str, Any]:
         """Its summary; empty where there was nothing to do."""
         import socket
 
         verb, config = self.stages[name]["verb"], self.parse(name)
+        if name in self.left_out:
+            return {}
         if (reason := self.idle(name, config, redo)) is not None:
             say(f"{name}: {reason}")
             if not reason.startswith("stands"):
-                self._write_record(name, {"verb": verb, "skipped": reason})
+                self._write_record(name, {"verb": verb, "skipped": reason, "out": os.path.abspath(config.out)})
             return {}
+        if name in self.optional and (reason := omissions.lacking(self.folder, self._paths(name))) is not None:
+            return self._leave_out(name, reason)
+        if verb == "report":
+            config = self.parse(name, left_out=omissions.reasons(self.folder, self._paths(name)))
         if redo and verb != "report":
             self._remove(name, config)
         say(f"{name}: {verb} -> {config.out}")
-        record = {"verb": verb, "began": time.time()}
+        record = {"verb": verb, "began": time.time(), "out": os.path.abspath(config.out)}
         if getattr(config, "part", None) is None:
             self._write_record(name, {**record, "host": socket.gethostname(), "pid": os.getpid()})
         began = time.monotonic()
-        summary = VERBS[verb].load()[1](config)
+        try:
+            summary = VERBS[verb].load()[1](config)
+        except ValueError as error:
+            if name in self.optional:
+                return self._leave_out(name, str(error))
+            self._write_record(name, {**record, "failed": str(error)})
+            raise
         if not _unfinished(summary):  # the part that is the last tells of all
             self._write_record(name, {**record, "seconds": time.monotonic() - began, "summary": summary})
         return summary
+
+    def _foresee(self, following: list[str], redo: bool) -> None:
+        """Leave out, before hours of work, the optional stages that cannot be made of a manifest that stands; ValueError for others."""
+        from pretrain.artefact import is_complete
+
+        for name in following:
+            config = self.parse(name)
+            if name in self.left_out or self.idle(name, config, redo) is not None:
+                continue
+            if name in self.optional and (parent := next(filter(self.left_out.get, self.reads(name)), None)):
+                self._leave_out(name, f"needs {parent}, which was left out")  # now; what an earlier run left out may be made yet
+            elif is_complete(getattr(config, "manifest", None) or ""):
+                try:
+                    omissions.require_feasible(self.stages[name]["verb"], config)
+                except ValueError as error:
+                    if name not in self.optional:
+                        raise ValueError(f"{name}: {error}") from None
+                    self._leave_out(name, str(error))
+
+    def _report_nevertheless(self, following: list[str], redo: bool) -> None:
+        """Make the reports among the stages `following` one that failed."""
+        for name in following:
+            if self.stages[name]["verb"] == "report":
+                with suppress(ValueError):  # it may have nothing to report: the failure is what the user is to read
+                    self._run_stage(name, redo)
+
+    def _leave_out(self, name: str, reason: str) -> dict[str, Any]:
+        """Say and record that a stage is left out; its summary, which is empty."""
+        say(f"{name}: left out: {reason}")
+        self.left_out[name] = reason
+        table = self.stages[name]
+        self._write_record(name, {"verb": table["verb"], "left_out": reason, "out": os.path.abspath(self._out(name))})
+        return {}
+
+    def _paths(self, name: str) -> list[str]:
+        """All strings of a stage's table but its `out`, references resolved: the paths it reads are among them."""
+        table = {key: value for key, value in self.stages[name].items() if key not in STAGE_KEYS | {"out"}}
+        return list(_strings(self._resolve(table, name)))
 
     def idle(self, name: str, config: Any, redo: bool) -> str | None:
         """Why a stage has nothing to do; None where it has. ValueError where it stands with other settings, without `redo`."""

@@ -130,10 +130,15 @@ def run_recipe(
     elif on == "here":
         stages.require_feasible(chosen, redo, int(os.environ.get("WORLD_SIZE", "1")))
         with ends_in_a_line(str(stages.folder), resumes=True), stages.occupied(chosen, redo):
-            if not recipe.resolve().is_relative_to((stages.folder / "jobs").resolve()):  # a job: its submission has said all
+            of_a_job = recipe.resolve().is_relative_to((stages.folder / "jobs").resolve())
+            if not of_a_job:  # whose submission has said all
                 stages.require_no_job(chosen)
                 record()
-            _print_summary(*stages.run(chosen, redo), as_json)
+            verb, summary = stages.run(chosen, redo)
+        if not of_a_job and set(chosen) <= stages.left_out.keys():  # a job of one stage ends well, or those after it would not run
+            raise ValueError("\n".join(f"{name}: {reason}" for name, reason in stages.left_out.items()))
+        _print_summary(verb, {**summary, "left_out": stages.left_out} if as_json and stages.left_out else summary, as_json)
+        _say_left_out(stages)
     elif on == "local":
         stages.require_feasible(chosen, redo, _resources("run", {}, stages.slurm, stages.source).tasks_per_node)
         stages.require_no_job(chosen)
@@ -457,6 +462,14 @@ def _print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> 
         return
     for key, value in flatten({key: value for key, value in summary.items() if key != "notes"}).items():
         print(f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
+
+
+def _say_left_out(stages: Recipe) -> None:
+    """Name the stages that were left out, at the end, where they are seen."""
+    if stages.left_out:
+        say(f"\n{len(stages.left_out)} of {len(stages.stages)} stages were left out:")
+    for name, reason in stages.left_out.items():
+        say(f"  {name}: {reason.splitlines()[0] if reason else ''}")
 
 
 def main(argv: list[str] | None = None) -> int:

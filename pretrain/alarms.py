@@ -7,6 +7,7 @@ log line after `after_steps`, and stopped with the last checkpoint named.
 
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ class Variation:
 
     def __init__(self, model: Any):
         self._found: dict[str, tuple[Tensor, Tensor]] | None = None  # of the model's forward that is under way
+        self._silent: Tensor | None = None  # in validation: whether the batch is digital silence, which says nothing of the model
         model.register_forward_pre_hook(self._begin)
         model.encoder.feature_norm.register_forward_pre_hook(lambda _, inputs: self._note("feature_variation", inputs[0]))
         model.project.register_forward_pre_hook(lambda _, inputs: self._note("context_variation", inputs[0]))
@@ -49,6 +51,7 @@ class Variation:
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         self._found = {}
+        self._silent = None if model.training else inputs[0].waveforms.amax() == inputs[0].waveforms.amin()
 
     def _note(self, name: str, features: Tensor) -> None:
         # The encoder is also called by itself. HuBERT projects masked frames first, those in sight afterwards.
@@ -60,7 +63,8 @@ class Variation:
             self._found[name] = (count, count)
             return
         deviation, size = x.var(0, correction=0).mean().sqrt(), x.square().mean().sqrt()
-        self._found[name] = (deviation / size.clamp(min=1e-12) * count, count)
+        share = deviation / size.clamp(min=1e-12)
+        self._found[name] = ((share if self._silent is None else torch.where(self._silent, 1.0, share)) * count, count)
 
     def _add(self, model: nn.Module, inputs: Any, loss: Loss) -> Loss:
         found, self._found = self._found, None

@@ -8,7 +8,7 @@ micro-batch has up to 25 % more to do). No utterance is left out for being short
 
 import heapq
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -104,6 +104,17 @@ class SpeechBatches:
     def pack(self, loaded: list[np.ndarray]) -> tuple[Tensor, Layout]:
         """What `load` gave for several utterances, as one buffer."""
         return pack(loaded)
+
+
+def require_audio(config: Any) -> None:
+    """ValueError where the `manifest` of a config has no utterance in `split` that `batches` takes; reads the manifest alone."""
+    manifest = Manifest(config.manifest)
+    rows, limits = manifest.select(config.split), config.batches
+    if not len(SpeechBatches(rows, limits.model_copy(update={"decoder": "soundfile"}), 0).items):
+        raise ValueError(
+            f"{manifest.folder}: all {len(rows)} utterances of split {config.split!r} are shorter than batches.min_seconds = "
+            f"{limits.min_seconds:g}, so there is nothing to learn from"
+        )
 
 
 class SpeechTask(Task):

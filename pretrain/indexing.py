@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pretrain.artefact import is_complete, read_meta, require_absent
 from pretrain.config import Config
+from pretrain.cutting import Found, cut, cuts_in_words
 from pretrain.manifest import write_manifest
 from pretrain.probing import Limits, Probed, Request, probe_recordings
 from pretrain.progress import console, progress
@@ -43,6 +44,9 @@ class IndexConfig(Config):
     workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one for each core
     memory_limit_gb: Annotated[float, Field(ge=0.1)] = 1.0  # of a worker; decoding takes a hundredth of it
     seconds_limit: Annotated[float, Field(gt=0)] = 60.0
+    max_seconds: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="longer recordings are cut into utterances of like length (see `pretrain.cutting`)"
+    )
 
     @field_validator("speaker_pattern")
     @classmethod
@@ -70,9 +74,6 @@ class IndexConfig(Config):
         return self
 
 
-Found = tuple[Candidate, Probed]  # what is usable, and its start, num_samples and sample_rate
-
-
 def index(config: IndexConfig) -> dict[str, Any]:
     """Write the manifest of `config.source`; the summary counts what was found, kept and quarantined, in all and by split."""
     require_absent(config.out)
@@ -85,7 +86,13 @@ def index(config: IndexConfig) -> dict[str, Any]:
     found, quarantine = _verify(candidates, config)
     _report_quarantine(quarantine, len(candidates), config)
     assert len(found) + len(quarantine) == len(candidates)
+    whole = found
+    if len(found) <= (config.dev_share > 0) + (config.test_share > 0):  # too few to draw splits from: their pieces are drawn
+        found = cut(found, config.max_seconds)
     drawn = _split(found, config)
+    found = cut(found, config.max_seconds)
+    note = cuts_in_words(whole, found)
+    notes = [*drawn.notes, *([note] if note else [])]
     root = os.path.commonpath({os.path.dirname(os.path.abspath(candidate.path)) for candidate in candidates})
     write_manifest(
         config.out, map(_row, found), config.resolved(), _parents(config.sources), quarantine, root,
@@ -101,7 +108,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
         "has_text": any(candidate.text is not None for candidate, _ in found),
         "has_phones": any(candidate.phones is not None for candidate, _ in found),
         "has_words": any(candidate.words is not None for candidate, _ in found),
-        **({"notes": drawn.notes} if drawn.notes else {}),
+        **({"notes": notes} if notes else {}),
     }
 
 

@@ -153,6 +153,11 @@ class HubertTask(PretrainTask):
             if batches is not None:
                 check_label_counts(batches, labels)
         self.chance = _commonest_share(self.train_set, labels)
+        if self.chance == 1.0 and config.alarm.perplexity:
+            raise ValueError(
+                f"labels: {labels.folder} has the same label for every frame of split {config.split!r}: there is nothing to learn. Is the "
+                "audio silent? (alarm.perplexity = 0 trains nevertheless)"
+            )
         self.model = Hubert(config.encoder, config.hubert, labels.num_classes)
         Variation(self.model)
 

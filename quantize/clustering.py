@@ -95,10 +95,7 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
     require_absent(out)
     began = time.monotonic()
     manifest = Manifest(config.manifest)
-    sample = Sample(manifest.select(config.split), config.budget, config.seed, config.balance)
-    if sample.size < config.num_classes:
-        few = "hours or frames allow no more" if sample.size == config.budget else "the manifest has no more"
-        raise ValueError(f"num_classes: {config.num_classes} classes cannot be fitted on {sample.size} frames, and {few}")
+    sample = _draw(config, manifest)
     source, parents = open_source(config), {"manifest": manifest.fingerprint}
     if isinstance(source, EncoderSource):
         parents["encoder"] = source.fingerprint
@@ -137,6 +134,20 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
     if config.levels > 1:
         summary["inertia_by_level"] = {str(level): found["inertia"] for level, found in enumerate(by_level)}
     return {**summary, "seconds": time.monotonic() - began}
+
+
+def require_frames(config: ClusterConfig) -> None:
+    """ValueError where the split has fewer frames than classes; reads the manifest alone."""
+    _draw(config, Manifest(config.manifest))
+
+
+def _draw(config: ClusterConfig, manifest: Manifest) -> Sample:
+    """The frames to fit on. ValueError where they are fewer than the classes."""
+    sample = Sample(manifest.select(config.split), config.budget, config.seed, config.balance)
+    if sample.size < config.num_classes:
+        few = "hours or frames allow no more" if sample.size == config.budget else "the manifest has no more"
+        raise ValueError(f"num_classes: {config.num_classes} classes cannot be fitted on {sample.size} frames, and {few}")
+    return sample
 
 
 def open_source(config: ClusterConfig) -> FeatureSource:

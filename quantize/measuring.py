@@ -35,7 +35,7 @@ from quantize.quality import (
     rate_metrics,
     usage_metrics,
 )
-from quantize.sampling import require_finite
+from quantize.sampling import Sample, require_finite
 from quantize.sweep import SWEEP_FRAMES, draw_layers, draw_utterances, frame_file, layer_text, plan_sweep, recommend, sweep_layers
 
 JUDGED_FRAMES = 200_000  # 67 minutes: with a codebook of 768 dimensions, 1.2 GB of disk for the features and centroids meanwhile
@@ -86,6 +86,20 @@ class MeasureConfig(Config):
         ):
             raise ValueError(f"{', '.join(foreign)}: a matter of `layers`; the labels have theirs")
         return self
+
+
+def require_frames(config: MeasureConfig) -> None:
+    """ValueError where a split is missing, or has fewer frames than the layers' k-means has classes; reads the manifest alone."""
+    manifest = Manifest(config.manifest)
+    rows = manifest.select(config.split)
+    if config.layers is not None:
+        fit_rows = rows if config.fit_split is None else manifest.select(config.fit_split)
+        budget, _ = plan_sweep(rows, config.num_classes, config.seed, config.frames)
+        if (size := Sample(fit_rows, budget, config.seed).size) < config.num_classes:
+            raise ValueError(
+                f"{manifest.folder}: num_classes: {config.num_classes} classes cannot be fitted on the {size} frames of fit_split = "
+                f"{config.fit_split!r}; take fewer classes"
+            )
 
 
 def measure(config: MeasureConfig) -> dict[str, Any]:

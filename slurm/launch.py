@@ -47,6 +47,7 @@ def launch(
     *,
     wait: bool,
     after: Sequence[str] = (),
+    after_any: Sequence[str] = (),
     target: str = TARGET,
     out: Path | None = None,
     array: int | None = None,
@@ -54,10 +55,10 @@ def launch(
 ) -> Launched:
     """Run the wordless command `argv` (verb first) in `place`; with `wait`, follow it to its end.
 
-    The submission gets a fresh folder inside `folder`, PARENT/jobs/NAME. `after` are ids of SLURM jobs that must succeed first,
-    `out` is what the command makes, for who reads the submission. With `array` n > 1, SLURM gets an array whose element i runs
-    `argv` with `PART_KEY=i/n`, i from 1; locally one job does the whole. ValueError where the job cannot be submitted; a job
-    that fails is told by `status`, not raised.
+    The submission gets a fresh folder inside `folder`, PARENT/jobs/NAME. `after` are ids of SLURM jobs that must succeed first;
+    those of them in `after_any` must only end. `out` is what the command makes, for who reads the submission. With `array` n > 1, SLURM
+    gets an array whose element i runs `argv` with `PART_KEY=i/n`, i from 1; locally one job does the whole. ValueError where the job
+    cannot be submitted; a job that fails is told by `status`, not raised.
     """
     if place == "local" and resources.nodes > 1:
         raise ValueError(f"slurm.nodes: {resources.nodes}, but a local job has one; set slurm.nodes=1 or use --on slurm")
@@ -85,7 +86,7 @@ def launch(
         if place == "local":
             executor = _local_executor(resources, fresh, code)
         else:
-            executor = _slurm_executor(command, resources, fresh, code, after, array, part_key)
+            executor = _slurm_executor(command, resources, fresh, code, _dependency(after, after_any), array, part_key)
         with _outside_any_job(resources):
             if array is None:
                 job = executor.submit(command)
@@ -99,8 +100,9 @@ def launch(
         raise
     submission = Submission(
         name=folder.name, job_id=job.job_id.split("_")[0], place=place, argv=argv, array=array, after=list(after),
-        out=None if out is None else str(out.absolute()), resources=resources.model_dump(mode="json"), submitted=time.time(),
-        host=socket.gethostname(), pid=int(job.job_id) if place == "local" else None, git=git, code=command.code,
+        after_any=list(after_any), out=None if out is None else str(out.absolute()),
+        resources=resources.model_dump(mode="json"), submitted=time.time(), host=socket.gethostname(),
+        pid=int(job.job_id) if place == "local" else None, git=git, code=command.code,
     )  # fmt: skip
     write_submission(fresh, submission)
     launched = Launched(submission.job_id, place, fresh, job.paths.stdout, job.paths.stderr, job)
@@ -121,6 +123,7 @@ def sbatch_text(
     folder: Path,
     *,
     after: Sequence[str] = (),
+    after_any: Sequence[str] = (),
     array: int | None = None,
     part_key: str = "part",
 ) -> str:
@@ -128,7 +131,9 @@ def sbatch_text(
     folder = folder.absolute()
     code = snapshot_path(ROOT, NAMES, folder.parent) if resources.snapshot else None
     array = array if (array or 1) > 1 else None
-    executor = _slurm_executor(Command(argv), resources, folder / "SUBMISSION", code, after, array, part_key)
+    executor = _slurm_executor(
+        Command(argv), resources, folder / "SUBMISSION", code, _dependency(after, after_any), array, part_key
+    )
     if array is not None:
         executor.parameters["map_count"] = array  # as submitit's own submission of an array
     return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -138,8 +143,14 @@ def _element(command: Command, part_key: str, number: int, array: int) -> Comman
     return replace(command, argv=[*command.argv, f"{part_key}={number + 1}/{array}"])
 
 
+def _dependency(after: Sequence[str], after_any: Sequence[str]) -> str:
+    """SLURM's form of it: `afterok:41:42,afterany:43`; empty where a job waits for none."""
+    kinds = {"afterok": [job for job in after if job not in after_any], "afterany": [job for job in after if job in after_any]}
+    return ",".join(":".join([kind, *jobs]) for kind, jobs in kinds.items() if jobs)
+
+
 def _slurm_executor(
-    command: Command, resources: Resources, folder: Path, code: Path | None, after: Sequence[str], array: int | None, part_key: str
+    command: Command, resources: Resources, folder: Path, code: Path | None, dependency: str, array: int | None, part_key: str
 ) -> "SlurmExecutor":
     from submitit import SlurmExecutor
 
@@ -157,8 +168,8 @@ def _slurm_executor(
     # task wait for it until their time is up.
     parameters["srun_args"] = [f"--cpus-per-task={resources.cpus_per_task}", "--kill-on-bad-exit=1"]
     parameters["additional_parameters"] = {"requeue": True}  # allowed even where the cluster's default is that a job ends
-    if after:
-        parameters["dependency"] = f"afterok:{':'.join(after)}"
+    if dependency:
+        parameters["dependency"] = dependency
         parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
     executor = Executor(folder, max_num_timeout=MAX_TIMEOUTS, python=shlex.join(PYTHON))
     executor.update_parameters(**parameters)

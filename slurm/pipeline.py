@@ -1,7 +1,8 @@
 """A recipe's stages as SLURM jobs that wait for each other, submitting them again after a failure, and taking them back.
 
-Each stage is a job that starts when those whose outputs it reads have succeeded (`afterok`). Where one fails SLURM cancels those
-that wait for it; what was submitted before and is still to run is kept when the same stages are submitted again.
+Each stage is a job that starts when those whose outputs it reads have succeeded (`afterok`); a report also starts when optional
+stages have failed (`afterany`). Where another fails SLURM cancels those that wait for it; what was submitted before and is still to
+run is kept when the same stages are submitted again.
 """
 
 import fcntl
@@ -37,6 +38,7 @@ class Stage:
     reads: tuple[str, ...]
     resources: Resources  # an `array` of more than one shares the work out by the key `part_key`
     part_key: str
+    after_any: tuple[str, ...] = ()  # those of `reads` whose end it awaits, whatever it is: a report's optional stages
 
     @property
     def array(self) -> int | None:
@@ -88,7 +90,10 @@ def sbatch_texts(stages: list[Stage], jobs: Path) -> str:
     texts = []
     for stage in stages:
         after = [name for name in stage.reads if name in names]
-        text = sbatch_text(stage.argv, stage.resources, jobs / stage.name, after=after, array=stage.array, part_key=stage.part_key)
+        text = sbatch_text(
+            stage.argv, stage.resources, jobs / stage.name, after=after, after_any=[name for name in stage.after_any if name in names],
+            array=stage.array, part_key=stage.part_key,
+        )  # fmt: skip
         texts.append(f"# stage {stage.name}\n{text}")
     return "\n".join(texts)
 
@@ -127,7 +132,8 @@ def _submit(stages: list[Stage], jobs: Path, record: Callable[[], None]) -> list
             try:
                 launched = launch(
                     stage.argv, "slurm", stage.resources, jobs / stage.name, wait=False, after=list(after.values()), out=stage.out,
-                    array=stage.array, part_key=stage.part_key,
+                    after_any=[after[name] for name in stage.after_any if name in after], array=stage.array,
+                    part_key=stage.part_key,
                 )  # fmt: skip
             except ValueError as error:
                 before = ", ".join(entry.stage.name for entry in entries if not entry.kept)
@@ -253,7 +259,7 @@ def _cancel_all(run: Path, jobs: Path, only: list[str]) -> list[str]:
             problems.append(f"{name}: {error}")
     ended = {job.submission.job_id for job in chosen.values() if job.alive}
     for name, job in there.items():
-        if name not in chosen and job.alive and ended & set(job.submission.after):
+        if name not in chosen and job.alive and ended & (set(job.submission.after) - set(job.submission.after_any)):
             told[name] = f"job {job.submission.job_id} waited for what was cancelled; SLURM will cancel it, too"
     if problems:
         raise ValueError("\n".join(problems))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("pretrain", "quantize", "units", "slurm", "recipe.py", "wordless.py")
+NAMES = ("pretrain", "quantize", "units", "slurm", "omissions.py", "recipe.py", "wordless.py")
 
 
 def snapshot_path(root: Path, names: Sequence[str], folder: Path) -> Path:

@@ -31,7 +31,7 @@ class Row:
 
     stage: str
     verb: str
-    state: str  # a job's (slurm.jobs.State), "skipped" or "not submitted"
+    state: str  # a job's (slurm.jobs.State), "skipped", "left out" or "not submitted"
     job: str | None = None
     attempt: int | None = None
     share: float | None = None
@@ -80,16 +80,19 @@ def _stage_row(run: Path, stage: dict[str, Any], job: Job | None, whole: Job | N
         made = record["began"] + record["seconds"] if verb == "report" else None
     if job and (job.alive or job.state == "done" or made is None or made < job.submission.submitted):
         row = _job_row(name, verb, job)
-        if row.state == "done" and "skipped" in record:
-            return replace(row, state="skipped", note=record["skipped"])
+        if row.state == "done" and (why := _left_out(record)):
+            return replace(row, state=why[0], note=why[1])
         if row.state == "done" and out and not Path(out).exists():
             return replace(row, state="not submitted", note="what it made has been removed")
         return replace(row, note=row.note or _last_metric(out)) if row.state in ("done", *ACTIVE) else row
     row = Row(name, verb, "not submitted", out=out)
     if made is not None:
         return replace(row, state="done", elapsed_seconds=record.get("seconds"), note=_last_metric(out))
-    if "skipped" in record or stage.get("left_out"):
-        return replace(row, state="skipped", note=record.get("skipped", "left out by --skip"))
+    if (why := _left_out(record)) or stage.get("left_out"):
+        state, note = why or ("skipped", "left out by --skip")
+        return replace(row, state=state, note=note)
+    if "failed" in record:
+        return replace(row, state="stopped", note=next(iter(record["failed"].splitlines()), ""))
     if "pid" in record:  # begun, in a process of no job of its own
         within = whole if whole and whole.alive and record["began"] >= whole.submission.submitted else None
         if within:
@@ -101,6 +104,13 @@ def _stage_row(run: Path, stage: dict[str, Any], job: Job | None, whole: Job | N
             return replace(row, state="running", elapsed_seconds=elapsed, note=_last_metric(out) or f"process {record['pid']}")
         return replace(row, state="stopped", note="began, and did not come to its end")
     return row
+
+
+def _left_out(record: dict[str, Any]) -> tuple[str, str] | None:
+    """State and note of a stage that a recipe skipped, or left out because it could not be made; None for any other."""
+    if "left_out" in record:
+        return "left out", next(iter(record["left_out"].splitlines()), "")
+    return ("skipped", record["skipped"]) if "skipped" in record else None
 
 
 def _job_row(name: str, verb: str, job: Job) -> Row:

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class Submission:
     pid: int | None = None
     git: dict[str, Any] | None = None
     code: str | None = None
+    after_any: list[str] = field(default_factory=list)  # those of `after` that need not succeed
 
     @property
     def elements(self) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"pretrain": set(), "quantize": {"pretrain"}, "units": {"pretrain", "quantize"}, "slurm": set()}
 MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
-OURS = {*MAY_IMPORT, "recipe", "wordless", "tests", "benchmarks"}
-TOP = [ROOT / "recipe.py", ROOT / "wordless.py"]
+OURS = {*MAY_IMPORT, "omissions", "recipe", "wordless", "tests", "benchmarks"}
+TOP = [ROOT / "omissions.py", ROOT / "recipe.py", ROOT / "wordless.py"]
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
 # Other libraries' formats are pickles: these modules write them. Read by `weights_only` are
 # others' models, and the checkpoints that fairseq2's trainer goes on from.

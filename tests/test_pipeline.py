@@ -5,7 +5,9 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from pretrain.artefact import META_KEY, is_complete, read_meta
 from wordless import main
@@ -151,6 +153,56 @@ def test_the_demo_runs_on_a_folder_of_audio_without_transcripts(
     assert summary["lm"]["bits_per_unit"] > 0
     assert "wer_pretrained" not in summary["ctc"]
     assert "middle" in read_meta(tmp_path / "own" / "codebook2")["fit"]["chosen_by"]
+
+
+def odd_folder(name: str, speech: Path, folder: Path) -> Path:
+    """A folder that an honest user may have: recordings of `speech`, few of them, all in one, or none with speech in it."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (speech / "speech.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    if name == "no speech":
+        waves = [0.1 * rng.standard_normal(48_000), np.zeros(48_000), 0.1 * np.sin(np.arange(48_000) / 8)] * 3
+    else:
+        waves = [soundfile.read(speech / row["audio_filepath"], dtype="float32")[0] for row in rows]
+        waves = {"one file": [np.concatenate(waves)], "three files": waves[:3]}.get(name, waves)
+    for number, wave in enumerate(waves):
+        soundfile.write(folder / f"{number:02d}.wav", wave, 16000)
+    for number in range({"few transcripts": 3, "empty transcripts": len(waves)}.get(name, 0)):
+        (folder / f"{number:02d}.txt").write_text("" if name == "empty transcripts" else rows[number]["text"])
+    return folder
+
+
+def test_of_a_folder_with_few_transcripts_the_recogniser_is_left_out_right_after_index(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, recognisers = odd_folder("few transcripts", demo / "speech", tmp_path / "audio"), ("pretrained", "scratch")
+    stages = ["manifest", *(f"{kind}_{name}" for kind in ("ctc", "text") for name in recognisers), "report"]
+    only = [word for stage in stages for word in ("--only", stage)]
+    assert run(DEMO, tmp_path / "own", "--skip", "speech", f"manifest.source={folder}", *only) == 0
+    told = capsys.readouterr().err
+    assert told.count("have a transcript that can be used (at least 1min would do)") == 2 * 2  # at once, and at the end
+    assert "text_scratch: left out: needs ctc_scratch, which was left out" in told and "4 of 26 stages were left out" in told
+    assert "a transcript that can be used (at least 1min would do)" in (tmp_path / "own" / "report.html").read_text()
+
+
+def test_what_is_transcribed_is_used_where_it_is_less_than_the_budget_but_enough(demo: Path, tmp_path: Path) -> None:
+    more = [f"run={tmp_path / 'run'}", "ctc_scratch.budget=1h", "ctc_scratch.budget_at_least=10s"]
+    paths = [f"ctc_scratch.{key}={demo / value}" for key, value in (("manifest", "manifest"), ("encoder", "hubert2"))]
+    assert main(["run", str(DEMO), *shrunk(DEMO), *more, *paths, "--only", "ctc_scratch"]) == 0
+    summary = json.loads((tmp_path / "run" / "stages" / "ctc_scratch.json").read_text())["summary"]
+    assert "budget = '1h': " in summary["note"] and summary["label_minutes"] < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["three files", "one file", "no speech", "empty transcripts"])
+def test_the_demo_ends_with_a_page_on_an_odd_folder(name: str, demo: Path, tmp_path: Path) -> None:
+    folder = odd_folder(name, demo / "speech", tmp_path / "audio")
+    classes = [f"{stage}.num_classes=16" for stage in ("layers1", "layers2")]
+    assert run(DEMO, tmp_path / "own", "--skip", "speech", f"manifest.source={folder}", *classes) == 0
+    page = (tmp_path / "own" / "report.html").read_text()
+    assert ("transcripts cannot be used" in page) == (name == "empty transcripts")
+    if name == "one file":
+        assert read_meta(tmp_path / "own" / "manifest")["num_utterances"] >= 3
 
 
 def test_wav2vec2_runs_the_same_chain(demo: Path, tmp_path: Path) -> None:

@@ -18,7 +18,17 @@ from pretrain.audio import SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.config import Config, Split, parse_config
 from pretrain.ctc.model import LoadedRecognizer, Recognizer, load_recognizer
-from pretrain.ctc.subsets import Budget, count_problems, draw_subset, examine, problems_message, targets, transcribed, write_subset
+from pretrain.ctc.subsets import (
+    Budget,
+    amount,
+    count_problems,
+    draw_subset,
+    examine,
+    problems_message,
+    targets,
+    transcribed,
+    write_subset,
+)
 from pretrain.ctc.task import CTCConfig, CTCTask
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig
@@ -64,6 +74,9 @@ class FinetuneConfig(Config):
         "or all of valid_manifest",
     )
     budget: Budget = Field("all", description="labelled audio that is used: 90s, 10min, 1h, 25% or all; a seeded draw")
+    budget_at_least: Budget | None = Field(
+        None, description="where less than the budget is transcribed, but as much as this: all of it; without this key an error"
+    )
     budget_seed: int = Field(0, description="of the draw; equal seeds give nested budgets")
     bad_transcripts: Literal["error", "quarantine"] = Field("error", description="quarantine: leave them out, listed")
     encoder: str | None = Field(None, description="a pretraining run, or a recogniser to go on from")
@@ -114,34 +127,48 @@ class Source(NamedTuple):
     problems: list[dict[str, str]]
 
 
+class Splits(NamedTuple):
+    """What is to be learned from and judged by, whole, and the symbols of both."""
+
+    chosen: Manifest
+    valid: Manifest | None
+    vocabulary: Vocabulary
+    notes: list[str]
+
+
+class Transcripts(NamedTuple):
+    """What of it is used."""
+
+    source: Source  # of the split
+    drawn: np.ndarray  # its rows that the budget takes
+    judges: Source | None  # of the validation
+    notes: list[str]
+
+
+def require_transcripts(config: FinetuneConfig) -> None:
+    """ValueError where the manifest has too few transcripts for the budget or none that can be used; reads no audio and no encoder."""
+    if config.labels is None and config.initialization != "recognizer":  # else labels and vocabulary are those of earlier stages
+        _choose(config, _splits(config), None)
+
+
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Run the verb; returns the training summary with the labelled minutes used, what was left out and the vocabulary's size."""
     require_absent(config.out)
     manifest, seed = Manifest(config.manifest), config.training.seed
-    chosen = manifest.select(config.split)
-    valid, note = _validation(config, manifest)
-    notes = [note] if note else []
     labels = Labels(config.labels) if config.labels else None
     known = load_recognizer(config.encoder) if config.encoder and config.initialization == "recognizer" else None
-    vocabulary = _vocabulary(config, [chosen, *([valid] if valid else [])], known)
+    chosen, valid, vocabulary, _ = splits = _splits(config, known)
     model, parents = _model(config, vocabulary, labels, known)
-
-    def usable(rows: Manifest, batches: BatchConfig) -> Source:
-        return _usable(rows, config, batches, vocabulary, labels)
+    source, drawn, judges, notes = _choose(config, splits, labels)
 
     def batches(rows: Manifest, limits: BatchConfig) -> SpeechBatches:
         return LabelBatches(rows, labels, limits, seed, config.units) if labels else SpeechBatches(rows, limits, seed, crop=False)
 
-    source = usable(chosen, config.batches)
-    # In the order of the file, as they are in OUT/subset: training on that, with this vocabulary, is the same run.
-    drawn = np.sort(draw_subset(chosen, source.rows, config.budget, config.budget_seed))
     labelled = chosen.take(drawn)
     train_set, valid_set, problems = batches(labelled, config.batches), None, source.problems
-    if valid is not None:
-        whole = config.batches.model_copy(update={"crop_seconds": 1e9, "min_seconds": 0.025})
-        judges = usable(valid, whole)
+    if valid is not None and judges is not None:
         judging = valid.take(judges.rows)
-        valid_set, problems = batches(judging, whole), problems + judges.problems
+        valid_set, problems = batches(judging, _whole(config)), problems + judges.problems
         if seen := len({*judging.ids}.intersection(labelled.ids)):
             notes.append(f"{seen} of the {len(judging)} utterances of the validation are trained on (by their ids)")
     frozen_phases = config.initialization != "random" and labels is None
@@ -175,6 +202,37 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "vocabulary": len(vocabulary),
         **({"note": "; ".join(notes)} if notes else {}),
     }
+
+
+def _splits(config: FinetuneConfig, known: LoadedRecognizer | None = None) -> Splits:
+    manifest = Manifest(config.manifest)
+    chosen = manifest.select(config.split)
+    valid, note = _validation(config, manifest)
+    return Splits(chosen, valid, _vocabulary(config, [chosen, *([valid] if valid else [])], known), [note] if note else [])
+
+
+def _choose(config: FinetuneConfig, splits: Splits, labels: Labels | None) -> Transcripts:
+    """The transcripts to learn from and to judge by. ValueError where there are too few of them, or bad ones."""
+    chosen, valid, vocabulary, notes = splits
+    source = _usable(chosen, config, config.batches, vocabulary, labels)
+    # In the order of the file, as they are in OUT/subset: training on that, with this vocabulary, is the same run.
+    drawn = np.sort(draw_subset(chosen, source.rows, config.budget, config.budget_seed, config.budget_at_least))
+    minutes, (wanted, unit) = chosen.take(drawn).lengths.sum() / (60 * SAMPLE_RATE), amount(config.budget)
+    if unit == "s" and minutes * 60 < wanted:
+        notes = [*notes, f"budget = {config.budget!r}: {minutes:.2f} minutes are transcribed, and all of them are used"]
+    if valid is None:
+        return Transcripts(source, drawn, None, notes)
+    try:
+        return Transcripts(source, drawn, _usable(valid, config, _whole(config), vocabulary, labels), notes)
+    except ValueError as error:
+        if config.bad_transcripts == "error" or config.valid_manifest or "valid_split" in config.model_fields_set:
+            raise
+        return Transcripts(source, drawn, None, [*notes, f"no validation: {error}"])
+
+
+def _whole(config: FinetuneConfig) -> BatchConfig:
+    """Limits of the validation, which has every utterance."""
+    return config.batches.model_copy(update={"crop_seconds": 1e9, "min_seconds": 0.025})
 
 
 def _validation(config: FinetuneConfig, manifest: Manifest) -> tuple[Manifest | None, str | None]:

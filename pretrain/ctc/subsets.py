@@ -120,25 +120,28 @@ def problems_message(manifest: Manifest, problems: Sequence[dict[str, str]], sho
     return "\n  ".join([f"{manifest.folder}: {len(problems)} transcripts cannot be used ({counts}):", *lines])
 
 
-def draw_subset(manifest: Manifest, rows: np.ndarray, budget: str, seed: int) -> np.ndarray:
+def draw_subset(manifest: Manifest, rows: np.ndarray, budget: str, seed: int, at_least: str | None = None) -> np.ndarray:
     """Of `rows`, as drawn, the first that together have the budget: it ends with the utterance that reaches it, at most that much over.
 
     A share is of the audio of `rows`. Speakers have equal audio to within an utterance, as far as theirs goes; rows without a speaker
-    count as one speaker. ValueError for a budget above what there is, and for what is none.
+    count as one speaker. Where there is less than the budget but `at_least` as much as that, all of it. ValueError for a budget above
+    what there is otherwise, and for what is none.
     """
     rows = np.asarray(rows, np.int64)
-    wanted_amount, unit = amount(budget)
     if budget == "all":
         return rows
     chosen = manifest.take(rows)
     lengths = chosen.lengths
     available = int(lengths.sum())
-    wanted = math.ceil(wanted_amount * (Fraction(available, 100) if unit == "%" else SAMPLE_RATE))
+    wanted = _num_samples(budget, available)
+    if at_least is not None and wanted > available >= _num_samples(at_least, available) and available:
+        return rows
     if wanted > available or not available:
         usable, there = (samples / (60 * SAMPLE_RATE) for samples in (available, int(manifest.lengths.sum())))
+        enough = f" (at least {at_least} would do)" if at_least else ""
         raise ValueError(
             f"{manifest.folder}: budget = {budget!r} is {wanted / (60 * SAMPLE_RATE):.2f} minutes, but only {usable:.2f} of the "
-            f"{there:.2f} minutes there have a transcript that can be used; ask for less, or for all"
+            f"{there:.2f} minutes there have a transcript that can be used{enough}; ask for less, or for all"
         )
     keys, speakers = _hashes(chosen, seed), _speakers(chosen)[1]
     by_speaker = np.lexsort((keys, speakers))
@@ -149,6 +152,12 @@ def draw_subset(manifest: Manifest, rows: np.ndarray, budget: str, seed: int) ->
     rank = np.repeat(keys[by_speaker][first], sizes)  # whose turn it is first among equals
     drawn = by_speaker[np.lexsort((rank, before))]
     return rows[drawn[: int(np.searchsorted(np.cumsum(lengths[drawn]), wanted)) + 1]]
+
+
+def _num_samples(budget: str, available: int) -> int:
+    """What a budget is of so many samples, rounded up."""
+    wanted, unit = amount(budget)
+    return math.ceil(wanted * (Fraction(available, 100) if unit == "%" else SAMPLE_RATE))
 
 
 def _hashes(manifest: Manifest, seed: int) -> np.ndarray:

@@ -313,7 +313,7 @@ def require_inputs(left: Sequence[Cell]) -> None:
         learning = cell.finetuning()
         if not is_complete(cell.recognizer):
             wanted[resolve_device, learning.training.device, "finetune.training.device"] = None
-            wanted[_require_labelled, learning.manifest, learning.split, learning.text, learning.budget] = None
+            wanted[_require_labelled, *_labelled(learning)] = None
             for key, read in (("valid_manifest", Manifest), ("encoder", load_weights), ("labels", Labels)):
                 if (folder := getattr(learning, key)) is not None:
                     wanted[read, folder] = None
@@ -335,11 +335,22 @@ def _require_split(manifest: str, split: str | None) -> None:
     Manifest(manifest).select(split)
 
 
-def _require_labelled(manifest: str, split: str | None, text: TextConfig, budget: str) -> None:
+def _require_labelled(manifest: str, split: str | None, text: TextConfig, budget: str, at_least: str | None) -> None:
     """ValueError for a budget above the transcribed audio. (`finetune` says what of it cannot be used.)"""
     chosen = Manifest(manifest).select(split)
     if len(rows := transcribed(chosen, text)):
-        draw_subset(chosen, rows, budget, 0)
+        draw_subset(chosen, rows, budget, 0, at_least)
+
+
+def _labelled(learning: FinetuneConfig) -> tuple[str, str | None, TextConfig, str, str | None]:
+    """What `_require_labelled` is about, of a cell."""
+    return learning.manifest, learning.split, learning.text, learning.budget, learning.budget_at_least
+
+
+def require_transcripts(config: TransferConfig) -> None:
+    """ValueError for budgets above what is transcribed; reads the manifest alone."""
+    for wanted in dict.fromkeys(_labelled(cell.finetuning()) for cell in cells(config)):
+        _require_labelled(*wanted)
 
 
 def is_made(config: FinetuneConfig | TranscribeConfig, kind: str) -> bool:

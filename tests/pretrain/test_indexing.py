@@ -514,3 +514,44 @@ def test_splits_of_the_source_or_none_at_all_are_no_reason_for_notes(tmp_path: P
     (tmp_path / "l.jsonl").write_text('{"audio_filepath": "x.wav"}\n')
     summary = index(IndexConfig(source=str(tmp_path / "l.jsonl"), out=str(tmp_path / "n"), dev_share=0.0, test_share=0.0))
     assert summary["splits_drawn_by"] == "none" and "notes" not in summary
+
+
+# Long recordings
+
+
+def test_a_long_recording_is_cut_into_utterances_that_have_its_samples_and_its_words_between_them(tmp_path: Path) -> None:
+    record(tmp_path / "audio" / "talk.wav", 10 * 8000, rate=8000)
+    record(tmp_path / "audio" / "short.wav", 2 * 8000, rate=8000)
+    lines = [{"id": "talk", "words": [[0.5, 1.0, "one"], [2.9, 3.6, "two"], [9.0, 9.5, "three"]], "phones": [[2.9, 3.5, "t"]]}]
+    rows = [{"audio_filepath": "audio/talk.wav", "text": "one two three", **lines[0]}, {"audio_filepath": "audio/short.wav"}]
+    summary, manifest = run(write_lines(tmp_path / "a.jsonl", rows), max_seconds=4)
+    pieces = [utterance for utterance in manifest if utterance.id != "audio/short"]
+    assert [piece.id for piece in pieces] == ["talk-0", "talk-1", "talk-2"] and len(manifest) == 4
+    assert [piece.text for piece in pieces] == ["one two", None, "three"]
+    assert pieces[2].words == [Word(pytest.approx(9 - 20 / 3, abs=1e-4), pytest.approx(9.5 - 20 / 3, abs=1e-4), "three")]
+    assert pieces[0].phones == [Phone(2.9, pytest.approx(10 / 3, abs=1e-4), "t")]  # its middle is just before the cut
+    whole = soundfile.read(tmp_path / "audio" / "talk.wav", dtype="float32")[0]
+    again = [soundfile.read(piece.path, piece.num_samples, piece.start, dtype="float32")[0] for piece in pieces]
+    assert np.array_equal(np.concatenate(again), whole)
+    assert summary["notes"] == ["1 recordings longer than max_seconds were cut into 3 utterances"]
+
+
+def test_one_long_recording_gives_every_split_pieces_and_of_several_each_is_of_one_split(tmp_path: Path) -> None:
+    record(tmp_path / "one" / "talk.wav", 16000 * 10)
+    (tmp_path / "one" / "talk.txt").write_text("nobody knows when")
+    summary, manifest = run(tmp_path / "one", max_seconds=2, dev_share=0.2, test_share=0.2)
+    assert {split: count["utterances"] for split, count in summary["splits"].items()} == {"dev": 1, "test": 1, "train": 3}
+    assert not manifest.has_text and "1 of their transcripts have no word times" in summary["notes"][0]
+    for number in range(3):
+        record(tmp_path / "three" / f"{number}.wav", 16000 * (6 + number))
+    (tmp_path / "manifest").rename(tmp_path / "before")
+    _, manifest = run(tmp_path / "three", max_seconds=2, dev_share=0.2, test_share=0.2)
+    assert len(manifest) == 3 + 4 + 4
+    assert len({(utterance.id[0], utterance.split) for utterance in manifest}) == 3
+
+
+def test_a_piece_with_the_name_of_another_recording_is_refused(tmp_path: Path) -> None:
+    record(tmp_path / "audio" / "talk.wav", 16000 * 4)
+    record(tmp_path / "audio" / "talk-1.wav", 16000)
+    with pytest.raises(ValueError, match=r"max_seconds: a piece of .*talk\.wav would have the id 'talk-1'"):
+        run(tmp_path / "audio", max_seconds=3)

@@ -143,6 +143,27 @@ def test_silence_stops_a_run_because_its_features_do_not_vary(
         pretrain(config(tmp_path, valid_split=None, alarm={"after_steps": 2, "perplexity": 0.0}))
 
 
+def test_a_silent_valid_split_stops_no_run(
+    tmp_path: Path, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]
+) -> None:
+    waves = [0.1 * np.random.default_rng(length).standard_normal(length) for length in LENGTHS[:4]]
+    manifest = make_corpus(tmp_path, [*waves, np.zeros(9000)], splits=["train"] * 4 + ["dev"])
+    make_labels(tmp_path / "labels", {utterance.id: utterance.num_frames for utterance in manifest})
+    training = {"max_steps": 2, "log_every": 1, "checkpoint_every": 2, "device": "cpu", "validate_every": 1}
+    pretrain(config(tmp_path, alarm={"after_steps": 1, "perplexity": 0.0}, training=training))
+    assert last_line(tmp_path / "run")["valid_feature_variation"] == 1.0
+
+
+def test_labels_that_are_all_alike_are_refused_before_the_first_step(
+    tmp_path: Path, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]
+) -> None:
+    manifest = make_corpus(tmp_path, [np.zeros(length) for length in LENGTHS])
+    make_labels(tmp_path / "labels", {utterance.id: utterance.num_frames for utterance in manifest}, num_classes=1)
+    with pytest.raises(ValueError, match="has the same label for every frame of split 'train': there is nothing to learn"):
+        pretrain(config(tmp_path, valid_split=None))
+    assert not (tmp_path / "run").exists()
+
+
 def test_context_that_varies_too_little_stops_a_run(corpus: Path) -> None:
     alarm = {"after_steps": 3, "perplexity": 0.0, "variation": 0.9}
     with pytest.raises(ValueError, match=r"step 3: collapsed: context_variation is 0\.\d+, below alarm\.variation = 0\.9: the enc"):

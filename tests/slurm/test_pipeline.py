@@ -637,3 +637,38 @@ def test_a_process_that_took_the_number_of_a_local_job_is_left_alone(tmp_path: P
     finally:
         other.kill()
         other.wait()
+
+
+# What is left out
+
+
+def test_a_report_waits_for_the_success_of_needed_stages_and_for_the_end_of_optional_ones_and_gets_their_reasons(
+    recipe: Path, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree, run = tomllib.loads(recipe.read_text()), tmp_path / "run"
+    del tree["other"], tree["units"]
+    tree["extra"] = {"verb": "index", "source": str(tmp_path / "nowhere"), "optional": True}
+    tree["more"] = {"verb": "encode", "manifest": "@extra", "codebook": "@codebook"}
+    tree["killed"] = {"verb": "measure", "manifest": "@manifest", "labels": "@labels", "optional": True}
+    tree["report"] = {
+        "verb": "report", "out": "@", "manifest": "@manifest", "labels": {"a": "@labels", "b": "@more"}, "units": {"a": "@killed"},
+    }  # fmt: skip
+    del tree["labels"]["slurm"]
+    recipe.write_text(tomli_w.dumps(tree))
+    assert submit_recipe(recipe) == 0
+    assert "#SBATCH --dependency=afterok:42:44\n" in cluster.text("45")  # `more`, of codebook and extra
+    assert "#SBATCH --dependency=afterok:41:43,afterany:45:46\n" in cluster.text("47")
+    assert job_of(run, "report").submission.after_any == ["45", "46"]
+    for name in ("manifest", "codebook", "labels", "extra", "more"):
+        carry_out(job_of(run, name))  # those of stages that are left out end well, too
+    write_json(
+        run / "stages" / "killed.json", {"verb": "measure", "began": 0.0, "pid": 1, "host": "n1", "out": str(run / "killed")}
+    )
+    say(job_of(run, "killed"), "failed")
+    carry_out(job_of(run, "report"))
+    page = (run / "report.html").read_text()
+    assert "needs extra, which was left out" in page and "it began and did not end" in page
+    capsys.readouterr()
+    assert main(["status", str(run), "--json"]) == 1
+    rows = {row["stage"]: row["state"] for row in json.loads(capsys.readouterr().out)["stages"]}
+    assert (rows["extra"], rows["more"], rows["killed"], rows["report"]) == ("left out", "left out", "failed", "done")

@@ -10,7 +10,7 @@ import torch
 
 from pretrain.artefact import read_meta
 from pretrain.checkpoint import load_weights
-from pretrain.ctc.finetuning import FinetuneConfig, finetune
+from pretrain.ctc.finetuning import FinetuneConfig, finetune, require_transcripts
 from pretrain.ctc.model import load_recognizer
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.encoder import load_encoder
@@ -274,3 +274,22 @@ def test_settings_of_regularisation_replace_the_encoders_own_and_only_when_given
     found = load_recognizer(tmp_path / "recognizer").model.encoder.config
     assert (found.layer_drop, found.attention_dropout, found.dropout) == (0.25, 0.5, 0.0)
     assert np.isclose(found.activation_dropout, load_encoder(tmp_path / "encoder")[0].config.activation_dropout)
+
+
+def test_a_dev_split_of_bad_transcripts_alone_judges_nothing_where_they_are_to_be_left_out(
+    tmp_path: Path, make_corpus: MakeCorpus
+) -> None:
+    manifest = corpus(tmp_path, make_corpus, train=["ab", "ba", "abb"], dev=["", ""])
+    quick: dict[str, Any] = {"training": {"max_steps": 1}, "bad_transcripts": "quarantine"}
+    summary = finetune(settings(tmp_path, manifest, **quick))
+    assert summary["valid_utterances"] == 0 and "no validation: " in summary["note"] and "2 empty" in summary["note"]
+    with pytest.raises(ValueError, match="None is left to learn from"):
+        finetune(settings(tmp_path, manifest, out=str(tmp_path / "asked"), valid_split="dev", **quick))
+
+
+def test_too_few_transcripts_are_seen_without_an_encoder(tmp_path: Path, make_corpus: MakeCorpus) -> None:
+    manifest = corpus(tmp_path, make_corpus, train=["ab", "ba"], dev=["a"])
+    config = settings(tmp_path, manifest, encoder=str(tmp_path / "not_yet"), budget="1min")
+    with pytest.raises(ValueError, match=r"budget = '1min' is 1\.00 minutes, but only 0\.01"):
+        require_transcripts(config)
+    require_transcripts(config.model_copy(update={"budget": "all"}))

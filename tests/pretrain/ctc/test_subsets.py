@@ -310,3 +310,12 @@ def test_a_subset_that_stands_is_kept_and_another_one_is_refused(tmp_path: Path)
         write_subset(tmp_path / "subset", manifest, np.setdiff1d(np.arange(200), rows)[: len(rows)], budget="30s", seed=0)
     (tmp_path / "subset" / "meta.json").unlink()  # interrupted: written anew
     assert write_subset(tmp_path / "subset", manifest, rows, budget="30s", seed=0).fingerprint == first.fingerprint
+
+
+def test_less_than_the_budget_is_all_of_it_where_that_is_at_least_enough(tmp_path: Path, make_corpus: Any) -> None:
+    manifest = make_corpus(tmp_path, [np.zeros(16000, np.float32)] * 5, texts=["a"] * 5)
+    rows = np.arange(5)
+    assert draw_subset(manifest, rows, "10s", 0, "5s").tolist() == rows.tolist()
+    assert len(draw_subset(manifest, rows, "3s", 0, "5s")) == 3
+    with pytest.raises(ValueError, match=r"at least 6s would do"):
+        draw_subset(manifest, rows, "10s", 0, "6s")

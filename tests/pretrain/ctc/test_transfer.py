@@ -19,7 +19,7 @@ from pretrain.config import parse_config
 from pretrain.ctc import transfer as module
 from pretrain.ctc.curve import as_text, draw_curve, minutes_in_words, summarize, write_curve
 from pretrain.ctc.model import Recognizer
-from pretrain.ctc.transfer import SCHEMA, TransferConfig, cells, merged, transfer
+from pretrain.ctc.transfer import SCHEMA, TransferConfig, cells, merged, require_transcripts, transfer
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import EncoderConfig, load_encoder
 from pretrain.manifest import Manifest
@@ -481,3 +481,10 @@ def test_amounts_of_speech_are_named_as_people_do() -> None:
         6024.0: "100 h",
     }
     assert {minutes: minutes_in_words(minutes) for minutes in named} == named
+
+
+def test_budgets_above_what_is_transcribed_are_seen_without_an_encoder(tmp_path: Path, made: Path) -> None:
+    changes = {"encoder": str(tmp_path / "not_yet"), "budgets": ["1s", "100h"]}
+    with pytest.raises(ValueError, match=r"budget = '100h' is 6000\.00 minutes, but only"):
+        require_transcripts(config(made, tmp_path / "out", **changes))
+    require_transcripts(config(made, tmp_path / "out", **changes, finetune={"budget_at_least": "1s", "training": {"max_steps": 1}}))
