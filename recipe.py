@@ -337,7 +337,11 @@ class Recipe:
         from pretrain.lock import locked
 
         config = self.parse(name)
-        return nullcontext() if name in self.left_out or self.idle(name, config, redo) else locked(config.out, getattr(config, "part", None))
+        return (
+            nullcontext()
+            if name in self.left_out or self.idle(name, config, redo)
+            else locked(config.out, getattr(config, "part", None))
+        )
 
     def _run_stage(self, name: str, redo: bool) -> dict[str, Any]:
         """Its summary; empty where there was nothing to do."""

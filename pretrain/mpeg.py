@@ -293,11 +293,12 @@ def _info(span: Span, frames: Frames, count: int) -> bytes:
     """An Info header that counts `count` frames, from which libsndfile takes the length."""
     header = bytearray(span.at(int(frames.places[0]), 4))
     header[1] |= 1
-    for choice in range(1, 15):  # the smallest frame that it fits in
+    size = choice = 0
+    while size < 4 + frames.kind.side + 60:  # the smallest frame that it fits in
+        choice += 1
         header[2] = choice << 4 | header[2] & 0x0C
         parsed = _header(bytes(header))
         assert parsed is not None
-        if parsed[1] >= 4 + frames.kind.side + 60:
-            break
+        size = parsed[1]
     about = b"Info" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")
-    return (bytes(header) + bytes(frames.kind.side) + about).ljust(parsed[1], b"\0")
+    return (bytes(header) + bytes(frames.kind.side) + about).ljust(size, b"\0")
