@@ -337,11 +337,9 @@ class Recipe:
         from pretrain.lock import locked
 
         config = self.parse(name)
-        return (
-            nullcontext()
-            if name in self.left_out or self.idle(name, config, redo)
-            else locked(config.out, getattr(config, "part", None))
-        )
+        if name in self.left_out or self.idle(name, config, redo):
+            return nullcontext()
+        return locked(config.out, getattr(config, "part", None))
 
     def _run_stage(self, name: str, redo: bool) -> dict[str, Any]:
         """Its summary; empty where there was nothing to do."""

@@ -99,7 +99,7 @@ def test_a_needed_stage_that_fails_ends_the_run_with_a_page_of_what_there_is(
     assert run(stages, tmp_path) == 2
     assert f"wordless: {tmp_path}/nowhere" in capsys.readouterr().err
     page = (tmp_path / "run" / "report.html").read_text()
-    assert f"<b>elsewhere</b>: {tmp_path}/nowhere: no such folder or file" in page
+    assert f"<code>elsewhere</code>: {tmp_path}/nowhere: no such folder or file" in page
     assert main(["status", str(tmp_path / "run")]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("elsewhere"))
     assert "stopped" in row and f"{tmp_path}/nowhere: no such folder or file" in row

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +519,7 @@ def test_several_processes_take_one_stage_that_trains(
         assert "a recipe runs in one process. Several take one stage that trains" in capsys.readouterr().err
     train = stages_of(hubert={"verb": "pretrain"})
     monkeypatch.setattr(Recipe, "_run_stage", lambda *_: {})
+    monkeypatch.setattr(Recipe, "_occupied_stage", lambda *_: nullcontext())
     assert train.run(["hubert"], redo=False) == (None, {})
 
 
