@@ -54,7 +54,7 @@ def _records(run: Path) -> dict[str, dict[str, Any]]:
     """Records of stages whose output is not there, by name. A report has no output of its own that others read."""
     from pretrain.artefact import is_complete
 
-    read = {path.stem: json.loads(path.read_text()) for path in sorted((run / "stages").glob("*.json"))}
+    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "stages").glob("*.json"))}
     return {
         name: record
         for name, record in read.items()

@@ -128,7 +128,7 @@ class Recipe:
         problems += [] if isinstance(tree.get("run"), str) else [f"{source}: run: the run's folder is needed"]
         if problems:
             raise ValueError("\n".join(problems))
-        self.folder = Path(tree["run"])
+        self.folder = Path(self._expand(tree["run"], "run"))
         self.left_out: dict[str, str] = {}  # by `run`: stages and the reasons
 
     def choose(self, skip: set[str], only: set[str]) -> list[str]:
@@ -210,7 +210,17 @@ class Recipe:
         return {name: {**table, **self.parse(name).resolved()} for name, table in kept.items()}
 
     def _out(self, name: str) -> str:
-        return str(self._resolve(self.stages[name].get("out", str(self.folder / name)), name))
+        out = self._resolve(self.stages[name].get("out", str(self.folder / name)), name)
+        return self._expand(out, f"{name}.out") if isinstance(out, str) else str(out)
+
+    def _expand(self, path: str, key: str) -> str:
+        """A path with `~` and variables replaced, as in every config."""
+        from pretrain.config import expand_path
+
+        try:
+            return expand_path(path)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {key}: {error}") from None
 
     def _resolve(self, value: Any, name: str) -> Any:
         if isinstance(value, dict):
@@ -238,7 +248,10 @@ class Recipe:
         found = {text[1:].partition("/")[0] for text in _strings(table) if text.startswith("@")} - {""}
         for text in _strings({key: value for key, value in table.items() if key != "out"}):
             if text and asset_name(text) is None:
-                path = os.path.abspath(self._resolve(text, name))
+                path = self._resolve(text, name)
+                with suppress(ValueError):  # a text that is no path, such as a regular expression
+                    path = self._expand(path, name)
+                path = os.path.abspath(path)
                 around = [stage for stage, out in outs.items() if f"{path}{os.sep}".startswith(f"{out}{os.sep}")]
                 found |= {max(around, key=lambda stage: len(outs[stage]))} if around else set()
                 found |= {stage for stage, out in outs.items() if out.startswith(f"{path}{os.sep}")}
@@ -247,6 +260,7 @@ class Recipe:
     def plan(self, chosen: list[str], redo: bool, *, write: bool) -> list["Stage"]:
         """What is to be submitted of the `chosen`: what does not stand, or reads what will be made anew. Each job gets its settings as
         they are now, in a file of its own, which `write` False only names."""
+        from pretrain.destination import require_writable
         from slurm.pipeline import Stage, freeze
 
         jobs: list[Stage] = []
@@ -256,8 +270,10 @@ class Recipe:
             if reason is not None and not {job.name for job in jobs} & set(reads):
                 say(f"{name}: {reason}")
                 continue
+            if write:
+                require_writable(config.out)
             table = {key: value for key, value in self.stages[name].items() if key != "slurm"}
-            table = {**self._resolve(table, name), "out": self._out(name)}
+            table = {**with_paths(self._resolve(table, name), config.resolved()), "out": self._out(name)}
             if name in self.optional:
                 table["optional"] = True  # also where it is so by what it reads, which is not in this file
             alone = {"run": str(self.folder), name: table}
@@ -275,14 +291,19 @@ class Recipe:
         require_no_job(self.folder / "jobs", {"run": str(self.folder), **{name: f"{self.folder} {name}" for name in chosen}})
 
     def require_feasible(self, chosen: list[str], redo: bool, num_processes: int) -> None:
-        """ValueError, before any work, where a stage stands with other settings, or so many processes cannot do the stages."""
+        """ValueError, before any work, where a stage stands with other settings, its output cannot be written, or so many processes
+        cannot do the stages."""
+        from pretrain.destination import require_writable
+
         if num_processes > 1 and not (len(chosen) == 1 and VERBS[self.stages[chosen[0]]["verb"]].distributed):
             raise ValueError(
                 f"{self.source}: a recipe runs in one process. Several take one stage that trains: `--only STAGE`; or --on slurm, "
                 "which makes a job of each stage"
             )
         for name in chosen:
-            self.idle(name, self.parse(name), redo)
+            config = self.parse(name)
+            if self.idle(name, config, redo) is None:
+                require_writable(config.out)
 
     def record(self, command: list[str], skip: set[str], given: float) -> None:
         """Tell `status` which stages there are and by which command they run, given at that time."""
@@ -411,7 +432,7 @@ class Recipe:
     def _paths(self, name: str) -> list[str]:
         """All strings of a stage's table but its `out`, references resolved: the paths it reads are among them."""
         table = {key: value for key, value in self.stages[name].items() if key not in STAGE_KEYS | {"out"}}
-        return list(_strings(self._resolve(table, name)))
+        return list(_strings(with_paths(self._resolve(table, name), self.parse(name).resolved())))
 
     def idle(self, name: str, config: Any, redo: bool) -> str | None:
         """Why a stage has nothing to do; None where it has. ValueError where it stands with other settings, without `redo`."""
@@ -450,7 +471,7 @@ class Recipe:
 
     def _read_record(self, name: str) -> dict[str, Any]:
         path = self._record_path(name)
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _write_record(self, name: str, record: dict[str, Any]) -> None:
         from pretrain.artefact import write_json
@@ -529,6 +550,15 @@ def has_parts(name: str, table: dict[str, Any]) -> bool:
     """Whether the work of a verb with the settings `table` can be shared out by `part`."""
     fields = VERBS[name].load()[0].model_fields  # type: ignore[attr-defined]
     return "part" in fields and "part" not in table
+
+
+def with_paths(given: Any, resolved: Any) -> Any:
+    """The settings `given`, with the texts of the config that they became: paths as they are here, whatever a job's variables are."""
+    if isinstance(given, dict) and isinstance(resolved, dict):
+        return {key: with_paths(value, resolved.get(key)) for key, value in given.items()}
+    if isinstance(given, list) and isinstance(resolved, list) and len(given) == len(resolved):
+        return [with_paths(*pair) for pair in zip(given, resolved, strict=True)]
+    return resolved if isinstance(given, str) and isinstance(resolved, str) else given
 
 
 def as_toml(tree: dict[str, Any], source: str) -> str:

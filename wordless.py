@@ -4,7 +4,7 @@ Rooms are imported only when a verb needs them: `wordless --help` imports no tor
 `recipe.py`. A user's mistake is a ValueError: exit status 2 and its message.
 """
 
-import errno
+import io
 import json
 import os
 import shlex
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from recipe import VERBS, Recipe, Verb, as_toml, require_fitting, say, stands, verb_named
+from recipe import VERBS, Recipe, Verb, as_toml, require_fitting, say, stands, verb_named, with_paths
 
 if TYPE_CHECKING:
     from slurm.resources import Resources
@@ -34,7 +34,20 @@ app = typer.Typer(
     help="Speech units and textless language models from raw audio. The verbs, in the order of the pipeline:",
 )  # fmt: skip
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="A TOML file; `wordless check FILE` validates it.")]
+
+def _path(text: str) -> Path:
+    """A path of the command line, with `~` and variables replaced as in configs."""
+    from pretrain.config import expand_path
+
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+ConfigPath = Annotated[
+    Path, typer.Argument(parser=_path, metavar="CONFIG.toml", help="A TOML file; `wordless check FILE` validates it.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Dotted keys over the file's.")]
 On = Annotated[Literal["here", "local", "slurm"], typer.Option("--on", help="Where it runs: this process, a local job, SLURM.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config (and the sbatch text) and stop.")]
@@ -64,7 +77,7 @@ def _add_index(verb: Verb) -> None:
         from pretrain.config import apply_overrides
 
         if source.endswith(".toml"):
-            tree = _read(Path(source), [item for item in (out, *(overrides or [])) if item])
+            tree = _read(_path(source), [item for item in (out, *(overrides or [])) if item is not None])
         elif out is None or "=" in out:
             raise ValueError("index: give the manifest's folder after the source: wordless index SOURCE OUT [key=value ...]")
         else:
@@ -85,7 +98,7 @@ def _add_sample(verb: Verb) -> None:
         dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
-        given = [*(overrides or []), *([f"audio={json.dumps(os.path.abspath(audio))}"] if audio else [])]
+        given = [*(overrides or []), *([f"audio={json.dumps(os.path.abspath(_path(audio)))}"] if audio else [])]
         _run_verb("sample", _read(config, given), str(config), on, dry_run, as_json)
 
     app.command("sample", help=verb.help)(command)
@@ -121,6 +134,10 @@ def run_recipe(
     given = [flag for name, names in (("--skip", skip), ("--only", only)) for value in names or [] for flag in (name, value)]
     command = ["run", str(recipe), *(overrides or []), *given, *["--redo"] * redo, *(["--on", on] if on != "here" else [])]
     record = partial(stages.record, command, set(skip or []), began)
+    if not dry_run:
+        from pretrain.destination import require_writable
+
+        require_writable(stages.folder)
     if dry_run:
         _dry_run({"run": str(stages.folder), **stages.resolved()})
         if on == "slurm":
@@ -156,7 +173,9 @@ def run_recipe(
         say(f"`wordless status {shlex.quote(str(stages.folder))}` tells how they fare" if entries else "nothing to submit")
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A recipe's run, or the `out` of a verb that runs as a job.")]
+RunFolder = Annotated[
+    Path, typer.Argument(parser=_path, metavar="RUN", help="A recipe's run, or the `out` of a verb that runs as a job.")
+]
 
 
 @app.command("status")
@@ -196,7 +215,11 @@ def show_logs(
 
 
 @app.command("check")
-def check(path: Annotated[Path, typer.Argument(help="A config, a recipe, an artefact's folder, or fairseq2:CARD.")]) -> None:
+def check(
+    path: Annotated[
+        Path, typer.Argument(parser=_path, metavar="PATH", help="A config, a recipe, an artefact's folder, or fairseq2:CARD.")
+    ],
+) -> None:
     """Validate a config, a recipe or an artefact; say what is wrong with it."""
     from pretrain.artefact import read_meta, require_as_written, sha256_file
     from pretrain.config import parse_config, read_toml
@@ -235,11 +258,13 @@ def import_model(
     source: Annotated[
         Path,
         typer.Argument(
+            parser=_path,
+            metavar="SOURCE",
             help="A transformers folder, a fairseq .pt, a torchaudio .pth, fairseq2:CARD or a folder with a card of fairseq2's; with "
-            "--codebook a file of centroids."
+            "--codebook a file of centroids.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The run folder, or the codebook's, to make.")],
+    out: Annotated[Path, typer.Argument(parser=_path, metavar="OUT", help="The run folder, or the codebook's, to make.")],
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, where no config and no published width tells.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="K of a fairseq HuBERT; its embeddings may have 4 more rows.")] = None,
     normalize_waveform: Annotated[
@@ -248,12 +273,19 @@ def import_model(
     ] = None,
     vocabulary: Annotated[
         Path | None,
-        typer.Option(help="What the classes of a CTC head are, where its file does not say: dict.ltr.txt, vocab.json, .model."),
+        typer.Option(
+            parser=_path,
+            metavar="PATH",
+            help="What the classes of a CTC head are, where its file does not say: dict.ltr.txt, vocab.json, .model.",
+        ),
     ] = None,
     codebook: Annotated[
         bool, typer.Option("--codebook", help="Import k-means instead: scikit-learn or fairseq joblib, .pt, .npy, .safetensors.")
     ] = False,
-    encoder: Annotated[Path | None, typer.Option(help="With --codebook: the run whose features the centroids are of.")] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="PATH", help="With --codebook: the run whose features the centroids are of."),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="With --codebook: its layer; 0 is the first layer's input.")] = None,
     convention: Annotated[
         Literal["residual", "feed_forward"] | None,
@@ -270,6 +302,7 @@ def import_model(
 ) -> None:
     """Other libraries' wav2vec 2.0 and HuBERT weights to a run; with --codebook, their k-means to a codebook."""
     from pretrain.config import parse_config, without_none
+    from pretrain.destination import require_writable
     from pretrain.interrupts import ends_in_a_line
     from pretrain.lock import locked
 
@@ -278,7 +311,14 @@ def import_model(
         "num_heads": num_heads, "num_classes": num_classes, "normalize_waveform": normalize_waveform,
         "vocabulary": None if vocabulary is None else str(vocabulary),
     }  # fmt: skip
-    of_codebooks = {"encoder": encoder, "layer": layer, "convention": convention, "mfcc": mfcc or None, "cmvn": cmvn or None}
+    require_writable(out)
+    of_codebooks = {
+        "encoder": encoder and str(encoder),
+        "layer": layer,
+        "convention": convention,
+        "mfcc": mfcc or None,
+        "cmvn": cmvn or None,
+    }
     for name, value in (of_runs if codebook else of_codebooks).items():
         if value is not None:
             kind = "runs, not codebooks" if codebook else "codebooks; say --codebook too"
@@ -300,9 +340,18 @@ def import_model(
 def export_artefact(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN|CODEBOOK|CORPUS", help="Of `pretrain`, `finetune`, `train-lm`, `cluster`, `pack` or `import`."),
+        typer.Argument(
+            parser=_path,
+            metavar="RUN|CODEBOOK|CORPUS",
+            help="Of `pretrain`, `finetune`, `train-lm`, `cluster`, `pack` or `import`.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="The folder (huggingface, fairseq2, codec) or file (every other format) to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            parser=_path, metavar="OUT", help="The folder (huggingface, fairseq2, codec) or file (every other format) to write."
+        ),
+    ],
     form: Annotated[
         str, typer.Option("--format", help="; ".join(f"a {kind}: {', '.join(forms)}" for kind, forms in EXPORTS.items()))
     ],
@@ -312,6 +361,7 @@ def export_artefact(
 ) -> None:
     """Weights, centroids and units to other libraries' files."""
     from pretrain.artefact import is_complete, read_meta
+    from pretrain.destination import require_writable
     from pretrain.interrupts import ends_in_a_line
     from pretrain.lock import locked
 
@@ -331,6 +381,7 @@ def export_artefact(
         raise ValueError(f"export: --encoder-only is for runs of an encoder; {source} is a {kind}")
     if split is not None and kind != "corpus":
         raise ValueError(f"export: --split is for a corpus of units; {source} is a {kind}")
+    require_writable(out, may_be_file=True)
     if kind == "codebook":
         from quantize.importing import export_codebook
 
@@ -359,6 +410,7 @@ def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bo
     """Validate one verb's config and run it here or as a job."""
     from pretrain.artefact import require_absent
     from pretrain.config import parse_config
+    from pretrain.destination import require_writable
     from pretrain.interrupts import ends_in_a_line
     from pretrain.lock import locked
     from slurm.jobs import require_no_job
@@ -374,12 +426,15 @@ def _run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: bo
         if int(os.environ.get("WORDLESS_ATTEMPT", "1")) > 1 and stands(config):  # not a mistake: submitting refuses what stands
             say(f"{config.out}: stands already, by an earlier attempt of this job")
             return
+        require_writable(out)
         if "WORDLESS_ATTEMPT" not in os.environ:  # else this is that job
             require_no_job(folder.parent, {folder.name: config.out})
         with ends_in_a_line(config.out, resumes=VERBS[name].resumes), locked(config.out, getattr(config, "part", None)):
             _print_summary(name, function(config), as_json)
         return
+    tree = with_paths(tree, config.resolved())
     if not dry_run:
+        require_writable(out)
         if not VERBS[name].grows:
             require_absent(out)
         with ends_in_a_line(config.out, resumes=VERBS[name].resumes):
@@ -485,11 +540,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wordless: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        lost, full = isinstance(error, ConnectionError), error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not (lost or full) or os.environ.get("WORDLESS_TRACEBACK"):
+        if os.environ.get("WORDLESS_TRACEBACK"):
             raise
-        print(f"wordless: {error}", file=sys.stderr)
-        return 2 if full else 1  # of a lost rank the message tells the rest
+        print(f"wordless: {_in_words(error)}", file=sys.stderr)
+        return 1 if isinstance(error, ConnectionError) else 2  # of a lost rank the message tells the rest
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as stop:
@@ -497,14 +551,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _in_words(error: OSError) -> str:
+    """What the operating system could not do, in a line: `FILE: No space left on device`."""
+    if error.strerror is None or isinstance(error, ConnectionError):
+        return str(error)
+    files = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes)))
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    return f"{f'{files}: ' if files else ''}{error.strerror}{notes}"
+
+
 def entry_point() -> None:
     """The script `wordless`."""
     from pretrain.interrupts import INTERRUPTED, end_now
 
+    _speak_utf8()
     status = main()
     if status == INTERRUPTED:
         end_now()
     sys.exit(status)
+
+
+def _speak_utf8() -> None:
+    """Names of files are UTF-8 whatever the locale (Python would not find `ü.wav` in an ASCII one), and what a terminal cannot show is
+    escaped: nothing that is printed can fail."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.executable:
+        streams = os.environ.get("PYTHONIOENCODING") or f"{sys.stdout.encoding}:backslashreplace"
+        environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": streams}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 the parents and the artefact's own fingerprint. A folder without `meta.json` is unfinished work, never an artefact.
 
 A disk that is full, or a quota, is a `DiskFull` that names the file and the bytes, whichever library was writing: here is where
-errors become one (`telling_full_disk`).
+errors become one (`telling_full_disk`). Every other error of the operating system while writing becomes an OSError there.
 """
 
 import errno
@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import uuid
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 META_KEY = "meta_sha256"
 BLOCK_BYTES, PIECE_BYTES = 2**24, 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DiskFull(ValueError):
@@ -51,33 +53,38 @@ class DiskFull(ValueError):
 
 @contextmanager
 def telling_full_disk(path: Path, num_bytes: int | None = None, temporary: Path | None = None) -> Iterator[None]:
-    """Within, `path` is written, of `num_bytes` if that is known; a full disk or quota is a `DiskFull`.
+    """Within, `path` is written, of `num_bytes` if that is known; a full disk or quota is a `DiskFull`. Another error of the operating
+    system is an OSError, whichever library was writing.
 
     `temporary` is what is written first, a file or folder: it is removed, and where `num_bytes` is not known its size is told.
     """
     try:
         yield
     except Exception as error:
-        code = _full_disk_code(error, path.parent)
-        if code is None:
+        files = [] if temporary is None else [file for file in (temporary, *temporary.rglob("*")) if file.is_file()]
+        sizes = [file.stat().st_size for file in files]
+        written = sum(sizes)
+        code = _write_error(error, path.parent, max(sizes, default=0))
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.add_note(f"while writing {path}")
+        if code is None or (code not in FULL and isinstance(error, OSError) and error.errno is not None):
             raise
-        written = 0
+        if code not in FULL:
+            raise OSError(code, os.strerror(code), str(path)) from None
         if temporary is not None:
-            files = [file for file in (temporary, *temporary.rglob("*")) if file.is_file()]
-            written = sum(file.stat().st_size for file in files)
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise DiskFull(path, code, written if num_bytes is None else num_bytes, at_least=num_bytes is None) from None
 
 
-def _full_disk_code(error: Exception, folder: Path) -> int | None:
-    """ENOSPC or EDQUOT if that is what went wrong. What is written in Rust (safetensors, tokenizers) has the number in its text;
-    numpy's tofile and libsndfile lose it: then the file system is asked, which is still full, with what was written lying there."""
-    full = (errno.ENOSPC, errno.EDQUOT)
+def _write_error(error: Exception, folder: Path, num_bytes: int) -> int | None:
+    """The operating system's number of what went wrong while writing a file of `num_bytes` so far; None if nothing of its did. What is
+    written in Rust (safetensors, tokenizers) has the number in its text; numpy's tofile and libsndfile lose it: then the file system
+    is asked, which is still full, with what was written lying there."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in full else None
-    for code in full:
-        if f"(os error {code})" in str(error):
-            return code
+        return error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is not None and int(number[1]) in (*FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        return int(number[1])
     if isinstance(error, ValueError | LookupError | TypeError | AttributeError | AssertionError):
         return None
     probe = folder / f".probe.{uuid.uuid4().hex[:8]}.tmp"
@@ -86,8 +93,9 @@ def _full_disk_code(error: Exception, folder: Path) -> int | None:
             for _ in range(16):
                 file.write(bytes(4096))
             os.fsync(file.fileno())
+            os.ftruncate(file.fileno(), num_bytes + 1)  # a limit of the size of files
     except OSError as asked:
-        return asked.errno if asked.errno in full else None
+        return asked.errno
     finally:
         probe.unlink(missing_ok=True)
     return None
@@ -134,7 +142,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise DiskFull(folder, error.errno, 0, at_least=True) from None
 

@@ -65,7 +65,7 @@ def save_checkpoint(
                 save_file(group, temporary / name)
             state = {"step": step, **state, "sha256": {name: sha256_file(temporary / name) for name in tensors}}
             state["sha256"]["state.json"] = _state_hash(state)
-            (temporary / "state.json").write_text(json.dumps(state, indent=1))
+            (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
             for path in temporary.iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())

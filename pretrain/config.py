@@ -2,15 +2,24 @@
 
 A config class stands beside the code it configures and derives from `Config`. Reading is strict: an unknown key or a wrong
 type is an error that names the file, the dotted key, what was expected and the nearest right name. Nothing rewrites a config.
+
+A key that is a path has the type `PathStr`, and a seed the type `Seed`. In a path `~`, `~user`, `$NAME` and `${NAME}` are replaced;
+no other text is touched.
 """
 
 import difflib
 import json
+import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from pretrain.plain_text import read_text
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 class Config(BaseModel):
@@ -27,6 +36,48 @@ Split = Annotated[
     str | None, BeforeValidator(lambda name: None if name == "" else name), Field(description='"": every row, whatever its split')
 ]
 """For configs: the name of a split of a manifest or a corpus, or "", which becomes None: TOML has no other way to say none."""
+
+
+def expand_path(path: str) -> str:
+    """`path` with a leading `~` or `~user` and each `$NAME` and `${NAME}` replaced.
+
+    Raises ValueError if the path is blank or has a NUL byte, if there is no such user, and if a variable is not set or empty. A
+    variable that is not set stays where a folder or file of that very name exists below an absolute path.
+    """
+    if not path.strip() or "\0" in path:
+        raise ValueError(f"is {path!r}, and a path is needed")
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if found := os.environ.get(name):
+            return found
+        whole = path[: match.end()] + path[match.end() :].partition("/")[0]
+        if os.path.isabs(whole) and os.path.lexists(whole):
+            return match[0]
+        raise ValueError(
+            f"{path!r} has the variable ${name}, which is {'empty' if found == '' else 'not set'}; set it, or write the path in full"
+        )
+
+    expanded = os.path.expanduser(_VARIABLE.sub(value, path))
+    if path.startswith("~") and expanded.startswith("~"):
+        raise ValueError(
+            f"{path!r} begins with {path.partition('/')[0]!r}, which is no user's home here; write ./{path} for a name with ~"
+        )
+    return expanded
+
+
+def _expand_paths(paths: str | list[str]) -> str | list[str]:
+    return expand_path(paths) if isinstance(paths, str) else [expand_path(path) for path in paths]
+
+
+PathStr = Annotated[str, AfterValidator(expand_path)]
+"""For configs: a path, with `~` and environment variables replaced."""
+
+PathStrs = Annotated[str | list[str], AfterValidator(_expand_paths)]
+"""For configs: a path or a list of paths."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""For configs: what random numbers start from; as much as numpy, torch and Parquet's integers take."""
 
 
 def part_of(example: str) -> Any:
@@ -54,13 +105,17 @@ C = TypeVar("C", bound=Config)
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Parse a TOML file. A missing or malformed file is a ValueError naming it."""
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such config file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; a TOML file is needed") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid TOML: {str(error).removeprefix(f'{path}').removeprefix(':').strip()}") from None
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ A transcript goes into pieces by its words' times. Without them nobody knows whi
 import math
 from dataclasses import replace
 
+from pretrain.candidates import Candidate
 from pretrain.manifest import Timed
 from pretrain.probing import Probed
-from pretrain.sources import Candidate
 
 Found = tuple[Candidate, Probed]  # what is usable, and its start, num_samples and sample_rate
 

@@ -14,12 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from pretrain.artefact import is_complete, read_meta, require_absent
-from pretrain.config import Config
+from pretrain.candidates import Candidate
+from pretrain.config import Config, PathStr, PathStrs, Seed
 from pretrain.cutting import Found, cut, cuts_in_words
+from pretrain.lists import attach_alignments
 from pretrain.manifest import write_manifest
 from pretrain.probing import Limits, Probed, Request, probe_recordings
 from pretrain.progress import console, progress
-from pretrain.sources import Candidate, attach_alignments, name_speakers, read_sources, require_distinct_ids
+from pretrain.sources import describe_passed_over, describe_twins, name_speakers, read_sources, require_distinct_ids
 from pretrain.splits import Split, draw_splits, notes_on_splits
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -32,13 +34,13 @@ class IndexConfig(Config):
     Recordings are examined in `workers` processes; one that takes more memory there, or more of the processor's time than
     `seconds_limit` and five seconds for each MB of it, is left out, as are others that cannot be used."""
 
-    source: str | Annotated[list[str], Field(min_length=1)]
-    out: str
+    source: Annotated[PathStrs, Field(min_length=1)]
+    out: PathStr
     speaker_pattern: str | None = None
-    alignments: str | None = None
+    alignments: PathStr | None = None
     dev_share: Share = 0.1
     test_share: Share = 0.1
-    split_seed: int = 0
+    split_seed: Seed = 0
     verify: Literal["decode", "header"] = "decode"
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one for each core
@@ -77,7 +79,11 @@ class IndexConfig(Config):
 def index(config: IndexConfig) -> dict[str, Any]:
     """Write the manifest of `config.source`; the summary counts what was found, kept and quarantined, in all and by split."""
     require_absent(config.out)
-    candidates = read_sources(config.sources)
+    passed_over: list[str] = []
+    candidates = read_sources(config.sources, passed_over)
+    for note in (describe_passed_over(passed_over) if passed_over else None, describe_twins(candidates)):
+        if note is not None:
+            console.print(f"{config.named}: {note}", markup=False, highlight=False, soft_wrap=True)
     require_distinct_ids(candidates)
     if config.speaker_pattern is not None:
         name_speakers(candidates, config.speaker_pattern)
@@ -102,6 +108,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
     return {
         "found": len(candidates),
         "quarantined": len(quarantine),
+        **({"passed_over": len(passed_over)} if passed_over else {}),
         **_count(found),
         "splits": {split: _count([pair for pair in found if pair[0].split == split]) for split in splits},
         "splits_drawn_by": drawn.by,

@@ -74,7 +74,7 @@ def pnmi_of_features(pieces: Sequence[tuple[Utterance, int, np.ndarray]], num_cl
         return float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct frames than classes, as after a collapse
-        fit = KMeans(min(num_classes, len(frames)), n_init=1, max_iter=30, random_state=seed).fit(frames)
+        fit = KMeans(min(num_classes, len(frames)), n_init=1, max_iter=30, random_state=seed % 2**32).fit(frames)
     joint, done = JointCounts(num_classes), 0
     for utterance, first, features in pieces:
         joint.add(utterance, fit.labels_[done : done + len(features)].astype(np.int64), first)

@@ -16,7 +16,7 @@ from pretrain.alarms import AlarmConfig, Variation, hubert_alarm, variation_alar
 from pretrain.audio import num_frames
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.checkpoint import load_weights
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Split
 from pretrain.encoder import EncoderConfig
 from pretrain.engine import train
 from pretrain.hubert import Hubert, HubertBatch, HubertConfig, hubert_batch, perplexity
@@ -43,13 +43,13 @@ class EvaluationConfig(Config):
 class PretrainConfig(Config):
     """Data, objective, architecture and training of an encoder."""
 
-    out: str
-    manifest: str
+    out: PathStr
+    manifest: PathStr
     split: Split = "train"
     valid_split: Split = Field("dev", description='its loss is reported while training, if it is there; "": no validation')
     objective: Literal["hubert", "wav2vec2"]
-    labels: str | None = Field(None, description="HuBERT's targets: a labels folder")
-    init: str | None = Field(None, description="start from the weights of this run, for example an earlier iteration")
+    labels: PathStr | None = Field(None, description="HuBERT's targets: a labels folder")
+    init: PathStr | None = Field(None, description="start from the weights of this run, for example an earlier iteration")
     encoder: EncoderConfig = EncoderConfig()
     hubert: HubertConfig = HubertConfig()
     wav2vec2: Wav2Vec2Config = Wav2Vec2Config()

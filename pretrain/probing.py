@@ -249,7 +249,7 @@ def _limit_memory(gigabytes: float) -> None:
     pages = Path("/proc/self/statm")
     if not pages.is_file():  # macOS has no such limit
         return
-    used = int(pages.read_text().split()[0]) * resource.getpagesize()
+    used = int(pages.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     limits = [limit for limit in resource.getrlimit(resource.RLIMIT_AS) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([used + int(gigabytes * 1e9), *limits]),) * 2)
 

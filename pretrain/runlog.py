@@ -160,7 +160,7 @@ class RunLog:
             text = self.path.read_text(encoding="utf-8", errors="replace")
             self.lines = [line for line in map(_parse_line, text.splitlines()) if line and line["step"] <= start]
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         self.file = Appended(self.path)
         self.board = Board(run / "tensorboard", purge_step=start + 1 if start else None)
 

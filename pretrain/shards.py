@@ -1,6 +1,6 @@
 """Uncompressed tar shards of audio, as WebDataset lays them out: members that share a name up to the suffix are one sample.
 
-`KEY.flac` (or wav, ogg, mp3) is a recording; `KEY.txt` beside it holds its transcript, or `KEY.json` an object with any of `text`,
+`KEY.flac` (or another of `SUFFIXES`) is a recording; `KEY.txt` beside it holds its transcript, or `KEY.json` an object with any of `text`,
 `speaker`, `split` and `phones`. Members are found by reading headers alone and later read by offset, so a shard is never unpacked.
 """
 
@@ -8,11 +8,14 @@ import io
 import os
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.audio import Member
+from pretrain.candidates import OTHER_SUFFIXES, SUFFIXES, About, Candidate, Names, as_phones, as_words, parse_row
+from pretrain.plain_text import decode_text, joined_lines
 
 TAR = ".tar"
 LARGEST_TEXT = 1 << 26  # bytes of what lies beside a recording: the phones of a day take half of it
@@ -36,6 +39,82 @@ def require_uncompressed(path: Path) -> None:
             raise ValueError(
                 f"{path}: is compressed, and its members cannot be read by offset; decompress it: {command} {path.name}"
             )
+
+
+def read_tar(path: Path, base: Path, prefix: str, passed_over: list[str]) -> list[Candidate]:
+    """The recordings in a tar, whose ids start with its path below `base`, with the texts and JSON beside them.
+
+    What is wrong with a member, with what lies beside it or with the tar is the `problem` of a candidate. Recordings that libsndfile
+    does not read are added to `passed_over`. A compressed tar is a ValueError.
+    """
+    shard = Path(os.path.abspath(path)).relative_to(os.path.abspath(base)).with_suffix("").as_posix()
+    try:
+        require_uncompressed(path)
+        members = list(list_members(path))
+    except OSError as error:
+        return [Candidate(prefix + shard, str(path), shard, str(path), problem=f"cannot be read ({error.strerror})")]
+    counts = Counter(name for name, _, _ in members)
+    sidecars = _Sidecars()
+    recordings: list[tuple[str, Candidate]] = []
+    for name, member, problem in members:
+        suffix, origin = os.path.splitext(name)[1], f"{path}, member {name}"
+        if not name:
+            recordings.append(("", Candidate(prefix + shard, str(path), shard, str(path), problem=problem)))
+        elif os.path.basename(name).startswith("."):
+            continue
+        elif suffix.lower() in SUFFIXES:
+            if counts[name] > 1:
+                problem = problem or f"its name {name} is in the tar {counts[name]} times; which one is meant?"
+            recordings.append((name, Candidate("", str(path), f"{shard}/{name}", origin, member=member, problem=problem)))
+        elif suffix.lower() in OTHER_SUFFIXES:
+            passed_over.append(origin)
+        elif suffix in (".txt", ".json"):
+            sidecars.add(path, name, member, "is in the tar more than once" if counts[name] > 1 and not problem else problem)
+    names = Names([name for name, _ in recordings if name])
+    for name, candidate in recordings:
+        if name:
+            candidate.id, candidate.has_twin = f"{prefix}{shard}/{names[name]}", names.has_twin(name)
+            sidecars.attach(candidate, os.path.splitext(name)[0])
+    return [candidate for _, candidate in recordings]
+
+
+class _Sidecars:
+    """What lies beside the recordings of a tar, by the stem of its name; `wrong` where it cannot be used."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.about: dict[str, About] = {}
+        self.wrong: dict[str, str] = {}
+
+    def add(self, path: Path, name: str, member: Member, problem: str | None) -> None:
+        """Read the member `name`, unless there is a `problem` with it."""
+        (stem, suffix), origin = os.path.splitext(name), f"{path}, member {name}"
+        if problem is None and member.size > LARGEST_TEXT:
+            problem = f"has {member.size} bytes, more than any transcript"
+        if problem is not None:
+            self.wrong[stem] = f"{name} beside it {problem}"
+            return
+        try:
+            text = decode_text(read_member(path, member), origin)
+            if suffix == ".txt":
+                self.texts[stem] = joined_lines(text)
+            else:
+                self.about[stem] = parse_row(About, text, origin)
+        except (OSError, ValueError) as error:
+            self.wrong[stem] = str(error)
+
+    def attach(self, candidate: Candidate, stem: str) -> None:
+        """Give a recording what lies beside it."""
+        # WebDataset's key ends at the first dot: `7.mic1.flac` and `7.json` are one sample.
+        names = (stem, os.path.join(os.path.dirname(stem), os.path.basename(stem).partition(".")[0]))
+        candidate.problem = candidate.problem or next((self.wrong[name] for name in names if name in self.wrong), None)
+        found = next((self.about[name] for name in names if name in self.about), About())
+        candidate.text = next((self.texts[name] for name in names if name in self.texts), found.text)
+        candidate.speaker, candidate.split = found.speaker, found.split
+        try:
+            candidate.phones, candidate.words = as_phones(found.phones, candidate.origin), as_words(found.words, candidate.origin)
+        except ValueError as error:
+            candidate.problem = candidate.problem or str(error)
 
 
 def list_members(path: Path) -> Iterator[tuple[str, Member, str | None]]:

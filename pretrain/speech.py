@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, require_absent
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config
+from pretrain.config import Config, PathStr, Seed
 from pretrain.espeak import Espeak, library_paths
 from pretrain.interrupts import process_pool
 from pretrain.progress import progress
@@ -54,12 +54,12 @@ POSSESSIVES = {"he": "his", "she": "her", "it": "its", "they": "their"}
 class SpeechConfig(Config):
     """How much speech of how many voices (dev and test voices included), evenly spread over them."""
 
-    out: str
+    out: PathStr
     hours: Annotated[float, Field(gt=0)]
     num_voices: Annotated[int, Field(ge=1)] = 32
     num_dev_voices: Annotated[int, Field(ge=0)] = 4
     num_test_voices: Annotated[int, Field(ge=0)] = 6
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     language: str = "en-us"
     workers: Annotated[int, Field(ge=0)] = 0  # processes; 0: one for each core. The speech does not depend on it
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pretrain.config import Config
+from pretrain.config import Config, Seed
 
 
 class Loss(NamedTuple):
@@ -124,7 +124,7 @@ class TrainingConfig(Config):
 
     max_steps: int = Field(gt=0)
     max_epochs: float | None = Field(None, gt=0, description="passes over the data, where that comes before max_steps")
-    seed: int = 0
+    seed: Seed = 0
     engine: Literal["wordless", "fairseq2"] = Field(
         "wordless", description="what steps: this toolkit's own loop, or fairseq2's trainer (extra `fairseq2`, docs/fairseq2.md)"
     )

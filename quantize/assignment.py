@@ -27,7 +27,7 @@ def _import_faiss() -> ModuleType:
     It reads OPENBLAS_CORETYPE while it is loaded: name the best kernels the processor has (65 → 258 GFLOP/s on a Xeon of 2023).
     """
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             flags = set(next((line for line in file if line.startswith("flags")), "").split())
     except OSError:
         flags = set()

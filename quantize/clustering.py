@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pretrain.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Seed, Split
 from pretrain.labels import MAX_CLASSES
 from pretrain.manifest import Manifest
 from pretrain.progress import console
@@ -31,16 +31,16 @@ DEFAULT_HOURS = 10.0
 class ClusterConfig(Config):
     """`hours` or `frames`: how much to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`, or `sweep`'s."""
 
-    manifest: str
-    out: str
+    manifest: PathStr
+    out: PathStr
     split: Split = None
     features: Literal["mfcc", "encoder"] = "mfcc"
     cmvn: bool = Field(False, description="normalise MFCC over each utterance")
-    encoder: str | None = Field(None, description="run folder, or fairseq2:CARD, for features = 'encoder'")
+    encoder: PathStr | None = Field(None, description="run folder, or fairseq2:CARD, for features = 'encoder'")
     layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field("best", description="0 is the first layer's input")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     select_split: Split = Field("dev", description="where 'best' is judged, by its phones; \"\": on all")
-    sweep: str | None = Field(None, description="folder of a `measure` with layers = 'all' whose layer 'best' follows")
+    sweep: PathStr | None = Field(None, description="folder of a `measure` with layers = 'all' whose layer 'best' follows")
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES)
     levels: int = Field(1, ge=1, description="each further one quantises what those before leave")
     spherical: bool = Field(False, description="cluster directions: centred frames and centroids of unit length")
@@ -48,7 +48,7 @@ class ClusterConfig(Config):
     frames: int | None = Field(None, ge=1, description="the same in frames of 20 ms; not with `hours`")
     balance: Balance = Field("speaker", description="as many frames from every speaker, where speakers are known, or 'none'")
     memory_gb: float = Field(8.0, ge=0, description="a sample that is larger stays on disk; the codebook is the same")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     restarts: int = Field(1, ge=1)
     max_iterations: int = Field(100, ge=1)
     tolerance: float = Field(1e-4, ge=0, description="stop when inertia falls by less, relatively")
@@ -170,7 +170,7 @@ def _plan(config: ClusterConfig, source: FeatureSource, parents: dict[str, str])
 def _choose(config: ClusterConfig, manifest: Manifest, source: EncoderSource, partial: Path) -> dict[str, Any]:
     """`layer`, `chosen_by` and `sweep`: of an interrupted run, of a finished sweep, or judged now."""
     if (partial / "choice.json").is_file():
-        return dict(json.loads((partial / "choice.json").read_text()))
+        return dict(json.loads((partial / "choice.json").read_text(encoding="utf-8")))
     if config.sweep is None:
         return choose_layer(manifest, config.split, config.select_split, source, config.num_classes, config.seed, partial)
     choice = read_choice(config.sweep)

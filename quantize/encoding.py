@@ -30,7 +30,7 @@ from pydantic import Field
 
 from pretrain.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config, Split, part_of, share
+from pretrain.config import Config, PathStr, Split, part_of, share
 from pretrain.interrupts import DeafContext
 from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
 from pretrain.manifest import Manifest, Utterance
@@ -47,11 +47,11 @@ FEWEST_SHARDS, MOST_SHARDS = 8, 1000  # by default: short corpora occupy several
 class EncodeConfig(Config):
     """`encoder`: the run folder, or fairseq2:CARD, whose features the codebook was fitted on, when they are an encoder's."""
 
-    manifest: str
-    codebook: str
-    out: str
+    manifest: PathStr
+    codebook: PathStr
+    out: PathStr
     split: Split = None
-    encoder: str | None = None
+    encoder: PathStr | None = None
     num_shards: int | None = Field(
         None, ge=1, description="at most; never more than utterances; by default half an hour of audio each, 8 to 1,000 of them"
     )

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, require_absent, sha256_file
-from pretrain.config import Config
+from pretrain.config import Config, PathStr
 from pretrain.labels import MAX_CLASSES
 from quantize.codebook import Codebook, write_codebook
 from quantize.features import FeatureSource, LayerConvention, MfccSource, open_encoder_source
@@ -29,11 +29,11 @@ TORCH_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled nu
 class CodebookImportConfig(Config):
     """Centroids in a file, and what they quantise: `mfcc`, or the `layer` of an `encoder`."""
 
-    source: str
-    out: str
+    source: PathStr
+    out: PathStr
     mfcc: bool = False
     cmvn: bool = Field(False, description="the MFCC were normalised over each utterance")
-    encoder: str | None = Field(None, description="the run folder whose features the centroids are of")
+    encoder: PathStr | None = Field(None, description="the run folder whose features the centroids are of")
     layer: int | None = Field(None, ge=0, description="0 is the first layer's input")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
     allow_pickle: bool = False

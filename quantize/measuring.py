@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Seed, Split
 from pretrain.labels import MAX_CLASSES, Labels
 from pretrain.manifest import Manifest, Utterance
 from pretrain.pnmi import JointCounts, phone_metrics
@@ -44,12 +44,12 @@ JUDGED_FRAMES = 200_000  # 67 minutes: with a codebook of 768 dimensions, 1.2 GB
 class MeasureConfig(Config):
     """Either `labels` or `layers`. `silence`: phones that are no tokens of ABX and are left out of `pnmi_speech`; "" is no phone."""
 
-    manifest: str
-    out: str
+    manifest: PathStr
+    out: PathStr
     split: Split = None
-    labels: str | None = Field(None, description="units to measure")
-    codebook: str | None = Field(None, description="that of the labels: measures the features, too")
-    encoder: str | None = Field(
+    labels: PathStr | None = Field(None, description="units to measure")
+    codebook: PathStr | None = Field(None, description="that of the labels: measures the features, too")
+    encoder: PathStr | None = Field(
         None, description="run folder or fairseq2:CARD: the codebook's, or the one whose layers are measured"
     )
     layers: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
@@ -64,7 +64,7 @@ class MeasureConfig(Config):
         None, ge=1,
         description="about so many, of whole utterances drawn by the seed, for ABX, probes and features; 200,000, of layers 20,000",
     )  # fmt: skip
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES, description="of each layer's k-means")
     fit_split: Split = Field(None, description="where the layers' k-means is fitted; without, on what is judged")
     convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")

@@ -157,7 +157,7 @@ def collect(source: FeatureSource, sample: Sample, folder: Path) -> Path:
     NaN or infinity in a feature: a ValueError names the utterance.
     """
     path, record = folder / "sample.npy", folder / "collected.json"
-    done = json.loads(record.read_text())["utterances"] if path.is_file() and record.is_file() else 0
+    done = json.loads(record.read_text(encoding="utf-8"))["utterances"] if path.is_file() and record.is_file() else 0
     if done == len(sample):
         return path
     row_bytes = 4 * source.dim

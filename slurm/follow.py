@@ -121,7 +121,7 @@ def _report_failure(launched: Launched, task: tuple[str, int], status: TaskStatu
     job_id, rank = task
     stdout, stderr = (launched.folder / f"{job_id}_{rank}_log.{end}" for end in ("out", "err"))
     if stderr != launched.stderr and stderr.exists():
-        lines = stderr.read_text(errors="replace").splitlines(keepends=True)
+        lines = stderr.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         sys.stderr.writelines(lines[-TAIL_LINES:])
     if status is None or not _is_over(status):
         ended = "ended without a result (killed, or out of memory or time)"

@@ -73,7 +73,7 @@ def freeze(text: str, folder: Path, *, write: bool = True) -> Path:
 def submitting(jobs: Path) -> Iterator[None]:
     """Within, no other command submits to `jobs`, or cancels: of two at the same moment the second waits, and finds what the first did."""
     jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(jobs / ".lock", "w") as file:
+    with open(jobs / ".lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

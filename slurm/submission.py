@@ -83,7 +83,7 @@ def read_submission(folder: Path) -> Submission:
     """ValueError where `folder` is no submission's."""
     path = folder / "submission.json"
     try:
-        return Submission(**json.loads(path.read_text()))
+        return Submission(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder}: is no submission's folder: it has no submission.json") from None
     except (OSError, ValueError, TypeError) as error:
@@ -108,7 +108,7 @@ def progress_path(folder: Path, job_id: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Empty where there is none, or it cannot be read."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_status(path: Path) -> TaskStatus | None:
     """None where the task has not begun, or its file cannot be read."""
     try:
-        return TaskStatus(**{**json.loads(path.read_text()), "heartbeat": path.stat().st_mtime})
+        return TaskStatus(**{**json.loads(path.read_text(encoding="utf-8")), "heartbeat": path.stat().st_mtime})
     except (OSError, ValueError, TypeError):
         return None
 
@@ -133,7 +133,7 @@ def task_statuses(submission_folder: Path, submission: Submission) -> list[list[
 def write_json(path: Path, value: Any) -> None:
     """Atomically; not forced to the disk, which nobody needs after a crash of the machine."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -319,7 +319,7 @@ def _write_arrays(partial: Path, documents: Documents, vocabulary: Vocabulary, c
     merger = Merger(vocabulary) if vocabulary.merges else None
     record = partial / "written.json"
     done: dict[str, Any] = {"rows": {}, "num_documents": 0, "num_frames": 0, "num_units": 0, "bytes": 0}
-    done |= json.loads(record.read_text()) if record.is_file() else {}
+    done |= json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     stream = documents(done["num_documents"]) if callable(documents) else itertools.islice(documents, done["num_documents"], None)
     with ExitStack() as stack:
 

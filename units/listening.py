@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, read_meta, require_absent, write_json
 from pretrain.audio import HOP, SAMPLE_RATE, load_audio
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Seed, Split
 from pretrain.manifest import Manifest
 from pretrain.progress import progress
 from units.corpus import UnitCorpus
@@ -40,22 +40,22 @@ from units.synthesis import load_unit_to_mel, merge_runs, require_same_frames, r
 class SynthesizeConfig(Config):
     """Speak the documents of a corpus, the samples of a language model, or both; with `codebook`, hear what comes back."""
 
-    synthesizer: str = Field(description="a run of train-synthesizer")
-    out: str
-    corpus: str | None = Field(None, description="units of recorded utterances")
-    manifest: str | None = Field(None, description="of the recordings: adds `original` and `copy`, and the speaker of each")
+    synthesizer: PathStr = Field(description="a run of train-synthesizer")
+    out: PathStr
+    corpus: PathStr | None = Field(None, description="units of recorded utterances")
+    manifest: PathStr | None = Field(None, description="of the recordings: adds `original` and `copy`, and the speaker of each")
     split: Split = "test"
     utterances: list[str] | None = Field(None, description="ids to speak; by default `num` of the split, spread evenly over it")
     num: int = Field(8, ge=1, description="documents of the corpus, at most")
     durations: Literal["true", "predicted", "both"] = "both"
-    samples: str | None = Field(None, description="the folder of `sample`; prompts and continuations are spoken")
+    samples: PathStr | None = Field(None, description="the folder of `sample`; prompts and continuations are spoken")
     speaker: str | None = Field(
         None, description="the voice of everything; by default each document's own, if it was trained, or the mean"
     )
-    codebook: str | None = Field(None, description="encode the sound again with this codebook and compare the units")
-    encoder: str | None = Field(None, description="the codebook's encoder, if it has one")
+    codebook: PathStr | None = Field(None, description="encode the sound again with this codebook and compare the units")
+    encoder: PathStr | None = Field(None, description="the codebook's encoder, if it has one")
     iterations: int = Field(ITERATIONS, ge=0, description="of Griffin-Lim")
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _something_to_say(self) -> Self:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.artefact import read_meta, require_absent
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Seed, Split
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import progress
@@ -41,22 +41,24 @@ class BPEConfig(Config):
 class PackConfig(Config):
     """Labels of a manifest's utterances, or another tool's unit file, to a unit corpus; splits come from the manifest."""
 
-    manifest: str | None = None
-    labels: str | None = None
-    source: str | None = Field(None, description="in place of labels: a unit file of another tool, or a folder of them")
+    manifest: PathStr | None = None
+    labels: PathStr | None = None
+    source: PathStr | None = Field(None, description="in place of labels: a unit file of another tool, or a folder of them")
     format: str | None = Field(None, description="of the source; by default told from its name and first line")
     source_options: dict[str, Any] = Field({}, description="of the format: tsv, durations, stem, per_frame")
-    out: str
+    out: PathStr
     deduplicate: bool = True
     levels: int | Literal["all"] = Field(1, description="how many of the codebook's levels, from the first")
     bpe: BPEConfig | None = None
     text: TextConfig | None = None
-    codebook: str | None = Field(None, description="of a source that does not say: a codebook's folder or fingerprint, or a name")
+    codebook: PathStr | None = Field(
+        None, description="of a source that does not say: a codebook's folder or fingerprint, or a name"
+    )
     num_units: int | None = Field(None, ge=1, description="of a source that does not say: K")
     frame_rate_hz: float | None = Field(None, gt=0, description="of a source that does not say; 50 if nothing does")
     dev_share: float = Field(0.05, ge=0, lt=1, description="of a source without splits of its own or a manifest: drawn by id")
     test_share: float = Field(0.05, ge=0, lt=1)
-    split_seed: int = 0
+    split_seed: Seed = 0
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Self:

@@ -26,9 +26,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import Config
+from pretrain.config import Config, PathStr
 from pretrain.engine import autocast, to_device
 from pretrain.parallel import World
+from pretrain.plain_text import read_text
 from pretrain.progress import progress
 from pretrain.task import Loss, Task, TrainingConfig
 from units.bpe import Merger
@@ -44,8 +45,8 @@ PARTS = ("prompt", "chosen", "rejected")
 class DPOConfig(Config):
     """Learn from pairs of continuations which are preferred."""
 
-    pairs: str = Field(description="JSON lines with prompt, chosen and rejected")
-    valid_pairs: str | None = Field(None, description="held-out pairs, reported while training")
+    pairs: PathStr = Field(description="JSON lines with prompt, chosen and rejected")
+    valid_pairs: PathStr | None = Field(None, description="held-out pairs, reported while training")
     beta: float = Field(0.1, gt=0, description="how dearly the model pays for leaving the one it began as")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs that may be the wrong way round (cDPO)")
     likelihood_weight: float = Field(0.0, ge=0, description="of the chosen continuation's negative log likelihood per symbol")
@@ -243,8 +244,8 @@ class PreferenceTask(Task):
 def _records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """(file and line, record) of a file of JSON lines; blank lines are passed over."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would part a text at U+2028, too
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).split("\n")  # splitlines would part a text at U+2028, too
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read as a file of JSON lines: {error}") from None
     records = []
     for number, line in enumerate(lines, start=1):

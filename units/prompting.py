@@ -68,7 +68,9 @@ def audio_prompts(
         )
     utterances = [_whole_recording(path) for path in paths]
     target: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    source = open_source(EncodeConfig(manifest="", out="", codebook=codebook_folder, encoder=encoder, device=target), codebook)
+    source = open_source(
+        EncodeConfig(manifest="none", out="none", codebook=codebook_folder, encoder=encoder, device=target), codebook
+    )
     merger = Merger(vocabulary) if vocabulary.merges else None
     prompts = []
     for utterance, features in source.features(utterances):

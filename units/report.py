@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pretrain.artefact import atomic_path, git_commit, library_versions, write_json
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config, Split, flatten
+from pretrain.config import Config, PathStr, Split, flatten
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
 from quantize.quality import matching_labels, measures_text, table_groups
@@ -37,23 +37,23 @@ class ReportConfig(Config):
     A folder that is not complete, or not there, is left out of the page, which names it with the reason in `left_out`.
     """
 
-    out: str
+    out: PathStr
     title: str | None = Field(None, description="of the page; by default the name of the run and how much audio it is of")
-    manifest: str
+    manifest: PathStr
     split: Split = Field("test", description='the utterance to draw is one of these; "": of all')
-    pretrain: dict[str, str] = Field({}, description="name -> pretraining run")
-    layers: dict[str, str] = Field({}, description="name -> sweep over an encoder's layers, `measure` with `layers`")
-    units: dict[str, str] = Field({}, description="name -> measurement; the last one's matrix is drawn")
-    labels: dict[str, str] = Field({}, description="name -> labels to draw")
-    lm: str | None = None
-    lm_scores: str | None = None
-    suites: dict[str, str] = Field({}, description="name -> scores of a suite of minimal pairs")
-    samples: str | None = None
-    synthesizer: str | None = None
-    sounds: str | None = Field(None, description="what `synthesize` made: played in the page")
-    ctc: dict[str, str] = Field({}, description="name -> fine-tuning run; `pretrained` and `scratch` are compared")
-    transcripts: dict[str, str] = Field({}, description="name -> transcripts, under the names of `ctc`")
-    transfer: str | None = Field(None, description="what `transfer` made: the curve is drawn")
+    pretrain: dict[str, PathStr] = Field({}, description="name -> pretraining run")
+    layers: dict[str, PathStr] = Field({}, description="name -> sweep over an encoder's layers, `measure` with `layers`")
+    units: dict[str, PathStr] = Field({}, description="name -> measurement; the last one's matrix is drawn")
+    labels: dict[str, PathStr] = Field({}, description="name -> labels to draw")
+    lm: PathStr | None = None
+    lm_scores: PathStr | None = None
+    suites: dict[str, PathStr] = Field({}, description="name -> scores of a suite of minimal pairs")
+    samples: PathStr | None = None
+    synthesizer: PathStr | None = None
+    sounds: PathStr | None = Field(None, description="what `synthesize` made: played in the page")
+    ctc: dict[str, PathStr] = Field({}, description="name -> fine-tuning run; `pretrained` and `scratch` are compared")
+    transcripts: dict[str, PathStr] = Field({}, description="name -> transcripts, under the names of `ctc`")
+    transfer: PathStr | None = Field(None, description="what `transfer` made: the curve is drawn")
     left_out: dict[str, str] = Field({}, description="stage -> why it did not run; the page gives the reasons")
 
 
@@ -152,7 +152,7 @@ def default_title(config: ReportConfig, summary: Mapping[str, Any]) -> str:
 def run_command(out: Path) -> str | None:
     """The command line that made a recipe's run; None of a folder that no recipe made."""
     record = out / "recipe.json"
-    return shlex.join(["wordless", *json.loads(record.read_text())["command"]]) if record.is_file() else None
+    return shlex.join(["wordless", *json.loads(record.read_text(encoding="utf-8"))["command"]]) if record.is_file() else None
 
 
 def as_text(shown: dict[str, Any]) -> str:

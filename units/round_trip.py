@@ -24,7 +24,7 @@ class RoundTrip:
                 f"codebook: {codebook} is codebook {self.codebook.fingerprint}, and {corpus.folder} has units of codebook "
                 f"{corpus.codebook}; give the one that its labels were encoded with"
             )
-        settings = EncodeConfig(manifest="", codebook=codebook, out="", encoder=encoder)  # for its features alone
+        settings = EncodeConfig(manifest="none", codebook=codebook, out="none", encoder=encoder)  # for its features alone
         self.source = open_source(settings, self.codebook)
 
     def measure(self, folder: Path, lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     meta: dict[str, Any]
 
     def read(self, name: str = "summary.json") -> Any:
-        return json.loads((self.folder / name).read_text())
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def lines(self, name: str) -> list[Any]:
         with open(self.folder / name, encoding="utf-8") as file:  # not splitlines(), which also breaks at U+2028
@@ -79,7 +79,7 @@ def skipped_stages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 def read_records(out: Path) -> dict[str, dict[str, Any]]:
     """The records of a recipe's run by stage; none where `out` is not a recipe's folder."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "stages").glob("*.json"))}
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "stages").glob("*.json"))}
 
 
 def require_scores(stage: Stage, group: str) -> None:

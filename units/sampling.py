@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pretrain.artefact import atomic_path, commit, require_absent
 from pretrain.audio import SAMPLE_RATE
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, PathStrs, Seed, Split
 from pretrain.progress import progress
 from units.corpus import Sequences, UnitCorpus
 from units.generation import CompactDecoder, Precision, perplexity
@@ -34,9 +34,9 @@ HELD_OUT_DOCUMENTS = 20
 class SampleConfig(Config):
     """Continue `num` prompts: beginnings of a corpus's documents, or recordings."""
 
-    lm: str
-    out: str
-    corpus: str | None = Field(None, description="whose documents prompt; with `prompt_audio` not needed")
+    lm: PathStr
+    out: PathStr
+    corpus: PathStr | None = Field(None, description="whose documents prompt; with `prompt_audio` not needed")
     utterance: str | None = Field(None, description="id of the document that prompts; by default documents drawn from `split`")
     split: Split = "test"
     prompt_units: int | None = Field(
@@ -44,9 +44,9 @@ class SampleConfig(Config):
         ge=0,
         description="steps of a document that prompt, the first, 25 by default; of a recording all by default. 0: begin at BOS",
     )
-    prompt_audio: str | list[str] | None = Field(None, description="recordings that prompt, in turn, in place of documents")
-    codebook: str | None = Field(None, description="of `prompt_audio`: the codebook whose units the model learned")
-    encoder: str | None = Field(None, description="of `prompt_audio`: the run folder whose features the codebook was fitted on")
+    prompt_audio: PathStrs | None = Field(None, description="recordings that prompt, in turn, in place of documents")
+    codebook: PathStr | None = Field(None, description="of `prompt_audio`: the codebook whose units the model learned")
+    encoder: PathStr | None = Field(None, description="of `prompt_audio`: the run folder whose features the codebook was fitted on")
     num: int = Field(4, ge=1)
     max_units: int = Field(200, ge=1, description="steps that are added at most; with unit BPE, merged units")
     min_units: int = Field(0, ge=0, description="steps that are added at least: EOS is not drawn before")
@@ -61,10 +61,10 @@ class SampleConfig(Config):
     precision: Precision = Field(
         "float32", description="of the matrix products, int8 on a CPU only; with another, the summary has the perplexity of both"
     )
-    synthesizer: str | None = Field(None, description="a run of train-synthesizer, which speaks `audio`")
-    audio: str | None = Field(None, description="a WAV file to write: prompts with their continuations, one after the other")
+    synthesizer: PathStr | None = Field(None, description="a run of train-synthesizer, which speaks `audio`")
+    audio: PathStr | None = Field(None, description="a WAV file to write: prompts with their continuations, one after the other")
     batch_size: int = Field(16, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
 
     @property
@@ -140,7 +140,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     seconds = time.monotonic() - began
     out = Path(config.out)
     with atomic_path(out / "samples.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     if voice is not None and config.audio is not None:
         pause = np.zeros(SAMPLE_RATE // 2, np.float32)
         units = [[*line["prompt"], *line["continuation"]] for line in lines]  # none where a stop unit came first

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Seed, Split
 from units.corpus import Sequences, UnitCorpus
 from units.language_model import LoadedLM, load_language_model, log_likelihoods
 from units.ngram import Ngram
@@ -43,24 +43,24 @@ FLOORS = {"unigram": 1, "bigram": 2, "trigram": 3}
 class ScoreConfig(Config):
     """Score one split of a unit corpus, or a suite of minimal pairs, with a trained unit language model."""
 
-    corpus: str
-    lm: str
-    out: str
+    corpus: PathStr
+    lm: PathStr
+    out: PathStr
     split: Split = Field("test", description='whose likelihood is told ("": of all); a suite names its documents itself')
     suite: SuiteName | None = Field(None, description="minimal pairs instead")
-    gold: str | None = Field(
+    gold: PathStr | None = Field(
         None, description="the suite's file, or for tstorycloze and salmon its folder (default: the ids say it)"
     )
     by: Literal["mean", "sum"] = Field("mean", description="what pairs are compared by: log likelihood per token or of the whole")
     score_on: LossOn | None = Field(
         None, description="of a corpus with text: which symbols count; by default those that were learnt"
     )
-    train_corpus: str | None = Field(None, description="for the floors; by default where the model's config found it")
+    train_corpus: PathStr | None = Field(None, description="for the floors; by default where the model's config found it")
     floor_tokens: int = Field(
         50_000_000, ge=1, description="the floors are estimated on about so many training tokens, of all streams, at most"
     )
     bootstrap: int = Field(1000, ge=100, description="draws behind the 95 % intervals")
-    seed: int = Field(0, ge=0, description="of these draws, and of the documents for the floors if there are too many")
+    seed: Seed = Field(0, description="of these draws, and of the documents for the floors if there are too many")
     batch_tokens: int = Field(8192, ge=1)
     device: str = "auto"
 
@@ -127,7 +127,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     columns = {"id": [corpus.ids[i] for i in documents], "num_tokens": scores.num_tokens, "mean": means, "sum": own, **floors}
     with atomic_path(out / "scores.parquet") as temporary:
         pq.write_table(pa.table(columns), temporary)
-    with atomic_path(out / "scores.txt") as temporary, open(temporary, "w", newline="") as file:
+    with atomic_path(out / "scores.txt") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file, delimiter=" ", lineterminator="\n")  # a name with a space is quoted, as pandas reads it
         lines.writerows(zip(names, (means if config.by == "mean" else own).tolist(), strict=True))
     write_json(out / "summary.json", summary)

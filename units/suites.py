@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pretrain.sources import without_audio_suffix
+from pretrain.candidates import without_audio_suffix
+from pretrain.plain_text import read_text
 
 SuiteName = Literal["swuggy", "sblimp", "tstorycloze", "salmon", "pairs"]
 
@@ -289,13 +290,11 @@ def _json_rows(path: Path) -> list[dict[str, str]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such gold file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; the file with the pairs is needed") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _names(gold: str | None, ids: Sequence[str]) -> tuple[str, list[str]]:

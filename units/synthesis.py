@@ -16,7 +16,7 @@ from torch import nn
 from pretrain.audio import load_audio, num_frames
 from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.checkpoint import load_weights
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Split
 from pretrain.engine import train
 from pretrain.manifest import Manifest
 from pretrain.task import OptimizerConfig, TrainingConfig
@@ -49,9 +49,9 @@ class SynthesizerOptimizerConfig(OptimizerConfig):
 class SynthesizerConfig(Config):
     """Train a synthesizer on the units of one split of a corpus and the sound they came from."""
 
-    manifest: str
-    corpus: str = Field(description="a unit corpus of this manifest's utterances, with durations")
-    out: str
+    manifest: PathStr
+    corpus: PathStr = Field(description="a unit corpus of this manifest's utterances, with durations")
+    out: PathStr
     split: Split = "train"
     valid_split: Split = Field("dev", description='its loss is reported while training, if the corpus has it; "": no validation')
     model: SynthesizerModelConfig = SynthesizerModelConfig()

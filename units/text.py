@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import read_meta
 from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Seed, Split
 from pretrain.manifest import Manifest, Utterance, Word
 
 WORD = "▁"
@@ -30,14 +30,16 @@ class TextConfig(Config):
         "characters", description="or how many pieces BPE is to learn"
     )
     split: Split = Field("train", description='the words that BPE is learnt from; every split\'s for "" and where there are none')
-    pieces_of: str | None = Field(None, description="in place of `pieces`: a unit corpus to have the same ones as, for its model")
+    pieces_of: PathStr | None = Field(
+        None, description="in place of `pieces`: a unit corpus to have the same ones as, for its model"
+    )
     case: Literal["lower", "upper", "keep"] = "lower"
     punctuation: Literal["remove", "keep"] = "remove"
     fraction: float = Field(0.5, gt=0, lt=1, description="interleaved: share of the words that are written rather than spoken")
     span_words: float = Field(
         8.0, ge=1, description="interleaved: mean length of a span in words, written and spoken ones averaged"
     )
-    seed: int = Field(0, ge=0, description="interleaved: of the draw of spans")
+    seed: Seed = Field(0, description="interleaved: of the draw of spans")
     delay: int = Field(0, description="grid: frames by which text comes after the speech it is of, or, below 0, before it")
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from pretrain.artefact import sha256_file
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Split
 from pretrain.engine import train
 from pretrain.task import OptimizerConfig, Task, TrainingConfig
 from units.corpus import Sequences, UnitCorpus
@@ -40,8 +40,8 @@ class LMOptimizerConfig(OptimizerConfig):
 class TrainLMConfig(Config):
     """Train a unit language model on one split of a unit corpus."""
 
-    corpus: str | None = Field(None, description="needed but with `dpo`, which learns from pairs alone")
-    out: str
+    corpus: PathStr | None = Field(None, description="needed but with `dpo`, which learns from pairs alone")
+    out: PathStr
     split: Split = "train"
     valid_split: Split = Field("dev", description='its loss is reported while training, if the corpus has it; "": no validation')
     batch_tokens: int = Field(2048, ge=1, description="predicted steps per update, about")
@@ -49,7 +49,7 @@ class TrainLMConfig(Config):
         "delay", description="how the levels of a frame follow each other; of no matter with one stream"
     )
     loss_on: LossOn = Field("all", description="of a corpus with text: which symbols are learnt; EOS always is")
-    initial: str | None = Field(
+    initial: PathStr | None = Field(
         None, description="begin with these weights: a Hugging Face folder (Llama, Mistral, Qwen2), embeddings replaced, or a run"
     )
     dpo: DPOConfig | None = Field(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from pretrain.artefact import commit, read_meta, require_absent, write_json
-from pretrain.config import Config
+from pretrain.config import Config, PathStr, Seed
 from pretrain.ctc.error_rates import (
     Counted,
     count_edits,
@@ -38,12 +38,12 @@ NUM_SHOWN = 20  # utterances that differ most, each way
 class CompareConfig(Config):
     """Two folders of transcripts (`transcribe`) of the same utterances."""
 
-    out: str
-    a: str
-    b: str
+    out: PathStr
+    a: PathStr
+    b: PathStr
     names: tuple[str, str] = Field(("a", "b"), description="what tables call the two")
     draws: int = Field(10_000, ge=100, description="resampled test sets behind the intervals")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @field_validator("names")
     @classmethod
@@ -67,7 +67,7 @@ def read_transcripts(folder: str | Path) -> tuple[Transcripts, str]:
     """The transcripts that `transcribe` wrote into `folder`, and their fingerprint."""
     meta = read_meta(folder, "transcripts")
     columns = pq.read_table(Path(folder) / "transcripts.parquet", columns=["id", "speaker", "text", "hypothesis"]).to_pydict()
-    counted = json.loads((Path(folder) / "summary.json").read_text()).get("counted", "words")
+    counted = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")).get("counted", "words")
     table = Transcripts(columns["id"], columns["speaker"], columns["text"], columns["hypothesis"], counted)
     return table, meta["fingerprint"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pretrain.config import Config
+from pretrain.config import Config, PathStr
 from pretrain.ctc.lexicon import MISSING_LIBRARY, LanguageModel, Lexicon, arpa_words, is_binary, lexicon_of, read_lexicon
 from pretrain.ctc.prefix_search import Node, prefix_search
 from pretrain.ctc.text import TextConfig
@@ -33,9 +33,9 @@ class DecodingConfig(Config):
     """How texts are found. Without a lexicon and a language model beam search sums over alignments, and that is all."""
 
     method: Literal["greedy", "beam"] = Field("greedy", description="greedy: the best path; beam: search, needs the extra `lm`")
-    lm: str | None = Field(None, description="n-gram language model: ARPA, .arpa.gz or a KenLM binary")
+    lm: PathStr | None = Field(None, description="n-gram language model: ARPA, .arpa.gz or a KenLM binary")
     lm_of: Literal["words", "symbols"] = Field("words", description="symbols: of the vocabulary (characters, phones, pieces)")
-    lexicon: str | None = Field(
+    lexicon: PathStr | None = Field(
         None, description="lines `word<TAB>w o r d |`; by default the words of an ARPA, spelled as transcripts are"
     )
     lm_weight: float = Field(2.0, ge=0, description="of log10 probabilities, as published weights are")

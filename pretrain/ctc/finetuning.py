@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from pretrain.artefact import atomic_path, require_absent
 from pretrain.audio import SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches
-from pretrain.config import Config, Split, parse_config
+from pretrain.config import Config, PathStr, Seed, Split, parse_config
 from pretrain.ctc.model import LoadedRecognizer, Recognizer, load_recognizer
 from pretrain.ctc.subsets import (
     Budget,
@@ -64,10 +64,12 @@ class CTCTrainingConfig(TrainingConfig):
 class FinetuneConfig(Config):
     """Which transcripts, which encoder, and how it is fine-tuned."""
 
-    out: str
-    manifest: str
+    out: PathStr
+    manifest: PathStr
     split: Split = "train"
-    valid_manifest: str | None = Field(None, description="where valid_split is, if not in `manifest` (a labelled subset has none)")
+    valid_manifest: PathStr | None = Field(
+        None, description="where valid_split is, if not in `manifest` (a labelled subset has none)"
+    )
     valid_split: Split = Field(
         "dev",
         description='judges checkpoints; without being asked for, none where there is no such split (said in the summary); "": none, '
@@ -77,14 +79,14 @@ class FinetuneConfig(Config):
     budget_at_least: Budget | None = Field(
         None, description="where less than the budget is transcribed, but as much as this: all of it; without this key an error"
     )
-    budget_seed: int = Field(0, description="of the draw; equal seeds give nested budgets")
+    budget_seed: Seed = Field(0, description="of the draw; equal seeds give nested budgets")
     bad_transcripts: Literal["error", "quarantine"] = Field("error", description="quarantine: leave them out, listed")
-    encoder: str | None = Field(None, description="a pretraining run, or a recogniser to go on from")
+    encoder: PathStr | None = Field(None, description="a pretraining run, or a recogniser to go on from")
     initialization: Literal["pretrained", "recognizer", "random"] = Field(
         "pretrained", description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh weights"
     )
     streaming: StreamingConfig | None = Field(None, description="chunked attention; by default as `encoder` has it")
-    labels: str | None = Field(None, description="units to read in place of audio; instead of an encoder")
+    labels: PathStr | None = Field(None, description="units to read in place of audio; instead of an encoder")
     units: UnitConfig = UnitConfig()
     unit_encoder: EncoderConfig | None = Field(None, description="with labels: the encoder over them; by default a small one")
     characters: str | None = Field(

@@ -9,16 +9,18 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
 from pretrain.ctc.text import SPACE, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.plain_text import LONGEST_MARK, UTF_8_MARK, decode_line, raw_lines, wide_encoding
 
 UNKNOWN = "<unk>"
 MARKERS = ("<s>", "</s>", UNKNOWN)  # entries of an ARPA that are no words
@@ -148,9 +150,17 @@ def _opened(path: str, key: str) -> Iterator[Iterator[str]]:
     with open(path, "rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if compressed else open(path, encoding="utf-8") as lines:
-            yield lines
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, OSError) as error:
+        with gzip.open(path, "rb") if compressed else open(path, "rb") as file:
+            start = file.read(LONGEST_MARK)
+            if key == "lm" and (start.startswith(UTF_8_MARK) or wide_encoding(start)):
+                raise ValueError(
+                    f"decoding.lm: {path} begins with a byte-order mark, which KenLM does not read; write it again without, as UTF-8"
+                )
+            file.seek(0)
+            origin = f"decoding.{key}: {path}"
+            numbered = enumerate(raw_lines(cast(BinaryIO, file), origin), start=1)
+            yield (decode_line(raw, f"{origin} line {number}") for number, raw in numbered)
+    except (EOFError, gzip.BadGzipFile, OSError, zlib.error) as error:
         raise ValueError(f"decoding.{key}: {path} cannot be read ({error}); it is damaged or something else") from None
 
 

@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pretrain.config import Config
+from pretrain.config import Config, PathStr
 from pretrain.manifest import Utterance
 
 SPACE = "|"  # how the space between words is spelled in a vocabulary
@@ -30,7 +30,7 @@ class TextConfig(Config):
     punctuation: Literal["remove", "keep"] = Field(
         "remove", description="remove: hyphens and the like part words; apostrophes that touch a word stay, and · ׳ ״ inside one"
     )
-    tokenizer: str | None = Field(None, description="with spelling = tokenizer: a Hugging Face tokenizer.json")
+    tokenizer: PathStr | None = Field(None, description="with spelling = tokenizer: a Hugging Face tokenizer.json")
     silence: tuple[str, ...] = Field(("", "SIL", "sil", "SPN", "spn", "sp", "<eps>"), description="phones that are no targets")
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from torch import Tensor
 from pretrain.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.audio import MIN_SAMPLES, SAMPLE_RATE
 from pretrain.batches import BatchConfig, SpeechBatches
-from pretrain.config import Config, Split
+from pretrain.config import Config, PathStr, Split
 from pretrain.ctc.alignment import forced_alignment, stretch, word_times, write_alignments
 from pretrain.ctc.decoding import Decoder, DecodingConfig, Hypothesis
 from pretrain.ctc.error_rates import as_text, count_edits, error_rates
@@ -62,12 +62,12 @@ class TuneConfig(Config):
 class TranscribeConfig(Config):
     """What is transcribed with which recogniser, and how."""
 
-    out: str
-    manifest: str
+    out: PathStr
+    manifest: PathStr
     split: Split = "test"
-    recognizer: str
+    recognizer: PathStr
     checkpoint: Literal["best", "last"] = Field("best", description="best: by dev WER, where one was kept")
-    labels: str | None = Field(None, description="the units to read, for a recogniser of units")
+    labels: PathStr | None = Field(None, description="the units to read, for a recogniser of units")
     decoding: DecodingConfig = DecodingConfig()
     tune: TuneConfig | None = Field(None, description="find decoding.lm_weight and word_score on this split: give a dev split")
     words: bool = Field(False, description="times of the words, or phones, of each text")

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from pretrain.artefact import atomic_path, commit, is_complete, known_by, read_meta, require_absent, write_json
 from pretrain.checkpoint import load_weights
-from pretrain.config import Config, differences, parse_config, part_of, share
+from pretrain.config import Config, PathStr, Seed, differences, parse_config, part_of, share
 from pretrain.ctc.curve import as_text, summarize, write_curve
 from pretrain.ctc.finetuning import FinetuneConfig, finetune
 from pretrain.ctc.subsets import Budget, amount, draw_subset, transcribed
@@ -54,16 +54,16 @@ SCHEMA = pa.schema([
 class TransferConfig(Config):
     """Budgets x systems x seeds, what is fine-tuned and transcribed, and with which settings."""
 
-    out: str
-    manifest: str
-    encoder: str | None = Field(
+    out: PathStr
+    manifest: PathStr
+    encoder: PathStr | None = Field(
         None, description="a pretraining run: it is the system `pretrained`, and `scratch` its architecture with fresh weights"
     )
     systems: dict[str, dict[str, Any]] = Field(
         {}, description="name -> keys of `finetune` for it alone: more systems (encoder or labels), or other settings of those two"
     )
     budgets: tuple[Budget, ...] = Field(("10min", "1h", "10h"), min_length=1)
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (0,), min_length=1, description="of training, and of the draw of labels where finetune.budget_seed is not given"
     )
     finetune: dict[str, Any] = Field(description="keys of `finetune` for all cells: ctc, batches, optimizer, training, text …")

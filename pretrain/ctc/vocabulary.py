@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.ctc.text import SPACE, Spelling, TextConfig
+from pretrain.plain_text import read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,7 +83,7 @@ class Vocabulary:
     def of_tokenizer(cls, path: str | Path) -> "Vocabulary":
         """The pieces of a tokenizer.json. Special tokens, and the one for what is unknown, are no classes."""
         try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            tree = json.loads(read_text(path))
             tree |= {"truncation": None, "padding": None}  # neither may touch a transcript
             definition = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
             pieces = _pieces(_tokenizer(definition), tree)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.artefact import sha256_file
 from pretrain.checkpoint import load_weights
 from pretrain.fairseq2.families import FAMILIES
+from pretrain.plain_text import read_text
 from pretrain.weights.card_config import DEFAULTS, complete_config
 from pretrain.weights.foreign import load_pickle, load_safetensors
 
@@ -104,7 +105,7 @@ def read_yaml(path: Path) -> list[dict[str, Any]]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        trees = [tree for tree in yaml.safe_load_all(path.read_text(encoding="utf-8")) if isinstance(tree, dict)]
+        trees = [tree for tree in yaml.safe_load_all(read_text(path)) if isinstance(tree, dict)]
         if _weigh(trees, {}) > MOST_VALUES:
             raise ValueError("its aliases stand for more values than a card can have")
         return trees

@@ -25,7 +25,7 @@ from pretrain.artefact import (
     write_json,
 )
 from pretrain.checkpoint import latest_checkpoint, load_weights, save_checkpoint
-from pretrain.config import Config, parse_config, without_none
+from pretrain.config import Config, PathStr, parse_config, without_none
 from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
 from pretrain.ctc.task import CTCConfig
 from pretrain.encoder import Encoder, EncoderConfig
@@ -55,12 +55,12 @@ from pretrain.weights.torchaudio import read_torchaudio, write_torchaudio
 class ImportConfig(Config):
     """What `import` was given; the options win over what the source says, or tell what it does not."""
 
-    source: str
-    out: str
+    source: PathStr
+    out: PathStr
     num_heads: int | None = None
     num_classes: int | None = None
     normalize_waveform: bool | None = None
-    vocabulary: str | None = None
+    vocabulary: PathStr | None = None
     allow_pickle: bool = False
 
 
@@ -118,7 +118,7 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
     extra = {key: value for key, value in meta.items() if key not in ("kind", "config")}
     run.mkdir(parents=True, exist_ok=True)
     with atomic_path(run / "config.toml") as temporary:
-        temporary.write_text(tomli_w.dumps(without_none(resolved)))
+        temporary.write_text(tomli_w.dumps(without_none(resolved)), encoding="utf-8")
     stored = {"epoch": 0, "batch": 0, "seconds": 0.0, "kind": kind, "extra": extra, "config": resolved}
     save_checkpoint(run, 0, model, torch.optim.AdamW(model.parameters()), stored)
     summary = {

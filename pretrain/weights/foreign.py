@@ -27,6 +27,7 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.encoder import EncoderConfig
 from pretrain.hubert import HubertConfig
+from pretrain.plain_text import read_text
 from pretrain.wav2vec2 import Wav2Vec2Config
 from pretrain.weights.naming import ENCODER_NAMES, LAYER_NAMES, Format, Objective
 
@@ -333,10 +334,10 @@ def leave_out(tensors: dict[str, Tensor], prefix: str, what: str, notes: list[st
 def read_json(path: Path, reason: str = "it is named by another file") -> dict[str, Any]:
     """A JSON object; where the file is missing, `reason` says why it is needed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {reason}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or no text
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON object is needed")

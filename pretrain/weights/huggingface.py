@@ -204,8 +204,8 @@ def write_huggingface(
             full = key if key.removesuffix(".weight").removesuffix(".bias") in inside else prefix + key
             full = full.replace(".weight_g", ".parametrizations.weight.original0")
             written[full.replace(".weight_v", ".parametrizations.weight.original1")] = tensor
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     if apart:
         save_file(apart, folder / HEADS_FILE)

@@ -24,6 +24,7 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE, Spelling, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
+from pretrain.plain_text import read_text
 from pretrain.weights.foreign import CTCHead, leave_out, read_json
 from pretrain.weights.naming import CTC_HEADS, Format
 
@@ -162,10 +163,10 @@ def read_vocabulary(path: Path, num_rows: int, notes: list[str]) -> Classes:
             symbols = [SPACE if symbol == " " else symbol for symbol in symbols]
         return _of_words(symbols, rows, notes, str(path))
     try:
-        lines = [line.rstrip().removesuffix(OVERWRITE) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.rstrip().removesuffix(OVERWRITE) for line in read_text(path).splitlines()]
         words = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file; give the dict.ltr.txt or the vocab.json of the model") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a text file ({error}); give the dict.ltr.txt or the vocab.json of the model") from None
     return of_dictionary(words, num_rows, notes, str(path))
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from pretrain.audio import phone_frames
 from pretrain.indexing import IndexConfig, index
+from pretrain.lists import attach_alignments
 from pretrain.manifest import Manifest, write_manifest
-from pretrain.sources import attach_alignments, name_speakers, read_sources, require_distinct_ids
+from pretrain.sources import name_speakers, read_sources, require_distinct_ids
 from pretrain.table import SCHEMA
 
 

@@ -185,7 +185,7 @@ def hubert_task(folder: Path, manifest: Manifest, make_labels: Callable[..., Pat
     """Crops of 2000 samples; frame t has label t."""
     counts = {utterance.id: utterance.num_frames for utterance in manifest}
     config = PretrainConfig(
-        out="", manifest="", objective="hubert", labels="", encoder=EncoderConfig(architecture="tiny"), valid_split=None,
+        out="none", manifest="none", objective="hubert", labels="none", encoder=EncoderConfig(architecture="tiny"), valid_split=None,
         batches=BatchConfig(crop_seconds=0.12), training={"max_steps": 1},  # type: ignore[arg-type]
     )  # fmt: skip
     return HubertTask(config, manifest, Labels(make_labels(folder / "labels", counts, num_classes=1000)))

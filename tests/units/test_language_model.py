@@ -43,7 +43,9 @@ def test_every_symbol_after_bos_is_predicted_once_from_the_one_before_it(corpus:
 
 
 def test_an_epoch_holds_every_piece_once_in_batches_of_like_size(corpus: UnitCorpus) -> None:
-    config = TrainLMConfig(corpus="", out="", batch_tokens=24, model=DecoderConfig(context=8), training=TrainingConfig(max_steps=1))
+    config = TrainLMConfig(
+        corpus="none", out="none", batch_tokens=24, model=DecoderConfig(context=8), training=TrainingConfig(max_steps=1)
+    )
     task = LanguageModelTask(config, corpus)
     plan = task.plan(3)
     assert sorted(np.concatenate(plan).tolist()) == list(range(len(task.pieces)))
@@ -61,7 +63,9 @@ def test_first_fit_fills_rows_without_overflowing_them() -> None:
 
 
 def test_the_loss_of_a_batch_is_the_sum_over_any_split_of_it(corpus: UnitCorpus) -> None:
-    config = TrainLMConfig(corpus="", out="", model=DecoderConfig(context=8, dropout=0), training=TrainingConfig(max_steps=1))
+    config = TrainLMConfig(
+        corpus="none", out="none", model=DecoderConfig(context=8, dropout=0), training=TrainingConfig(max_steps=1)
+    )
     task = LanguageModelTask(config, corpus)
     items = np.arange(len(task.pieces))
     whole = task.model(task.collate(items, 0))
@@ -73,7 +77,9 @@ def test_the_loss_of_a_batch_is_the_sum_over_any_split_of_it(corpus: UnitCorpus)
 
 
 def test_padding_moves_neither_loss_nor_gradients(corpus: UnitCorpus) -> None:
-    config = TrainLMConfig(corpus="", out="", model=DecoderConfig(context=8, dropout=0), training=TrainingConfig(max_steps=1))
+    config = TrainLMConfig(
+        corpus="none", out="none", model=DecoderConfig(context=8, dropout=0), training=TrainingConfig(max_steps=1)
+    )
     task = LanguageModelTask(config, corpus)
     batch = task.collate(np.arange(4), 0)
     width = batch.tokens.shape[1]
@@ -128,7 +134,7 @@ def test_training_goes_on_from_a_run_of_the_same_units_and_refuses_one_of_others
     tmp_path: Path, planted: UnitCorpus, trained: Path
 ) -> None:
     keys = {"initial": str(trained), "training": TrainingConfig(max_steps=1, device="cpu")}
-    task = LanguageModelTask(TrainLMConfig(corpus=str(planted.folder), out="", **keys), planted)
+    task = LanguageModelTask(TrainLMConfig(corpus=str(planted.folder), out="none", **keys), planted)
     before = load_language_model(trained, planted).decoder.state_dict()
     assert all(torch.equal(weight, before[name]) for name, weight in task.model.decoder.state_dict().items())
 
@@ -169,7 +175,7 @@ def test_the_loss_can_be_of_speech_or_of_text_alone_and_the_two_make_the_whole(t
         count, total = {}, {}
         for loss_on in ("all", "speech", "text"):
             config = TrainLMConfig(
-                corpus="", out="", loss_on=loss_on, pattern=pattern, model=DecoderConfig(dim=8, num_heads=2, dropout=0.0),
+                corpus="none", out="none", loss_on=loss_on, pattern=pattern, model=DecoderConfig(dim=8, num_heads=2, dropout=0.0),
                 training=TrainingConfig(max_steps=1),
             )  # fmt: skip
             task = LanguageModelTask(config, corpus)

@@ -80,7 +80,9 @@ def test_preferences_are_learnt_without_dropout_unless_it_is_given(trained: Path
 
 
 def test_a_diverging_run_is_stopped_once_it_is_warm(planted: UnitCorpus) -> None:
-    config = TrainLMConfig(corpus="", out="", training=TrainingConfig(max_steps=1), optimizer=LMOptimizerConfig(warmup_steps=25))
+    config = TrainLMConfig(
+        corpus="none", out="none", training=TrainingConfig(max_steps=1), optimizer=LMOptimizerConfig(warmup_steps=25)
+    )
     task = LanguageModelTask(config, planted)
     losses = {10: 9.0, 20: 9.5, 30: 8.0, 40: 2.0, 50: 3.0, 60: 9.0, 70: 9.1}
     assert [step for step, loss in losses.items() if "diverged" in (task.alarm({"loss": loss}, step) or "")] == [60, 70]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.artefact import sha256_file, write_json
+from pretrain.config import expand_path
 from pretrain.progress import progress
 from units.corpus import Document, UnitCorpus
 from units.formats.codec import CODEC
@@ -119,6 +120,11 @@ def _checked_options(form: Format, options: dict[str, Any]) -> tuple[dict[str, A
             raise ValueError(
                 f"format {form.name}: option {name} is {value!r}, expected {'true or false' if name in FLAGS else 'a text'}"
             )
+        if value is not None and name in form.paths:
+            try:
+                options[name] = expand_path(str(value))
+            except ValueError as error:
+                raise ValueError(f"format {form.name}: option {name}: {error}") from None
     return options, per_frame
 
 

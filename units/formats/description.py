@@ -65,6 +65,7 @@ class Format:
         default=lambda path, **options: []
     )  # what else is read and written, beside the file
     options: tuple[str, ...] = ()  # names of what `read` takes: bool if in FLAGS, otherwise str
+    paths: tuple[str, ...] = ()  # those of them that are paths
 
 
 def sidecar_path(path: str | Path) -> Path:

@@ -11,25 +11,24 @@ from typing import Any, TextIO, cast
 import numpy as np
 
 from pretrain.artefact import atomic_path
-from pretrain.sources import without_audio_suffix
+from pretrain.candidates import without_audio_suffix
+from pretrain.plain_text import decode_line, raw_lines
 from units.sequence import MAX_DURATION
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)  # nine digits fit in 32 bits; no codebook has a billion units
 _NUMBERS = re.compile(r"[0-9]{1,9}(?: +[0-9]{1,9})*", re.ASCII)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(where, line) of a text file, one at a time, without their ends. ValueError: no such file, no lines, an empty line, a NUL
-    byte, bytes that are no UTF-8."""
+    byte, bytes that are no UTF-8 (nor UTF-16 with a byte-order mark)."""
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder; a file of units is needed' if path.is_dir() else 'no such file'}")
     number = 0
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(raw_lines(file, str(path)), start=1):
             where = f"{path}: line {number}"
-            line = raw.removesuffix(b"\n").removesuffix(b"\r").removeprefix(BYTE_ORDER_MARK if number == 1 else b"")
-            text = decode(line, where)
+            text = decode(raw, where)
             if not text.strip():
                 raise ValueError(f"{where}: is empty, expected an utterance; leave out utterances that have no units")
             yield where, text
@@ -41,10 +40,7 @@ def decode(data: bytes, where: str) -> str:
     """UTF-8 text without NUL, or a ValueError."""
     if b"\0" in data:
         raise ValueError(f"{where}: has a NUL byte, expected text; the file is damaged, or of another format")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return decode_line(data, where)
 
 
 def parse_integers(text: str, where: str, what: str = "unit") -> np.ndarray:

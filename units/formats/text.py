@@ -163,16 +163,19 @@ def require_writable(name: str, separator: str, form: str) -> None:
 KM = Format(
     "km",
     read_km, write_km, lambda path, **options: {"deduplicated": False, "timed": True},
-    per_frame=True, companions=lambda path, tsv=None, **options: [Path(tsv) if tsv else _tsv(path)], options=("tsv", "stem"),
+    per_frame=True, companions=lambda path, tsv=None, **options: [Path(tsv) if tsv else _tsv(path)],
+    options=("tsv", "stem"), paths=("tsv",),
 )  # fmt: skip
 GSLM = Format(
     "gslm",
     read_gslm, write_gslm, lambda path, durations=None, **options: {"timed": _beside(durations, _gslm_durations(path)) is not None},
-    companions=lambda path, durations=None: [Path(durations) if durations else _gslm_durations(path)], options=("durations",),
+    companions=lambda path, durations=None: [Path(durations) if durations else _gslm_durations(path)],
+    options=("durations",), paths=("durations",),
 )  # fmt: skip
 TEXTLESSLIB = Format(
     "textlesslib",
     read_textlesslib, write_textlesslib,
     lambda path, durations=None, **options: {"timed": _beside(durations, _textlesslib_durations(path)) is not None},
-    companions=lambda path, durations=None: [Path(durations) if durations else _textlesslib_durations(path)], options=("durations",),
+    companions=lambda path, durations=None: [Path(durations) if durations else _textlesslib_durations(path)],
+    options=("durations",), paths=("durations",),
 )  # fmt: skip
