@@ -62,6 +62,6 @@ def _boot() -> str:
 def _started(pid: int) -> str:
     """When a process started, in the kernel's ticks: numbers of processes come again. Empty where that is not known."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

@@ -190,6 +190,18 @@ def test_ctrl_c_in_a_stage_ends_the_recipe_there_with_one_line(
     assert main(["run", path]) == 0 and (run / "three" / "meta.json").is_file()
 
 
+HANGING = """
+import time
+import soundfile
+opened = soundfile.SoundFile.__init__
+def init(self, file, *rest, **keys):
+    if str(file).endswith("3.wav"):
+        time.sleep(600)
+    opened(self, file, *rest, **keys)
+soundfile.SoundFile.__init__ = init
+"""
+
+
 def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to_the_same_labels(
     audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,12 +211,12 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
     keys = {"manifest": manifest, "codebook": codebook, "num_shards": 8}
     path = write(tmp_path, "encode", {**keys, "out": out, "processes": 2})
     assert main(["encode", write(tmp_path, "alone", {**keys, "out": str(tmp_path / "alone")})]) == 0
-    # A worker is at its first shard when the signal comes: a pipe in place of a recording, which nobody writes to.
-    recording = audio / "3.wav"
-    recording.rename(tmp_path / "aside.wav")
-    os.mkfifo(recording)
+    # A worker is at one of the shards when the signal comes: a recording on a disk that hangs.
+    (tmp_path / "hangs").mkdir()
+    (tmp_path / "hangs" / "sitecustomize.py").write_text(HANGING, encoding="utf-8")
     code = "import signal; signal.signal(2, signal.default_int_handler); import wordless; wordless.entry_point()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join([str(tmp_path / "hangs"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "encode", path], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
@@ -228,7 +240,6 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not list(Path(out).rglob(".*")) and not list(tmp_path.glob(".*"))
-    (tmp_path / "aside.wav").replace(recording)
     assert main(["encode", path]) == 0
     for identity in Labels(out).ids:
         np.testing.assert_array_equal(Labels(out)[identity], Labels(str(tmp_path / "alone"))[identity])

@@ -52,14 +52,18 @@ def work(out: str) -> int:
     return os.getpid()
 
 
-VERBS["pretrain"] = Verb(
-    "tests.pretrain.interrupt_worker", "StandInConfig", "stand_in", "A stand-in.", distributed=True, resumes=True
-)
+def stand_in_for_pretrain() -> None:
+    """In this process, which is not one of the tests."""
+    VERBS["pretrain"] = Verb(
+        "tests.pretrain.interrupt_worker", "StandInConfig", "stand_in", "A stand-in.", distributed=True, resumes=True
+    )
 
 
 def main(argv: list[str]) -> int:
     """What a job runs."""
     import wordless
+
+    stand_in_for_pretrain()
 
     return wordless.main(argv)
 
@@ -67,4 +71,5 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     from wordless import entry_point
 
+    stand_in_for_pretrain()
     entry_point()

@@ -18,7 +18,8 @@ from units.sampling import SampleConfig
 # Keys with any text that is no path. A new key of text is a path (`PathStr`), or is added here.
 TEXTS = {
     "device", "speaker_pattern", "language", "title", "utterance", "utterances", "speaker", "characters", "baseline", "format", "names",
-    "split", "valid_split", "select_split", "fit_split", "part", "silence", "budget", "budgets",
+    "split", "valid_split", "select_split", "fit_split", "part", "silence", "budget", "budget_at_least", "budgets",
+    "left_out",
 }  # fmt: skip
 CLASSES: dict[str, type[Config]] = {name: verb.load()[0] for name, verb in VERBS.items()}
 CLASSES |= {"import": ImportConfig, "import --codebook": CodebookImportConfig}

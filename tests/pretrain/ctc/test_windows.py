@@ -48,7 +48,9 @@ def test_a_long_recording_has_the_log_probabilities_of_the_whole_whatever_max_se
     loaded = recognizer(kind, attends)
 
     def log_probs(max_seconds: float) -> Tensor:
-        config = TranscribeConfig(out="", manifest="", recognizer="", max_seconds=max_seconds, batch_seconds=10, device="cpu")
+        config = TranscribeConfig(
+            out="none", manifest="none", recognizer="none", max_seconds=max_seconds, batch_seconds=10, device="cpu"
+        )
         source = SpeechBatches(manifest, BatchConfig(batch_seconds=10, crop_seconds=1e9), 0, crop=False)
         ((_, found),) = _log_probs(config, loaded, source, torch.device("cpu"), None)
         return found
