@@ -23,7 +23,7 @@ FORESEEN = {
 
 
 def require_feasible(verb: str, config: Any) -> None:
-    """ValueError where the config's manifest, which stands, lacks what the verb needs."""
+    """ValueError where the config's finished manifest lacks what the verb needs."""
     if verb in FORESEEN:
         module, _, function = FORESEEN[verb].partition(":")
         getattr(import_module(module), function)(config)

@@ -397,7 +397,7 @@ class Recipe:
         return summary
 
     def _foresee(self, following: list[str], redo: bool) -> None:
-        """Leave out, before hours of work, the optional stages that cannot be made of a manifest that stands; ValueError for others."""
+        """Leave out, before hours of work, the optional stages that cannot be made of a finished manifest; ValueError for others."""
         from pretrain.artefact import is_complete
 
         for name in following:

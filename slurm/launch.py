@@ -58,7 +58,7 @@ def launch(
     The submission gets a fresh folder inside `folder`, PARENT/jobs/NAME. `after` are ids of SLURM jobs that must succeed first;
     those of them in `after_any` must only end. `out` is what the command makes, for who reads the submission. With `array` n > 1, SLURM
     gets an array whose element i runs `argv` with `PART_KEY=i/n`, i from 1; locally one job does the whole. ValueError where the job
-    cannot be submitted; a job that fails is told by `status`, not raised.
+    cannot be submitted; `status` shows a job that fails; nothing is raised.
     """
     if place == "local" and resources.nodes > 1:
         raise ValueError(f"slurm.nodes: {resources.nodes}, but a local job has one; set slurm.nodes=1 or use --on slurm")

@@ -60,7 +60,7 @@ def count_audio(manifest: Manifest) -> dict[str, Any]:
 
 
 def origin(stage: Stage) -> dict[str, Any]:
-    """What the measured units were clustered from, if their codebook still stands."""
+    """What the measured units were clustered from, if their codebook is still there."""
     labels = stage.meta["config"]["labels"]
     codebook = read_meta(labels)["config"].get("codebook") if is_complete(labels) else None
     meta: dict[str, Any] = read_meta(codebook) if codebook and is_complete(codebook) else {}

@@ -1,4 +1,4 @@
-"""Text files of other programs: a byte-order mark is read, another encoding named by file and line, whoever reads the file."""
+"""Text files of other programs: a byte-order mark is read, another encoding named by file and line, in every reader."""
 
 import json
 from collections.abc import Callable

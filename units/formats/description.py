@@ -39,7 +39,7 @@ class Sidecar(Described):
 
 
 class Located(NamedTuple):
-    """A document and where it stands, for messages; and the length of its recording, where the file gives one."""
+    """A document and its place in the file, for messages; and the length of its recording, where the file gives one."""
 
     where: str
     document: Document
