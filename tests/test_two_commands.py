@@ -221,9 +221,13 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
         [sys.executable, "-c", code, "encode", path], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 90
-        while not list(Path(out).glob("*.npy")) and not list(Path(out).glob("shard*")):
+        deadline, seen, since = time.monotonic() + 90, set[Path](), time.monotonic()
+        while (
+            not seen or time.monotonic() - since < 1.5
+        ):  # until nothing is being written, and the recording that hangs is waited for
             assert process.poll() is None and time.monotonic() < deadline
+            if (found := set(Path(out).rglob("*shard*"))) != seen:
+                seen, since = found, time.monotonic()
             time.sleep(0.05)
         workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         os.killpg(process.pid, signal.SIGINT)
