@@ -1,4 +1,4 @@
-"""Audio in: any wav, flac, ogg or mp3 becomes a float32 mono waveform at 16 kHz, and every fault becomes a ValueError.
+"""Audio in: any recording that libsndfile decodes becomes a float32 mono waveform at 16 kHz, and every fault becomes a ValueError.
 
 A recording is a file or a member of an uncompressed tar; of either only the samples that are wanted are read.
 

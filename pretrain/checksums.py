@@ -1,7 +1,7 @@
 """Cyclic redundancy checks of audio frames, bit by bit through a table."""
 
 
-def crc(data: bytes, polynomial: int, bits: int, value: int = 0) -> int:
+def crc(data: bytes | memoryview, polynomial: int, bits: int, value: int = 0) -> int:
     """The remainder of `data` by a polynomial without its highest term, from `value` on, as FLAC and MPEG audio have it."""
     table = _table(polynomial, bits)
     for byte in data:

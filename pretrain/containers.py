@@ -21,6 +21,7 @@ _CHUNKS = set(
     b"LIST INFO JUNK PAD  FLLR bext cue  plst smpl inst acid fact PEAK iXML axml chna cart DISP id3  ID3  _PMX aXML strc umid "
     b"minf elm1 regn SAUR NAME AUTH ANNO COMT MARK INST APPL MIDI (c)  afsp levl r64m".split(b" ")
 ) | {b"PAD ", b"cue ", b"id3 ", b"ID3 ", b"(c) "}  # fmt: skip
+_LONGEST = 2**63 - 1  # in 64 bits, this and more mean that the writer could not know the length
 _GSM = b"1\0"  # the format's number, 0x31
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")  # a player's tags at the end of a file
 
@@ -99,7 +100,7 @@ def _riff_piece(span: Span, start: int) -> tuple[Piece, int]:
             break
         place += 8 + size + size % 2
     else:
-        return Piece(start, rest), span.size  # no samples: libsndfile has the words for it
+        return Piece(start, rest), span.size  # no samples: libsndfile reports it
     data = place + 8
     if large is not None and size == 0xFFFFFFFF:
         size = int.from_bytes(span.at(large, 8), "little")
@@ -108,7 +109,7 @@ def _riff_piece(span: Span, start: int) -> tuple[Piece, int]:
         large, patch_at, width = None, place + 4, 4
     available = span.size - data
     end = None
-    if size == 0 or large is not None or not is_unknown(size):
+    if size == 0 or (size < _LONGEST if large is not None else not is_unknown(size)):
         if size > available:
             raise ValueError(f"is truncated: {available} of {size} bytes of samples")
         end = _chunks_end(span, data + size + size % 2, order)
@@ -201,6 +202,8 @@ def _sphere(span: Span, thorough: bool) -> list[Piece]:
 def _wave64(span: Span, thorough: bool) -> list[Piece]:
     """Chunks with a GUID of 16 bytes and a size of 8 that includes both, at multiples of 8."""
     for place, name, size in _long_chunks(span, 40, 16, "little"):
+        if name[:4] == b"data" and size >= _LONGEST:
+            return [Piece(0, span.size, (Patch(place + 16, (span.size - place).to_bytes(8, "little")),))]
         if name[:4] == b"data":
             _require_followed(span, place + size + -size % 8, size, span.size - place)
             break
@@ -209,7 +212,9 @@ def _wave64(span: Span, thorough: bool) -> list[Piece]:
 
 def _caf(span: Span, thorough: bool) -> list[Piece]:
     for place, name, size in _long_chunks(span, 8, 4, "big"):
-        if name == b"data" and size < 2**63:  # else -1: up to the end
+        if name == b"data" and size >= _LONGEST:  # -1: up to the end
+            return [Piece(0, span.size, (Patch(place + 4, (span.size - place - 12).to_bytes(8, "big")),))]
+        if name == b"data":
             _require_followed(span, place + 12 + size, size, span.size - place - 12)
             break
     return [Piece(0, span.size)]

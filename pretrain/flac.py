@@ -53,9 +53,9 @@ def end_of(span: Span, start: int, end: int) -> int | None:
         end -= 128
     first = max(start, end - min(largest + 64, _MOST))
     tail = span.at(first, end - first)
-    place = len(tail)
+    view, place = memoryview(tail), len(tail)
     while (place := tail.rfind(b"\xff", 0, place)) >= 0:
-        if tail[place + 1 : place + 2] in (b"\xf8", b"\xf9") and (found := _frame_end(tail[place:], shortest)) is not None:
+        if tail[place + 1 : place + 2] in (b"\xf8", b"\xf9") and (found := _frame_end(view[place:], shortest)) is not None:
             return found
     return None
 
@@ -63,7 +63,7 @@ def end_of(span: Span, start: int, end: int) -> int | None:
 _SIZES = (0, 192, *(576 << n for n in range(4)), 0, 0, *(256 << n for n in range(8)))  # samples in a frame, by their code
 
 
-def _frame_end(data: bytes, block_size: int) -> int | None:
+def _frame_end(data: memoryview, block_size: int) -> int | None:
     """The sample at which the frame `data` ends (RFC 9639 section 9.1); None unless both of its checksums hold."""
     if len(data) < 8:
         return None

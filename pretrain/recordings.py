@@ -151,7 +151,7 @@ class _Decoder:
                 with Span(*self._place) as span:
                     target = max(0, min(start, self.num_samples - last_page_samples(span) - 1))
             try:
-                if target:
+                if target != file.tell():
                     file.seek(target)
             except soundfile.LibsndfileError:  # some damage ends a search and not the decoder
                 pass
@@ -266,6 +266,9 @@ def _require_finite(block: np.ndarray) -> None:
 # Formats without seeking
 
 
+_LOST = 2**63  # a position past any start: such a decoder is not used again
+
+
 class _Sequential:
     """A decoder that only goes forward."""
 
@@ -275,11 +278,15 @@ class _Sequential:
         self._file = self._opened.enter_context(_opened(place))
 
     def blocks(self, start: int, count: int, most: int) -> Iterator[np.ndarray]:
-        for wanted, given in ((start - self.position, False), (count, True)):
+        place, self.position = self.position, _LOST  # until what is read is known: an error may come in between
+        for wanted, given in ((start - place, False), (count, True)):
             for block in _read(self._file, wanted, most):
-                self.position += len(block)
+                place += len(block)
                 if given:
+                    self.position = place
                     yield block
+                    self.position = _LOST
+        self.position = place
 
     def close(self) -> None:
         self._opened.close()

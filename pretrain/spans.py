@@ -57,6 +57,8 @@ class Span(io.RawIOBase):
     def at(self, place: int, count: int) -> bytes:
         """The bytes from `place`, `count` or as many as there are; the position for reading stays."""
         place = max(0, place)
+        if place >= self.size:  # wherever a header's lengths lead
+            return b""
         return os.pread(self._file.fileno(), max(0, min(count, self.size - place)), self.offset + place)
 
     def find(self, what: bytes, place: int) -> int:

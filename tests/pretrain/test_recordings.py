@@ -375,3 +375,26 @@ def test_a_wav_with_more_samples_than_its_header_can_count_is_refused(tmp_path: 
         ValueError, match="has 5368709120 bytes of samples, which its header cannot count; write it again as FLAC or RF64"
     ):
         probe_audio(str(path), decode=False)
+
+
+@pytest.mark.parametrize("size", [2**63 - 1, 2**64 - 1])
+@pytest.mark.parametrize("form", ["W64", "CAF", "RF64"])
+def test_a_length_of_64_bits_that_is_not_known_is_read_to_the_end(tmp_path: Path, form: str, size: int) -> None:
+    whole = bytearray(encoded(form, "PCM_16", 1.0))
+    start, order = {"W64": (whole.index(b"data") + 16, "<Q"), "CAF": (whole.index(b"data") + 4, ">Q"), "RF64": (28, "<Q")}[form]
+    whole[start : start + 8] = struct.pack(order, size)
+    path = written(tmp_path / "a", bytes(whole))
+    for decode in (True, False):
+        assert probe_audio(str(path), decode=decode) == (0, 16_000, 16000)
+    np.testing.assert_array_equal(everything(path), expected(encoded("WAV", "PCM_16", 1.0)))
+
+
+def test_after_an_error_a_decoder_that_only_goes_forward_is_not_used_again(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.opus", encoded("OGG", "OPUS", 3.0))
+    whole = everything(path)
+    decoder = recordings._sequential(recordings._Place(str(path), 0, path.stat().st_size), 0)
+    blocks = decoder.blocks(0, 20_000, 4000)
+    next(blocks)
+    blocks.close()  # as where what it gave is refused
+    part = load_audio(Utterance("u", str(path), 4500, 1000, 16000))
+    np.testing.assert_array_equal(part, whole[4500:5500, 0])
