@@ -110,7 +110,7 @@ class Recipe:
 
     A stage writes to `run/NAME` unless it has an `out`. A string `@NAME` or `@NAME/file` is the output of an earlier stage,
     `@` alone the run's folder. `needs = "text"`, `"phones"` or `"words"` skips a stage whose manifest has none. A table
-    `[NAME.slurm]` in a stage lies over the recipe's `[slurm]`. A stage with `optional = true` that ends with a ValueError is left
+    `[NAME.slurm]` in a stage lies over the recipe's `[slurm]`. A stage with `optional = true` that fails (but for a full disk) is left
     out, and with it the stages that read it, except reports, which get the reasons as `left_out`.
     """
 
@@ -324,7 +324,7 @@ class Recipe:
             try:
                 with self._occupied_stage(name, redo):
                     summary = self._run_stage(name, redo)
-            except ValueError:
+            except Exception:
                 if "failed" in self._read_record(name) and self.stages[name]["verb"] != "report":
                     self._report_nevertheless(chosen[place + 1 :], redo)
                 raise
@@ -365,6 +365,10 @@ class Recipe:
     def _run_stage(self, name: str, redo: bool) -> dict[str, Any]:
         """Its summary; empty where there was nothing to do."""
         import socket
+        import traceback
+
+        from pretrain.artefact import DiskFull
+        from pretrain.stage_records import lacking, reasons
 
         verb, config = self.stages[name]["verb"], self.parse(name)
         if name in self.left_out:
@@ -374,10 +378,10 @@ class Recipe:
             if not reason.startswith("stands"):
                 self._write_record(name, {"verb": verb, "skipped": reason, "out": os.path.abspath(config.out)})
             return {}
-        if name in self.optional and (reason := omissions.lacking(self.folder, self._paths(name))) is not None:
+        if name in self.optional and (reason := lacking(self.folder, self._paths(name))) is not None:
             return self._leave_out(name, reason)
         if verb == "report":
-            config = self.parse(name, left_out=omissions.reasons(self.folder, self._paths(name)))
+            config = self.parse(name, left_out=reasons(self.folder, self._paths(name)))
         if redo and verb != "report":
             self._remove(name, config)
         say(f"{name}: {verb} -> {config.out}")
@@ -387,10 +391,13 @@ class Recipe:
         began = time.monotonic()
         try:
             summary = VERBS[verb].load()[1](config)
-        except ValueError as error:
-            if name in self.optional:
-                return self._leave_out(name, str(error))
-            self._write_record(name, {**record, "failed": str(error)})
+        except Exception as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if name in self.optional and not isinstance(error, (DiskFull, ConnectionError)):  # which the other stages meet as well
+                if not isinstance(error, ValueError):  # no mistake of the user's, such as a GPU without memory
+                    traceback.print_exc()
+                return self._leave_out(name, reason)
+            self._write_record(name, {**record, "failed": reason})
             raise
         if not _unfinished(summary):  # the part that is the last tells of all
             self._write_record(name, {**record, "seconds": time.monotonic() - began, "summary": summary})
@@ -418,7 +425,7 @@ class Recipe:
         """Make the reports among the stages `following` one that failed."""
         for name in following:
             if self.stages[name]["verb"] == "report":
-                with suppress(ValueError):  # it may have nothing to report: the failure is what the user is to read
+                with suppress(ValueError):  # it may have nothing to report, and the failure is the message
                     self._run_stage(name, redo)
 
     def _leave_out(self, name: str, reason: str) -> dict[str, Any]:

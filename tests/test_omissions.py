@@ -1,5 +1,6 @@
 """Recipes go on without an optional stage that cannot be made: what is left out, when that is seen, and who learns the reason."""
 
+import errno
 import io
 import json
 import shutil
@@ -12,7 +13,8 @@ import pytest
 import soundfile
 import tomli_w
 
-from omissions import reasons
+from pretrain.artefact import DiskFull
+from pretrain.stage_records import reasons
 from wordless import Recipe, main
 
 Stages = dict[str, dict[str, Any]]
@@ -126,3 +128,51 @@ def test_stages_that_read_an_optional_one_are_optional_and_a_report_is_not(stage
     stages["units"]["optional"] = "yes"
     with pytest.raises(ValueError, match=r"units\.optional: true or false; got 'yes'"):
         Recipe({"run": "x", **stages}, "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("CUDA out of memory"), 0), (MemoryError(), 0), (OSError(5, "Input/output error"), 0)]
+)
+def test_whatever_ends_an_optional_stage_the_others_and_the_page_go_on(
+    error: Exception,
+    status: int,
+    stages: Stages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stages["units"].pop("split")
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quantize.measuring.measure", fail)
+    assert run(stages, tmp_path) == status
+    assert f"units: left out: {type(error).__name__}: " in capsys.readouterr().err
+    assert type(error).__name__ in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_full_disk_ends_the_run_whichever_stage_meets_it(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise DiskFull(tmp_path, errno.ENOSPC, 1000, at_least=False)
+
+    monkeypatch.setattr("quantize.measuring.measure", fail)
+    stages["units"].pop("split")
+    assert run(stages, tmp_path) == 2
+    assert "units: left out" not in capsys.readouterr().err
+    assert "failed" in json.loads((tmp_path / "run" / "stages" / "units.json").read_text())
+
+
+def test_a_report_by_itself_has_the_reasons_that_the_recipe_recorded(ended: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = ended
+    config = {
+        "verb": "report",
+        "out": str(folder / "run"),
+        "manifest": str(folder / "run" / "manifest"),
+        "units": {"mfcc": str(folder / "run" / "units")},
+    }
+    (folder / "report.toml").write_text(tomli_w.dumps(config))
+    assert main(["report", str(folder / "report.toml")]) == 0
+    assert "no utterances of split" in (folder / "run" / "report.html").read_text()

@@ -21,11 +21,12 @@ from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config, PathStr, Split, flatten
 from pretrain.labels import Labels
 from pretrain.manifest import Manifest, Utterance
+from pretrain.stage_records import read_records, reasons
 from quantize.quality import matching_labels, measures_text, table_groups
 from units import readings, recognition
 from units.figures import SHOWN_SECONDS, STYLE, draw_curves, draw_matrix, draw_sweep, draw_utterance, svg_image
 from units.players import listening_groups
-from units.run_stages import KINDS, Stages, find_stages, open_labels, read_records, skipped_stages
+from units.run_stages import KINDS, Stages, find_stages, open_labels
 from units.run_summary import headline, summarise
 
 FEW_EXAMPLES = 3  # transcripts that the page shows where even the best recogniser has most words wrong
@@ -61,7 +62,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     """Write `out/report.html` and `out/summary.json`; returns the headline numbers and the page's path."""
     manifest, out = Manifest(config.manifest), Path(config.out)
     records = read_records(out)
-    stages, left_out = find_stages({group: getattr(config, group) for group in KINDS}, skipped_stages(records) | config.left_out)
+    stages, left_out = find_stages({group: getattr(config, group) for group in KINDS}, reasons(out) | config.left_out)
     summary = summarise(manifest, stages, records, left_out)
     page = page_template().render(
         config=config, manifest=manifest, stages=stages, left_out=left_out, summary=summary,

@@ -72,16 +72,6 @@ def find_stages(groups: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[
     return stages, left_out + [LeftOut(name, "", reason) for name, reason in reasons.items() if name not in asked]
 
 
-def skipped_stages(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Why a recipe skipped stages, by their names, of the records in a run's `stages` folder."""
-    return {name: record["skipped"].removeprefix("skipped, ") for name, record in records.items() if "skipped" in record}
-
-
-def read_records(out: Path) -> dict[str, dict[str, Any]]:
-    """The records of a recipe's run by stage; none where `out` is not a recipe's folder."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "stages").glob("*.json"))}
-
-
 def require_scores(stage: Stage, group: str) -> None:
     """Scores of a suite are `suites`, and those of a split `lm_scores`; others: ValueError."""
     known = stage.read()
