@@ -1,17 +1,18 @@
 """Where a command is to write: looked at before any work, so that hours of it are not lost at the end."""
 
-import errno
 import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+from pretrain.artefact import FULL
 
 
 def require_writable(out: str | Path, *, may_be_file: bool = False) -> None:
     """Raises ValueError with the reason if the folder `out` (with `may_be_file`, the file) cannot be made and written.
 
     Tries it with a file in `out`, or in a folder beside the first one that is to be made, and leaves nothing behind. A full disk is
-    no reason: whoever writes to it says how much room is needed.
+    no reason: writing to it raises DiskFull with the room that is needed.
     """
     path = Path(out).absolute()
     probe = f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"  # as long a name as anything has that is written for `out`
@@ -52,6 +53,6 @@ def _unwritable(place: Path, probe: str, *, is_there: bool) -> str | None:
             if not is_there:
                 folder.rmdir()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             return f"{place}: {error.strerror}"
     return None

@@ -1,6 +1,7 @@
 """A folder of recordings, with LibriSpeech's transcripts and alignments, texts beside recordings, and tars.
 
-What cannot be read (a folder, a tar, a transcript that is no text) becomes the `problem` of a candidate and ends nothing.
+What cannot be read (a folder, a member of a tar, a transcript that is no text) becomes the `problem` of a candidate and ends nothing. A
+compressed tar is refused: its recordings cannot be read in place, and nobody would miss them.
 """
 
 import os
@@ -50,8 +51,11 @@ def read_folder(root: Path, prefix: str, passed_over: list[str]) -> list[Candida
             if path.suffix.lower() in SUFFIXES:
                 stems.add(path.stem)
                 candidates.append(_candidate(path, root, beside, present))
-        if lost := [problem for stem, problem in beside.word_problems.items() if stem not in stems]:  # of no recording here
-            raise ValueError(lost[0])
+        relative = folder.relative_to(root)
+        for stem, problem in beside.word_problems.items():
+            if stem not in stems:  # a line about no recording that is here, perhaps because its id is damaged
+                name = (relative / stem).as_posix()
+                candidates.append(Candidate(prefix + name, str(folder), name, str(folder), problem=problem))
     names_of = Names([candidate.relative for candidate in candidates if not candidate.id])
     for candidate in candidates:
         if not candidate.id:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pretrain.artefact import DiskFull, is_complete
+from pretrain.artefact import FULL, DiskFull, is_complete
 from pretrain.holder import Holder
 
 BEAT_SECONDS = 10.0
@@ -150,7 +150,7 @@ def _take(out: Path, place: Path, part: str | None) -> _Lock | None:
             above = place
             lock = _acquire(out, above / _name("", part), made)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise DiskFull(out, error.errno, 4096, at_least=False) from None
         if error.errno in NOT_HERE and is_complete(place):
             return None
@@ -217,7 +217,7 @@ def _sign(path: Path, descriptor: int, has_locks: bool) -> None:
     try:
         os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode() + b"\n", 0)
     except OSError as error:
-        if not has_locks or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not has_locks or error.errno not in FULL:
             raise
 
 

@@ -35,7 +35,10 @@ def draw_splits(seconds: Mapping[str, float], splits: list[Split], seed: int, se
         return dict.fromkeys(order, "train")
     if len(order) <= len(splits):
         names = " and ".join(split.name for split in splits)
-        raise ValueError(f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or test_share to 0")
+        raise ValueError(
+            f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or test_share to 0, add recordings, or "
+            "cut long ones with max_seconds"
+        )
     lengths = np.array([max(1, round(seconds[name] * 1000)) for name in order], np.int64)  # in ms: sums of integers are exact
     total = int(lengths.sum()) + round(seconds_of_train * 1000)
     targets = np.array([int(split.share * total + 1e-6) for split in splits], np.int64)

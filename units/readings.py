@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.splits import SHORT_SECONDS
 from units import recognition
 from units.figures import CURVES, PhoneCounts
 
 SAME = 0.005  # differences below this are called neither better nor worse
-SHORT_SECONDS = 120  # a split below this is too short to trust its numbers
 CLEAR_WER = 0.5  # above, most words of a recogniser are wrong, and the times of its words mean nothing
 FLAT = 0.01  # a validation loss that changes by less of itself has levelled off
 NAMED = 8  # phones that a sentence names, at most
