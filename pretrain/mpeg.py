@@ -25,6 +25,7 @@ from pretrain.spans import Span
 BLOCK_FRAMES = 256  # 6.7 s at 44.1 kHz: what decoding one sample costs, and 15 frames more
 PERIOD = 8  # frames of 18 or 36 vectors of the synthesis filter, whose buffer has 16 places
 DECODER_DELAY = 529  # samples; libmpg123 leaves them out at the start of any stream with an Info header
+DENSEST = 8192  # samples in a byte: more than flac's emptiest frames hold, 65,535 in 12 bytes, and those of any lossy format
 _RESERVOIR = 512  # bytes, the most that a frame may refer back to: 511 (MPEG 1) or 255
 _SETTLING = 2  # frames until the overlap and the synthesis filter hold what they would
 _READ = 1 << 20
@@ -89,6 +90,15 @@ class Frames(NamedTuple):
     num_samples: int
 
 
+def begins(span: Span) -> bool:
+    """Whether a file begins with frames, behind tags: what libsndfile need not be asked about. It warns of many on stderr."""
+    place = 0
+    while tag := span.tag_size(place):
+        place += tag
+    parsed = _header(span.at(place, 4))
+    return parsed is not None and place + parsed[1] < span.size and _confirmed(span, place)
+
+
 def walk(path: str, offset: int, size: int) -> Frames | None:
     """The frames of the MPEG stream in `size` bytes from `offset` of a file; None where there are none, or of a free bit rate.
 
@@ -117,6 +127,8 @@ def _walk(path: str, offset: int, size: int, *_: int) -> Frames | None:
     num_samples = len(places) * kind.samples
     if info.num_frames is None:
         return Frames(kind, places, sizes, 0, num_samples)
+    if info.num_frames * kind.samples > DENSEST * size:
+        raise ValueError(f"has a header that claims {info.num_frames * kind.samples} samples, more than its {size} bytes can hold")
     if info.num_frames > len(places) + 1:  # some count the header's own frame
         raise ValueError(f"is truncated: {num_samples} of {info.num_frames * kind.samples} samples")
     return Frames(kind, places, sizes, *info.trimmed(num_samples, is_whole=info.num_frames >= len(places)))

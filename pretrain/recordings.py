@@ -25,7 +25,6 @@ from pretrain.spans import Member, Patch, Span
 
 RATES = (1000, 768_000)  # Hz, of recordings that are read: resampling makes 16,000 samples of each one at 1 Hz
 
-_DENSEST = 8192  # samples in a byte: more than flac's emptiest frames hold, 65,535 in 12 bytes, and those of Vorbis and Opus
 _LAST = 1024  # samples: libsndfile gets the last 3 ms of an Opus wrong where a read begins there
 _NO_LENGTH = 2**63 - 1  # frames that libsndfile gives for a flac whose writer could not go back to fill them in
 _READ_AHEAD = 1 << 17  # bytes read from a tar at a time: half of ten seconds of flac
@@ -59,6 +58,10 @@ def open_recording(
     place = _locate(path, member)
     try:
         with ExitStack() as opened:
+            span = opened.enter_context(Span(*place))
+            if mpeg.begins(span):
+                yield _mpeg(span, place, header_only)
+                return
             try:
                 file = opened.enter_context(_opened(place, header_only))
             except soundfile.LibsndfileError:  # perhaps of what follows the first of several, or a length that is not known
@@ -68,10 +71,7 @@ def open_recording(
                 return
             if file.format == "MP3":
                 _require_plausible(file, place.size)
-                frames = (mpeg.promised(*place[:3]) if header_only else None) or mpeg.walk(*place[:3])
-                if frames is None:
-                    raise ValueError("is MPEG audio of a free bit rate, whose length is not known; convert it")
-                yield _Mpeg(opened.enter_context(Span(*place)), frames)
+                yield _mpeg(span, place, header_only)
             elif (needed is None or not needed <= file.frames < _NO_LENGTH) and (parts := _found(place, header_only)):
                 yield _Joined(parts)
             else:
@@ -129,7 +129,7 @@ def _require_rate(sample_rate: int) -> None:
 
 def _require_plausible(file: soundfile.SoundFile, num_bytes: int) -> None:
     """Headers may claim anything, and every size that follows from them would be believed."""
-    if file.frames > _DENSEST * num_bytes:
+    if file.frames > mpeg.DENSEST * num_bytes:
         raise ValueError(f"has a header that claims {file.frames} samples, more than its {num_bytes} bytes can hold")
 
 
@@ -175,6 +175,13 @@ class _Mpeg:
         for block in mpeg.decode(self._span, self._frames, start, count):
             _require_finite(block)
             yield block
+
+
+def _mpeg(span: Span, place: _Place, header_only: bool) -> _Mpeg:
+    frames = (mpeg.promised(*place[:3]) if header_only else None) or mpeg.walk(*place[:3])
+    if frames is None:
+        raise ValueError("is MPEG audio of a free bit rate, whose length is not known; convert it")
+    return _Mpeg(span, frames)
 
 
 class _Part(NamedTuple):
