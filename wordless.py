@@ -148,7 +148,7 @@ def run_recipe(
         stages.require_feasible(chosen, redo, int(os.environ.get("WORLD_SIZE", "1")))
         with ends_in_a_line(str(stages.folder), resumes=True), stages.occupied(chosen, redo):
             of_a_job = recipe.resolve().is_relative_to((stages.folder / "jobs").resolve())
-            if not of_a_job:  # whose submission has said all
+            if not of_a_job:  # its submission printed all that
                 stages.require_no_job(chosen)
                 record()
             verb, summary = stages.run(chosen, redo)

@@ -4,7 +4,7 @@
 signals have come. What comes within a second of the first is the same Ctrl-C: torchrun hands on what the terminal has sent already
 (three seconds where there is a launcher).
 
-Processes that work for this one do not hear of a Ctrl-C, not even while they start: who started them ends them.
+Worker processes ignore SIGINT, even while they start; their parent ends them.
 """
 
 import multiprocessing
@@ -106,8 +106,8 @@ class _Process(SpawnProcess):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class DeafContext(SpawnContext):
-    """multiprocessing's "spawn", whose processes do not hear of a Ctrl-C."""
+class IgnoringContext(SpawnContext):
+    """multiprocessing's "spawn", whose processes ignore SIGINT."""
 
     Process = _Process
 
@@ -118,7 +118,7 @@ def process_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes. Where the block fails, or a Ctrl-C leaves it, they are ended and not waited for."""
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, DeafContext(), initializer, arguments)
+    pool = ProcessPoolExecutor(workers, IgnoringContext(), initializer, arguments)
     try:
         yield pool
     except BaseException:

@@ -122,7 +122,7 @@ def taking_turns(path: Path) -> Iterator[None]:
 
 
 def _take_in_time(out: Path, place: Path, part: str | None) -> _Lock | None:
-    """The lock; None for a finished output that needs none. A requeued job has patience."""
+    """The lock; None for a finished output that needs none. A requeued job waits for it."""
     again = int(os.environ.get("WORDLESS_ATTEMPT", "1")) > 1
     deadline = time.monotonic() + (SILENT_SECONDS + 2 * BEAT_SECONDS if again else 0.0)
     told = False
@@ -211,7 +211,7 @@ def _acquire(out: Path, path: Path, made: list[Path]) -> _Lock:
 
 
 def _sign(path: Path, descriptor: int, has_locks: bool) -> None:
-    """Write into a lock file who has it. flock does without on a full disk: what is to be written there will say so."""
+    """Write into a lock file who has it. On a full disk the lock works without it, and the next write raises DiskFull."""
     os.ftruncate(descriptor, 0)
     os.utime(path)
     try:
@@ -274,7 +274,7 @@ def _read_signed(path: Path) -> tuple[Holder | None, float]:
 
 
 def _is_left(holder: Holder | None, heard: float, has_locks: bool) -> bool:
-    """Whether the owner of a lock that was found is gone; with `has_locks`, flock had no objection."""
+    """Whether the owner of a lock that was found is gone; with `has_locks`, flock succeeded."""
     silent = time.time() - heard > SILENT_SECONDS
     if holder is None:  # killed before it could write; or, without flock, about to write
         return has_locks or silent

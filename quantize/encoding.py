@@ -31,7 +31,7 @@ from pydantic import Field
 from pretrain.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config, PathStr, Split, part_of, share
-from pretrain.interrupts import DeafContext
+from pretrain.interrupts import IgnoringContext
 from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
 from pretrain.manifest import Manifest, Utterance
 from pretrain.progress import console, progress
@@ -202,7 +202,7 @@ def encode_shards(plan: Plan, source: FeatureSource, shards: Iterable[int], adva
 
 def _encode_in_processes(plan: Plan, advance: Callable[[float], object]) -> None:
     """The same by processes that ask for shards. One that dies ends the others, and is a ValueError that says so."""
-    left, context = plan.left(), DeafContext()
+    left, context = plan.left(), IgnoringContext()
     count = min(plan.config.processes, len(plan.part))
     workers: dict[Any, SpawnProcess] = {}
     connection: Any

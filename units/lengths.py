@@ -50,7 +50,7 @@ class LengthCheck:
             for located in stream:
                 count += self._mismatch(located) is not None
         except ValueError:
-            pass  # of a later line; the user is to read of the first
+            pass  # of a later line; the first is reported
         return count
 
     def _mismatch(self, located: Located) -> Mismatch | None:
