@@ -27,19 +27,39 @@ from pathlib import Path
 HIDDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "slurm-wlm": (
         (
-            "sacct", "sacctmgr", "salloc", "sattach", "sbatch", "sbcast", "scancel", "scontrol", "scrontab", "sdiag", "sinfo", "sprio",
-            "squeue", "sreport", "srun", "sshare", "sstat", "strigger", "slurm*",
+            "sacct",
+            "sacctmgr",
+            "salloc",
+            "sattach",
+            "sbatch",
+            "sbcast",
+            "scancel",
+            "scontrol",
+            "scrontab",
+            "sdiag",
+            "sinfo",
+            "sprio",
+            "squeue",
+            "sreport",
+            "srun",
+            "sshare",
+            "sstat",
+            "strigger",
+            "slurm*",
         ),
         (),
     ),
     "munge": (("munge", "munged", "mungekey", "remunge", "unmunge"), ("libmunge.so.2",)),
     "libsndfile1": ((), ("libsndfile.so.1", "libsndfile.so")),
     "sndfile-programs": (("sndfile-*",), ()),
-    "espeak-ng": (("espeak", "espeak-ng", "speak", "speak-ng"), ("libespeak-ng.so.1", "libespeak-ng.so", "libespeak.so.1", "libespeak.so")),
+    "espeak-ng": (
+        ("espeak", "espeak-ng", "speak", "speak-ng"),
+        ("libespeak-ng.so.1", "libespeak-ng.so", "libespeak.so.1", "libespeak.so"),
+    ),
     "ffmpeg": (("ffmpeg", "ffprobe"), ()),
     "sox": (("sox", "soxi"), ()),
     "chromium": (("chromium*", "google-chrome*", "chrome"), ()),
-}  # fmt: skip
+}
 
 
 def is_hidden(program: str) -> bool:
@@ -59,8 +79,12 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
         links = folder / f"path{number}"
         links.mkdir()
         for name in programs:
-            if name.startswith("python"):  # finds itself by where it was started: `python -m venv` would keep a path into `links`
-                (links / name).write_text(f'#!/bin/sh\nexec {shlex.quote(str((there / name).absolute()))} "$@"\n')
+            if name.startswith(
+                "python"
+            ):  # finds itself by where it was started: `python -m venv` would keep a path into `links`
+                (links / name).write_text(
+                    f'#!/bin/sh\nexec {shlex.quote(str((there / name).absolute()))} "$@"\n'
+                )
                 (links / name).chmod(0o755)
             elif not is_hidden(name):
                 (links / name).symlink_to((there / name).absolute())
@@ -71,14 +95,21 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
         for library in names:
             (libraries / library).touch()
     searched = filter(None, [str(libraries), environment.get("LD_LIBRARY_PATH")])
-    return {**environment, "PATH": os.pathsep.join(path), "LD_LIBRARY_PATH": os.pathsep.join(searched), "WORDLESS_BARE": "1"}
+    return {
+        **environment,
+        "PATH": os.pathsep.join(path),
+        "LD_LIBRARY_PATH": os.pathsep.join(searched),
+        "WORDLESS_BARE": "1",
+    }
 
 
 def main(argv: list[str]) -> int:
     """Returns the exit status of the command, as a shell would give it."""
     with tempfile.TemporaryDirectory(prefix="bare-") as folder:
         shell = ["sh", "-c", 'exec "$@"', "sh"]  # which looks for the command along the new PATH
-        status = subprocess.run([*shell, *argv], env=hide(Path(folder), dict(os.environ)), check=False).returncode
+        status = subprocess.run(
+            [*shell, *argv], env=hide(Path(folder), dict(os.environ)), check=False
+        ).returncode
     return status if status >= 0 else 128 - status
 
 

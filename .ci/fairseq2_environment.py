@@ -44,7 +44,10 @@ def requirements(root: Path) -> list[str]:
 
 def key(root: Path) -> str:
     """A short name for what the packages are; comments and order do not count."""
-    lines = (line.partition("#")[0].strip() for line in (root / "constraints-fairseq2.txt").read_text().splitlines())
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (root / "constraints-fairseq2.txt").read_text().splitlines()
+    )
     made_of = [
         sys.implementation.cache_tag,
         platform.system(),
@@ -102,13 +105,23 @@ def install(root: Path, folder: Path) -> None:
     wanted = folder / "requirements.txt"
     wanted.write_text("\n".join(requirements(root)) + "\n")
     # no cache of pip's own: this folder is the cache
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+    pip = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+    ]
     temporary = folder / "tmp"  # wheels are unpacked where the disk was found large enough
     temporary.mkdir()
     constraints = root / "constraints-fairseq2.txt"
     done = subprocess.run(
-        [*pip, "--constraint", str(constraints), "--requirement", str(wanted)], env={**os.environ, "TMPDIR": str(temporary)}, check=False
-    )  # fmt: skip
+        [*pip, "--constraint", str(constraints), "--requirement", str(wanted)],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        check=False,
+    )
     if done.returncode:
         raise SystemExit(
             f"{NAME}: pip could not install fairseq2 and its requirements (its complaint is above); the tests with fairseq2 need a "
@@ -127,10 +140,23 @@ def link(root: Path, folder: Path) -> None:
     (site_packages / "packages.pth").write_text(f"{there}\n")
     for library in folder.glob("lib/*.so*"):  # fairseq2's C++ part looks for oneTBB here
         (environment / "lib" / library.name).symlink_to(library)
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [
+        str(environment / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", str(root)], check=True)
     check = "from pretrain.fairseq2.available import require_fairseq2; require_fairseq2('.venv-fairseq2')"
-    done = subprocess.run([environment / "bin" / "python", "-c", check], cwd=root, check=False, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [environment / "bin" / "python", "-c", check],
+        cwd=root,
+        check=False,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"{NAME}: {done.stderr.splitlines()[-1]}")
 

@@ -56,7 +56,10 @@ class Fitter:
         # within the round for everybody: two megabytes after seconds of arithmetic
         np.save(self.folder / f"{self.name}.npy", centroids)
         with open(self.folder / f"{self.name}.jsonl", "a") as file:
-            file.write(json.dumps({"centroids_sha256": hashlib.sha256(centroids.tobytes()).hexdigest(), **facts}) + "\n")
+            file.write(
+                json.dumps({"centroids_sha256": hashlib.sha256(centroids.tobytes()).hexdigest(), **facts})
+                + "\n"
+            )
 
     def fit(self) -> tuple[np.ndarray, dict[str, Any]]:
         """Centroids (K, dim) in the points' own coordinates, and what to report of this round."""
@@ -72,7 +75,10 @@ class Ours(Fitter):
         fit = kmeans(self.points, self.settings["classes"], seed=self.settings["seed"])
         (centroids,), (level,) = fit.centroids, fit.levels
         np.savez(self.folder / "codebook.npz", centroids=centroids, mean=fit.mean)
-        return centroids.astype(np.float64) + fit.mean, {"iterations": level.iterations, "claimed_inertia": level.inertia}
+        return centroids.astype(np.float64) + fit.mean, {
+            "iterations": level.iterations,
+            "claimed_inertia": level.inertia,
+        }
 
 
 class Assignment(Ours):
@@ -97,10 +103,17 @@ class Sklearn(Fitter):
         from sklearn.cluster import MiniBatchKMeans
 
         model = MiniBatchKMeans(
-            n_clusters=self.settings["classes"], init="k-means++", batch_size=10000, max_iter=100, tol=0.0, max_no_improvement=100,
-            n_init=1 if self.name == "sklearn-single" else 20, reassignment_ratio=0.0, compute_labels=False,
+            n_clusters=self.settings["classes"],
+            init="k-means++",
+            batch_size=10000,
+            max_iter=100,
+            tol=0.0,
+            max_no_improvement=100,
+            n_init=1 if self.name == "sklearn-single" else 20,
+            reassignment_ratio=0.0,
+            compute_labels=False,
             random_state=self.settings["seed"],
-        ).fit(self.points)  # fmt: skip
+        ).fit(self.points)
         return model.cluster_centers_, {"iterations": int(model.n_iter_), "batches": int(model.n_steps_)}
 
 
@@ -122,16 +135,26 @@ class Faiss(Fitter):
             model = faiss.SuperKmeans(dim, classes, seed=seed, max_points_per_centroid=everything)
         else:
             model = faiss.Kmeans(
-                dim, classes, seed=seed, niter=100, max_points_per_centroid=everything, early_stop_threshold=1e-4,
+                dim,
+                classes,
+                seed=seed,
+                niter=100,
+                max_points_per_centroid=everything,
+                early_stop_threshold=1e-4,
                 init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-            )  # fmt: skip
+            )
         model.train(self.points)
         return model.centroids, {"iterations": len(model.obj)}
 
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
     """The contender of a name: "ours", "assignment", or a peer's, with its variant behind a hyphen."""
-    kinds: dict[str, type[Fitter]] = {"ours": Ours, "assignment": Assignment, "sklearn": Sklearn, "faiss": Faiss}
+    kinds: dict[str, type[Fitter]] = {
+        "ours": Ours,
+        "assignment": Assignment,
+        "sklearn": Sklearn,
+        "faiss": Faiss,
+    }
     return kinds[name.partition("-")[0]](name, settings, folder)
 
 
@@ -178,8 +201,15 @@ def read_features(path: Path, classes: int) -> np.ndarray:
     try:
         points = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--features {path}: cannot be read ({error}); a .npy of float32 (frames, dim) is needed") from None
-    if not isinstance(points, np.ndarray) or points.ndim != 2 or points.dtype != np.float32 or not points.flags.c_contiguous:
+        raise ValueError(
+            f"--features {path}: cannot be read ({error}); a .npy of float32 (frames, dim) is needed"
+        ) from None
+    if (
+        not isinstance(points, np.ndarray)
+        or points.ndim != 2
+        or points.dtype != np.float32
+        or not points.flags.c_contiguous
+    ):
         raise ValueError(f"--features {path}: a .npy of float32 (frames, dim), C-contiguous, is needed")
     if len(points) < classes:
         raise ValueError(f"--features {path}: {len(points)} frames are fewer than --classes {classes}")
@@ -190,12 +220,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the points or take the user's, let the contenders fit them, and hold what they leave against the oracle."""
     for name, least in (("points", 1), ("dim", 1), ("classes", 2), ("peer_rounds", 1)):
         if getattr(arguments, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least} is needed")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least} is needed"
+            )
     if arguments.features is None and arguments.points < arguments.classes:
         raise ValueError(f"--points {arguments.points}: fewer than --classes {arguments.classes}")
     load = os.getloadavg()[0]
     if load > 0.5:
-        say(f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven")
+        say(
+            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
+        )
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
         file = folder / "points.npy" if arguments.features is None else arguments.features.resolve()
@@ -204,9 +238,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         points = read_features(file, arguments.classes)
         given = "classes threads rounds peer_rounds warmup seed".split()
         settings = {
-            **{name: getattr(arguments, name) for name in given}, "points": len(points), "dim": points.shape[1],
-            "points_file": str(file), "device": "cpu", "precision": "float32",
-        }  # fmt: skip
+            **{name: getattr(arguments, name) for name in given},
+            "points": len(points),
+            "dim": points.shape[1],
+            "points_file": str(file),
+            "device": "cpu",
+            "precision": "float32",
+        }
         (folder / "settings.json").write_text(json.dumps(settings))
         measured = measure(arguments, folder)
         say("inertia of each, in float64")
@@ -215,19 +253,32 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     kind = "drawn" if arguments.features is None else "own"
     hello = measured["ours"][0].hello
     return {
-        "name": f"cluster {len(points)} x {points.shape[1]} K {arguments.classes} {kind}", "unit": "seconds",
-        **sides(found, VARIANTS[arguments.peer]), "rounds": arguments.rounds, "ours_about": hello["about"], "settings": settings,
-        "load_before": load, "machine": {**machine(), "torch": hello["torch"]}, "date": date.today().isoformat(),
-    }  # fmt: skip
+        "name": f"cluster {len(points)} x {points.shape[1]} K {arguments.classes} {kind}",
+        "unit": "seconds",
+        **sides(found, VARIANTS[arguments.peer]),
+        "rounds": arguments.rounds,
+        "ours_about": hello["about"],
+        "settings": settings,
+        "load_before": load,
+        "machine": {**machine(), "torch": hello["torch"]},
+        "date": date.today().isoformat(),
+    }
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[Measurement]]:
     """By contender: half of our fits, the peer's ways one after another, the other half; then assignment and matrix product."""
 
-    def turns(names: list[str], rounds: int, warmup: int, python: str = sys.executable) -> dict[str, Measurement]:
+    def turns(
+        names: list[str], rounds: int, warmup: int, python: str = sys.executable
+    ) -> dict[str, Measurement]:
         return take_turns(
-            MODULE, dict.fromkeys(names, python), folder, rounds=rounds, warmup=warmup, threads=arguments.threads
-        )  # fmt: skip
+            MODULE,
+            dict.fromkeys(names, python),
+            folder,
+            rounds=rounds,
+            warmup=warmup,
+            threads=arguments.threads,
+        )
 
     def ours(rounds: int) -> list[Measurement]:
         return list(turns(["ours"], rounds, arguments.warmup).values()) if rounds else []
@@ -279,7 +330,9 @@ def sides(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, An
         "peer_name": variants[0] if variants else None,
         "peer_name_fastest": fastest,
         "ratio_fastest": fastest and found[fastest]["seconds"] / ours["seconds"],
-        "peer_variants": {name: {**found[name], "ratio": found[name]["seconds"] / ours["seconds"]} for name in variants},
+        "peer_variants": {
+            name: {**found[name], "ratio": found[name]["seconds"] / ours["seconds"]} for name in variants
+        },
         "limit": found["gemm"]["rate"] / 1e12,
         "limit_unit": "TFLOP/s of matrix products",
         "assignment_tflops": found["assignment"]["rate"] / 1e12,
@@ -290,10 +343,18 @@ def sides(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, An
 def show(result: dict[str, Any]) -> str:
     """A line for each contender."""
     lines = [f"{'':24}{'seconds':>10}{'x ours':>8}{'inertia':>12}{'iterations':>12}{'GB':>7}"]
-    ours = {key: result[f"ours_{key}"] for key in ("inertia", "peak_gb")} | {"seconds": result["ours"], "ratio": 1.0}
-    for name, found in {"ours": {**ours, "iterations": result["iterations"]}, **result["peer_variants"]}.items():
+    ours = {key: result[f"ours_{key}"] for key in ("inertia", "peak_gb")} | {
+        "seconds": result["ours"],
+        "ratio": 1.0,
+    }
+    for name, found in {
+        "ours": {**ours, "iterations": result["iterations"]},
+        **result["peer_variants"],
+    }.items():
         speed = f"{found['seconds']:10.2f}{found['ratio']:8.2f}"
-        lines.append(f"{name:24}{speed}{found['inertia']:12.5g}{found['iterations']:12d}{found['peak_gb']:7.2f}")
+        lines.append(
+            f"{name:24}{speed}{found['inertia']:12.5g}{found['iterations']:12d}{found['peak_gb']:7.2f}"
+        )
     share = f"{result['share_of_limit']:.2f} of the matrix product's {result['limit']:.3f}"
     lines.append(f"assignment {result['assignment_tflops']:.3f} TFLOP/s, {share}")
     return "\n".join(lines)
@@ -307,10 +368,15 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--classes", type=int, default=500)
     parser.add_argument(
-        "--features", type=Path, metavar="FILE.npy", help="float32 (frames, dim) of your own, in place of drawn points"
+        "--features",
+        type=Path,
+        metavar="FILE.npy",
+        help="float32 (frames, dim) of your own, in place of drawn points",
     )
     parser.add_argument("--peer-rounds", type=int, default=1, help="fits of each way of the peer")
-    parser.add_argument("--peer-python", metavar="PYTHON", help="interpreter of the environment that the peer lives in")
+    parser.add_argument(
+        "--peer-python", metavar="PYTHON", help="interpreter of the environment that the peer lives in"
+    )
     return run_main(MODULE, parser, given, build, compare, show)
 
 

@@ -18,16 +18,29 @@ MIXED_SECONDS = (1.0, 20.0)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what the corpus is."""
-    parser.add_argument("--seconds", type=float, default=10.0, help="of an utterance, and of its share of a batch")
-    parser.add_argument("--batch", type=int, default=4, help="a batch has at most BATCH times SECONDS of audio, padding included")
-    parser.add_argument("--lengths", choices=["equal", "mixed"], default="equal", help="mixed: log-uniform from 1 to 20 s")
-    parser.add_argument("--total-seconds", type=float, help="audio in a round; by default one batch (20 on a GPU), mixed four")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="of an utterance, and of its share of a batch"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=4,
+        help="a batch has at most BATCH times SECONDS of audio, padding included",
+    )
+    parser.add_argument(
+        "--lengths", choices=["equal", "mixed"], default="equal", help="mixed: log-uniform from 1 to 20 s"
+    )
+    parser.add_argument(
+        "--total-seconds", type=float, help="audio in a round; by default one batch (20 on a GPU), mixed four"
+    )
 
 
 def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those arguments as settings, with the audio of a batch and of a round."""
     if arguments.seconds < 0.025 or arguments.batch < 1:
-        raise ValueError(f"--seconds {arguments.seconds} --batch {arguments.batch}: at least 0.025 s and one utterance are needed")
+        raise ValueError(
+            f"--seconds {arguments.seconds} --batch {arguments.batch}: at least 0.025 s and one utterance are needed"
+        )
     batches = 4 if arguments.lengths == "mixed" else 20 if arguments.device == "cuda" else 1
     given = {name: getattr(arguments, name) for name in ("seconds", "batch", "lengths")}
     batch_seconds = arguments.batch * arguments.seconds
@@ -50,8 +63,8 @@ def write_corpus(folder: Path, lengths: np.ndarray, num_classes: int, seed: int)
     """Noise whose colour and level change every tenth of a second, and labels that stay for a few frames."""
     import soundfile
 
-    from pretrain.labels import commit_labels, write_shard
-    from pretrain.manifest import write_manifest
+    from pretrain.data.labels import commit_labels, write_shard
+    from pretrain.data.manifest import write_manifest
 
     rng = np.random.default_rng([seed, 4])
     waveforms, labels, rows = [], [], []
@@ -62,10 +75,20 @@ def write_corpus(folder: Path, lengths: np.ndarray, num_classes: int, seed: int)
         wave = (noise[1:] + colour[pieces] * noise[:-1]) * level[pieces]
         waveforms.append(np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16))
         frames = (length - 400) // 320 + 1
-        labels.append(np.repeat(rng.integers(num_classes, size=frames // 3 + 1), 3)[:frames].astype(np.uint16))
+        labels.append(
+            np.repeat(rng.integers(num_classes, size=frames // 3 + 1), 3)[:frames].astype(np.uint16)
+        )
         path = folder / f"u{number:05d}.wav"
         soundfile.write(path, waveforms[-1], SAMPLE_RATE, subtype="PCM_16")
-        rows.append({"id": path.stem, "path": str(path), "start": 0, "num_samples": length, "sample_rate": SAMPLE_RATE})
+        rows.append(
+            {
+                "id": path.stem,
+                "path": str(path),
+                "start": 0,
+                "num_samples": length,
+                "sample_rate": SAMPLE_RATE,
+            }
+        )
     np.save(folder / "lengths.npy", lengths)
     np.save(folder / "waveforms.npy", np.concatenate(waveforms))
     np.save(folder / "labels.npy", np.concatenate(labels))
@@ -77,7 +100,11 @@ def write_corpus(folder: Path, lengths: np.ndarray, num_classes: int, seed: int)
 def describe(lengths: np.ndarray) -> dict[str, Any]:
     """For the report."""
     seconds = lengths / SAMPLE_RATE
-    return {"utterances": len(lengths), "audio_seconds": float(seconds.sum()), "longest_seconds": float(seconds.max())}
+    return {
+        "utterances": len(lengths),
+        "audio_seconds": float(seconds.sum()),
+        "longest_seconds": float(seconds.max()),
+    }
 
 
 class Audio(NamedTuple):

@@ -29,11 +29,15 @@ RATES = "2026-11-21-rates.json"
 
 # Stated, not measured by us.
 UTTERANCE_SECONDS = 12.0  # LibriSpeech: 281,241 utterances in 961 hours, 12.3 s
-FLAC_BYTES = 61.7e6 / 3600  # a second: LibriSpeech's three training sets are 59.3 GB (openslr.org/12) for 961 hours
+FLAC_BYTES = (
+    61.7e6 / 3600
+)  # a second: LibriSpeech's three training sets are 59.3 GB (openslr.org/12) for 961 hours
 WAV_BYTES = 2 * 16000  # 16 bit, 16 kHz
 UNITS_PER_SECOND = 33.0  # after deduplication: README, measured on the demo's speech, K = 100
 ID_BYTES = 40.0  # of an utterance's name, as Libri-Light's
-HEADER_BYTES = 16384  # that checking a header in a tar reads: pretrain/audio.py asks for so many, once for flac
+HEADER_BYTES = (
+    16384  # that checking a header in a tar reads: pretrain/data/audio.py asks for so many, once for flac
+)
 VISITED = 4  # quantize/sampling.py decodes four times the audio it draws frames from
 ITERATIONS = 100  # of k-means, at most: max_iterations of the recipes
 MFU = 0.2  # share of a GPU's peak that a model's own operations reach
@@ -82,17 +86,33 @@ class Published(NamedTuple):
 
 
 PUBLISHED = [
-    Published("wav2vec 2.0 BASE, 64 V100, 1.6 days", "arXiv 2006.11477, 4.2", "base", 400e3 * 5600, 64 * 1.6 * 24),
-    Published("wav2vec 2.0 LARGE on 960 h, 128 V100, 2.3 days", "arXiv 2006.11477, 4.2", "large", 250e3 * 2.7 * 3600, 128 * 2.3 * 24),
-    Published("HuBERT BASE, 100,000 steps, 32 GPUs of no given kind, 9.5 hours", "arXiv 2106.07447, IV-C", "base", 100e3 * 2800, 32 * 9.5),
-]  # fmt: skip
+    Published(
+        "wav2vec 2.0 BASE, 64 V100, 1.6 days", "arXiv 2006.11477, 4.2", "base", 400e3 * 5600, 64 * 1.6 * 24
+    ),
+    Published(
+        "wav2vec 2.0 LARGE on 960 h, 128 V100, 2.3 days",
+        "arXiv 2006.11477, 4.2",
+        "large",
+        250e3 * 2.7 * 3600,
+        128 * 2.3 * 24,
+    ),
+    Published(
+        "HuBERT BASE, 100,000 steps, 32 GPUs of no given kind, 9.5 hours",
+        "arXiv 2106.07447, IV-C",
+        "base",
+        100e3 * 2800,
+        32 * 9.5,
+    ),
+]
 
 
 def read_result(name: str) -> dict[str, Any]:
     """A measured result. ValueError where it is gone: name its successor above."""
     path = RESULTS / name
     if not path.is_file():
-        raise ValueError(f"{path}: no such result; name the newer one in benchmarks/costs.py, or make it again")
+        raise ValueError(
+            f"{path}: no such result; name the newer one in benchmarks/costs.py, or make it again"
+        )
     result: dict[str, Any] = json.loads(path.read_text())
     return result
 
@@ -136,13 +156,15 @@ def loading_seconds() -> float:
 
 def encoder_sizes(architecture: str) -> dict[str, Any]:
     """The keys of EncoderConfig."""
-    from pretrain.encoder import EncoderConfig
+    from pretrain.model.encoder import EncoderConfig
 
     return EncoderConfig.model_validate({"architecture": architecture}).resolved()
 
 
 @functools.cache
-def audio_flops(architecture: str, num_layers: int | None = None, seconds: float = UTTERANCE_SECONDS) -> float:
+def audio_flops(
+    architecture: str, num_layers: int | None = None, seconds: float = UTTERANCE_SECONDS
+) -> float:
     """Operations of a forward pass per second of audio, to layer `num_layers` (None: all)."""
     sizes = encoder_sizes(architecture)
     layers = sizes["num_layers"] if num_layers is None else num_layers
@@ -154,12 +176,14 @@ def num_parameters(architecture: str) -> int:
     """Of a HuBERT of 500 classes, counted on a model without memory."""
     import torch
 
-    from pretrain.encoder import EncoderConfig
-    from pretrain.hubert import Hubert, HubertConfig
-    from pretrain.pretraining import num_parameters as count
+    from pretrain.model.encoder import EncoderConfig
+    from pretrain.objectives.hubert import Hubert, HubertConfig
+    from pretrain.objectives.pretraining import num_parameters as count
 
     with torch.device("meta"):
-        return count(Hubert(EncoderConfig.model_validate({"architecture": architecture}), HubertConfig(), 500))
+        return count(
+            Hubert(EncoderConfig.model_validate({"architecture": architecture}), HubertConfig(), 500)
+        )
 
 
 @functools.cache
@@ -169,7 +193,11 @@ def lm_sizes() -> tuple[int, float, float]:
 
     lm = read_recipe("unit_lm")["lm"]
     settings = {"sizes": lm["model"], "classes": 500, "job": "train", "tokens": lm["model"]["context"]}
-    return round(matrix_weights(settings)), flops_per_token(settings), float(lm["training"]["max_steps"] * lm["batch_tokens"])
+    return (
+        round(matrix_weights(settings)),
+        flops_per_token(settings),
+        float(lm["training"]["max_steps"] * lm["batch_tokens"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +225,9 @@ class Stage:
 
     def core_hours(self, with_gpu: bool) -> float:
         """Of a processor, where a GPU does the operations or where it does them itself."""
-        return (self.core_seconds + self.serial_seconds + (0.0 if with_gpu else self.flops / self.cpu_flops)) / 3600
+        return (
+            self.core_seconds + self.serial_seconds + (0.0 if with_gpu else self.flops / self.cpu_flops)
+        ) / 3600
 
     def node_memory(self, site: Site) -> float:
         return self.memory * (max(1, site.num_gpus // site.nodes) if self.trains else 1)
@@ -223,63 +253,106 @@ def stages(hours: float) -> list[Stage]:
     large = hours >= LARGE_FROM
     train = read_result(TRAIN_CPU)
     cpu = {
-        "train": train["ours"] * train["model_gflops_per_second_of_audio"] * 1e9 / train["settings"]["threads"],
-        "encode": (encode := read_result(ENCODE_CPU))["ours"] * encode["model_gflops_per_second_of_audio"] * 1e9 / 2,
+        "train": train["ours"]
+        * train["model_gflops_per_second_of_audio"]
+        * 1e9
+        / train["settings"]["threads"],
+        "encode": (encode := read_result(ENCODE_CPU))["ours"]
+        * encode["model_gflops_per_second_of_audio"]
+        * 1e9
+        / 2,
         "lm": (lm_run := read_result(LM_CPU))["ours"] * lm_run["model_gflops_per_token"] * 1e9 / 2,
     }
     flac, decoding = seconds * FLAC_BYTES, loading_seconds()
     labels = Stage(
-        "", reads=flac, opens=rows, memory=rows * rates["finish_labels"].bytes,
-        writes=100 * seconds + rows * rates.row["label_table_bytes"], core_seconds=seconds * decoding,
-    )  # fmt: skip
+        "",
+        reads=flac,
+        opens=rows,
+        memory=rows * rates["finish_labels"].bytes,
+        writes=100 * seconds + rows * rates.row["label_table_bytes"],
+        core_seconds=seconds * decoding,
+    )
 
     def cluster(name: str, sampled: float, dim: int, classes: int, flops: float = 0.0) -> Stage:
         fit = read_result(CLUSTER_CPU)
         points, width, found = (float(n) for n in re.findall(r"\d+", fit["name"])[:3])
-        one = fit["ours"] * fit["settings"]["threads"] / (points * width * found * fit["iterations"])  # core-seconds
+        one = (
+            fit["ours"] * fit["settings"]["threads"] / (points * width * found * fit["iterations"])
+        )  # core-seconds
         sampled = min(sampled, hours)
         frames, heard = 180_000 * sampled, 3600 * min(VISITED * sampled, hours)
         return Stage(
-            name, spread=False, reads=heard * FLAC_BYTES, opens=heard / UTTERANCE_SECONDS, memory=rows * rates["draw_sample"].bytes, scratch=4 * dim * frames,
-            flops=heard * flops, cpu_flops=cpu["encode"], core_seconds=heard * rates["encode_mfcc_second"].seconds + one * frames * dim * classes * ITERATIONS,
-        )  # fmt: skip
+            name,
+            spread=False,
+            reads=heard * FLAC_BYTES,
+            opens=heard / UTTERANCE_SECONDS,
+            memory=rows * rates["draw_sample"].bytes,
+            scratch=4 * dim * frames,
+            flops=heard * flops,
+            cpu_flops=cpu["encode"],
+            core_seconds=heard * rates["encode_mfcc_second"].seconds
+            + one * frames * dim * classes * ITERATIONS,
+        )
 
     def encoded(name: str, architecture: str, layer: int) -> Stage:
-        return replace(labels, name=name, flops=seconds * audio_flops(architecture, layer), cpu_flops=cpu["encode"])
+        return replace(
+            labels, name=name, flops=seconds * audio_flops(architecture, layer), cpu_flops=cpu["encode"]
+        )
 
     def pretrained(name: str, recipe: dict[str, Any], architecture: str) -> Stage:
         steps, batch = recipe["training"]["max_steps"], recipe["batches"]["batch_seconds"]
         heard = max(steps * batch, seconds)  # at least one pass
         saved = heard / batch / recipe["training"]["checkpoint_every"] * 12 * num_parameters(architecture)
         return Stage(
-            name, reads=heard * FLAC_BYTES, writes=saved, opens=heard / UTTERANCE_SECONDS, memory=rows * rates["start_hubert"].bytes,
-            trains=True, flops=3 * heard * audio_flops(architecture, seconds=15.6), cpu_flops=cpu["train"], core_seconds=heard * decoding,
-        )  # fmt: skip
+            name,
+            reads=heard * FLAC_BYTES,
+            writes=saved,
+            opens=heard / UTTERANCE_SECONDS,
+            memory=rows * rates["start_hubert"].bytes,
+            trains=True,
+            flops=3 * heard * audio_flops(architecture, seconds=15.6),
+            cpu_flops=cpu["train"],
+            core_seconds=heard * decoding,
+        )
 
     base = read_recipe("hubert_base_ls960")
     member = rates["index_header_file_tar"]
     decoded = 0.0 if large else seconds * rates["index_decode_second_flac"].seconds
     found = [
         Stage(
-            spread=False, name="index (headers)" if large else "index (decodes)", reads=min(rows * HEADER_BYTES, flac) if large else flac, opens=rows,
-            writes=rows * rates.row["bytes"], memory=rows * rates["index_row"].bytes,
-            core_seconds=decoded + rows * (member.seconds - member.own_seconds), serial_seconds=rows * member.own_seconds,
+            spread=False,
+            name="index (headers)" if large else "index (decodes)",
+            reads=min(rows * HEADER_BYTES, flac) if large else flac,
+            opens=rows,
+            writes=rows * rates.row["bytes"],
+            memory=rows * rates["index_row"].bytes,
+            core_seconds=decoded + rows * (member.seconds - member.own_seconds),
+            serial_seconds=rows * member.own_seconds,
         )
-    ]  # fmt: skip
+    ]
     if large:
         teacher = read_recipe("hubert_large_ll60k")
         layer, dim = teacher["codebook"]["layer"], encoder_sizes("base")["dim"]
         found += [
-            encoded(f"labels, BASE layer {layer}", "base", layer), pretrained("HuBERT LARGE", teacher["hubert"], "large"),
-        ]  # fmt: skip
+            encoded(f"labels, BASE layer {layer}", "base", layer),
+            pretrained("HuBERT LARGE", teacher["hubert"], "large"),
+        ]
         final, top = "large", 18
     else:
         dim = encoder_sizes("base")["dim"]
         found += [
-            cluster("k-means, MFCC", base["codebook_mfcc"]["hours"], 39, base["codebook_mfcc"]["num_classes"]),
+            cluster(
+                "k-means, MFCC", base["codebook_mfcc"]["hours"], 39, base["codebook_mfcc"]["num_classes"]
+            ),
             replace(labels, name="labels, MFCC", core_seconds=seconds * rates["encode_mfcc_second"].seconds),
             pretrained("HuBERT BASE, iteration 1", base["hubert1"], "base"),
-            cluster("k-means, layer 6", base["codebook1"]["hours"], dim, base["codebook1"]["num_classes"], audio_flops("base", 6)),
+            cluster(
+                "k-means, layer 6",
+                base["codebook1"]["hours"],
+                dim,
+                base["codebook1"]["num_classes"],
+                audio_flops("base", 6),
+            ),
             encoded("labels, layer 6", "base", 6),
             pretrained("HuBERT BASE, iteration 2", base["hubert2"], "base"),
         ]
@@ -287,7 +360,11 @@ def stages(hours: float) -> list[Stage]:
     units = read_recipe("unit_lm")["codebook"]
     found += [
         cluster(
-            f"k-means, layer {top}", units["hours"], encoder_sizes(final)["dim"], units["num_classes"], audio_flops(final, top)
+            f"k-means, layer {top}",
+            units["hours"],
+            encoder_sizes(final)["dim"],
+            units["num_classes"],
+            audio_flops(final, top),
         ),
         encoded(f"labels, layer {top}", final, top),
     ]
@@ -295,17 +372,34 @@ def stages(hours: float) -> list[Stage]:
     packed = seconds * UNITS_PER_SECOND
     found += [
         Stage(
-            "pack", spread=False, reads=100 * seconds, writes=4 * packed + rows * (8 + ID_BYTES), memory=rows * rates["start_hubert"].bytes,
-            scratch=rows * (ID_BYTES + 20), serial_seconds=rows * rates["pack_document"].seconds + seconds * rates["pack_labels_second"].seconds,
+            "pack",
+            spread=False,
+            reads=100 * seconds,
+            writes=4 * packed + rows * (8 + ID_BYTES),
+            memory=rows * rates["start_hubert"].bytes,
+            scratch=rows * (ID_BYTES + 20),
+            serial_seconds=rows * rates["pack_document"].seconds
+            + seconds * rates["pack_labels_second"].seconds,
         ),
         Stage(
-            "unit LM", reads=2 * max(tokens, packed), writes=max(tokens, packed) / tokens * 50 * 12 * parameters,
-            memory=rows * rates["open_units"].bytes, trains=True, flops=max(tokens, packed) * token_flops, cpu_flops=cpu["lm"],
+            "unit LM",
+            reads=2 * max(tokens, packed),
+            writes=max(tokens, packed) / tokens * 50 * 12 * parameters,
+            memory=rows * rates["open_units"].bytes,
+            trains=True,
+            flops=max(tokens, packed) * token_flops,
+            cpu_flops=cpu["lm"],
         ),
-    ]  # fmt: skip
+    ]
     ctc = read_recipe("ctc_10min")["transfer"]
     heard = ctc["by_budget"]["10h"]["training"]["max_steps"] * ctc["finetune"]["batches"]["batch_seconds"]
     found.append(
-        Stage("CTC on 10 h", reads=10 * 3600 * FLAC_BYTES, flops=3 * heard * audio_flops(final), cpu_flops=cpu["train"], core_seconds=heard * decoding)
-    )  # fmt: skip
+        Stage(
+            "CTC on 10 h",
+            reads=10 * 3600 * FLAC_BYTES,
+            flops=3 * heard * audio_flops(final),
+            cpu_flops=cpu["train"],
+            core_seconds=heard * decoding,
+        )
+    )
     return found

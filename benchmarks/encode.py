@@ -39,9 +39,9 @@ class Ours:
     """The verb. "ours-long" has every utterance four times; "agreement" is not timed and says what the verb's own check found."""
 
     def __init__(self, name: str, settings: dict[str, Any], folder: Path):
-        import pretrain.encoder  # noqa: F401  # so that no round pays for it, as with the peer's
+        import pretrain.model.encoder  # noqa: F401  # so that no round pays for it, as with the peer's
         import quantize.encoding
-        from pretrain.manifest import Manifest
+        from pretrain.data.manifest import Manifest
 
         self.name, self.settings, self.folder, self.number = name, settings, folder, 0
         self.encoding = quantize.encoding
@@ -49,11 +49,13 @@ class Ours:
         self.amount = float(self.manifest.lengths.sum()) / corpus.SAMPLE_RATE
 
     def about(self) -> dict[str, Any]:
-        from pretrain.audio import load_audio
+        from pretrain.data.audio import load_audio
 
         if self.name == "agreement":
             return {key: value for key, value in self.encode().items() if key.startswith("label_agreement")}
-        return {"inputs_sha256": corpus.digest(map(load_audio, self.manifest)) if self.name == "ours" else None}
+        return {
+            "inputs_sha256": corpus.digest(map(load_audio, self.manifest)) if self.name == "ours" else None
+        }
 
     def prepare(self, number: int) -> None:
         self.number = number
@@ -67,11 +69,16 @@ class Ours:
     def encode(self) -> dict[str, Any]:
         summary: dict[str, Any] = self.encoding.encode(
             self.encoding.EncodeConfig(
-                manifest=str(self.manifest.folder), codebook=str(self.folder / "codebook"), encoder=str(self.folder / "run"),
-                out=str(labels_folder(self.folder, self.name, self.number)), precision=self.settings["precision"],
-                batch_seconds=self.settings["ours_batch_seconds"], device=self.settings["device"], workers=self.settings["threads"],
+                manifest=str(self.manifest.folder),
+                codebook=str(self.folder / "codebook"),
+                encoder=str(self.folder / "run"),
+                out=str(labels_folder(self.folder, self.name, self.number)),
+                precision=self.settings["precision"],
+                batch_seconds=self.settings["ours_batch_seconds"],
+                device=self.settings["device"],
+                workers=self.settings["threads"],
             )
-        )  # fmt: skip
+        )
         return summary
 
 
@@ -105,13 +112,17 @@ class TransformersPeer:
     def run(self) -> None:
         cut = {} if self.name == USUAL else {"num_hidden_layers": self.layer}
         model = self.model_class.from_pretrained(self.folder / "huggingface", **cut).eval().to(self.device)
-        predict = (open_formula if self.name.endswith("torch") else open_kmeans)(self.folder / "centroids.npy", self.device)
+        predict = (open_formula if self.name.endswith("torch") else open_kmeans)(
+            self.folder / "centroids.npy", self.device
+        )
         samples = 0
         with open(self.folder / f"{self.name}.km", "w") as file, torch.inference_mode():
             for path in self.paths:
                 wave = read_audio(path)
                 hidden = model(torch.from_numpy(wave)[None].to(self.device), output_hidden_states=not cut)
-                features = hidden.last_hidden_state if cut else hidden.hidden_states[self.layer]  # (1, frames, dim)
+                features = (
+                    hidden.last_hidden_state if cut else hidden.hidden_states[self.layer]
+                )  # (1, frames, dim)
                 file.write(" ".join(map(str, predict(features[0]).tolist())) + "\n")
                 samples += len(wave)
         self.amount = samples / corpus.SAMPLE_RATE
@@ -139,24 +150,34 @@ def open_formula(path: Path, device: str) -> Callable[[torch.Tensor], torch.Tens
     """|x|² - 2x·c + |c|² in float32, as fairseq's `dump_km_label.py` has it."""
     columns = torch.from_numpy(np.load(path)).to(device).T.contiguous()  # (dim, K)
     squares = columns.square().sum(0, keepdim=True)
-    return lambda features: (features.square().sum(1, keepdim=True) - 2 * features @ columns + squares).argmin(1)
+    return lambda features: (
+        features.square().sum(1, keepdim=True) - 2 * features @ columns + squares
+    ).argmin(1)
 
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
     """The contender of a name."""
-    return TransformersPeer(name, settings, folder) if name.startswith("transformers") else Ours(name, settings, folder)
+    return (
+        TransformersPeer(name, settings, folder)
+        if name.startswith("transformers")
+        else Ours(name, settings, folder)
+    )
 
 
 def write_model(folder: Path, settings: dict[str, Any]) -> None:
     """A run folder with untrained weights, and the same weights for the peer."""
-    from pretrain.checkpoint import save_checkpoint
-    from pretrain.encoder import Encoder, EncoderConfig
+    from pretrain.model.encoder import Encoder, EncoderConfig
+    from pretrain.training.checkpoint import save_checkpoint
     from pretrain.weights.conversion import export_weights
 
     torch.manual_seed(settings["seed"])
     model = nn.Module()
     model.encoder = Encoder(EncoderConfig(**settings["sizes"]))
-    state = {"kind": "pretraining", "config": {"encoder": settings["sizes"]}, "extra": {"objective": "hubert"}}
+    state = {
+        "kind": "pretraining",
+        "config": {"encoder": settings["sizes"]},
+        "extra": {"objective": "hubert"},
+    }
     save_checkpoint(folder / "run", 0, model, torch.optim.AdamW(model.parameters()), state)
     export_weights(folder / "run", folder / "huggingface", "huggingface")
 
@@ -164,7 +185,7 @@ def write_model(folder: Path, settings: dict[str, Any]) -> None:
 def write_codebook(folder: Path, settings: dict[str, Any]) -> None:
     """K-means on features of the corpus's first utterances, as a codebook and as plain centroids in the features' coordinates."""
     import quantize.codebook
-    from pretrain.manifest import Manifest
+    from pretrain.data.manifest import Manifest
     from quantize.features import open_encoder_source
     from quantize.kmeans import kmeans
 
@@ -172,17 +193,29 @@ def write_codebook(folder: Path, settings: dict[str, Any]) -> None:
     enough = int(np.searchsorted(np.cumsum(manifest.num_frames), FRAMES_PER_CLASS * settings["classes"])) + 1
     source = open_encoder_source(str(folder / "run"), settings["layer"], device=settings["device"])
     some = [manifest[row] for row in range(min(enough, len(manifest)))]
-    fit = kmeans(np.concatenate([features for _, features in source.features(some)]), settings["classes"], seed=settings["seed"])
-    quantize.codebook.write_codebook(folder / "codebook", fit.centroids, fit.mean, source.describe(), {}, {}, {})
+    fit = kmeans(
+        np.concatenate([features for _, features in source.features(some)]),
+        settings["classes"],
+        seed=settings["seed"],
+    )
+    quantize.codebook.write_codebook(
+        folder / "codebook", fit.centroids, fit.mean, source.describe(), {}, {}, {}
+    )
     np.save(folder / "centroids.npy", (fit.centroids[0].astype(np.float64) + fit.mean).astype(np.float32))
 
 
 def write_longer(folder: Path) -> None:
     """A manifest of the same files, each of them four times."""
-    from pretrain.manifest import Manifest, write_manifest
+    from pretrain.data.manifest import Manifest, write_manifest
 
     rows = [
-        {"id": f"{u.id}_{copy}", "path": u.path, "start": 0, "num_samples": u.num_samples, "sample_rate": u.sample_rate}
+        {
+            "id": f"{u.id}_{copy}",
+            "path": u.path,
+            "start": 0,
+            "num_samples": u.num_samples,
+            "sample_rate": u.sample_rate,
+        }
         for copy in range(TIMES_LONGER)
         for u in Manifest(folder / "manifest")
     ]
@@ -195,13 +228,16 @@ def compare_labels(folder: Path, ours: Path, lines: Path, settings: dict[str, An
     The margin of a frame is (|x - theirs|² - |x - ours|²) / |x - ours|² in float64, of the float32 feature x; its size is what
     counts. Two float32 computations of |x - c|² in the usual form differ by about 1e-7 |x|² each.
     """
-    from pretrain.labels import Labels
-    from pretrain.manifest import Manifest
+    from pretrain.data.labels import Labels
+    from pretrain.data.manifest import Manifest
     from quantize.features import open_encoder_source
 
     manifest, labels = Manifest(folder / "manifest"), Labels(ours)
     theirs = [np.array(line.split(), dtype=np.int64) for line in lines.read_text().splitlines()]
-    pairs = [(labels[utterance].astype(np.int64), their) for utterance, their in zip(manifest.ids, theirs, strict=True)]
+    pairs = [
+        (labels[utterance].astype(np.int64), their)
+        for utterance, their in zip(manifest.ids, theirs, strict=True)
+    ]
     for own, their in pairs:
         assert own.shape == their.shape, "one label a frame on both sides"
     rows = [row for row, (own, their) in enumerate(pairs) if (own != their).any()]
@@ -217,18 +253,25 @@ def compare_labels(folder: Path, ours: Path, lines: Path, settings: dict[str, An
 
 def usage(ours: Path) -> dict[str, Any]:
     """Frames, and how many classes they use: that labels agree says little where there are few of them."""
-    from pretrain.labels import Labels
+    from pretrain.data.labels import Labels
 
     labels = Labels(ours)
     counts = np.bincount(np.concatenate([labels[utterance] for utterance in labels.ids]))
     shares = counts[counts > 0] / counts.sum()
-    return {"frames": int(counts.sum()), "classes_used": len(shares), "perplexity": float(np.exp(-(shares * np.log(shares)).sum()))}
+    return {
+        "frames": int(counts.sum()),
+        "classes_used": len(shares),
+        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+    }
 
 
 def same_labels(folder: Path, rounds: int) -> bool:
     """Whether every round of ours left the very same bytes."""
     shards = [
-        [hashlib.sha256(path.read_bytes()).digest() for path in sorted(labels_folder(folder, "ours", number).glob("*.npy"))]
+        [
+            hashlib.sha256(path.read_bytes()).digest()
+            for path in sorted(labels_folder(folder, "ours", number).glob("*.npy"))
+        ]
         for number in range(rounds)
     ]
     return all(found == shards[0] for found in shards)
@@ -241,26 +284,39 @@ def measure_flatness(folder: Path, threads: int) -> dict[str, Any]:
         take_turns(MODULE, {name: sys.executable}, folder, rounds=1, warmup=0, threads=threads)[name].peak_gb
         for name in ("ours-short", "ours-long")
     ]
-    return {"ours_peak_gb_short": peaks[0], "ours_peak_gb_long": peaks[1], "ours_rss_flat": peaks[1] / peaks[0]}
+    return {
+        "ours_peak_gb_short": peaks[0],
+        "ours_peak_gb_long": peaks[1],
+        "ours_rss_flat": peaks[1] / peaks[0],
+    }
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the corpus, make model and codebook, let the contenders take turns, and compare what they left."""
-    from pretrain.encoder import EncoderConfig
+    from pretrain.model.encoder import EncoderConfig
 
     encoder = EncoderConfig(architecture=arguments.architecture, front_end="waveform", norm_first=False)
     if not 1 <= arguments.layer <= encoder.num_layers:
-        raise ValueError(f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {encoder.num_layers}")
+        raise ValueError(
+            f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {encoder.num_layers}"
+        )
     if arguments.precision == "int8" and arguments.device != "cpu":
         raise ValueError("--precision int8: runs on a CPU; use bfloat16 or --device cpu")
     shape = corpus.resolve(arguments)
-    lengths = corpus.draw_lengths(arguments.lengths, arguments.seconds, shape["total_seconds"], arguments.seed)
+    lengths = corpus.draw_lengths(
+        arguments.lengths, arguments.seconds, shape["total_seconds"], arguments.seed
+    )
     frames, seconds = int(((lengths - 400) // 320 + 1).sum()), lengths.sum() / corpus.SAMPLE_RATE
     if not 2 <= arguments.classes <= frames // 4:
-        raise ValueError(f"--classes {arguments.classes}: 2 to {frames // 4} can be fitted on this corpus of {frames} frames")
+        raise ValueError(
+            f"--classes {arguments.classes}: 2 to {frames // 4} can be fitted on this corpus of {frames} frames"
+        )
     given = "architecture layer classes precision device threads rounds warmup seed peak_tflops ours_batch_seconds".split()
     settings = {**{name: getattr(arguments, name) for name in given}, **shape, "sizes": encoder.resolved()}
-    flops = forward_flops(settings["sizes"], lengths, arguments.layer) + 2.0 * frames * arguments.classes * settings["sizes"]["dim"]
+    flops = (
+        forward_flops(settings["sizes"], lengths, arguments.layer)
+        + 2.0 * frames * arguments.classes * settings["sizes"]["dim"]
+    )
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
         say("corpus, model and codebook")
@@ -269,8 +325,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         write_codebook(folder, settings)
         variants = VARIANTS[arguments.peer]
         result = contest(
-            MODULE, variants, folder, settings, flops / seconds, peer_python=arguments.peer_python, usual=USUAL
-        )  # fmt: skip
+            MODULE,
+            variants,
+            folder,
+            settings,
+            flops / seconds,
+            peer_python=arguments.peer_python,
+            usual=USUAL,
+        )
         if arguments.precision != "float32":
             result |= ask(MODULE, "agreement", folder, threads=arguments.threads)
         num_rounds = arguments.warmup + arguments.rounds
@@ -292,10 +354,16 @@ def show(result: dict[str, Any]) -> str:
     """The contest's table, and what became of the labels."""
     lines = [table(result)]
     if result["ratio_usual"] is not None:
-        lines.append(f"{result['ratio_usual']:.2f} times as fast as the usual script ({result['peer_usual']:.2f})")
-    lines.append(f"{result['frames']} labels, {result['classes_used']} classes, perplexity {result['perplexity']:.1f}")
+        lines.append(
+            f"{result['ratio_usual']:.2f} times as fast as the usual script ({result['peer_usual']:.2f})"
+        )
+    lines.append(
+        f"{result['frames']} labels, {result['classes_used']} classes, perplexity {result['perplexity']:.1f}"
+    )
     for name, found in result["peer_labels"].items():
-        lines.append(f"{name}: {found['labels_differ']} labels differ, by a margin of {found['largest_margin']:.1e} at most")
+        lines.append(
+            f"{name}: {found['labels_differ']} labels differ, by a margin of {found['largest_margin']:.1e} at most"
+        )
     if "label_agreement" in result:
         lines.append(f"label agreement with float32 {result['label_agreement']:.4f}")
     if "ours_rss_flat" in result:
@@ -311,11 +379,20 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--classes", type=int, default=500)
     parser.add_argument(
-        "--precision", choices=["float32", "bfloat16", "int8"], default="float32", help="of ours; the peer's is float32"
+        "--precision",
+        choices=["float32", "bfloat16", "int8"],
+        default="float32",
+        help="of ours; the peer's is float32",
     )
-    parser.add_argument("--ours-batch-seconds", type=float, help="batch_seconds of `encode`; by default the product's own default")
     parser.add_argument(
-        "--check-memory", action="store_true", help=f"also encode {TIMES_LONGER} times the corpus, and compare the peaks"
+        "--ours-batch-seconds",
+        type=float,
+        help="batch_seconds of `encode`; by default the product's own default",
+    )
+    parser.add_argument(
+        "--check-memory",
+        action="store_true",
+        help=f"also encode {TIMES_LONGER} times the corpus, and compare the peaks",
     )
     add_model_arguments(parser)
     corpus.add_arguments(parser)

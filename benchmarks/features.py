@@ -39,8 +39,8 @@ class Ours:
     """`EncoderSource` on untrained weights."""
 
     def __init__(self, settings: dict[str, Any], folder: Path):
-        from pretrain.encoder import Encoder, EncoderConfig
-        from pretrain.manifest import Manifest
+        from pretrain.data.manifest import Manifest
+        from pretrain.model.encoder import Encoder, EncoderConfig
 
         torch.manual_seed(settings["seed"])
         self.settings = settings
@@ -54,13 +54,17 @@ class Ours:
         from quantize.features import EncoderSource
 
         return EncoderSource(
-            self.encoder, "untrained", self.settings["layer"], device=self.settings["device"],
-            batch_seconds=self.settings["ours_batch_seconds"], workers=self.settings["threads"],
+            self.encoder,
+            "untrained",
+            self.settings["layer"],
+            device=self.settings["device"],
+            batch_seconds=self.settings["ours_batch_seconds"],
+            workers=self.settings["threads"],
             precision=precision,  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
 
     def about(self) -> dict[str, Any]:
-        from pretrain.audio import load_audio
+        from pretrain.data.audio import load_audio
 
         heard = corpus.digest([load_audio(utterance) for utterance in self.utterances])
         return {"inputs_sha256": heard, "batch_seconds": self.source.batch_seconds}
@@ -82,7 +86,9 @@ class Agreement:
 
     def about(self) -> dict[str, Any]:
         """Share of frames whose nearest of 500 centroids, fitted on the float32 features, is the same in this precision."""
-        return compare_features(self.features("float32"), self.features(self.settings["precision"]), self.settings["seed"])
+        return compare_features(
+            self.features("float32"), self.features(self.settings["precision"]), self.settings["seed"]
+        )
 
     def features(self, precision: str) -> np.ndarray:
         """(frames, dim) of the whole corpus in the manifest's order, from the same weights."""
@@ -116,13 +122,22 @@ class Peer:
         lengths = np.array([len(waveform) for waveform in self.waveforms])
         self.plan = corpus.plan_padded(lengths, settings["batch_seconds"] if batched else 0)
         self.amount = float(lengths.sum()) / corpus.SAMPLE_RATE
-        self.dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32  # int8 is held against float32
+        self.dtype = (
+            torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
+        )  # int8 is held against float32
         torch.manual_seed(settings["seed"])
         self.make_model(settings["sizes"])
 
     def about(self) -> dict[str, Any]:
-        padded = sum(max(len(self.waveforms[item]) for item in items) * len(items) for items in self.plan) / corpus.SAMPLE_RATE
-        return {"inputs_sha256": corpus.digest(self.waveforms), "dtype": str(self.dtype), "padded_seconds": padded}
+        padded = (
+            sum(max(len(self.waveforms[item]) for item in items) * len(items) for items in self.plan)
+            / corpus.SAMPLE_RATE
+        )
+        return {
+            "inputs_sha256": corpus.digest(self.waveforms),
+            "dtype": str(self.dtype),
+            "padded_seconds": padded,
+        }
 
     def prepare(self, number: int) -> None: ...
 
@@ -130,10 +145,16 @@ class Peer:
         with torch.inference_mode():
             for items in self.plan:
                 lengths = [len(self.waveforms[item]) for item in items]
-                waves = torch.from_numpy(corpus.pad([self.waveforms[item] for item in items])).to(self.device, self.dtype)
+                waves = torch.from_numpy(corpus.pad([self.waveforms[item] for item in items])).to(
+                    self.device, self.dtype
+                )
                 uneven = torch.tensor(lengths, device=self.device) if min(lengths) < max(lengths) else None
                 found = self.features(waves, uneven).float().cpu().numpy()
-                assert found.shape == (len(items), (max(lengths) - 400) // 320 + 1, self.settings["sizes"]["dim"])
+                assert found.shape == (
+                    len(items),
+                    (max(lengths) - 400) // 320 + 1,
+                    self.settings["sizes"]["dim"],
+                )
 
     def make_model(self, sizes: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -149,7 +170,9 @@ class TransformersPeer(Peer):
     def make_model(self, sizes: dict[str, Any]) -> None:
         import transformers
 
-        known = {key: value for key, value in transformers_config(sizes).items() if key != "feat_quantizer_dropout"}
+        known = {
+            key: value for key, value in transformers_config(sizes).items() if key != "feat_quantizer_dropout"
+        }
         config = transformers.HubertConfig(**known)
         config._attn_implementation = "sdpa"
         self.model = transformers.HubertModel(config).eval().to(self.device, self.dtype)
@@ -157,11 +180,17 @@ class TransformersPeer(Peer):
             self.model.encoder.layers = self.model.encoder.layers[: self.layer]
 
     def features(self, waves: Tensor, lengths: Tensor | None) -> Tensor:
-        attention = None if lengths is None else (torch.arange(waves.shape[1], device=self.device) < lengths[:, None]).long()
+        attention = (
+            None
+            if lengths is None
+            else (torch.arange(waves.shape[1], device=self.device) < lengths[:, None]).long()
+        )
         if self.cut:
             last: Tensor = self.model(waves, attention_mask=attention).last_hidden_state
             return last
-        picked: Tensor = self.model(waves, attention_mask=attention, output_hidden_states=True).hidden_states[self.layer]
+        picked: Tensor = self.model(waves, attention_mask=attention, output_hidden_states=True).hidden_states[
+            self.layer
+        ]
         return picked
 
 
@@ -171,7 +200,9 @@ class TorchaudioPeer(Peer):
     def make_model(self, sizes: dict[str, Any]) -> None:
         from torchaudio.models import wav2vec2_model
 
-        self.model = wav2vec2_model(**torchaudio_config(sizes), aux_num_out=None).eval().to(self.device, self.dtype)
+        self.model = (
+            wav2vec2_model(**torchaudio_config(sizes), aux_num_out=None).eval().to(self.device, self.dtype)
+        )
 
     def features(self, waves: Tensor, lengths: Tensor | None) -> Tensor:
         picked: Tensor = self.model.extract_features(waves, lengths, num_layers=self.layer)[0][-1]
@@ -188,22 +219,30 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the corpus, let the contenders take turns, and say what was measured."""
-    from pretrain.encoder import EncoderConfig
+    from pretrain.model.encoder import EncoderConfig
 
     encoder = EncoderConfig(architecture=arguments.architecture, front_end="waveform")
     if not 1 <= arguments.layer <= encoder.num_layers:
-        raise ValueError(f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {encoder.num_layers}")
+        raise ValueError(
+            f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {encoder.num_layers}"
+        )
     given = "architecture layer precision device threads rounds warmup seed peak_tflops ours_batch_seconds".split()
     settings = {
-        **{name: getattr(arguments, name) for name in given}, **corpus.resolve(arguments), "sizes": encoder.resolved(),
-    }  # fmt: skip
-    lengths = corpus.draw_lengths(arguments.lengths, arguments.seconds, settings["total_seconds"], arguments.seed)
+        **{name: getattr(arguments, name) for name in given},
+        **corpus.resolve(arguments),
+        "sizes": encoder.resolved(),
+    }
+    lengths = corpus.draw_lengths(
+        arguments.lengths, arguments.seconds, settings["total_seconds"], arguments.seed
+    )
     flops = forward_flops(settings["sizes"], lengths, arguments.layer) / (lengths.sum() / corpus.SAMPLE_RATE)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
         corpus.write_corpus(folder, lengths, NUM_CLASSES, arguments.seed)
         variants = VARIANTS[arguments.peer]
-        result = contest("benchmarks.features", variants, folder, settings, flops, peer_python=arguments.peer_python)
+        result = contest(
+            "benchmarks.features", variants, folder, settings, flops, peer_python=arguments.peer_python
+        )
         if arguments.precision != "float32":
             result |= ask("benchmarks.features", "agreement", folder, threads=arguments.threads)
     name = f"features {arguments.architecture} layer {arguments.layer} {arguments.lengths} {arguments.precision} {arguments.device}"
@@ -216,7 +255,11 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--architecture", choices=["base", "large", "xlarge", "tiny"], default="base")
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--precision", choices=["float32", "bfloat16", "int8"], default="float32")
-    parser.add_argument("--ours-batch-seconds", type=float, help="batch_seconds of `encode`; by default the product's own default")
+    parser.add_argument(
+        "--ours-batch-seconds",
+        type=float,
+        help="batch_seconds of `encode`; by default the product's own default",
+    )
     add_model_arguments(parser)
     corpus.add_arguments(parser)
     return run_main("benchmarks.features", parser, given, build, compare, table)

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.measure import machine
-from pretrain.artefact import read_meta, write_json
 from pretrain.ctc.curve import as_text, summarize, write_curve
+from pretrain.store.artefact import read_meta, write_json
 
 WORDS = "zero one two three four five six seven eight nine".split()
 CHOSEN_WITH = {"lucas", "nicolas"}
@@ -46,17 +46,26 @@ def write_fold(recordings: Path, held_out: str, path: Path) -> None:
 
 def pool(folds: Sequence[Path], out: Path) -> dict[str, Any]:
     """The transcripts of several folds as those of one test, in `out`: its `curve` and `comparisons` (pretrain.ctc.curve)."""
-    cells = {(row["budget"], row["system"], row["seed"]): row for row in pq.read_table(folds[0] / "transfer.parquet").to_pylist()}
+    cells = {
+        (row["budget"], row["system"], row["seed"]): row
+        for row in pq.read_table(folds[0] / "transfer.parquet").to_pylist()
+    }
     pooled = []
     for (budget, system, seed), row in cells.items():
         tables = [
-            pq.read_table(fold / row["transcripts"] / "transcripts.parquet", columns=["id", "text", "hypothesis"]) for fold in folds
+            pq.read_table(
+                fold / row["transcripts"] / "transcripts.parquet", columns=["id", "text", "hypothesis"]
+            )
+            for fold in folds
         ]
         folder = out / row["transcripts"]
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.concat_tables(tables), folder / "transcripts.parquet")
         same = [_cell(fold, budget, system, seed) for fold in folds]
-        totals = {key: sum(cell[key] for cell in same) for key in ("substitutions", "insertions", "deletions", "reference_words")}
+        totals = {
+            key: sum(cell[key] for cell in same)
+            for key in ("substitutions", "insertions", "deletions", "reference_words")
+        }
         edits = totals["substitutions"] + totals["insertions"] + totals["deletions"]
         minutes = sum(cell["label_minutes"] for cell in same) / len(same)
         # Everybody says each digit equally often, so the characters of every fold are as many.
@@ -82,35 +91,61 @@ def _cell(fold: Path, budget: str, system: str, seed: int) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> int:
     """Run the folds that do not stand, then show, draw and keep the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recordings", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/folds"))
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="keep the numbers there as DATE-fsdd.json, and the curve as fsdd.svg"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the numbers there as DATE-fsdd.json, and the curve as fsdd.svg",
     )
     arguments = parser.parse_args(given)
     speakers = sorted({path.stem.split("_")[1] for path in arguments.recordings.glob("*_*_*.wav")})
     if len(speakers) < 2:
-        parser.error(f"{arguments.recordings}: no recordings named digit_speaker_index.wav of two or more speakers")
+        parser.error(
+            f"{arguments.recordings}: no recordings named digit_speaker_index.wav of two or more speakers"
+        )
     for speaker in speakers:
         source, run = arguments.runs / f"{speaker}.jsonl", arguments.runs / speaker
         if not (run / "transfer" / "meta.json").is_file():
             write_fold(arguments.recordings, speaker, source)
             subprocess.run(
-                [sys.executable, "-m", "wordless", "run", str(RECIPE), f"run={run}", f"manifest.source={source}"], check=True
+                [
+                    sys.executable,
+                    "-m",
+                    "wordless",
+                    "run",
+                    str(RECIPE),
+                    f"run={run}",
+                    f"manifest.source={source}",
+                ],
+                check=True,
             )
     folds = {speaker: arguments.runs / speaker / "transfer" for speaker in speakers}
     found = {speaker: json.loads((fold / "summary.json").read_text()) for speaker, fold in folds.items()}
     for name, chosen in (("untouched", set(speakers) - CHOSEN_WITH), ("all", set(speakers))):
         if len(chosen) > 1:
-            found[name] = pool([folds[speaker] for speaker in sorted(chosen)], arguments.runs / f"pooled_{name}")
+            found[name] = pool(
+                [folds[speaker] for speaker in sorted(chosen)], arguments.runs / f"pooled_{name}"
+            )
     for name, summary in found.items():
         print(f"{name}\n{as_text(summary)}\n")
     write_curve(arguments.runs, found["all"]["curve"])
     if arguments.out is not None:
-        kept = {name: {key: summary[key] for key in ("curve", "comparisons")} for name, summary in found.items()}
+        kept = {
+            name: {key: summary[key] for key in ("curve", "comparisons")} for name, summary in found.items()
+        }
         fingerprints = {speaker: read_meta(fold)["fingerprint"] for speaker, fold in folds.items()}
-        result = {"name": "fsdd", "date": date.today().isoformat(), "machine": machine(), "folds": fingerprints, **kept}
+        result = {
+            "name": "fsdd",
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "folds": fingerprints,
+            **kept,
+        }
         write_json(arguments.out / f"{date.today().isoformat()}-fsdd.json", result)
         (arguments.out / "fsdd.svg").write_bytes((arguments.runs / "transfer.svg").read_bytes())
     return 0

@@ -34,10 +34,10 @@ class OursTraining:
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         from benchmarks.training_peers import Update
-        from pretrain.kernels import keep_freed_memory
-        from units.corpus import ListedSequences
-        from units.language_model import LanguageModel, Pieces
-        from units.patterns import Pattern
+        from pretrain.model.cpu_kernels import keep_freed_memory
+        from units.corpus.patterns import Pattern
+        from units.corpus.unit_corpus import ListedSequences
+        from units.lm.language_model import LanguageModel, Pieces
 
         if settings["device"] == "cpu":
             keep_freed_memory()
@@ -59,7 +59,9 @@ class OursTraining:
     def run(self) -> None:
         for batch in self.batches:
             moved = type(batch)(*[field.to(self.device) for field in batch])
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
+            with torch.autocast(
+                self.device, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"
+            ):
                 loss = self.model(moved)
             self.update(loss.total / loss.count)
             self.losses.append(float(loss.total.detach() / loss.count))
@@ -69,14 +71,16 @@ class OursSampling:
     """`generate` on a `CompactDecoder`."""
 
     def __init__(self, settings: dict[str, Any], folder: Path):
-        from units.generation import CompactDecoder
-        from units.patterns import Pattern
-        from units.sampling import Rules, generate
+        from units.corpus.patterns import Pattern
+        from units.lm.generation import CompactDecoder
+        from units.lm.sampling import Rules, generate
 
         count = settings["new_tokens"]
         self.generate = partial(generate, rules=Rules(count, count))
         self.settings = settings
-        self.model = CompactDecoder(open_decoder(settings, folder).to(settings["device"]).eval(), settings["precision"])
+        self.model = CompactDecoder(
+            open_decoder(settings, folder).to(settings["device"]).eval(), settings["precision"]
+        )
         self.pattern = Pattern("flatten", (settings["classes"],))
         self.prompts = list(np.load(folder / "prompts.npy")[:, 1:])
         self.amount, self.number = float(len(self.prompts) * settings["new_tokens"]), 0
@@ -122,13 +126,16 @@ class Quality(Bandwidth):
         self.settings, self.folder = settings, folder
 
     def about(self) -> dict[str, Any]:
-        from units.corpus import ListedSequences
-        from units.generation import CompactDecoder, perplexity
-        from units.language_model import LanguageModel, Pieces
-        from units.patterns import Pattern
+        from units.corpus.patterns import Pattern
+        from units.corpus.unit_corpus import ListedSequences
+        from units.lm.generation import CompactDecoder, perplexity
+        from units.lm.language_model import LanguageModel, Pieces
 
         settings = self.settings
-        rng, source = np.random.default_rng(settings["seed"] + 1), Source(settings["classes"], settings["seed"])
+        rng, source = (
+            np.random.default_rng(settings["seed"] + 1),
+            Source(settings["classes"], settings["seed"]),
+        )
         pattern = Pattern("flatten", (settings["classes"],))
         model = LanguageModel(open_decoder(settings, self.folder)).to(settings["device"]).train()
         adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -144,11 +151,15 @@ class Quality(Bandwidth):
             adamw.zero_grad(set_to_none=True)
         held_out = list(source.sequences(rng, 8, settings["tokens"] + 1))
         precisions = ["float32", "bfloat16", *(["int8"] if settings["device"] == "cpu" else [])]
-        found = {
-            precision: perplexity(*CompactDecoder(model.decoder.eval(), precision).log_likelihoods(pattern, held_out))  # type: ignore[arg-type]
-            for precision in precisions
+        found = {}
+        for precision in precisions:
+            decoder = CompactDecoder(model.decoder.eval(), precision)  # type: ignore[arg-type]
+            found[precision] = perplexity(*decoder.log_likelihoods(pattern, held_out))
+        return {
+            "perplexity": found,
+            "perplexity_of_source": source.perplexity,
+            "quality_steps": settings["quality_steps"],
         }
-        return {"perplexity": found, "perplexity_of_source": source.perplexity, "quality_steps": settings["quality_steps"]}
 
 
 class Source:
@@ -159,7 +170,9 @@ class Source:
         self.classes = classes
         self.successors = rng.integers(0, classes, (classes, SUCCESSORS))
         self.probabilities = rng.dirichlet(np.ones(SUCCESSORS), classes)
-        self.perplexity = float(np.exp(-(self.probabilities * np.log(self.probabilities)).sum(1).mean()))  # about: states alike
+        self.perplexity = float(
+            np.exp(-(self.probabilities * np.log(self.probabilities)).sum(1).mean())
+        )  # about: states alike
 
     def sequences(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
         """BOS and symbols, int64 (count, length)."""
@@ -175,7 +188,7 @@ class Source:
 
 def open_decoder(settings: dict[str, Any], folder: Path) -> Any:
     """Our decoder with the weights that every contender has."""
-    from units.model import Decoder, DecoderConfig
+    from units.lm.model import Decoder, DecoderConfig
 
     decoder = Decoder(DecoderConfig.model_validate(settings["sizes"], strict=False), settings["classes"] + 2)
     decoder.load_state_dict(load_file(folder / "weights.safetensors"))
@@ -186,7 +199,12 @@ class WithInputs:
     """A contender that says which weights and tokens it was given."""
 
     def __init__(self, contender: Contender, folder: Path):
-        self.contender, self.amount, self.run, self.prepare = contender, contender.amount, contender.run, contender.prepare
+        self.contender, self.amount, self.run, self.prepare = (
+            contender,
+            contender.amount,
+            contender.run,
+            contender.prepare,
+        )
         names = ("weights.safetensors", "tokens.npy", "prompts.npy")
         self.digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
@@ -200,14 +218,19 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
     if name in ("bandwidth", "quality"):
         return Bandwidth(settings, folder) if name == "bandwidth" else Quality(settings, folder)
     if name == "ours":
-        return WithInputs(OursTraining(settings, folder) if training else OursSampling(settings, folder), folder)
+        return WithInputs(
+            OursTraining(settings, folder) if training else OursSampling(settings, folder), folder
+        )
     way = name.partition("-")[2]
-    return WithInputs(lm_peer.Training(settings, folder, way) if training else lm_peer.Sampling(settings, folder, way), folder)
+    return WithInputs(
+        lm_peer.Training(settings, folder, way) if training else lm_peer.Sampling(settings, folder, way),
+        folder,
+    )
 
 
 def write_inputs(folder: Path, settings: dict[str, Any]) -> None:
     """Weights, training tokens (steps, rows, time + 1) and prompts (batch, prompt), all of them drawn from the seed."""
-    from units.model import Decoder, DecoderConfig
+    from units.lm.model import Decoder, DecoderConfig
 
     torch.manual_seed(settings["seed"])
     decoder = Decoder(DecoderConfig.model_validate(settings["sizes"], strict=False), settings["classes"] + 2)
@@ -235,7 +258,9 @@ def flops_per_token(settings: dict[str, Any]) -> float:
     """2 a multiply-add of products and of attention over what has been read so far on average; three times that in training."""
     sizes, training = settings["sizes"], settings["job"] == "train"
     seen = settings["tokens"] / 2 if training else settings["prompt_tokens"] + settings["new_tokens"] / 2
-    return (2 * matrix_weights(settings) + 4 * sizes["num_layers"] * sizes["dim"] * seen) * (3 if training else 1)
+    return (2 * matrix_weights(settings) + 4 * sizes["num_layers"] * sizes["dim"] * seen) * (
+        3 if training else 1
+    )
 
 
 def memory_limit(settings: dict[str, Any], gb_per_second: float) -> float:
@@ -249,12 +274,17 @@ def memory_limit(settings: dict[str, Any], gb_per_second: float) -> float:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every job asked for; of several, the first job's figures stand at the top and all of them under `jobs`."""
-    from units.model import DecoderConfig
+    from units.lm.model import DecoderConfig
 
     sizes = DecoderConfig(
-        dim=arguments.dim, num_layers=arguments.layers, num_heads=arguments.heads, num_kv_heads=arguments.kv_heads or arguments.heads,
-        ffn_dim=arguments.ffn_dim, context=max(arguments.tokens, arguments.prompt_tokens + arguments.new_tokens), dropout=0.0,
-    )  # fmt: skip
+        dim=arguments.dim,
+        num_layers=arguments.layers,
+        num_heads=arguments.heads,
+        num_kv_heads=arguments.kv_heads or arguments.heads,
+        ffn_dim=arguments.ffn_dim,
+        context=max(arguments.tokens, arguments.prompt_tokens + arguments.new_tokens),
+        dropout=0.0,
+    )
     for name in ("steps", "rows", "tokens", "prompt_tokens", "new_tokens", "batch"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed")
@@ -270,9 +300,18 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     jobs: dict[str, dict[str, Any]] = {}
     for job in JOBS if arguments.job == "all" else (arguments.job,):
         precision = arguments.train_precision if job == "train" else sampling
-        settings = {**common, "job": job, "precision": precision, "batch": 1 if job == "sample" else arguments.batch}
+        settings = {
+            **common,
+            "job": job,
+            "precision": precision,
+            "batch": 1 if job == "sample" else arguments.batch,
+        }
         judged = jobs.get("sample", {}) if job == "sample-batch" else {}
-        found = {name: judged[name] for name in ("perplexity", "perplexity_of_source", "quality_steps") if name in judged}
+        found = {
+            name: judged[name]
+            for name in ("perplexity", "perplexity_of_source", "quality_steps")
+            if name in judged
+        }
         jobs[job] = run_job(settings | ({"quality_steps": 0} if found else {}), arguments) | found
     first = next(iter(jobs.values()))
     return first if len(jobs) == 1 else {**first, "name": f"lm all {arguments.device}", "jobs": jobs}
@@ -287,19 +326,32 @@ def run_job(settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str
         folder = Path(temporary)
         write_inputs(folder, settings)
         result = contest(
-            "benchmarks.lm", names, folder, settings, flops_per_token(settings), peer_python=arguments.peer_python,
+            "benchmarks.lm",
+            names,
+            folder,
+            settings,
+            flops_per_token(settings),
+            peer_python=arguments.peer_python,
             usual="transformers-sdpa" if names else None,
-        )  # fmt: skip
+        )
         result["model_gflops_per_token"] = result.pop("model_gflops_per_second_of_audio")
         if job != "train":
-            bandwidth = ask("benchmarks.lm", "bandwidth", folder, threads=settings["threads"])["gb_per_second"]
+            bandwidth = ask("benchmarks.lm", "bandwidth", folder, threads=settings["threads"])[
+                "gb_per_second"
+            ]
             by_memory = memory_limit(settings, bandwidth)
-            by_products = None if settings["precision"] == "int8" else result["limit"]  # products of 8 bits are not measured
+            by_products = (
+                None if settings["precision"] == "int8" else result["limit"]
+            )  # products of 8 bits are not measured
             limit = by_memory if by_products is None else min(by_memory, by_products)
             result |= {
-                "memory_gb_per_second": bandwidth, "limit_of_memory": by_memory, "limit_of_products": by_products, "limit": limit,
-                "share_of_limit": result["ours"] / limit, "peer_share_of_limit": result["peer"] and result["peer"] / limit,
-            }  # fmt: skip
+                "memory_gb_per_second": bandwidth,
+                "limit_of_memory": by_memory,
+                "limit_of_products": by_products,
+                "limit": limit,
+                "share_of_limit": result["ours"] / limit,
+                "peer_share_of_limit": result["peer"] and result["peer"] / limit,
+            }
             if settings["quality_steps"] and settings["precision"] != "float32":
                 result |= ask("benchmarks.lm", "quality", folder, threads=settings["threads"])
     return {"name": f"lm {job} {settings['precision']} {device}", "unit": UNIT, **result}
@@ -319,7 +371,9 @@ def _show_job(result: dict[str, Any]) -> str:
                 f"ours {result[f'ratio{which}']:.2f} times as fast, {result[f'memory_ratio{which}']:.2f} times less memory"
             )
     kind = (
-        "memory" if result["limit"] == result.get("limit_of_memory") else f"{result['gemm_tflops']:.3f} TFLOP/s of matrix products"
+        "memory"
+        if result["limit"] == result.get("limit_of_memory")
+        else f"{result['gemm_tflops']:.3f} TFLOP/s of matrix products"
     )
     lines.append(f"  limit {result['limit']:.0f} ({kind}): {100 * result['share_of_limit']:.0f} % of it")
     if "perplexity" in result:
@@ -335,14 +389,30 @@ def main(given: list[str] | None = None) -> int:
     """Read the command line and run."""
     parser = argument_parser(__doc__, ["transformers"])
     parser.add_argument("--job", choices=[*JOBS, "all"], default="all")
-    parser.add_argument("--precision", choices=["float32", "bfloat16", "int8"], help="of our sampling; int8, on a GPU bfloat16")
-    parser.add_argument("--train-precision", choices=["float32", "bfloat16"], default="float32", help="of both sides")
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "bfloat16", "int8"],
+        help="of our sampling; int8, on a GPU bfloat16",
+    )
+    parser.add_argument(
+        "--train-precision", choices=["float32", "bfloat16"], default="float32", help="of both sides"
+    )
     for name, value, text in (
-        ("dim", 512, "of the model"), ("layers", 8, ""), ("heads", 8, ""), ("kv-heads", 0, "0: as many as heads"), ("ffn-dim", 1408, ""),
-        ("classes", 500, "units; BOS and EOS come in addition"), ("rows", 4, "of a training batch"), ("tokens", 1024, "of a row"),
-        ("steps", 2, "of a round"), ("batch", 16, "of sample-batch"), ("prompt-tokens", 25, ""), ("new-tokens", 200, ""),
-        ("quality-steps", 60, "before a lower precision is judged; 0: not judged"), ("gemm-size", 2048, "on a CPU"),
-    ):  # fmt: skip
+        ("dim", 512, "of the model"),
+        ("layers", 8, ""),
+        ("heads", 8, ""),
+        ("kv-heads", 0, "0: as many as heads"),
+        ("ffn-dim", 1408, ""),
+        ("classes", 500, "units; BOS and EOS come in addition"),
+        ("rows", 4, "of a training batch"),
+        ("tokens", 1024, "of a row"),
+        ("steps", 2, "of a round"),
+        ("batch", 16, "of sample-batch"),
+        ("prompt-tokens", 25, ""),
+        ("new-tokens", 200, ""),
+        ("quality-steps", 60, "before a lower precision is judged; 0: not judged"),
+        ("gemm-size", 2048, "on a CPU"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=text or None)
     add_model_arguments(parser)
     return run_main("benchmarks.lm", parser, given, build, compare, show)

@@ -31,11 +31,20 @@ def open_model(settings: dict[str, Any], folder: Path, way: str) -> nn.Module:
 
     sizes, vocabulary = settings["sizes"], settings["classes"] + 2
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=sizes["dim"], intermediate_size=sizes["ffn_dim"], num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"], num_key_value_heads=sizes["num_kv_heads"], max_position_embeddings=sizes["context"],
-        rms_norm_eps=sizes["norm_eps"], tie_word_embeddings=True, attention_dropout=0.0,
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=sizes["dim"],
+        intermediate_size=sizes["ffn_dim"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_kv_heads"],
+        max_position_embeddings=sizes["context"],
+        rms_norm_eps=sizes["norm_eps"],
+        tie_word_embeddings=True,
+        attention_dropout=0.0,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
     config._attn_implementation = "eager" if way == "eager" else "sdpa"
     model: nn.Module = transformers.LlamaForCausalLM(config)
     weights = {f"model.{name}": weight for name, weight in load_file(folder / "weights.safetensors").items()}
@@ -62,7 +71,9 @@ class Training:
 
     def run(self) -> None:
         for batch in self.tokens.to(self.device):
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
+            with torch.autocast(
+                self.device, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"
+            ):
                 logits: Tensor = self.model(batch[:, :-1], use_cache=False).logits
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
             self.update(loss)
@@ -80,9 +91,13 @@ class Sampling:
         if way == "int8":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is to move to torchao
-                self.model = torch.ao.quantization.quantize_dynamic(self.model, {nn.Linear}, dtype=torch.qint8)
+                self.model = torch.ao.quantization.quantize_dynamic(
+                    self.model, {nn.Linear}, dtype=torch.qint8
+                )
         self.cache = {"cache_implementation": "static"} if way == "static" else {}
-        self.prompts = torch.from_numpy(np.load(folder / "prompts.npy")).to(settings["device"])  # (batch, prompt), BOS first
+        self.prompts = torch.from_numpy(np.load(folder / "prompts.npy")).to(
+            settings["device"]
+        )  # (batch, prompt), BOS first
         self.amount = float(len(self.prompts) * settings["new_tokens"])
         self.made = 0
 
@@ -95,8 +110,15 @@ class Sampling:
     def run(self) -> None:
         count: int = self.settings["new_tokens"]
         made: Tensor = self.model.generate(  # type: ignore[operator]
-            self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-            max_new_tokens=count, min_new_tokens=count, **self.cache,
-        )  # fmt: skip
+            self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            **self.cache,
+        )
         self.made = made.shape[1] - self.prompts.shape[1]
         assert self.made == count

@@ -40,15 +40,15 @@ from benchmarks import corpus
 from benchmarks.command import argument_parser, run_main
 from benchmarks.loader_fairseq2 import WAYS, Fairseq2, crop
 from benchmarks.measure import KEPT, Contender, Measurement, machine, say, sides, take_turns
-from pretrain.audio import SAMPLE_RATE
-from pretrain.batches import BatchConfig, SpeechBatches, SpeechTask
-from pretrain.indexing import IndexConfig, index
-from pretrain.kernels import keep_freed_memory
-from pretrain.loading import load_ahead
-from pretrain.manifest import Manifest, Utterance
-from pretrain.packing import Layout, pack
-from pretrain.parallel import World
-from pretrain.task import TrainingConfig
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask
+from pretrain.data.indexing import IndexConfig, index
+from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.packing import Layout, pack
+from pretrain.model.cpu_kernels import keep_freed_memory
+from pretrain.training.loading import load_ahead
+from pretrain.training.parallel import World
+from pretrain.training.task import TrainingConfig
 
 FORMATS = ("flac", "wav", "tar")
 MODULE = "benchmarks.loader"
@@ -73,13 +73,22 @@ class LoadTask(SpeechTask):
     model = nn.Identity()
     valid_set = None
 
-    def __init__(self, manifest: Manifest, settings: dict[str, Any], decoder: Literal["soundfile", "fairseq2"] = "soundfile"):
-        config = BatchConfig(batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"], decoder=decoder)
+    def __init__(
+        self,
+        manifest: Manifest,
+        settings: dict[str, Any],
+        decoder: Literal["soundfile", "fairseq2"] = "soundfile",
+    ):
+        config = BatchConfig(
+            batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"], decoder=decoder
+        )
         self.train_set = SpeechBatches(manifest, config, settings["seed"])
 
     def collate(self, items: np.ndarray, epoch: int) -> Packed:
         items = items[: len(items) if epoch == 0 else 0]
-        return Packed(*pack([self.train_set.load(item, self.train_set.rng(item, epoch))[0] for item in items.tolist()]))
+        return Packed(
+            *pack([self.train_set.load(item, self.train_set.rng(item, epoch))[0] for item in items.tolist()])
+        )
 
 
 class Ours:
@@ -87,7 +96,9 @@ class Ours:
 
     amount = 0.0
 
-    def __init__(self, settings: dict[str, Any], folder: Path, decoder: Literal["soundfile", "fairseq2"] = "soundfile"):
+    def __init__(
+        self, settings: dict[str, Any], folder: Path, decoder: Literal["soundfile", "fairseq2"] = "soundfile"
+    ):
         keep_freed_memory()
         self.task = LoadTask(Manifest(folder / "manifest"), settings, decoder)
         self.training = TrainingConfig(max_steps=1, loader_threads=settings["threads"])
@@ -140,7 +151,9 @@ class Peer:
                 return len(utterances)
 
             def __getitem__(self, item: int) -> Tensor:
-                return torch.from_numpy(read_audio(utterances[item], crop(speech, item, 0), speech.crop_samples))
+                return torch.from_numpy(
+                    read_audio(utterances[item], crop(speech, item, 0), speech.crop_samples)
+                )
 
         def collate(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
             lengths = torch.tensor([len(waveform) for waveform in waveforms])
@@ -148,7 +161,11 @@ class Peer:
 
         plan = [items.tolist() for items in speech.plan(0)]
         self.loader = torch.utils.data.DataLoader(
-            Waveforms(), batch_sampler=plan, collate_fn=collate, num_workers=settings["threads"], persistent_workers=True
+            Waveforms(),
+            batch_sampler=plan,
+            collate_fn=collate,
+            num_workers=settings["threads"],
+            persistent_workers=True,
         )
 
     def about(self) -> dict[str, Any]:
@@ -167,7 +184,9 @@ class Decoding:
     def __init__(self, settings: dict[str, Any], folder: Path):
         manifest = Manifest(folder / "manifest")
         speech = LoadTask(manifest, settings).train_set
-        self.utterances = [(utterance, crop(speech, item, 0), speech.crop_samples) for item, utterance in enumerate(manifest)]
+        self.utterances = [
+            (utterance, crop(speech, item, 0), speech.crop_samples) for item, utterance in enumerate(manifest)
+        ]
         self.amount = float(speech.lengths.sum()) / SAMPLE_RATE
         self.pool = ThreadPoolExecutor(settings["threads"])
 
@@ -180,7 +199,8 @@ class Decoding:
         # In pieces of a few utterances, so that handing out the work costs next to nothing.
         list(
             self.pool.map(
-                lambda first: [len(read_audio(*u)) for u in self.utterances[first : first + 8]], range(0, len(self.utterances), 8)
+                lambda first: [len(read_audio(*u)) for u in self.utterances[first : first + 8]],
+                range(0, len(self.utterances), 8),
             )
         )
 
@@ -191,11 +211,17 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
     folder /= suffix
     if kind.startswith("fairseq2-"):
         speech = LoadTask(Manifest(folder / "manifest"), settings).train_set
-        return Fairseq2(settings, speech, [items.tolist() for items in speech.plan(0)], kind.removeprefix("fairseq2-"))
+        return Fairseq2(
+            settings, speech, [items.tolist() for items in speech.plan(0)], kind.removeprefix("fairseq2-")
+        )
     contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {
-        "ours": Ours, "system": Ours, "decoder": partial(Ours, decoder="fairseq2"), "system-decoder": partial(Ours, decoder="fairseq2"),
-        "dataloader": Peer, "decoding": Decoding,
-    }  # fmt: skip
+        "ours": Ours,
+        "system": Ours,
+        "decoder": partial(Ours, decoder="fairseq2"),
+        "system-decoder": partial(Ours, decoder="fairseq2"),
+        "dataloader": Peer,
+        "decoding": Decoding,
+    }
     return contenders[kind](settings, folder)
 
 
@@ -216,20 +242,30 @@ def write_formats(folder: Path, lengths: np.ndarray, seed: int) -> None:
                 tar.add(folder / "flac/audio" / f"{path.stem}.flac", f"{path.stem}.flac")
     for suffix in FORMATS:
         out = str(folder / suffix / "manifest")
-        index(IndexConfig(source=str(folder / suffix / "audio"), out=out, verify="header", dev_share=0.0, test_share=0.0))
+        index(
+            IndexConfig(
+                source=str(folder / suffix / "audio"), out=out, verify="header", dev_share=0.0, test_share=0.0
+            )
+        )
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each format's contenders in turn, all of a peer's ways among them; the figures of the first format stand for the whole."""
     load = os.getloadavg()[0]
     if load > 0.5:
-        say(f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven")
+        say(
+            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
+        )
     given = "threads rounds warmup seed needed total_seconds lengths batch_seconds crop_seconds".split()
     settings = {"device": "cpu", **{name: getattr(arguments, name) for name in given}}
     if min(arguments.batch_seconds, arguments.total_seconds) <= 0 or arguments.crop_seconds < 0.025:
-        raise ValueError("--batch-seconds, --total-seconds: more than 0 s is needed, and --crop-seconds of at least 0.025")
+        raise ValueError(
+            "--batch-seconds, --total-seconds: more than 0 s is needed, and --crop-seconds of at least 0.025"
+        )
     lengths = corpus.draw_lengths(arguments.lengths, 10.0, arguments.total_seconds, arguments.seed)
-    ways = {"dataloader": ["dataloader"], "fairseq2": [f"fairseq2-{way}" for way in WAYS], "none": []}[arguments.peer]
+    ways = {"dataloader": ["dataloader"], "fairseq2": [f"fairseq2-{way}" for way in WAYS], "none": []}[
+        arguments.peer
+    ]
     names = [*(OURS if arguments.peer == "fairseq2" else ["ours"]), "decoding", *ways]
     formats = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
@@ -238,17 +274,29 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         (folder / "settings.json").write_text(json.dumps(settings))
         turns = {key: settings[key] for key in ("rounds", "warmup", "threads")}
         for suffix in FORMATS if arguments.format == "all" else (arguments.format,):
-            asked = {f"{name}-{suffix}{kept}": name + kept for name in names for kept in ("", *([KEPT] if name in ways else []))}
+            asked = {
+                f"{name}-{suffix}{kept}": name + kept
+                for name in names
+                for kept in ("", *([KEPT] if name in ways else []))
+            }
             measured = take_turns(MODULE, dict.fromkeys(asked, sys.executable), folder, **turns)
             formats[suffix] = figures({short: measured[name] for name, short in asked.items()})
     first = next(iter(formats.values()))
     return {
-        "name": " ".join(["loader", *([f"crop {arguments.crop_seconds:g}"] if arguments.crop_seconds < 20 else [])]),
-        "unit": "audio seconds per second", **first, "formats": formats,
-        "times_needed": arguments.needed and first["ours"] / arguments.needed, "peer_name": None if arguments.peer == "none" else arguments.peer,
-        "settings": settings, "load_before": load, "corpus": corpus.describe(lengths), "machine": {**machine(), "torch": torch.__version__},
+        "name": " ".join(
+            ["loader", *([f"crop {arguments.crop_seconds:g}"] if arguments.crop_seconds < 20 else [])]
+        ),
+        "unit": "audio seconds per second",
+        **first,
+        "formats": formats,
+        "times_needed": arguments.needed and first["ours"] / arguments.needed,
+        "peer_name": None if arguments.peer == "none" else arguments.peer,
+        "settings": settings,
+        "load_before": load,
+        "corpus": corpus.describe(lengths),
+        "machine": {**machine(), "torch": torch.__version__},
         "date": date.today().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
@@ -256,17 +304,29 @@ def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
     ours, limit = measured["ours"], measured["decoding"]
     ways = {name: found for name, found in measured.items() if name not in (*OURS, "decoding")}
     best = max(ways, key=lambda name: ways[name].rate, default=None)
-    default = max((name for name in ways if not name.endswith(KEPT)), key=lambda name: ways[name].rate, default=None)
+    default = max(
+        (name for name in ways if not name.endswith(KEPT)), key=lambda name: ways[name].rate, default=None
+    )
     system = measured.get("system")
     return {
         **sides(ours, ways[best] if best else None),
         "peer_way": best,
         "peer_way_default": default,
         "ratio_default": default and ours.rate / ways[default].rate,
-        "peer_variants": {name: found.rate for name, found in sorted(ways.items(), key=lambda way: -way[1].rate)},
-        **({"ours_system": system.rate, "ratio_system": best and system.rate / ways[best].rate} if system else {}),
+        "peer_variants": {
+            name: found.rate for name, found in sorted(ways.items(), key=lambda way: -way[1].rate)
+        },
+        **(
+            {"ours_system": system.rate, "ratio_system": best and system.rate / ways[best].rate}
+            if system
+            else {}
+        ),
         "ours_variants": {name: measured[name].rate for name in OURS if name in measured},
-        "libsndfile": {name: measured[name].hello["about"]["libsndfile"] for name in ("ours", "system") if name in measured},
+        "libsndfile": {
+            name: measured[name].hello["about"]["libsndfile"]
+            for name in ("ours", "system")
+            if name in measured
+        },
         "cpu_seconds": {name: found.parts["cpu_seconds"] for name, found in measured.items() if found.parts},
         "limit": limit.rate,
         "share_of_limit": ours.rate / limit.rate,
@@ -295,11 +355,20 @@ def main(given: list[str] | None = None) -> int:
     """Read the command line and run."""
     parser = argument_parser(__doc__, ["dataloader", "fairseq2"])
     parser.add_argument("--format", choices=["all", *FORMATS], default="all")
-    parser.add_argument("--lengths", choices=["equal", "mixed"], default="equal", help="equal: 10 s; mixed: 1 to 20 s")
+    parser.add_argument(
+        "--lengths", choices=["equal", "mixed"], default="equal", help="equal: 10 s; mixed: 1 to 20 s"
+    )
     parser.add_argument("--batch-seconds", type=float, default=87.5)
-    parser.add_argument("--crop-seconds", type=float, default=30.0, help="longer utterances are cropped at random")
+    parser.add_argument(
+        "--crop-seconds", type=float, default=30.0, help="longer utterances are cropped at random"
+    )
     parser.add_argument("--total-seconds", type=float, default=1800.0, help="audio in a round")
-    parser.add_argument("--needed", type=float, metavar="RATE", help="audio seconds per second that the training step consumes")
+    parser.add_argument(
+        "--needed",
+        type=float,
+        metavar="RATE",
+        help="audio seconds per second that the training step consumes",
+    )
     return run_main(MODULE, parser, given, build, compare, show)
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.corpus import SAMPLE_RATE
-from pretrain.batches import SpeechBatches
-from pretrain.manifest import Utterance
+from pretrain.data.batches import SpeechBatches
+from pretrain.data.manifest import Utterance
 
 WAYS = ("recipe", "threads", "joined", "bucket", "packed")
 PARALLEL_RECIPE = 10
@@ -35,9 +35,13 @@ PREFETCH = 4
 def name(utterance: Utterance) -> str:
     """What `FileMapper` takes. A colon within a path it takes for the start of an offset."""
     if utterance.sample_rate != SAMPLE_RATE or utterance.start:
-        raise ValueError(f"{utterance.path}: fairseq2 neither resamples nor reads a segment; whole recordings at 16 kHz are needed")
+        raise ValueError(
+            f"{utterance.path}: fairseq2 neither resamples nor reads a segment; whole recordings at 16 kHz are needed"
+        )
     if ":" in utterance.path:
-        raise ValueError(f"{utterance.path}: fairseq2 takes the colon for the start of an offset; use a folder without one")
+        raise ValueError(
+            f"{utterance.path}: fairseq2 takes the colon for the start of an offset; use a folder without one"
+        )
     member = utterance.member
     return utterance.path if member is None else f"{utterance.path}:{member.offset}:{member.size}"
 
@@ -54,12 +58,20 @@ class Fairseq2:
         rows = list(speech.manifest)
         self.cropped = any(rows[item].length > self.longest for batch in plan for item in batch)
         if way == "packed" and min(self.longest, max(row.length for row in rows)) > self.limit:
-            raise ValueError("fairseq2 packs no recording that is longer than a batch; give a longer --batch-seconds")
+            raise ValueError(
+                "fairseq2 packs no recording that is longer than a batch; give a longer --batch-seconds"
+            )
         self.batches = [
-            [{"audio": name(rows[item]), "first": crop(speech, item, 0), "last": float(place == len(batch))}
-             for place, item in enumerate(batch, 1)]
+            [
+                {
+                    "audio": name(rows[item]),
+                    "first": crop(speech, item, 0),
+                    "last": float(place == len(batch)),
+                }
+                for place, item in enumerate(batch, 1)
+            ]
             for batch in plan
-        ]  # fmt: skip
+        ]
         self.amount = sum(speech.seconds(np.array(batch)) for batch in plan)
         self.parts: dict[str, float] = {}
 
@@ -82,13 +94,19 @@ class Fairseq2:
         from fairseq2.data.data_pipeline import Collater, FileMapper, read_sequence
 
         one_by_one = self.way in ("bucket", "packed")
-        parallel = {"threads": self.threads, "bucket": PARALLEL_UTTERANCES, "packed": PARALLEL_UTTERANCES}.get(
-            self.way, PARALLEL_RECIPE
-        )
+        parallel = {
+            "threads": self.threads,
+            "bucket": PARALLEL_UTTERANCES,
+            "packed": PARALLEL_UTTERANCES,
+        }.get(self.way, PARALLEL_RECIPE)
         each = "" if one_by_one else "[*]."
-        pipeline = read_sequence([row for batch in self.batches for row in batch] if one_by_one else self.batches)
+        pipeline = read_sequence(
+            [row for batch in self.batches for row in batch] if one_by_one else self.batches
+        )
         pipeline.map(FileMapper(cached_fd_count=OPEN_FILES), selector=f"{each}audio")
-        pipeline.map(AudioDecoder(dtype=torch.float32), selector=f"{each}audio.data", num_parallel_calls=parallel)
+        pipeline.map(
+            AudioDecoder(dtype=torch.float32), selector=f"{each}audio.data", num_parallel_calls=parallel
+        )
         if self.way == "packed":
             pipeline.map(self.waveform)
             pipeline.pack(self.limit, self.limit, truncate=False, drop_remainder=False)
@@ -107,7 +125,7 @@ class Fairseq2:
 
 def crop(speech: SpeechBatches, item: int, epoch: int) -> int:
     """The sample that our crop of an utterance starts at."""
-    from pretrain.audio import HOP
+    from pretrain.data.audio import HOP
 
     spare = int(speech.manifest.lengths[item]) - speech.crop_samples
     return HOP * int(speech.rng(item, epoch).integers(spare // HOP + 1)) if spare > 0 else 0

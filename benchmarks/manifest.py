@@ -24,8 +24,8 @@ import torch
 from benchmarks.command import argument_parser, run_main
 from benchmarks.corpus import SAMPLE_RATE, draw_lengths
 from benchmarks.measure import Contender, machine, say, sides, take_turns
-from pretrain.batches import BatchConfig, SpeechBatches
-from pretrain.manifest import Manifest, write_manifest
+from pretrain.data.batches import BatchConfig, SpeechBatches
+from pretrain.data.manifest import Manifest, write_manifest
 
 MODULE = "benchmarks.manifest"
 
@@ -35,7 +35,9 @@ class Whole:
 
     def __init__(self, folder: Path):
         self.table = pq.read_table(folder / "manifest.parquet")
-        self.lengths = self.table["num_samples"].to_numpy() * SAMPLE_RATE // self.table["sample_rate"].to_numpy()
+        self.lengths = (
+            self.table["num_samples"].to_numpy() * SAMPLE_RATE // self.table["sample_rate"].to_numpy()
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,7 +69,9 @@ class Reader:
         for row in np.concatenate(batches)[: self.settings["read"]].tolist():
             manifest[row]
         times.append(time.perf_counter())
-        self.parts = dict(zip(("open_seconds", "plan_seconds", "read_seconds"), np.diff(times).tolist(), strict=True))
+        self.parts = dict(
+            zip(("open_seconds", "plan_seconds", "read_seconds"), np.diff(times).tolist(), strict=True)
+        )
 
 
 class Columns:
@@ -99,9 +103,14 @@ def draw_rows(rows: int, seed: int) -> Iterator[dict[str, Any]]:
     for number in range(rows):
         speaker, file = f"speaker{number // 1000:06d}", f"{number // 100:08d}"
         yield {
-            "id": f"{speaker}-{file}-{number:09d}", "path": f"/corpus/{speaker}/{file}.flac", "start": number % 100 * 320000,
-            "num_samples": lengths[number % len(lengths)], "sample_rate": SAMPLE_RATE, "split": "train", "speaker": speaker,
-        }  # fmt: skip
+            "id": f"{speaker}-{file}-{number:09d}",
+            "path": f"/corpus/{speaker}/{file}.flac",
+            "start": number % 100 * 320000,
+            "num_samples": lengths[number % len(lengths)],
+            "sample_rate": SAMPLE_RATE,
+            "split": "train",
+            "speaker": speaker,
+        }
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -123,19 +132,30 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         measured = take_turns(MODULE, dict.fromkeys(names, sys.executable), folder, **turns)
     ours, peer, limit = measured["ours"], measured.get(arguments.peer), measured["columns"]
     return {
-        "name": f"manifest {arguments.rows} rows", "unit": "rows per second", **sides(ours, peer),
-        "limit": limit.rate, "share_of_limit": ours.rate / limit.rate,
-        "write_seconds": write_seconds, "ours_parts": ours.parts, "peer_parts": peer.parts if peer else {},
-        "start_gb": ours.hello["start_gb"], "file_gb": ours.hello["about"]["bytes"] / 1e9, "peer_name": None if arguments.peer == "none" else arguments.peer,
-        "settings": settings, "load_before": load, "machine": {**machine(), "torch": torch.__version__},
+        "name": f"manifest {arguments.rows} rows",
+        "unit": "rows per second",
+        **sides(ours, peer),
+        "limit": limit.rate,
+        "share_of_limit": ours.rate / limit.rate,
+        "write_seconds": write_seconds,
+        "ours_parts": ours.parts,
+        "peer_parts": peer.parts if peer else {},
+        "start_gb": ours.hello["start_gb"],
+        "file_gb": ours.hello["about"]["bytes"] / 1e9,
+        "peer_name": None if arguments.peer == "none" else arguments.peer,
+        "settings": settings,
+        "load_before": load,
+        "machine": {**machine(), "torch": torch.__version__},
         "date": date.today().isoformat(),
-    }  # fmt: skip
+    }
 
 
 def show(result: dict[str, Any]) -> str:
     """Seconds of each part, and peak memory."""
     sizes, lines = result["settings"], []
-    lines.append(f"{sizes['rows']:,} rows, {result['file_gb']:.2f} GB, written in {result['write_seconds']:.0f} s")
+    lines.append(
+        f"{sizes['rows']:,} rows, {result['file_gb']:.2f} GB, written in {result['write_seconds']:.0f} s"
+    )
     lines.append(f"{'':12}{'open':>10}{'plan':>10}{'read ' + str(sizes['read']):>14}{'peak memory':>16}")
     for name, parts, peak in (
         ("ours", result["ours_parts"], result["ours_peak_gb"]),

@@ -29,7 +29,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = "-kept"
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # of glibc; elsewhere nothing happens
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}  # of glibc; elsewhere nothing happens
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,7 +61,9 @@ class Gemm:
     """The physical limit: a square matrix product, 2048 wide on a CPU, 8192 on a GPU, in the precision that is measured."""
 
     def __init__(self, settings: dict[str, Any]):
-        size, self.repeats = (8192, 50) if settings["device"] == "cuda" else (settings.get("gemm_size", 2048), 10)
+        size, self.repeats = (
+            (8192, 50) if settings["device"] == "cuda" else (settings.get("gemm_size", 2048), 10)
+        )
         dtype = DTYPES.get(settings["precision"], torch.float32)  # int8 is held against float32
         self.a = torch.randn(size, size, device=settings["device"]).to(dtype)
         self.b, self.c = torch.randn_like(self.a), torch.empty_like(self.a)
@@ -89,7 +94,9 @@ def serve(build: Build, name: str, folder: Path) -> None:
         channel.flush()
 
     try:
-        contender: Contender = Gemm(settings) if name == "gemm" else build(name.removesuffix(KEPT), settings, folder)
+        contender: Contender = (
+            Gemm(settings) if name == "gemm" else build(name.removesuffix(KEPT), settings, folder)
+        )
     except ValueError as error:
         answer(error=f"{name}: {error}")
         return
@@ -99,7 +106,10 @@ def serve(build: Build, name: str, folder: Path) -> None:
         answer(error=f"{name}: {error}; --peer-python gives the interpreter of an environment that has it")
         return
     answer(
-        about=contender.about(), start_gb=_peak_gb(settings["device"]), torch=torch.__version__, python=platform.python_version()
+        about=contender.about(),
+        start_gb=_peak_gb(settings["device"]),
+        torch=torch.__version__,
+        python=platform.python_version(),
     )
     for line in sys.stdin:
         contender.prepare(json.loads(line)["round"])
@@ -125,7 +135,11 @@ def _peak_gb(device: str) -> float:
         text = Path("/proc/self/status").read_text()
         return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        return (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024)
+            / 1e9
+        )
 
 
 # In the parent
@@ -135,15 +149,29 @@ class Child:
     """A contender's process, seen from the parent."""
 
     def __init__(
-        self, module: str, name: str, folder: Path, python: str, threads: int, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        name: str,
+        folder: Path,
+        python: str,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
     ):
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-        own = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | limits | dict(environment or {})
+        own = (
+            {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+            | limits
+            | dict(environment or {})
+        )
         self.name = name
         self.process = subprocess.Popen(
-            [python, "-m", module, "--contender", name, "--inputs", str(folder)], cwd=ROOT,
-            env=own | (KEEP_FREED_MEMORY if name.endswith(KEPT) else {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [python, "-m", module, "--contender", name, "--inputs", str(folder)],
+            cwd=ROOT,
+            env=own | (KEEP_FREED_MEMORY if name.endswith(KEPT) else {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.hello = self.answer()
 
     def round(self, number: int) -> dict[str, Any]:
@@ -160,7 +188,9 @@ class Child:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name}: its process ended with status {self.process.wait()}; see its messages above")
+            raise RuntimeError(
+                f"{self.name}: its process ended with status {self.process.wait()}; see its messages above"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             self.close()
@@ -207,15 +237,23 @@ def take_turns(
         for number in range(warmup + rounds):
             for name, child in children.items():
                 answer = child.round(number)
-                say(f"round {number - warmup + 1}/{rounds} {name}: {answer['seconds']:.2f} s" + (" (warm-up)" * (number < warmup)))
+                say(
+                    f"round {number - warmup + 1}/{rounds} {name}: {answer['seconds']:.2f} s"
+                    + (" (warm-up)" * (number < warmup))
+                )
                 answers[name].append(answer)
         return {
             name: Measurement(
-                [answer["amount"] / answer["seconds"] for answer in got[warmup:]], got[-1]["peak_gb"], children[name].hello,
-                {part: statistics.median(answer["parts"][part] for answer in got[warmup:]) for part in got[-1]["parts"]},
+                [answer["amount"] / answer["seconds"] for answer in got[warmup:]],
+                got[-1]["peak_gb"],
+                children[name].hello,
+                {
+                    part: statistics.median(answer["parts"][part] for answer in got[warmup:])
+                    for part in got[-1]["parts"]
+                },
             )
             for name, got in answers.items()
-        }  # fmt: skip
+        }
 
 
 def ask(module: str, name: str, folder: Path, *, threads: int) -> dict[str, Any]:
@@ -226,7 +264,9 @@ def ask(module: str, name: str, folder: Path, *, threads: int) -> dict[str, Any]
     return about
 
 
-def try_out(module: str, pythons: Mapping[str, str], folder: Path, *, warmup: int, threads: int) -> dict[str, float | None]:
+def try_out(
+    module: str, pythons: Mapping[str, str], folder: Path, *, warmup: int, threads: int
+) -> dict[str, float | None]:
     """Rates of a peer's variants, the fastest first: one round each after the warm-up, alone with the memory.
 
     None for a compiled one that ends with an error: not every model can be compiled.
@@ -234,7 +274,9 @@ def try_out(module: str, pythons: Mapping[str, str], folder: Path, *, warmup: in
     rates: dict[str, float | None] = {}
     for name, python in pythons.items():
         try:
-            rates[name] = take_turns(module, {name: python}, folder, rounds=1, warmup=warmup, threads=threads)[name].rate
+            rates[name] = take_turns(
+                module, {name: python}, folder, rounds=1, warmup=warmup, threads=threads
+            )[name].rate
         except RuntimeError as error:
             if "-compiled" not in name:
                 raise
@@ -244,9 +286,15 @@ def try_out(module: str, pythons: Mapping[str, str], folder: Path, *, warmup: in
 
 
 def contest(
-    module: str, variants: list[str], folder: Path, settings: dict[str, Any], flops_per_unit: float, *, peer_python: str | None,
+    module: str,
+    variants: list[str],
+    folder: Path,
+    settings: dict[str, Any],
+    flops_per_unit: float,
+    *,
+    peer_python: str | None,
     usual: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Ours against the fastest of a peer's `variants` (none: ours alone), as the JSON object of DESIGN.md, "Benchmarks".
 
     On a CPU each variant is tried with the C library's defaults and with freed memory kept. The fastest of all and the fastest
@@ -257,14 +305,22 @@ def contest(
     (folder / "settings.json").write_text(json.dumps(settings))
     load = os.getloadavg()[0]
     if load > 0.5:
-        say(f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven")
+        say(
+            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
+        )
     turns = {key: settings[key] for key in ("warmup", "threads")}
     python = peer_python or sys.executable
     if settings["device"] == "cpu":
         variants = [name + suffix for name in variants for suffix in ("", KEPT)]
-    tried = try_out(module, dict.fromkeys(variants, python), folder, **turns) if len(variants) > 1 else dict.fromkeys(variants, 0.0)
+    tried = (
+        try_out(module, dict.fromkeys(variants, python), folder, **turns)
+        if len(variants) > 1
+        else dict.fromkeys(variants, 0.0)
+    )
     plain = [name for name in tried if not name.endswith(KEPT)]
-    finalists = list(dict.fromkeys([*list(tried)[:1], *plain[:1], *[name for name in plain if name == usual]]))
+    finalists = list(
+        dict.fromkeys([*list(tried)[:1], *plain[:1], *[name for name in plain if name == usual]])
+    )
     pythons = {"ours": sys.executable, **dict.fromkeys(finalists, python), "gemm": sys.executable}
     measured = take_turns(module, pythons, folder, rounds=settings["rounds"], **turns)
     ours, limit = measured["ours"], measured["gemm"].rate / flops_per_unit
@@ -272,7 +328,9 @@ def contest(
     peer = max(finalists, key=lambda name: measured[name].rate, default=None)
     default = next((name for name in finalists if not name.endswith(KEPT)), None)
     theirs = measured[peer] if peer else None
-    others = {"default": default} | ({} if usual is None else {"usual": usual if usual in finalists else None})
+    others = {"default": default} | (
+        {} if usual is None else {"usual": usual if usual in finalists else None}
+    )
     return {
         **sides(ours, theirs),
         **{
@@ -284,7 +342,9 @@ def contest(
         "limit": limit,
         "share_of_limit": ours.rate / limit,
         "peer_share_of_limit": theirs and theirs.rate / limit,
-        "mfu": ours.rate * flops_per_unit / 1e12 / settings["peak_tflops"] if settings["peak_tflops"] else None,
+        "mfu": ours.rate * flops_per_unit / 1e12 / settings["peak_tflops"]
+        if settings["peak_tflops"]
+        else None,
         "gemm_tflops": measured["gemm"].rate / 1e12,
         "model_gflops_per_second_of_audio": flops_per_unit / 1e9,
         "rounds": settings["rounds"],
@@ -294,7 +354,11 @@ def contest(
         "peer_about": theirs.hello["about"] if theirs else {},
         "settings": settings,
         "load_before": load,
-        "machine": {**machine(), "torch": ours.hello["torch"], "peer_torch": theirs and theirs.hello["torch"]},
+        "machine": {
+            **machine(),
+            "torch": ours.hello["torch"],
+            "peer_torch": theirs and theirs.hello["torch"],
+        },
         "date": date.today().isoformat(),
     }
 
@@ -316,7 +380,15 @@ def sides(ours: Measurement, peer: Measurement | None) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     info = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
+    models = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),

@@ -30,17 +30,19 @@ class Ours:
     """The product's task, batches, model and losses; the update is the benchmark's own, the same as the peers'."""
 
     def __init__(self, settings: dict[str, Any], folder: Path):
-        from pretrain.kernels import keep_freed_memory
-        from pretrain.labels import Labels
-        from pretrain.manifest import Manifest
-        from pretrain.parallel import compile_in_place
-        from pretrain.pretraining import HubertTask, PretrainConfig, PretrainTask, Wav2Vec2Task
+        from pretrain.data.labels import Labels
+        from pretrain.data.manifest import Manifest
+        from pretrain.model.cpu_kernels import keep_freed_memory
+        from pretrain.objectives.pretraining import HubertTask, PretrainConfig, PretrainTask, Wav2Vec2Task
+        from pretrain.training.parallel import compile_in_place
 
         torch.manual_seed(settings["seed"])
         config, manifest = PretrainConfig(**product_config(settings, folder)), Manifest(folder / "manifest")
         hubert = settings["objective"] == "hubert"
         self.task: PretrainTask = (
-            HubertTask(config, manifest, Labels(folder / "labels")) if hubert else Wav2Vec2Task(config, manifest)
+            HubertTask(config, manifest, Labels(folder / "labels"))
+            if hubert
+            else Wav2Vec2Task(config, manifest)
         )
         self.device = torch.device(settings["device"])
         self.task.model.to(self.device).train()
@@ -58,13 +60,17 @@ class Ours:
         train_set = self.task.train_set
         heard = [train_set.load(item, np.random.default_rng(0))[0] for item in range(len(train_set.manifest))]
         parameters = sum(p.numel() for p in self.task.model.parameters())
-        return {"inputs_sha256": corpus.digest(heard), "parameters": parameters, "steps_per_round": len(self.plan)}
+        return {
+            "inputs_sha256": corpus.digest(heard),
+            "parameters": parameters,
+            "steps_per_round": len(self.plan),
+        }
 
     def prepare(self, number: int) -> None:
         self.batches = [self.task.collate(items, number) for items in self.plan]
 
     def run(self) -> None:
-        from pretrain.engine import autocast, to_device
+        from pretrain.training.engine import autocast, to_device
 
         for batch in self.batches:
             self.task.before_step(self.step)
@@ -78,13 +84,26 @@ def product_config(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Keys of `PretrainConfig` for these settings."""
     hubert, heads = settings["objective"] == "hubert", settings["heads"]
     return {
-        "out": str(folder / "run"), "manifest": str(folder / "manifest"), "split": None, "valid_split": None,
-        "objective": settings["objective"], "labels": str(folder / "labels") if hubert else None, "encoder": settings["sizes"],
+        "out": str(folder / "run"),
+        "manifest": str(folder / "manifest"),
+        "split": None,
+        "valid_split": None,
+        "objective": settings["objective"],
+        "labels": str(folder / "labels") if hubert else None,
+        "encoder": settings["sizes"],
         **({"hubert": {"final_dim": heads["final_dim"]}} if hubert else {"wav2vec2": heads}),
         # a little room: four utterances of 10 s are one batch of 40 s however they are laid out
-        "batches": {"batch_seconds": 1.005 * settings["batch_seconds"], "crop_seconds": max(20.0, settings["seconds"])},
-        "training": {"max_steps": 1, "seed": settings["seed"], "precision": settings["precision"], "device": settings["device"]},
-    }  # fmt: skip
+        "batches": {
+            "batch_seconds": 1.005 * settings["batch_seconds"],
+            "crop_seconds": max(20.0, settings["seconds"]),
+        },
+        "training": {
+            "max_steps": 1,
+            "seed": settings["seed"],
+            "precision": settings["precision"],
+            "device": settings["device"],
+        },
+    }
 
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
@@ -99,9 +118,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the corpus, let the contenders take turns, and say what was measured."""
     if arguments.peer != "none" and (arguments.objective, arguments.peer) not in PEERS:
         able = sorted(peer for objective, peer in PEERS if objective == arguments.objective)
-        raise ValueError(f"--peer {arguments.peer}: does not pretrain {arguments.objective}; those that do: {', '.join(able)}")
+        raise ValueError(
+            f"--peer {arguments.peer}: does not pretrain {arguments.objective}; those that do: {', '.join(able)}"
+        )
     settings = resolve(arguments)
-    lengths = corpus.draw_lengths(arguments.lengths, arguments.seconds, settings["total_seconds"], arguments.seed)
+    lengths = corpus.draw_lengths(
+        arguments.lengths, arguments.seconds, settings["total_seconds"], arguments.seed
+    )
     audio_seconds = lengths.sum() / 16000
     # A dropped layer computes nothing, so the layers count by how often they run; backward is twice the forward.
     layers = settings["sizes"]["num_layers"] * (1 - settings["sizes"]["layer_drop"])
@@ -116,7 +139,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
         corpus.write_corpus(folder, lengths, NUM_CLASSES, arguments.seed)
-        result = contest("benchmarks.pretrain", variants, folder, settings, flops, peer_python=arguments.peer_python)
+        result = contest(
+            "benchmarks.pretrain", variants, folder, settings, flops, peer_python=arguments.peer_python
+        )
     kind = [getattr(arguments, key) for key in "objective architecture lengths precision device".split()]
     name = " ".join(["pretrain", *kind, *(["compiled"] if arguments.compile else [])])
     return {"name": name, "unit": "audio seconds per second", **result, "corpus": corpus.describe(lengths)}
@@ -124,22 +149,28 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything the contenders need to know, peers without our code included: sizes and dropouts of the published models."""
-    from pretrain.encoder import EncoderConfig
-    from pretrain.wav2vec2 import Wav2Vec2Config
+    from pretrain.model.encoder import EncoderConfig
+    from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 
     hubert, large = arguments.objective == "hubert", arguments.architecture in ("large", "xlarge")
     encoder = EncoderConfig(
-        architecture=arguments.architecture, front_end="waveform", layer_drop=arguments.layer_drop,
+        architecture=arguments.architecture,
+        front_end="waveform",
+        layer_drop=arguments.layer_drop,
         conv_bias=large and not hubert,  # as released
-    )  # fmt: skip
+    )
     heads: dict[str, Any] = {"final_dim": 768 if large else 256}
     if not hubert:
         published = Wav2Vec2Config(**heads, code_dim=heads["final_dim"]).resolved()
-        heads = {key: value for key, value in published.items() if not isinstance(value, list)}  # strict configs take no list back
+        heads = {
+            key: value for key, value in published.items() if not isinstance(value, list)
+        }  # strict configs take no list back
     given = "objective architecture precision device threads rounds seed peak_tflops".split()
     return {
         **{name: getattr(arguments, name) for name in given},
-        "warmup": max(3, arguments.warmup) if arguments.compile else arguments.warmup,  # a new shape may be compiled anew
+        "warmup": max(3, arguments.warmup)
+        if arguments.compile
+        else arguments.warmup,  # a new shape may be compiled anew
         **corpus.resolve(arguments),
         "compile": arguments.compile,
         "num_classes": NUM_CLASSES,
@@ -159,7 +190,10 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layer-drop", type=float, default=0.0, help="on both sides; published: 0.05")
     parser.add_argument(
-        "--attention", choices=["auto", "sdpa", "eager"], default="auto", help="of transformers and fairseq2; auto tries both"
+        "--attention",
+        choices=["auto", "sdpa", "eager"],
+        default="auto",
+        help="of transformers and fairseq2; auto tries both",
     )
     parser.add_argument(
         "--compile",

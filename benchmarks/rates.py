@@ -41,16 +41,25 @@ def _fresh(folder: Path) -> Path:
 
 def index_audio(folder: Path, kind: str, verify: str) -> None:
     """The verb `index` with one thread, to a manifest."""
-    from pretrain.indexing import IndexConfig, index
+    from pretrain.data.indexing import IndexConfig, index
 
     index(IndexConfig(source=str(folder / kind), out=str(_fresh(folder)), verify=verify, workers=1))  # type: ignore[arg-type]
 
 
 def index_rows(folder: Path, count: int) -> None:
     """The verb `index` on a list of so many segments of one recording: its memory, whatever the number of files."""
-    from pretrain.indexing import IndexConfig, index
+    from pretrain.data.indexing import IndexConfig, index
 
-    rows = ({"id": row["id"], "speaker": row["speaker"], "audio_filepath": "wav/00000.wav", "offset": 0, "duration": 0.1} for row in draw_rows(count))  # fmt: skip
+    rows = (
+        {
+            "id": row["id"],
+            "speaker": row["speaker"],
+            "audio_filepath": "wav/00000.wav",
+            "offset": 0,
+            "duration": 0.1,
+        }
+        for row in draw_rows(count)
+    )
     source = folder / f"rows-{count}.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     index(IndexConfig(source=str(source), out=str(_fresh(folder)), verify="header", workers=1))
@@ -58,18 +67,18 @@ def index_rows(folder: Path, count: int) -> None:
 
 def plan_epoch(folder: Path) -> None:
     """What a rank holds of the manifest when it trains: split, lengths, and the first epoch's plan."""
-    from pretrain.batches import BatchConfig, SpeechBatches
-    from pretrain.manifest import Manifest
+    from pretrain.data.batches import BatchConfig, SpeechBatches
+    from pretrain.data.manifest import Manifest
 
     SpeechBatches(Manifest(folder / "manifest").select("train"), BatchConfig(batch_seconds=24.0), 0).plan(0)
 
 
 def start_hubert(folder: Path) -> None:
     """The same with labels, which are checked against the manifest."""
-    from pretrain.batches import BatchConfig, SpeechBatches
-    from pretrain.labels import Labels
-    from pretrain.manifest import Manifest
-    from pretrain.pretraining import check_label_counts
+    from pretrain.data.batches import BatchConfig, SpeechBatches
+    from pretrain.data.labels import Labels
+    from pretrain.data.manifest import Manifest
+    from pretrain.objectives.pretraining import check_label_counts
 
     batches = SpeechBatches(Manifest(folder / "manifest").select("train"), BatchConfig(batch_seconds=24.0), 0)
     labels = Labels(folder / "labels")
@@ -79,7 +88,7 @@ def start_hubert(folder: Path) -> None:
 
 def draw_sample(folder: Path) -> None:
     """The plan of `cluster`: which frames to visit."""
-    from pretrain.manifest import Manifest
+    from pretrain.data.manifest import Manifest
     from quantize.sampling import Sample
 
     Sample(Manifest(folder / "manifest").select("train"), 1000, 0)
@@ -87,14 +96,21 @@ def draw_sample(folder: Path) -> None:
 
 def finish_labels(folder: Path) -> None:
     """What the last part of an `encode` does when every shard stands."""
-    from pretrain.labels import commit_labels
-    from pretrain.manifest import Manifest
+    from pretrain.data.labels import commit_labels
+    from pretrain.data.manifest import Manifest
 
     rows = Manifest(folder / "manifest").select("train")
     num_shards = len(list((folder / "labels").glob("shard_*.npy")))
     commit_labels(
-        folder / "labels", num_shards, {}, {}, codebook="drawn", num_classes=100, expected_ids=rows.column("id"), expected_frames=rows.num_frames
-    )  # fmt: skip
+        folder / "labels",
+        num_shards,
+        {},
+        {},
+        codebook="drawn",
+        num_classes=100,
+        expected_ids=rows.column("id"),
+        expected_frames=rows.num_frames,
+    )
 
 
 def pack_labels(folder: Path) -> None:
@@ -109,9 +125,9 @@ def pack_labels(folder: Path) -> None:
 
 def open_units(folder: Path) -> None:
     """What a rank holds of a unit corpus when it trains a language model: the documents, and an epoch's plan."""
-    from units.corpus import Sequences, UnitCorpus
-    from units.language_model import Pieces
-    from units.patterns import Pattern
+    from units.corpus.patterns import Pattern
+    from units.corpus.unit_corpus import Sequences, UnitCorpus
+    from units.lm.language_model import Pieces
 
     corpus = UnitCorpus(folder / "units")
     pattern = Pattern("parallel", corpus.vocabulary.sizes)
@@ -123,28 +139,42 @@ def encode_mfcc(folder: Path) -> None:
     """The verb `encode` with a codebook of MFCC, decoding in one thread."""
     from quantize.encoding import EncodeConfig, encode
 
-    encode(EncodeConfig(manifest=str(folder / "manifest"), codebook=str(folder / "codebook"), out=str(_fresh(folder)), workers=1))  # fmt: skip
+    encode(
+        EncodeConfig(
+            manifest=str(folder / "manifest"),
+            codebook=str(folder / "codebook"),
+            out=str(_fresh(folder)),
+            workers=1,
+        )
+    )
 
 
 def collate_hubert(folder: Path) -> None:
     """An epoch of HuBERT's micro-batches as a loader thread makes them: decode, crop, mask, labels, pack."""
     from pretrain.config import parse_config
-    from pretrain.labels import Labels
-    from pretrain.manifest import Manifest
-    from pretrain.pretraining import HubertTask, PretrainConfig
+    from pretrain.data.labels import Labels
+    from pretrain.data.manifest import Manifest
+    from pretrain.objectives.pretraining import HubertTask, PretrainConfig
 
     keys = {
-        "out": "unused", "manifest": str(folder / "manifest"), "labels": str(folder / "labels"), "objective": "hubert", "valid_split": "",
-        "encoder": {"architecture": "tiny"}, "training": {"max_steps": 1},
-    }  # fmt: skip
-    task = HubertTask(parse_config(PretrainConfig, keys, "rates"), Manifest(folder / "manifest"), Labels(folder / "labels"))
+        "out": "unused",
+        "manifest": str(folder / "manifest"),
+        "labels": str(folder / "labels"),
+        "objective": "hubert",
+        "valid_split": "",
+        "encoder": {"architecture": "tiny"},
+        "training": {"max_steps": 1},
+    }
+    task = HubertTask(
+        parse_config(PretrainConfig, keys, "rates"), Manifest(folder / "manifest"), Labels(folder / "labels")
+    )
     for items in task.plan(0):
         task.collate(items, 0)
 
 
 def hash_files(folder: Path) -> None:
     """SHA-256 as `commit` takes it."""
-    from pretrain.artefact import sha256_file
+    from pretrain.store.artefact import sha256_file
 
     sha256_file(folder / "bytes")
 
@@ -164,7 +194,11 @@ def _timed(probe: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[floa
 
     torch.set_num_threads(1)
     probe(*arguments)
-    peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        line.split()[1]
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     own, whole = time.process_time(), _processor_seconds()
     probe(*arguments)
     return _processor_seconds() - whole, time.process_time() - own, 1024.0 * int(peak)
@@ -176,11 +210,17 @@ def _processor_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in both)
 
 
-def slope(probe: Callable[..., None], small: tuple[Any, ...], large: tuple[Any, ...], more: float, rounds: int) -> dict[str, float]:
+def slope(
+    probe: Callable[..., None], small: tuple[Any, ...], large: tuple[Any, ...], more: float, rounds: int
+) -> dict[str, float]:
     """Seconds and bytes that one more costs, `more` being how many the large case has beyond the small one."""
     found = [(run(probe, *small), run(probe, *large)) for _ in range(rounds)]
-    seconds, own, size = (statistics.median((much[which] - few[which]) / more for few, much in found) for which in (0, 1, 2))
-    say(f"{probe.__name__} {small[1:] if len(small) > 1 else ''}: {seconds:.3g} s ({own:.3g} of its own) and {size:.3g} bytes each")
+    seconds, own, size = (
+        statistics.median((much[which] - few[which]) / more for few, much in found) for which in (0, 1, 2)
+    )
+    say(
+        f"{probe.__name__} {small[1:] if len(small) > 1 else ''}: {seconds:.3g} s ({own:.3g} of its own) and {size:.3g} bytes each"
+    )
     return {"seconds": seconds, "own_seconds": own, "bytes": size}
 
 
@@ -189,13 +229,21 @@ def draw_rows(count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
         speaker = f"{number // 1000:06d}"
         name = f"medium/{speaker}/a_book_of_{number // 100:08d}_{number:07d}"
-        yield {"id": name, "path": f"/corpus/{name}.flac", "start": 0, "num_samples": SHORT, "sample_rate": SAMPLE_RATE, "split": "train", "speaker": speaker}  # fmt: skip
+        yield {
+            "id": name,
+            "path": f"/corpus/{name}.flac",
+            "start": 0,
+            "num_samples": SHORT,
+            "sample_rate": SAMPLE_RATE,
+            "split": "train",
+            "speaker": speaker,
+        }
 
 
 def write_rows(folder: Path, count: int) -> dict[str, float]:
     """A manifest of so many rows and their labels; what writing and the file cost per row."""
-    from pretrain.labels import commit_labels, write_shard
-    from pretrain.manifest import write_manifest
+    from pretrain.data.labels import commit_labels, write_shard
+    from pretrain.data.manifest import write_manifest
 
     began = _processor_seconds()
     write_manifest(folder / "manifest", draw_rows(count), {}, {}, root="/corpus")
@@ -204,7 +252,9 @@ def write_rows(folder: Path, count: int) -> dict[str, float]:
     frames = (SHORT - 400) // 320 + 1
     for shard, first in enumerate(range(0, count, SHARD_ROWS)):
         own = ids[first : first + SHARD_ROWS]
-        write_shard(folder / "labels", shard, own, list(rng.integers(100, size=(len(own), frames)).astype(np.uint16)))
+        write_shard(
+            folder / "labels", shard, own, list(rng.integers(100, size=(len(own), frames)).astype(np.uint16))
+        )
     commit_labels(folder / "labels", -(-count // SHARD_ROWS), {}, {}, codebook="drawn", num_classes=100)
     size = (folder / "manifest/manifest.parquet").stat().st_size
     tables = sum(path.stat().st_size for path in (folder / "labels").glob("*.parquet"))
@@ -215,8 +265,8 @@ def write_audio(folder: Path, count: int, seconds: float) -> None:
     """`count` recordings of noise as wav, flac and one tar of flac; the manifest of the flacs, labels with runs of speech's length, a codebook of MFCC."""
     import soundfile
 
-    from pretrain.labels import commit_labels, write_shard
-    from pretrain.manifest import write_manifest
+    from pretrain.data.labels import commit_labels, write_shard
+    from pretrain.data.manifest import write_manifest
     from quantize.codebook import write_codebook
 
     rng, ids, rows, labels = np.random.default_rng(0), [f"{number:05d}" for number in range(count)], [], []
@@ -230,15 +280,28 @@ def write_audio(folder: Path, count: int, seconds: float) -> None:
             for kind in ("wav", "flac"):
                 soundfile.write(folder / kind / f"{name}.{kind}", wave, SAMPLE_RATE, subtype="PCM_16")
             tar.add(folder / f"flac/{name}.flac", f"{name}.flac")
-            rows.append({"id": name, "path": str(folder / f"flac/{name}.flac"), "start": 0, "num_samples": length, "sample_rate": SAMPLE_RATE, "split": "train"})  # fmt: skip
+            rows.append(
+                {
+                    "id": name,
+                    "path": str(folder / f"flac/{name}.flac"),
+                    "start": 0,
+                    "num_samples": length,
+                    "sample_rate": SAMPLE_RATE,
+                    "split": "train",
+                }
+            )
             frames = (length - 400) // 320 + 1
-            lasting = rng.geometric(33 / 50, size=frames)  # 33 units a second, as measured on the demo's speech
+            lasting = rng.geometric(
+                33 / 50, size=frames
+            )  # 33 units a second, as measured on the demo's speech
             labels.append(np.repeat(rng.integers(100, size=frames), lasting)[:frames].astype(np.uint16))
     write_manifest(folder / "manifest", rows, {}, {})
     write_shard(folder / "labels", 0, ids, labels)
     commit_labels(folder / "labels", 1, {}, {}, codebook="drawn", num_classes=100)
     centroids = rng.standard_normal((1, 100, 39)).astype(np.float32)
-    write_codebook(folder / "codebook", centroids, np.zeros(39, np.float32), {"kind": "mfcc", "cmvn": False}, {}, {}, {})
+    write_codebook(
+        folder / "codebook", centroids, np.zeros(39, np.float32), {"kind": "mfcc", "cmvn": False}, {}, {}, {}
+    )
     (folder / "bytes").write_bytes(bytes(1 << 20) * 16 * round(seconds))
 
 
@@ -260,7 +323,12 @@ def measure(rows: int, files: int, rounds: int) -> dict[str, Any]:
         found["open_units"] = slope(open_units, (fewest,), (few,), more, rounds)
         say("writing recordings")
         short, long, some, others = (folder / name for name in ("short", "long", "some", "others"))
-        for place, number, seconds in ((short, files, 1.0), (long, files, SECONDS), (some, files, 0.1), (others, 9 * files, 0.1)):
+        for place, number, seconds in (
+            (short, files, 1.0),
+            (long, files, SECONDS),
+            (some, files, 0.1),
+            (others, 9 * files, 0.1),
+        ):
             write_audio(place, number, seconds)
         longer = files * (SECONDS - 1)
         for kind in ("wav", "flac"):
@@ -282,20 +350,31 @@ def measure(rows: int, files: int, rounds: int) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> int:
     """Measure; print the JSON object, and keep it with `--out`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=400_000, help="of the larger drawn manifest")
     parser.add_argument("--files", type=int, default=300, help="recordings of each length")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the JSON object there too, as DATE-rates.json")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write the JSON object there too, as DATE-rates.json"
+    )
     arguments = parser.parse_args(given)
     load = os.getloadavg()[0]
     rates = measure(arguments.rows, arguments.files, arguments.rounds)
     settings = {name: getattr(arguments, name) for name in ("rows", "files", "rounds")}
     result = {
-        "name": "rates", "peer_name": None, "unit": "seconds and bytes of one more", "rates": rates, "settings": settings,
-        "load_before": load, "load_after": os.getloadavg()[0], "machine": machine(), "date": date.today().isoformat(),
+        "name": "rates",
+        "peer_name": None,
+        "unit": "seconds and bytes of one more",
+        "rates": rates,
+        "settings": settings,
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
+        "machine": machine(),
+        "date": date.today().isoformat(),
         "command": f"python -m benchmarks.rates --rows {arguments.rows} --files {arguments.files} --rounds {arguments.rounds}",
-    }  # fmt: skip
+    }
     if arguments.out is not None:
         say(f"written to {write_result(result, arguments.out)}")
     print(json.dumps(result))

@@ -92,25 +92,85 @@ def inputs(hours: Sequence[float], mfu: float) -> str:
         return f"{three(1e6 * rates[probe].seconds)} µs {per}"
 
     rows = [
-        ("flac, wav", f"{three(3600e-6 * FLAC_BYTES)}, {three(3600e-6 * WAV_BYTES)} MB an hour", "published; computed"),
-        ("an utterance", f"{UTTERANCE_SECONDS:g} s, an id of {ID_BYTES:g} bytes", "assumed (LibriSpeech: 12.3 s)"),
+        (
+            "flac, wav",
+            f"{three(3600e-6 * FLAC_BYTES)}, {three(3600e-6 * WAV_BYTES)} MB an hour",
+            "published; computed",
+        ),
+        (
+            "an utterance",
+            f"{UTTERANCE_SECONDS:g} s, an id of {ID_BYTES:g} bytes",
+            "assumed (LibriSpeech: 12.3 s)",
+        ),
         ("units", f"{UNITS_PER_SECOND:g} a second", "measured, on the demo's synthetic speech"),
-        ("labels", f"{size(100 * 3600)} an hour, {three(rates.row['label_table_bytes'])} bytes an utterance", "computed; measured"),
-        ("manifest", f"{three(rates.row['bytes'])} bytes a row, written in {three(1e6 * rates.row['seconds'])} µs", "measured"),
-        ("index, headers", f"{cost('index_header_file_flac', 'a file')}, {cost('index_header_file_tar', 'a member of a tar')}", "measured"),
-        ("index, decoding", f"{three(1 / rates['index_decode_second_flac'].seconds)} s of flac a second of a core", "measured"),
-        ("MFCC and nearest centroid", f"{three(1 / rates['encode_mfcc_second'].seconds)} s of flac a second of a core", "measured"),
-        ("HuBERT's loader", f"{three(1 / loading_seconds())} s of flac a second of a core: row, decode, crop, mask, labels", "measured"),
-        ("loader alone, two threads", ", ".join(f"{name} {three(loader[name]['ours'])}" for name in loader) + " s a second", "measured"),
-        ("pack", f"{cost('pack_document', 'a document')}, {three(1 / rates['pack_labels_second'].seconds)} s of labels a second", "measured"),
+        (
+            "labels",
+            f"{size(100 * 3600)} an hour, {three(rates.row['label_table_bytes'])} bytes an utterance",
+            "computed; measured",
+        ),
+        (
+            "manifest",
+            f"{three(rates.row['bytes'])} bytes a row, written in {three(1e6 * rates.row['seconds'])} µs",
+            "measured",
+        ),
+        (
+            "index, headers",
+            f"{cost('index_header_file_flac', 'a file')}, {cost('index_header_file_tar', 'a member of a tar')}",
+            "measured",
+        ),
+        (
+            "index, decoding",
+            f"{three(1 / rates['index_decode_second_flac'].seconds)} s of flac a second of a core",
+            "measured",
+        ),
+        (
+            "MFCC and nearest centroid",
+            f"{three(1 / rates['encode_mfcc_second'].seconds)} s of flac a second of a core",
+            "measured",
+        ),
+        (
+            "HuBERT's loader",
+            f"{three(1 / loading_seconds())} s of flac a second of a core: row, decode, crop, mask, labels",
+            "measured",
+        ),
+        (
+            "loader alone, two threads",
+            ", ".join(f"{name} {three(loader[name]['ours'])}" for name in loader) + " s a second",
+            "measured",
+        ),
+        (
+            "pack",
+            f"{cost('pack_document', 'a document')}, {three(1 / rates['pack_labels_second'].seconds)} s of labels a second",
+            "measured",
+        ),
         ("SHA-256", f"{three(1 / rates['sha256_gigabyte'].seconds)} GB a second", "measured"),
-        ("HuBERT BASE, training", f"{three(3e-9 * audio_flops('base', seconds=15.6))} GFLOP a second of audio, LARGE {three(3e-9 * audio_flops('large', seconds=15.6))}", "computed"),
-        ("features, BASE layer 9", f"{three(1e-9 * audio_flops('base', 9))} GFLOP a second of audio; LARGE layer 18: {three(1e-9 * audio_flops('large', 18))}", "computed"),
-        ("parameters", f"BASE {count(num_parameters('base'))}, LARGE {count(num_parameters('large'))}, unit LM {count(parameters)}", "computed"),
-        ("unit LM", f"{three(1e-9 * token_flops)} GFLOP a token, {three(1e-9 * tokens)} billion tokens", "computed, recipe"),
+        (
+            "HuBERT BASE, training",
+            f"{three(3e-9 * audio_flops('base', seconds=15.6))} GFLOP a second of audio, LARGE {three(3e-9 * audio_flops('large', seconds=15.6))}",
+            "computed",
+        ),
+        (
+            "features, BASE layer 9",
+            f"{three(1e-9 * audio_flops('base', 9))} GFLOP a second of audio; LARGE layer 18: {three(1e-9 * audio_flops('large', 18))}",
+            "computed",
+        ),
+        (
+            "parameters",
+            f"BASE {count(num_parameters('base'))}, LARGE {count(num_parameters('large'))}, unit LM {count(parameters)}",
+            "computed",
+        ),
+        (
+            "unit LM",
+            f"{three(1e-9 * token_flops)} GFLOP a token, {three(1e-9 * tokens)} billion tokens",
+            "computed, recipe",
+        ),
         ("k-means", f"{ITERATIONS} iterations", "recipes: at most"),
-        ("an H100, an A100", f"{three(H100.peak_flops / 1e12)}, {three(A100.peak_flops / 1e12)} TFLOP/s in bfloat16, of which {mfu:.0%} ({MFU_RANGE[0]:.0%} to {MFU_RANGE[1]:.0%})", "data sheet; assumed"),
-    ]  # fmt: skip
+        (
+            "an H100, an A100",
+            f"{three(H100.peak_flops / 1e12)}, {three(A100.peak_flops / 1e12)} TFLOP/s in bfloat16, of which {mfu:.0%} ({MFU_RANGE[0]:.0%} to {MFU_RANGE[1]:.0%})",
+            "data sheet; assumed",
+        ),
+    ]
     return markdown(("what", "how much", "kind"), rows)
 
 
@@ -127,16 +187,28 @@ def published(hours: Sequence[float], mfu: float) -> str:
 def storage(hours: Sequence[float], mfu: float) -> str:
     """What lies on the disk in the end, and what the work needs beside it."""
     rates = Rates()
-    rows: list[list[str]] = [["utterances"], ["flac"], ["wav"], ["manifest"], ["one set of labels"], ["unit corpus"]]
+    rows: list[list[str]] = [
+        ["utterances"],
+        ["flac"],
+        ["wav"],
+        ["manifest"],
+        ["one set of labels"],
+        ["unit corpus"],
+    ]
     rows += [["scratch, at most"], ["checkpoints of a run (2 kept)"], ["labels in default shards"]]
     for number in hours:
         seconds, utterances, found = 3600 * number, 3600 * number / UTTERANCE_SECONDS, stages(number)
         values = [
-            count(utterances), size(seconds * FLAC_BYTES), size(seconds * WAV_BYTES), size(utterances * rates.row["bytes"]),
+            count(utterances),
+            size(seconds * FLAC_BYTES),
+            size(seconds * WAV_BYTES),
+            size(utterances * rates.row["bytes"]),
             size(next(stage for stage in found if stage.name.startswith("labels")).writes),
-            size(next(stage for stage in found if stage.name == "pack").writes), size(max(stage.scratch for stage in found)),
-            size(24 * num_parameters("large" if number >= LARGE_FROM else "base")), _shards(number),
-        ]  # fmt: skip
+            size(next(stage for stage in found if stage.name == "pack").writes),
+            size(max(stage.scratch for stage in found)),
+            size(24 * num_parameters("large" if number >= LARGE_FROM else "base")),
+            _shards(number),
+        ]
         for row, value in zip(rows, values, strict=True):
             row.append(value)
     return markdown(("", *map(_named, hours)), rows)
@@ -176,11 +248,30 @@ def by_stage(number: float, mfu: float) -> str:
     for stage in stages(number):
         gpu = [stage.gpu_hours(H100, share) for share in (mfu, *MFU_RANGE)]
         on_gpu = f"{three(gpu[0])} ({three(gpu[2])} to {three(gpu[1])})" if stage.flops else "–"
-        rows.append([
-            stage.name, size(stage.reads), size(stage.writes), size(stage.scratch), size(stage.memory), f"{stage.flops:.1e}" if stage.flops else "–",
-            three(stage.core_hours(with_gpu=True)), on_gpu, three(stage.core_hours(with_gpu=False)),
-        ])  # fmt: skip
-    header = ("stage", "reads", "writes", "scratch", "memory of a process", "FLOP", "core-hours beside the GPU", "H100 hours", "core-hours without a GPU")  # fmt: skip
+        rows.append(
+            [
+                stage.name,
+                size(stage.reads),
+                size(stage.writes),
+                size(stage.scratch),
+                size(stage.memory),
+                f"{stage.flops:.1e}" if stage.flops else "–",
+                three(stage.core_hours(with_gpu=True)),
+                on_gpu,
+                three(stage.core_hours(with_gpu=False)),
+            ]
+        )
+    header = (
+        "stage",
+        "reads",
+        "writes",
+        "scratch",
+        "memory of a process",
+        "FLOP",
+        "core-hours beside the GPU",
+        "H100 hours",
+        "core-hours without a GPU",
+    )
     return markdown(header, rows)
 
 
@@ -193,13 +284,30 @@ def bottlenecks(number: float, mfu: float) -> str:
             alone = stage.wall_hours(site, mfu)
             name = max(alone, key=lambda resource: alone[resource])
             need = stage.node_memory(site)
-            cells.append(f"{duration(alone[name])}, {name}" if need <= site.memory else f"**{size(need)} of memory in a node**")
-        rows.append([*cells, duration(stage.wall_hours(SITES[0], mfu, files=True)["opening files"]) if stage.opens else "–"])
+            cells.append(
+                f"{duration(alone[name])}, {name}"
+                if need <= site.memory
+                else f"**{size(need)} of memory in a node**"
+            )
+        rows.append(
+            [
+                *cells,
+                duration(stage.wall_hours(SITES[0], mfu, files=True)["opening files"])
+                if stage.opens
+                else "–",
+            ]
+        )
     totals = [sum(max(stage.wall_hours(site, mfu).values()) for stage in found) for site in SITES]
     rows.append(
-        ["all, one after another", *map(duration, totals), duration(sum(stage.opens for stage in found) / SITES[0].opens / 3600)]
+        [
+            "all, one after another",
+            *map(duration, totals),
+            duration(sum(stage.opens for stage in found) / SITES[0].opens / 3600),
+        ]
     )
-    return markdown(("stage", *(site.name for site in SITES), "a file for each utterance: opening them"), rows)
+    return markdown(
+        ("stage", *(site.name for site in SITES), "a file for each utterance: opening them"), rows
+    )
 
 
 def feeding(hours: Sequence[float], mfu: float) -> str:
@@ -209,17 +317,39 @@ def feeding(hours: Sequence[float], mfu: float) -> str:
         for gpu in (A100, H100):
             for share in (MFU_RANGE[0], mfu, MFU_RANGE[1]):
                 rate = gpu.peak_flops * share / (3 * audio_flops(architecture, seconds=15.6))
-                rows.append([
-                    f"HuBERT {architecture.upper()}, {gpu.name}, {share:.0%}", three(rate), f"{rate / core:.1f}", f"{size(rate * FLAC_BYTES)}/s",
-                    *(f"{size(number * rate * FLAC_BYTES)}/s, {size(number * rate * WAV_BYTES)}/s" for number in (8, 32)),
-                ])  # fmt: skip
-    return markdown(("model, GPU, share of peak", "audio seconds a second", "cores that load", "flac, one GPU", "flac, wav, 8 GPUs", "flac, wav, 32 GPUs"), rows)  # fmt: skip
+                rows.append(
+                    [
+                        f"HuBERT {architecture.upper()}, {gpu.name}, {share:.0%}",
+                        three(rate),
+                        f"{rate / core:.1f}",
+                        f"{size(rate * FLAC_BYTES)}/s",
+                        *(
+                            f"{size(number * rate * FLAC_BYTES)}/s, {size(number * rate * WAV_BYTES)}/s"
+                            for number in (8, 32)
+                        ),
+                    ]
+                )
+    return markdown(
+        (
+            "model, GPU, share of peak",
+            "audio seconds a second",
+            "cores that load",
+            "flac, one GPU",
+            "flac, wav, 8 GPUs",
+            "flac, wav, 32 GPUs",
+        ),
+        rows,
+    )
 
 
 def checkpoints(hours: Sequence[float], mfu: float) -> str:
     """Twelve bytes a parameter: weights and AdamW's two moments in float32."""
     rows = []
-    every = {"base": read_recipe("hubert_base_ls960")["hubert2"], "large": read_recipe("hubert_large_ll60k")["hubert"], "lm": read_recipe("unit_lm")["lm"]}  # fmt: skip
+    every = {
+        "base": read_recipe("hubert_base_ls960")["hubert2"],
+        "large": read_recipe("hubert_large_ll60k")["hubert"],
+        "lm": read_recipe("unit_lm")["lm"],
+    }
     for name, parameters in (
         ("HuBERT BASE", num_parameters("base")),
         ("HuBERT LARGE", num_parameters("large")),
@@ -227,8 +357,25 @@ def checkpoints(hours: Sequence[float], mfu: float) -> str:
     ):
         training = every[name.split()[-1].lower()]["training"]
         written = training["max_steps"] / training["checkpoint_every"] * 12 * parameters
-        rows.append([name, size(12 * parameters), f"{training['checkpoint_every']:,} of {training['max_steps']:,} steps", size(36 * parameters), size(written)])  # fmt: skip
-    return markdown(("model", "one checkpoint", "one after", "on disk at most (2 kept, 1 being written)", "written in all"), rows)
+        rows.append(
+            [
+                name,
+                size(12 * parameters),
+                f"{training['checkpoint_every']:,} of {training['max_steps']:,} steps",
+                size(36 * parameters),
+                size(written),
+            ]
+        )
+    return markdown(
+        (
+            "model",
+            "one checkpoint",
+            "one after",
+            "on disk at most (2 kept, 1 being written)",
+            "written in all",
+        ),
+        rows,
+    )
 
 
 def limits(hours: Sequence[float], mfu: float) -> str:
@@ -244,7 +391,15 @@ def limits(hours: Sequence[float], mfu: float) -> str:
     ):
         each = rates[probe].bytes
         full = [memory / each / processes * UTTERANCE_SECONDS / 3600 for memory in NODE_MEMORY]
-        rows.append([what, three(each), f"{processes}", size(processes * each * 3600e6 / UTTERANCE_SECONDS), *(_named(float(f"{number:.2g}")) for number in full)])  # fmt: skip
+        rows.append(
+            [
+                what,
+                three(each),
+                f"{processes}",
+                size(processes * each * 3600e6 / UTTERANCE_SECONDS),
+                *(_named(float(f"{number:.2g}")) for number in full),
+            ]
+        )
     return markdown(
         (
             "what",
@@ -258,8 +413,14 @@ def limits(hours: Sequence[float], mfu: float) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[float], float], str]] = {
-    "summary": summary, "inputs": inputs, "published": published, "storage": storage, "feeding": feeding, "checkpoints": checkpoints, "limits": limits,
-}  # fmt: skip
+    "summary": summary,
+    "inputs": inputs,
+    "published": published,
+    "storage": storage,
+    "feeding": feeding,
+    "checkpoints": checkpoints,
+    "limits": limits,
+}
 
 
 def table(name: str, hours: Sequence[float], mfu: float) -> str:
@@ -282,9 +443,13 @@ def described(stage: Stage, mfu: float) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> int:
     """Print the tables, or write them into a page. Exit status 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hours", type=float, nargs="+", default=list(HOURS), help="of audio")
-    parser.add_argument("--mfu", type=float, default=MFU, help="share of a GPU's peak that a model's own operations reach")
+    parser.add_argument(
+        "--mfu", type=float, default=MFU, help="share of a GPU's peak that a model's own operations reach"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--update", type=Path, metavar="PAGE", help="write the tables into this page")
     arguments = parser.parse_args(given)
@@ -299,13 +464,20 @@ def main(given: list[str] | None = None) -> int:
         return 0
     if arguments.json:
         print(
-            json.dumps({f"{number:g}": [described(stage, arguments.mfu) for stage in stages(number)] for number in arguments.hours})
+            json.dumps(
+                {
+                    f"{number:g}": [described(stage, arguments.mfu) for stage in stages(number)]
+                    for number in arguments.hours
+                }
+            )
         )
         return 0
     for name in TABLES:
         print(f"\n{name}\n\n{table(name, arguments.hours, arguments.mfu)}")
     for number in arguments.hours:
-        print(f"\n{_named(number)}\n\n{by_stage(number, arguments.mfu)}\n\n{bottlenecks(number, arguments.mfu)}")
+        print(
+            f"\n{_named(number)}\n\n{by_stage(number, arguments.mfu)}\n\n{bottlenecks(number, arguments.mfu)}"
+        )
     return 0
 
 

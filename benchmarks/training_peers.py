@@ -18,7 +18,9 @@ class Update:
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]):
         self.parameters, self.clip_norm = list(model.parameters()), settings["clip_norm"]
         # the published rate would blow up untrained weights without its warm-up
-        self.adamw = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
+        )
 
     def __call__(self, loss: Tensor) -> None:
         loss.backward()
@@ -37,7 +39,9 @@ class Peer:
         self.settings, self.device = settings, settings["device"]
         compiled, variant = variant.endswith("compiled"), variant.removesuffix("compiled").removesuffix("-")
         self.audio = read_corpus(folder)
-        self.plan = plan_padded(np.array([len(waveform) for waveform in self.audio.waveforms]), settings["batch_seconds"])
+        self.plan = plan_padded(
+            np.array([len(waveform) for waveform in self.audio.waveforms]), settings["batch_seconds"]
+        )
         self.amount = sum(map(len, self.audio.waveforms)) / 16000
         torch.manual_seed(settings["seed"])
         self.model = self.make_model(settings["sizes"], settings["heads"], variant).to(self.device).train()
@@ -47,9 +51,11 @@ class Peer:
 
     def about(self) -> dict[str, Any]:
         return {
-            "inputs_sha256": digest(self.audio.waveforms), "parameters": sum(p.numel() for p in self.model.parameters()),
-            "steps_per_round": len(self.plan), "padded_seconds": sum(self._longest(items) * len(items) for items in self.plan) / 16000,
-        }  # fmt: skip
+            "inputs_sha256": digest(self.audio.waveforms),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps_per_round": len(self.plan),
+            "padded_seconds": sum(self._longest(items) * len(items) for items in self.plan) / 16000,
+        }
 
     def _longest(self, items: np.ndarray) -> int:
         return max(len(self.audio.waveforms[item]) for item in items)
@@ -82,14 +88,23 @@ class Peer:
 def transformers_config(sizes: dict[str, Any]) -> dict[str, Any]:
     """Our sizes and dropouts under the names of transformers' wav2vec 2.0 and HuBERT."""
     return {
-        "hidden_size": sizes["dim"], "num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"],
-        "intermediate_size": sizes["ffn_dim"], "conv_dim": (sizes["conv_dim"],) * 7, "conv_bias": sizes["conv_bias"],
-        "num_conv_pos_embeddings": sizes["pos_kernel"], "num_conv_pos_embedding_groups": sizes["pos_groups"],
-        "feat_extract_norm": sizes["conv_norm"], "do_stable_layer_norm": sizes["norm_first"],
-        "feat_proj_dropout": sizes["input_dropout"], "hidden_dropout": sizes["dropout"], "layerdrop": sizes["layer_drop"],
-        "attention_dropout": sizes["attention_dropout"], "activation_dropout": sizes["activation_dropout"],
+        "hidden_size": sizes["dim"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+        "intermediate_size": sizes["ffn_dim"],
+        "conv_dim": (sizes["conv_dim"],) * 7,
+        "conv_bias": sizes["conv_bias"],
+        "num_conv_pos_embeddings": sizes["pos_kernel"],
+        "num_conv_pos_embedding_groups": sizes["pos_groups"],
+        "feat_extract_norm": sizes["conv_norm"],
+        "do_stable_layer_norm": sizes["norm_first"],
+        "feat_proj_dropout": sizes["input_dropout"],
+        "hidden_dropout": sizes["dropout"],
+        "layerdrop": sizes["layer_drop"],
+        "attention_dropout": sizes["attention_dropout"],
+        "activation_dropout": sizes["activation_dropout"],
         "feat_quantizer_dropout": 0.0,
-    }  # fmt: skip
+    }
 
 
 class TransformersPeer(Peer):
@@ -107,7 +122,9 @@ class TransformersPeer(Peer):
         valid = np.arange(frames.max()) < frames[:, None]
         everything = bool(attention.all())
         frame_attention: Any = None if everything else torch.from_numpy(valid.astype(np.int64))
-        mask = _compute_mask_indices(valid.shape, 10 * self.mask_probability, 10, attention_mask=frame_attention, min_masks=2)
+        mask = _compute_mask_indices(
+            valid.shape, 10 * self.mask_probability, 10, attention_mask=frame_attention, min_masks=2
+        )
         waves = torch.from_numpy(pad(waveforms))
         return waves, None if everything else torch.from_numpy(attention.astype(np.int64)), valid, mask
 
@@ -121,10 +138,15 @@ class TransformersWav2Vec2(TransformersPeer):
         import transformers
 
         config = transformers.Wav2Vec2Config(
-            **transformers_config(sizes), num_negatives=heads["num_distractors"], num_codevectors_per_group=heads["num_entries"],
-            num_codevector_groups=heads["num_groups"], codevector_dim=heads["code_dim"], proj_codevector_dim=heads["final_dim"],
-            diversity_loss_weight=heads["diversity_weight"], contrastive_logits_temperature=heads["temperature"],
-        )  # fmt: skip
+            **transformers_config(sizes),
+            num_negatives=heads["num_distractors"],
+            num_codevectors_per_group=heads["num_entries"],
+            num_codevector_groups=heads["num_groups"],
+            codevector_dim=heads["code_dim"],
+            proj_codevector_dim=heads["final_dim"],
+            diversity_loss_weight=heads["diversity_weight"],
+            contrastive_logits_temperature=heads["temperature"],
+        )
         config._attn_implementation = variant
         model: nn.Module = transformers.Wav2Vec2ForPreTraining(config)
         return model
@@ -133,12 +155,16 @@ class TransformersWav2Vec2(TransformersPeer):
         from transformers.models.wav2vec2.modeling_wav2vec2 import _sample_negative_indices
 
         waves, attention, _, mask = self.padded(waveforms)
-        negatives = _sample_negative_indices(mask.shape, self.settings["heads"]["num_distractors"], mask_time_indices=mask)
+        negatives = _sample_negative_indices(
+            mask.shape, self.settings["heads"]["num_distractors"], mask_time_indices=mask
+        )
         return waves, attention, torch.from_numpy(mask), torch.from_numpy(negatives), int(mask.sum())
 
     def loss(self, *batch: Any) -> Tensor:
         waves, attention, mask, negatives, count = batch
-        out = self.called(waves, attention_mask=attention, mask_time_indices=mask, sampled_negative_indices=negatives)
+        out = self.called(
+            waves, attention_mask=attention, mask_time_indices=mask, sampled_negative_indices=negatives
+        )
         loss: Tensor = out.loss / count
         return loss
 
@@ -154,7 +180,9 @@ class HubertWithHead(nn.Module):
     def forward(self, waves: Tensor, attention: Tensor | None, mask: Tensor, labels: Tensor) -> Tensor:
         kept: list[Tensor] = []
         hook = self.body.feature_extractor.register_forward_hook(lambda _, __, out: kept.append(out))  # type: ignore[union-attr]
-        x = self.body(waves, attention_mask=attention, mask_time_indices=mask).last_hidden_state[mask]  # (masked, dim)
+        x = self.body(waves, attention_mask=attention, mask_time_indices=mask).last_hidden_state[
+            mask
+        ]  # (masked, dim)
         hook.remove()
         query = F.normalize(self.project(x).float(), dim=1)
         logits = query @ F.normalize(self.class_embeddings.float(), dim=1).T / 0.1
@@ -169,9 +197,13 @@ class TransformersHubert(TransformersPeer):
     def make_model(self, sizes: dict[str, Any], heads: dict[str, Any], variant: str) -> nn.Module:
         import transformers
 
-        config = transformers.HubertConfig(**{k: v for k, v in transformers_config(sizes).items() if k != "feat_quantizer_dropout"})
+        config = transformers.HubertConfig(
+            **{k: v for k, v in transformers_config(sizes).items() if k != "feat_quantizer_dropout"}
+        )
         config._attn_implementation = variant
-        return HubertWithHead(transformers.HubertModel(config), sizes["dim"], heads["final_dim"], self.settings["num_classes"])
+        return HubertWithHead(
+            transformers.HubertModel(config), sizes["dim"], heads["final_dim"], self.settings["num_classes"]
+        )
 
     def make_batch(self, waveforms: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Any, ...]:
         waves, attention, valid, mask = self.padded(waveforms)
@@ -184,21 +216,30 @@ class TransformersHubert(TransformersPeer):
 
 def conv_layers(sizes: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(channels, kernel, stride) of each convolution, as torchaudio and fairseq2 take them."""
-    return [(sizes["conv_dim"], kernel, stride) for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True)]
+    return [
+        (sizes["conv_dim"], kernel, stride) for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True)
+    ]
 
 
 def torchaudio_config(sizes: dict[str, Any]) -> dict[str, Any]:
     """Our sizes and dropouts under the names of torchaudio's wav2vec 2.0 and HuBERT."""
     return {
         "extractor_mode": "group_norm" if sizes["conv_norm"] == "group" else "layer_norm",
-        "extractor_conv_layer_config": conv_layers(sizes), "extractor_conv_bias": sizes["conv_bias"],
-        "encoder_embed_dim": sizes["dim"], "encoder_projection_dropout": sizes["input_dropout"],
-        "encoder_pos_conv_kernel": sizes["pos_kernel"], "encoder_pos_conv_groups": sizes["pos_groups"],
-        "encoder_num_layers": sizes["num_layers"], "encoder_num_heads": sizes["num_heads"],
-        "encoder_attention_dropout": sizes["attention_dropout"], "encoder_ff_interm_features": sizes["ffn_dim"],
-        "encoder_ff_interm_dropout": sizes["activation_dropout"], "encoder_dropout": sizes["dropout"],
-        "encoder_layer_norm_first": sizes["norm_first"], "encoder_layer_drop": sizes["layer_drop"],
-    }  # fmt: skip
+        "extractor_conv_layer_config": conv_layers(sizes),
+        "extractor_conv_bias": sizes["conv_bias"],
+        "encoder_embed_dim": sizes["dim"],
+        "encoder_projection_dropout": sizes["input_dropout"],
+        "encoder_pos_conv_kernel": sizes["pos_kernel"],
+        "encoder_pos_conv_groups": sizes["pos_groups"],
+        "encoder_num_layers": sizes["num_layers"],
+        "encoder_num_heads": sizes["num_heads"],
+        "encoder_attention_dropout": sizes["attention_dropout"],
+        "encoder_ff_interm_features": sizes["ffn_dim"],
+        "encoder_ff_interm_dropout": sizes["activation_dropout"],
+        "encoder_dropout": sizes["dropout"],
+        "encoder_layer_norm_first": sizes["norm_first"],
+        "encoder_layer_drop": sizes["layer_drop"],
+    }
 
 
 class TorchaudioHubert(Peer):
@@ -211,21 +252,40 @@ class TorchaudioHubert(Peer):
         scale = sizes["feature_gradient_scale"]
         model: nn.Module = hubert_pretrain_model(
             **torchaudio_config(sizes),
-            mask_prob=0.8, mask_selection="static", mask_other=0.0, mask_length=10, no_mask_overlap=False, mask_min_space=1,
-            mask_channel_prob=0.0, mask_channel_selection="static", mask_channel_other=0.0, mask_channel_length=10,
-            no_mask_channel_overlap=False, mask_channel_min_space=1, skip_masked=False, skip_nomask=True,
-            num_classes=self.settings["num_classes"], final_dim=heads["final_dim"], feature_grad_mult=scale if scale < 1 else None,
-        )  # fmt: skip
+            mask_prob=0.8,
+            mask_selection="static",
+            mask_other=0.0,
+            mask_length=10,
+            no_mask_overlap=False,
+            mask_min_space=1,
+            mask_channel_prob=0.0,
+            mask_channel_selection="static",
+            mask_channel_other=0.0,
+            mask_channel_length=10,
+            no_mask_channel_overlap=False,
+            mask_channel_min_space=1,
+            skip_masked=False,
+            skip_nomask=True,
+            num_classes=self.settings["num_classes"],
+            final_dim=heads["final_dim"],
+            feature_grad_mult=scale if scale < 1 else None,
+        )
         return model
 
     def make_batch(self, waveforms: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Any, ...]:
         lengths = [len(waveform) for waveform in waveforms]
         same = min(lengths) == max(lengths)
-        return torch.from_numpy(pad(waveforms)), torch.from_numpy(pad(labels)), None if same else torch.tensor(lengths)
+        return (
+            torch.from_numpy(pad(waveforms)),
+            torch.from_numpy(pad(labels)),
+            None if same else torch.tensor(lengths),
+        )
 
     def loss(self, *batch: Any) -> Tensor:
         logits, _, penalty = self.called(*batch)
-        loss: Tensor = F.cross_entropy(logits.float(), logits.new_zeros(len(logits), dtype=torch.long)) + 10 * penalty
+        loss: Tensor = (
+            F.cross_entropy(logits.float(), logits.new_zeros(len(logits), dtype=torch.long)) + 10 * penalty
+        )
         return loss
 
 
@@ -245,21 +305,35 @@ class Fairseq2Wav2Vec2(Peer):
 
         set_default_sdpa_factory(NaiveSDPA if variant == "eager" else TorchSDPA)
         encoder = Wav2Vec2EncoderConfig(
-            model_dim=sizes["dim"], feature_dim=sizes["conv_dim"], feature_extractor_layer_descs=conv_layers(sizes),
-            feature_extractor_bias=sizes["conv_bias"], feature_extractor_layer_norm_convs=sizes["conv_norm"] == "layer",
-            feature_grad_scale=sizes["feature_gradient_scale"], pos_conv_kernel_size=sizes["pos_kernel"],
-            num_pos_conv_groups=sizes["pos_groups"], num_encoder_layers=sizes["num_layers"],
-            num_encoder_attn_heads=sizes["num_heads"], ffn_inner_dim=sizes["ffn_dim"], dropout_p=sizes["dropout"],
-            attn_dropout_p=sizes["attention_dropout"], ffn_inner_dropout_p=sizes["activation_dropout"],
-            layer_drop_p=sizes["layer_drop"], layer_norm_features=not sizes["norm_first"], norm_order=TransformerNormOrder.PRE if sizes["norm_first"] else TransformerNormOrder.POST,
-        )  # fmt: skip
+            model_dim=sizes["dim"],
+            feature_dim=sizes["conv_dim"],
+            feature_extractor_layer_descs=conv_layers(sizes),
+            feature_extractor_bias=sizes["conv_bias"],
+            feature_extractor_layer_norm_convs=sizes["conv_norm"] == "layer",
+            feature_grad_scale=sizes["feature_gradient_scale"],
+            pos_conv_kernel_size=sizes["pos_kernel"],
+            num_pos_conv_groups=sizes["pos_groups"],
+            num_encoder_layers=sizes["num_layers"],
+            num_encoder_attn_heads=sizes["num_heads"],
+            ffn_inner_dim=sizes["ffn_dim"],
+            dropout_p=sizes["dropout"],
+            attn_dropout_p=sizes["attention_dropout"],
+            ffn_inner_dropout_p=sizes["activation_dropout"],
+            layer_drop_p=sizes["layer_drop"],
+            layer_norm_features=not sizes["norm_first"],
+            norm_order=TransformerNormOrder.PRE if sizes["norm_first"] else TransformerNormOrder.POST,
+        )
         config = Wav2Vec2Config(
-            encoder_config=encoder, final_dim=heads["final_dim"], quantized_dim=heads["code_dim"],
-            num_codebooks=heads["num_groups"], num_codebook_entries=heads["num_entries"],
+            encoder_config=encoder,
+            final_dim=heads["final_dim"],
+            quantized_dim=heads["code_dim"],
+            num_codebooks=heads["num_groups"],
+            num_codebook_entries=heads["num_entries"],
             # It trims every row to the fewest masked frames of its batch: with 0.65 it masks 44 % of 4 x 10 s, with this our 48 %.
             max_temporal_mask_prob=0.73,
-            num_distractors=heads["num_distractors"], logit_temp=heads["temperature"],
-        )  # fmt: skip
+            num_distractors=heads["num_distractors"],
+            logit_temp=heads["temperature"],
+        )
         model: nn.Module = create_wav2vec2_model(config)
         return model
 

@@ -11,8 +11,8 @@ import argparse
 
 import numpy as np
 
-from pretrain.audio import SAMPLE_RATE, load_audio, num_frames
-from pretrain.manifest import Manifest
+from pretrain.data.audio import SAMPLE_RATE, load_audio, num_frames
+from pretrain.data.manifest import Manifest
 from quantize.features import EncoderSource, open_encoder_source, plan_windows
 
 NUM_CLASSES = 100
@@ -33,7 +33,10 @@ def long_waveform(manifest: Manifest, seconds: float, seed: int) -> np.ndarray:
 def in_windows(source: EncoderSource, wave: np.ndarray, layers: list[int], own: bool) -> list[np.ndarray]:
     """The features of `layers` as `EncoderSource` computes them, or with each window's own statistics."""
     totals = None if own else source._totals(wave)
-    parts = [source._extract_window(wave, *window, layers, totals) for window in plan_windows(num_frames(len(wave)))]
+    parts = [
+        source._extract_window(wave, *window, layers, totals)
+        for window in plan_windows(num_frames(len(wave)))
+    ]
     return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 
 
@@ -48,13 +51,20 @@ def clustered(features: np.ndarray, seed: int) -> np.ndarray:
     centroids = features[np.random.default_rng(seed).choice(len(features), NUM_CLASSES, replace=False)]
     for _ in range(8):
         labels = nearest(features, centroids)
-        centroids = np.stack([features[labels == k].mean(0) if (labels == k).any() else centroids[k] for k in range(NUM_CLASSES)])
+        centroids = np.stack(
+            [
+                features[labels == k].mean(0) if (labels == k).any() else centroids[k]
+                for k in range(NUM_CLASSES)
+            ]
+        )
     return centroids
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("manifest")
     parser.add_argument("--split")
@@ -62,11 +72,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     source = open_encoder_source(arguments.run, 0, device="cpu")
-    wave = long_waveform(Manifest(arguments.manifest).select(arguments.split), arguments.seconds, arguments.seed)
+    wave = long_waveform(
+        Manifest(arguments.manifest).select(arguments.split), arguments.seconds, arguments.seed
+    )
     layers = list(range(source.encoder.config.num_layers + 1))
     (whole,) = source._extract([wave], layers)
     windowed, own = (in_windows(source, wave, layers, alone) for alone in (False, True))
-    print("| layer | error | labels changed | error, own | labels changed, own |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| layer | error | labels changed | error, own | labels changed, own |\n| --- | --- | --- | --- | --- |"
+    )
     for layer in layers:
         centroids, cells = clustered(whole[layer], arguments.seed), []
         for found in (windowed[layer], own[layer]):

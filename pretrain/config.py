@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from pretrain.plain_text import read_text
+from pretrain.store.plain_text import read_text
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
@@ -33,7 +33,9 @@ class Config(BaseModel):
 
 
 Split = Annotated[
-    str | None, BeforeValidator(lambda name: None if name == "" else name), Field(description='"": every row, whatever its split')
+    str | None,
+    BeforeValidator(lambda name: None if name == "" else name),
+    Field(description='"": every row, whatever its split'),
 ]
 """For configs: the name of a split of a manifest or a corpus, or "", which becomes None: TOML has no other way to say none."""
 
@@ -115,7 +117,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid TOML: {str(error).removeprefix(f'{path}').removeprefix(':').strip()}") from None
+        raise ValueError(
+            f"{path}: not valid TOML: {str(error).removeprefix(f'{path}').removeprefix(':').strip()}"
+        ) from None
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -169,7 +173,9 @@ def _names_at(config_class: type[Config], location: tuple[Any, ...]) -> list[str
     """Field names of the config class that `location` leads to, for the 'did you mean' hint."""
     current: Any = config_class
     for part in location:
-        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
+        annotation = (
+            current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
+        )
         options = [annotation, *get_args(annotation)]
         current = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if current is None:

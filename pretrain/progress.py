@@ -39,7 +39,10 @@ def progress(description: str, total: float, unit: str, done: float = 0.0) -> It
     """
     path = os.environ.get("WORDLESS_PROGRESS")
     if path:
-        with _file(path, description, total, unit, done) as note_down, _shown(description, total, unit, done) as show:
+        with (
+            _file(path, description, total, unit, done) as note_down,
+            _shown(description, total, unit, done) as show,
+        ):
 
             def advance(amount: float, note: str | None = None) -> None:
                 show(amount, note)
@@ -66,7 +69,9 @@ def _shown(description: str, total: float, unit: str, done: float) -> Iterator[C
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(description, total=total, unit=unit, note="")
         bars.update(task, completed=done)
-        yield lambda amount, note=None: bars.update(task, advance=amount, **({} if note is None else {"note": note}))
+        yield lambda amount, note=None: bars.update(
+            task, advance=amount, **({} if note is None else {"note": note})
+        )
 
 
 def _line_printer(description: str, total: float, unit: str, done: float) -> Callable[..., None]:
@@ -97,9 +102,15 @@ def _file(path: str, description: str, total: float, unit: str, done: float) -> 
     def write() -> None:
         rate = (count - done) / max(time.monotonic() - start, 1e-9)
         state = {
-            "what": description, "done": float(count), "total": float(total), "unit": unit, "rate": float(rate) or None,
-            "seconds_left": float(max(total - count, 0) / rate) if rate > 0 else None, "note": latest, "time": time.time(),
-        }  # fmt: skip
+            "what": description,
+            "done": float(count),
+            "total": float(total),
+            "unit": unit,
+            "rate": float(rate) or None,
+            "seconds_left": float(max(total - count, 0) / rate) if rate > 0 else None,
+            "note": latest,
+            "time": time.time(),
+        }
         with suppress(OSError):  # the disk is full: what is written is not worth the work
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 json.dump(state, file)

@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.audio import HOP, SAMPLE_RATE
-from pretrain.manifest import Phone, Utterance
+from pretrain.data.audio import HOP, SAMPLE_RATE
+from pretrain.data.manifest import Phone, Utterance
 from pretrain.progress import progress
 from quantize.dtw import Block, Spans, Tokens, aligned
 
@@ -72,7 +72,9 @@ class AbxScore:
     reason: str = ""
 
 
-def phone_items(rows: Iterable[Utterance], *, context: Context = "triphone", silence: Collection[str] = ()) -> Items:
+def phone_items(
+    rows: Iterable[Utterance], *, context: Context = "triphone", silence: Collection[str] = ()
+) -> Items:
     """The tokens of every utterance that has phones and a speaker.
 
     "triphone": a token is a phone with its two neighbours, first to last frame, and is compared with tokens of the same
@@ -98,7 +100,9 @@ def phone_items(rows: Iterable[Utterance], *, context: Context = "triphone", sil
     return Items(numbers[0], firsts, lasts, *numbers[1:], *tables)
 
 
-def _tokens(phones: list[Phone], context: Context, silence: frozenset[str]) -> Iterator[tuple[str, str, float, float]]:
+def _tokens(
+    phones: list[Phone], context: Context, silence: frozenset[str]
+) -> Iterator[tuple[str, str, float, float]]:
     """(phone, context, start, end) of the tokens among an utterance's phones."""
     if context == "any":
         yield from ((phone, "", start, end) for start, end, phone in phones if phone not in silence)
@@ -172,11 +176,17 @@ def abx(
     """
     items = draw_tokens(_within_features(items, features, distance), max_group, seed)
     tokens = Tokens(items.ids, Spans(items.utterance, items.first, items.last), features, distance)
-    jobs = list(_jobs_within(items) if mode == "within" else _jobs_across(items, draw_speakers(items, max_x_across, seed)))
+    jobs = list(
+        _jobs_within(items)
+        if mode == "within"
+        else _jobs_across(items, draw_speakers(items, max_x_across, seed))
+    )
     cells: list[tuple[int, int, np.ndarray, np.ndarray]] = []
     num_triples = 0
     with progress(f"ABX {mode}", total=sum(job.num_pairs for job in jobs), unit="pair") as advance:
-        for job, (block, distances) in zip(jobs, aligned(tokens, (job.block(items.phone) for job in jobs)), strict=True):
+        for job, (block, distances) in zip(
+            jobs, aligned(tokens, (job.block(items.phone) for job in jobs)), strict=True
+        ):
             for speaker, phone, others, errors, triples in job.cells(items, block, distances):
                 cells.append((speaker, phone, others, errors))
                 num_triples += triples
@@ -184,7 +194,9 @@ def abx(
     contrasts = _averaged(cells, len(items.phones))
     if not cells:
         return AbxScore(None, 0, 0, contrasts, _why_nothing(items, mode))
-    return AbxScore(float(np.nanmean(contrasts)), sum(len(errors) for *_, errors in cells), num_triples, contrasts)
+    return AbxScore(
+        float(np.nanmean(contrasts)), sum(len(errors) for *_, errors in cells), num_triples, contrasts
+    )
 
 
 def _within_features(items: Items, features: Mapping[str, np.ndarray], distance: Distance) -> Items:
@@ -193,7 +205,9 @@ def _within_features(items: Items, features: Mapping[str, np.ndarray], distance:
     for number in np.unique(items.utterance):
         name = items.ids[number]
         if name not in features:
-            raise ValueError(f"ABX: no features for utterance {name!r}; extract those of every id in Items.ids")
+            raise ValueError(
+                f"ABX: no features for utterance {name!r}; extract those of every id in Items.ids"
+            )
         values, wanted = features[name], 1 if distance == "discrete" else 2
         if values.ndim != wanted or (wanted == 1) != (values.dtype.kind in "iu"):
             form = "labels (frames,) of integers" if wanted == 1 else "features (frames, dim) of floats"
@@ -237,7 +251,9 @@ class _Job:
             return Block(self.rows, self.cols, *np.nonzero(np.triu(row[:, None] | row[None, :], 1)))
         return Block(self.rows, self.cols, *np.nonzero(row[:, None] | col[None, :]))
 
-    def cells(self, items: Items, block: Block, found: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, int]]:
+    def cells(
+        self, items: Items, block: Block, found: np.ndarray
+    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, int]]:
         """(speaker of a and b, their phone a, the phones b, errors of the cells, triples in all) of each query.
 
         `found` (2, pairs): the distances of the block's pairs with the row's token as x, and with the column's.
@@ -245,7 +261,10 @@ class _Job:
         by_row = np.full((len(self.rows), len(self.cols)), np.nan, found.dtype)
         by_col = by_row if self.rows is self.cols else np.full(by_row.shape[::-1], np.nan, found.dtype)
         by_row[block.r, block.c], by_col[block.c, block.r] = found
-        tables = [np.unique(items.phone[tokens], return_index=True, return_counts=True) for tokens in (self.rows, self.cols)]
+        tables = [
+            np.unique(items.phone[tokens], return_index=True, return_counts=True)
+            for tokens in (self.rows, self.cols)
+        ]
         for side, a in self.queries:
             x, targets = (self.rows, self.cols) if side == 0 else (self.cols, self.rows)
             phones, starts, sizes = tables[1 - side]  # of the targets
@@ -256,7 +275,13 @@ class _Job:
             right = np.add.reduceat(_nearer(to_a, distances), starts)
             others = phones != a
             triples = num_pairs * sizes[others]
-            yield int(items.speaker[targets[0]]), a, phones[others], 1 - right[others] / triples, int(triples.sum())
+            yield (
+                int(items.speaker[targets[0]]),
+                a,
+                phones[others],
+                1 - right[others] / triples,
+                int(triples.sum()),
+            )
 
 
 def _nearer(to_a: np.ndarray, to_targets: np.ndarray) -> np.ndarray:
@@ -293,12 +318,16 @@ def _jobs_within(items: Items) -> Iterator[_Job]:
 
 def _jobs_across(items: Items, chosen: dict[tuple[int, int, int], list[int]]) -> Iterator[_Job]:
     blocks = {(context, speaker): (tokens, sizes) for context, speaker, tokens, sizes in _blocks(items)}
-    queries: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # by context and the two speakers, the smaller number first
+    queries: dict[
+        tuple[int, int, int], list[tuple[int, int]]
+    ] = {}  # by context and the two speakers, the smaller number first
     for (context, phone, speaker), others in chosen.items():
         if len(blocks[context, speaker][1]) > 1:
             for other in others:
                 side = int(speaker < other)  # x is the other's: the columns where the other is the second
-                queries.setdefault((context, min(speaker, other), max(speaker, other)), []).append((side, phone))
+                queries.setdefault((context, min(speaker, other), max(speaker, other)), []).append(
+                    (side, phone)
+                )
     for (context, one, two), wanted in queries.items():
         yield _Job(blocks[context, one][0], blocks[context, two][0], wanted)
 
@@ -309,7 +338,9 @@ def _averaged(cells: list[tuple[int, int, np.ndarray, np.ndarray]], num_phones: 
     if cells:
         speaker = np.concatenate([np.full(len(others), speaker) for speaker, _, others, _ in cells])
         pair = np.concatenate([phone * num_phones + others for _, phone, others, _ in cells])
-        groups, which, counts = np.unique(speaker * num_phones**2 + pair, return_inverse=True, return_counts=True)
+        groups, which, counts = np.unique(
+            speaker * num_phones**2 + pair, return_inverse=True, return_counts=True
+        )
         errors = np.bincount(which, np.concatenate([errors for *_, errors in cells])) / counts
         pairs, which, counts = np.unique(groups % num_phones**2, return_inverse=True, return_counts=True)
         contrasts[pairs] = np.bincount(which, errors) / counts

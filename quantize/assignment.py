@@ -82,7 +82,9 @@ def nearest(points: np.ndarray, centroids: np.ndarray, mean: np.ndarray | None =
     Equals the argmin of float64 distances, the lowest index of equals. NaN or infinity in `points` is a ValueError.
     """
     centroids = np.ascontiguousarray(centroids, dtype=np.float32)
-    found = over_blocks(lambda part: nearest_in_block(_centred(points[part], mean), centroids, part.start), len(points))
+    found = over_blocks(
+        lambda part: nearest_in_block(_centred(points[part], mean), centroids, part.start), len(points)
+    )
     return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
 
@@ -95,7 +97,9 @@ def nearest_in_block(block: np.ndarray, centroids: np.ndarray, first_row: int) -
     norms = np.sqrt(np.einsum("nd,nd->n", block, block))
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
-        what = "values whose squares float32 cannot hold" if np.isfinite(block[row]).all() else "NaN or infinity"
+        what = (
+            "values whose squares float32 cannot hold" if np.isfinite(block[row]).all() else "NaN or infinity"
+        )
         raise ValueError(f"features: {what} in frame {first_row + row}")
     if len(centroids) == 1:
         return np.zeros(len(block), dtype=np.int64)
@@ -113,7 +117,9 @@ def nearest_in_block(block: np.ndarray, centroids: np.ndarray, first_row: int) -
     )  # the last: squares too small for float32
     labels: np.ndarray = indices[:, 0].astype(np.int64)
     unsure = np.flatnonzero(distances[:, 1] - distances[:, 0] <= 2 * error)
-    step = max(1, 2**22 // centroids.size)  # every centroid may be a candidate of every row: some 128 MB a thread, or one row
+    step = max(
+        1, 2**22 // centroids.size
+    )  # every centroid may be a candidate of every row: some 128 MB a thread, or one row
     for start in range(0, len(unsure), step):
         rows = unsure[start : start + step]
         labels[rows] = _resolve(block[rows], centroids, error[rows])

@@ -13,13 +13,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
 from pretrain.config import Config, PathStr, Seed, Split
-from pretrain.labels import MAX_CLASSES
-from pretrain.manifest import Manifest
+from pretrain.data.labels import MAX_CLASSES
+from pretrain.data.manifest import Manifest
 from pretrain.progress import console
+from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
 from quantize.codebook import write_codebook
-from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource, Precision, open_encoder_source
+from quantize.features import (
+    EncoderSource,
+    FeatureSource,
+    LayerConvention,
+    MfccSource,
+    Precision,
+    open_encoder_source,
+)
 from quantize.kmeans import kmeans
 from quantize.sampling import Balance, Sample, collect, load_sample, require_space
 from quantize.sweep import choose_layer, read_choice
@@ -36,25 +43,45 @@ class ClusterConfig(Config):
     split: Split = None
     features: Literal["mfcc", "encoder"] = "mfcc"
     cmvn: bool = Field(False, description="normalise MFCC over each utterance")
-    encoder: PathStr | None = Field(None, description="run folder, or fairseq2:CARD, for features = 'encoder'")
-    layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field("best", description="0 is the first layer's input")
-    convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
+    encoder: PathStr | None = Field(
+        None, description="run folder, or fairseq2:CARD, for features = 'encoder'"
+    )
+    layer: Annotated[int, Field(ge=0)] | Literal["best"] = Field(
+        "best", description="0 is the first layer's input"
+    )
+    convention: LayerConvention = Field(
+        "residual", description="a layer's features: its output, or its feed-forward's"
+    )
     select_split: Split = Field("dev", description="where 'best' is judged, by its phones; \"\": on all")
-    sweep: PathStr | None = Field(None, description="folder of a `measure` with layers = 'all' whose layer 'best' follows")
+    sweep: PathStr | None = Field(
+        None, description="folder of a `measure` with layers = 'all' whose layer 'best' follows"
+    )
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES)
     levels: int = Field(1, ge=1, description="each further one quantises what those before leave")
-    spherical: bool = Field(False, description="cluster directions: centred frames and centroids of unit length")
-    hours: float | None = Field(None, gt=0, description=f"audio's worth of frames to fit on; {DEFAULT_HOURS:g} without `frames`")
+    spherical: bool = Field(
+        False, description="cluster directions: centred frames and centroids of unit length"
+    )
+    hours: float | None = Field(
+        None, gt=0, description=f"audio's worth of frames to fit on; {DEFAULT_HOURS:g} without `frames`"
+    )
     frames: int | None = Field(None, ge=1, description="the same in frames of 20 ms; not with `hours`")
-    balance: Balance = Field("speaker", description="as many frames from every speaker, where speakers are known, or 'none'")
-    memory_gb: float = Field(8.0, ge=0, description="a sample that is larger stays on disk; the codebook is the same")
+    balance: Balance = Field(
+        "speaker", description="as many frames from every speaker, where speakers are known, or 'none'"
+    )
+    memory_gb: float = Field(
+        8.0, ge=0, description="a sample that is larger stays on disk; the codebook is the same"
+    )
     seed: Seed = 0
     restarts: int = Field(1, ge=1)
     max_iterations: int = Field(100, ge=1)
     tolerance: float = Field(1e-4, ge=0, description="stop when inertia falls by less, relatively")
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one")
-    precision: Precision = Field("float32", description="of the encoder's matrix products; int8 on a CPU only")
+    batch_seconds: float | None = Field(
+        None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one"
+    )
+    precision: Precision = Field(
+        "float32", description="of the encoder's matrix products; int8 on a CPU only"
+    )
     workers: int = Field(2, ge=1, description="threads that decode")
 
     @model_validator(mode="before")
@@ -71,7 +98,9 @@ class ClusterConfig(Config):
             raise ValueError("cmvn is a matter of MFCC; remove it")
         if self.features == "mfcc" and self.precision != "float32":
             raise ValueError("precision is a matter of encoders; remove it or give features = 'encoder'")
-        if self.features == "mfcc" and self.layer != "best":  # the default, which a resolved config spells out
+        if (
+            self.features == "mfcc" and self.layer != "best"
+        ):  # the default, which a resolved config spells out
             raise ValueError("layer is a matter of encoders; remove it or give features = 'encoder'")
         if self.sweep is not None and (self.features == "mfcc" or self.layer != "best"):
             raise ValueError("sweep is what layer = 'best' of an encoder follows; remove it, or the layer")
@@ -84,7 +113,11 @@ class ClusterConfig(Config):
     @property
     def budget(self) -> int:
         """Frames to fit on, if the split has as many."""
-        return self.frames if self.frames is not None else max(1, round((self.hours or DEFAULT_HOURS) * FRAMES_PER_HOUR))
+        return (
+            self.frames
+            if self.frames is not None
+            else max(1, round((self.hours or DEFAULT_HOURS) * FRAMES_PER_HOUR))
+        )
 
 
 def cluster(config: ClusterConfig) -> dict[str, Any]:
@@ -115,19 +148,38 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
 
     points = load_sample(collect(source, sample, partial), config.memory_gb)
     fit = kmeans(
-        points, config.num_classes, seed=config.seed, levels=config.levels, spherical=config.spherical,
-        max_iterations=config.max_iterations, tolerance=config.tolerance, restarts=config.restarts,
+        points,
+        config.num_classes,
+        seed=config.seed,
+        levels=config.levels,
+        spherical=config.spherical,
+        max_iterations=config.max_iterations,
+        tolerance=config.tolerance,
+        restarts=config.restarts,
         state=partial / "kmeans.safetensors",
-    )  # fmt: skip
+    )
     for level, found in enumerate(fit.levels):
         if found.num_empty:
             where = f" of level {level}" if config.levels > 1 else ""
             why = "the sample has fewer distinct frames" if found.converged else "stopped by max_iterations"
-            console.print(f"{config.out}: {found.num_empty} of {config.num_classes} classes{where} are empty: {why}")
+            console.print(
+                f"{config.out}: {found.num_empty} of {config.num_classes} classes{where} are empty: {why}"
+            )
     by_level = [asdict(level) for level in fit.levels]
-    statistics = by_level[0] | {"frames": sample.size, "utterances": len(sample), **_speakers(sample), **choice}
+    statistics = by_level[0] | {
+        "frames": sample.size,
+        "utterances": len(sample),
+        **_speakers(sample),
+        **choice,
+    }
     write_codebook(
-        config.out, fit.centroids, fit.mean, source.describe(), {**statistics, "levels": by_level}, config.resolved(), parents
+        config.out,
+        fit.centroids,
+        fit.mean,
+        source.describe(),
+        {**statistics, "levels": by_level},
+        config.resolved(),
+        parents,
     )
     shutil.rmtree(partial)
     summary = {"num_classes": config.num_classes, "num_levels": config.levels, **statistics}
@@ -146,7 +198,9 @@ def _draw(config: ClusterConfig, manifest: Manifest) -> Sample:
     sample = Sample(manifest.select(config.split), config.budget, config.seed, config.balance)
     if sample.size < config.num_classes:
         few = "hours or frames allow no more" if sample.size == config.budget else "the manifest has no more"
-        raise ValueError(f"num_classes: {config.num_classes} classes cannot be fitted on {sample.size} frames, and {few}")
+        raise ValueError(
+            f"num_classes: {config.num_classes} classes cannot be fitted on {sample.size} frames, and {few}"
+        )
     return sample
 
 
@@ -155,9 +209,14 @@ def open_source(config: ClusterConfig) -> FeatureSource:
     if config.encoder is None:
         return MfccSource(config.cmvn, config.workers)
     return open_encoder_source(
-        config.encoder, 0 if config.layer == "best" else config.layer, device=config.device, batch_seconds=config.batch_seconds,
-        workers=config.workers, precision=config.precision, convention=config.convention,
-    )  # fmt: skip
+        config.encoder,
+        0 if config.layer == "best" else config.layer,
+        device=config.device,
+        batch_seconds=config.batch_seconds,
+        workers=config.workers,
+        precision=config.precision,
+        convention=config.convention,
+    )
 
 
 def _plan(config: ClusterConfig, source: FeatureSource, parents: dict[str, str]) -> dict[str, Any]:
@@ -167,12 +226,16 @@ def _plan(config: ClusterConfig, source: FeatureSource, parents: dict[str, str])
     return {**keys, **parents, "device": source.device if isinstance(source, EncoderSource) else "cpu"}
 
 
-def _choose(config: ClusterConfig, manifest: Manifest, source: EncoderSource, partial: Path) -> dict[str, Any]:
+def _choose(
+    config: ClusterConfig, manifest: Manifest, source: EncoderSource, partial: Path
+) -> dict[str, Any]:
     """`layer`, `chosen_by` and `sweep`: of an interrupted run, of a finished sweep, or judged now."""
     if (partial / "choice.json").is_file():
         return dict(json.loads((partial / "choice.json").read_text(encoding="utf-8")))
     if config.sweep is None:
-        return choose_layer(manifest, config.split, config.select_split, source, config.num_classes, config.seed, partial)
+        return choose_layer(
+            manifest, config.split, config.select_split, source, config.num_classes, config.seed, partial
+        )
     choice = read_choice(config.sweep)
     if choice["encoder"] != source.fingerprint:
         raise ValueError(
@@ -192,5 +255,7 @@ def _speakers(sample: Sample) -> dict[str, Any]:
         return {}
     shares = sample.speaker_frames / sample.size
     return {
-        "num_speakers": len(shares), "smallest_speaker_share": float(shares.min()), "largest_speaker_share": float(shares.max()),
-    }  # fmt: skip
+        "num_speakers": len(shares),
+        "smallest_speaker_share": float(shares.min()),
+        "largest_speaker_share": float(shares.max()),
+    }

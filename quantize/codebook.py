@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pretrain.artefact import atomic_path, commit, read_meta
-from pretrain.labels import MAX_CLASSES
+from pretrain.data.labels import MAX_CLASSES
+from pretrain.store.artefact import atomic_path, commit, read_meta
 from quantize.assignment import nearest
 
 
@@ -29,8 +29,12 @@ class Codebook:
         self.folder = Path(folder)
         self.meta = read_meta(folder, "codebook")
         self.fingerprint: str = self.meta["fingerprint"]
-        self.source: dict[str, Any] = self.meta["source"]  # {"kind": "mfcc", ...} or {"kind": "encoder", "encoder": …, "layer": …}
-        self.num_levels, self.num_classes, self.dim = (int(self.meta[name]) for name in ("num_levels", "num_classes", "dim"))
+        self.source: dict[str, Any] = self.meta[
+            "source"
+        ]  # {"kind": "mfcc", ...} or {"kind": "encoder", "encoder": …, "layer": …}
+        self.num_levels, self.num_classes, self.dim = (
+            int(self.meta[name]) for name in ("num_levels", "num_classes", "dim")
+        )
         shapes = {"centroids": (self.num_levels, self.num_classes, self.dim), "mean": (self.dim,)}
         tensors = _read_tensors(self.folder / "centroids.safetensors", shapes)
         self.centroids, self.mean = tensors["centroids"], tensors["mean"]
@@ -46,7 +50,9 @@ class Codebook:
         dimension, NaN or infinity: ValueError.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"{self.folder}: quantises {self.dim}-dimensional features, not an array of shape {features.shape}")
+            raise ValueError(
+                f"{self.folder}: quantises {self.dim}-dimensional features, not an array of shape {features.shape}"
+            )
         levels, residual = [], features - self.mean
         for centroids in self.centroids:
             levels.append(nearest(residual, centroids))
@@ -84,21 +90,39 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, n
         found = tensors.get(name)
         if found is None or found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
             has = "it has none" if found is None else f"it has {found.dtype} {found.shape}"
-            raise ValueError(f"{path}: {name!r} is to be finite float32 {shape}, and {has}; fit the codebook again")
+            raise ValueError(
+                f"{path}: {name!r} is to be finite float32 {shape}, and {has}; fit the codebook again"
+            )
     return tensors
 
 
 def write_codebook(
-    folder: str | Path, centroids: np.ndarray, mean: np.ndarray, source: dict[str, Any], fit: dict[str, Any],
-    config: dict[str, Any], parents: dict[str, str],
-) -> str:  # fmt: skip
+    folder: str | Path,
+    centroids: np.ndarray,
+    mean: np.ndarray,
+    source: dict[str, Any],
+    fit: dict[str, Any],
+    config: dict[str, Any],
+    parents: dict[str, str],
+) -> str:
     """Write and commit a codebook of `centroids` (levels, K, dim); `fit` holds the statistics of the fit. Returns its fingerprint."""
     levels, num_classes, dim = centroids.shape
     assert num_classes <= MAX_CLASSES and mean.shape == (dim,)
-    tensors = {"centroids": np.ascontiguousarray(centroids, dtype=np.float32), "mean": np.asarray(mean, dtype=np.float32)}
+    tensors = {
+        "centroids": np.ascontiguousarray(centroids, dtype=np.float32),
+        "mean": np.asarray(mean, dtype=np.float32),
+    }
     with atomic_path(Path(folder) / "centroids.safetensors") as temporary:
         save_file(tensors, temporary)
     return commit(
-        Path(folder), "codebook", config, parents, ["centroids.safetensors"],
-        source=source, num_classes=num_classes, num_levels=levels, dim=dim, fit=fit,
-    )  # fmt: skip
+        Path(folder),
+        "codebook",
+        config,
+        parents,
+        ["centroids.safetensors"],
+        source=source,
+        num_classes=num_classes,
+        num_levels=levels,
+        dim=dim,
+        fit=fit,
+    )

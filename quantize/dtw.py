@@ -56,7 +56,9 @@ class Tokens:
             self._start[of] = total + np.cumsum(used)[spans.first[of]] - 1
             parts.append(values[used] if distance == "discrete" else _unit_length(values[used], name))
             total += len(parts[-1])
-        frames = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)  # (total, dim), or (total,) of labels
+        frames = (
+            np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
+        )  # (total, dim), or (total,) of labels
         self._frame, first = _numbered(frames)
         self._distinct = frames if len(first) == len(frames) else frames[first]
         # A cheapest path costs no more than the one along the diagonal and then an edge: as many frames as the longer token has.
@@ -109,7 +111,9 @@ def _numbered(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return number, first
     numbers: dict[bytes, int] = {}  # by digest: the bytes themselves would be the features again
     digests = (hashlib.blake2b(frame.tobytes(), digest_size=16).digest() for frame in frames)
-    number = np.fromiter((numbers.setdefault(digest, len(numbers)) for digest in digests), np.int64, len(frames))
+    number = np.fromiter(
+        (numbers.setdefault(digest, len(numbers)) for digest in digests), np.int64, len(frames)
+    )
     return number, np.unique(number, return_index=True)[1]
 
 
@@ -180,14 +184,18 @@ def _align(tokens: Tokens, pieces: list[tuple[Block, np.ndarray]]) -> None:
     if not pieces:
         return
     costs: list[np.ndarray] = []
-    places: list[np.ndarray] = []  # of each piece: (4, pairs) first cell of a pair, cells to the next row, its rows and columns
+    places: list[
+        np.ndarray
+    ] = []  # of each piece: (4, pairs) first cell of a pair, cells to the next row, its rows and columns
     size = 0
     for (rows, cols, r, c), _ in pieces:
         part = tokens.costs(rows, cols)
         num_rows, num_cols = tokens.length[rows], tokens.length[cols]
         row, col = (np.cumsum(num_rows) - num_rows)[r], (np.cumsum(num_cols) - num_cols)[c]
         stride = part.shape[1]
-        places.append(np.stack([size + row * stride + col, np.full(len(r), stride), num_rows[r], num_cols[c]]))
+        places.append(
+            np.stack([size + row * stride + col, np.full(len(r), stride), num_rows[r], num_cols[c]])
+        )
         costs.append(part.ravel())
         size += part.size
     first, stride, num_rows, num_cols = np.concatenate(places, axis=1)
@@ -197,7 +205,12 @@ def _align(tokens: Tokens, pieces: list[tuple[Block, np.ndarray]]) -> None:
 
 
 def warped(
-    costs: np.ndarray, first: np.ndarray, row_step: np.ndarray, col_step: np.ndarray, num_rows: np.ndarray, num_cols: np.ndarray
+    costs: np.ndarray,
+    first: np.ndarray,
+    row_step: np.ndarray,
+    col_step: np.ndarray,
+    num_rows: np.ndarray,
+    num_cols: np.ndarray,
 ) -> np.ndarray:
     """Mean cost along the best path of each pair, (2, pairs): as it is, and with rows and columns exchanged.
 
@@ -205,14 +218,18 @@ def warped(
     arguments are (pairs,) int64, `costs` is flat. Means are float64, in which those of different sums over lengths differ.
     """
     out = np.empty((2, len(first)))
-    tall = num_rows > num_cols  # exchanged: with the shorter token as rows there are half as many shapes and shorter diagonals
+    tall = (
+        num_rows > num_cols
+    )  # exchanged: with the shorter token as rows there are half as many shapes and shorter diagonals
     n, m = np.where(tall, num_cols, num_rows), np.where(tall, num_rows, num_cols)
     row_step, col_step = np.where(tall, col_step, row_step), np.where(tall, row_step, col_step)
     order = np.lexsort((np.where(n % 2, m, -m), n))  # shapes beside each other are alike
     start, count = 0, CHUNK
     while start < len(order):
         pairs = order[start : start + count]
-        if count > 32 and len(pairs) * int(n[pairs].max()) * int(m[pairs].max()) > CHUNK:  # all are padded to the largest
+        if (
+            count > 32 and len(pairs) * int(n[pairs].max()) * int(m[pairs].max()) > CHUNK
+        ):  # all are padded to the largest
             count //= 2
             continue
         found = _warped(costs, first[pairs], row_step[pairs], col_step[pairs], n[pairs], m[pairs])
@@ -222,7 +239,12 @@ def warped(
 
 
 def _warped(
-    costs: np.ndarray, first: np.ndarray, row_step: np.ndarray, col_step: np.ndarray, n: np.ndarray, m: np.ndarray
+    costs: np.ndarray,
+    first: np.ndarray,
+    row_step: np.ndarray,
+    col_step: np.ndarray,
+    n: np.ndarray,
+    m: np.ndarray,
 ) -> np.ndarray:
     """`warped` of pairs of like shapes (n, m), n <= m, anti-diagonal by anti-diagonal for all pairs at once."""
     N, M, P = int(n.max()), int(m.max()), len(first)
@@ -241,11 +263,17 @@ def _warped(
         low, high = max(0, k - M + 1), min(k, N - 1) + 1
         here, last, before = k % 3, (k - 1) % 3, (k - 2) % 3
         if k:
-            corner, row_back, col_back = sums[before, low:high], sums[last, low:high], sums[last, low + 1 : high + 1]
+            corner, row_back, col_back = (
+                sums[before, low:high],
+                sums[last, low:high],
+                sums[last, low + 1 : high + 1],
+            )
             side = np.minimum(row_back, col_back)
             straight = corner <= side
             best = np.minimum(corner, side, out=side)
-            diagonal = lattice[low * M + k - low : (high - 1) * M + k - high + 2 : max(1, M - 1)]  # (i, k - i), M - 1 cells apart
+            diagonal = lattice[
+                low * M + k - low : (high - 1) * M + k - high + 2 : max(1, M - 1)
+            ]  # (i, k - i), M - 1 cells apart
             np.add(best, diagonal, out=sums[here, low + 1 : high + 1])
             by_corner = lengths[before, :, low:high]
             by_row, by_col = lengths[last, :, low:high], lengths[last, :, low + 1 : high + 1]

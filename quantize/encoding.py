@@ -28,20 +28,31 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from pretrain.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
-from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config, PathStr, Split, part_of, share
-from pretrain.interrupts import IgnoringContext
-from pretrain.labels import Labels, commit_labels, count_classes, id_hashes, shard_fault, shard_stands, write_shard
-from pretrain.manifest import Manifest, Utterance
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.labels import (
+    Labels,
+    commit_labels,
+    count_classes,
+    id_hashes,
+    shard_fault,
+    shard_stands,
+    write_shard,
+)
+from pretrain.data.manifest import Manifest, Utterance
 from pretrain.progress import console, progress
+from pretrain.store.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent
+from pretrain.store.interrupts import IgnoringContext
 from quantize.codebook import Codebook
 from quantize.features import FeatureSource, MfccSource, Precision, open_encoder_source
 from quantize.quality import usage_metrics
 
 AGREEMENT_UTTERANCES = 50
 SHARD_SECONDS = 1800.0
-FEWEST_SHARDS, MOST_SHARDS = 8, 1000  # by default: short corpora occupy several processes, long ones do not crowd a folder
+FEWEST_SHARDS, MOST_SHARDS = (
+    8,
+    1000,
+)  # by default: short corpora occupy several processes, long ones do not crowd a folder
 
 
 class EncodeConfig(Config):
@@ -53,18 +64,26 @@ class EncodeConfig(Config):
     split: Split = None
     encoder: PathStr | None = None
     num_shards: int | None = Field(
-        None, ge=1, description="at most; never more than utterances; by default half an hour of audio each, 8 to 1,000 of them"
+        None,
+        ge=1,
+        description="at most; never more than utterances; by default half an hour of audio each, 8 to 1,000 of them",
     )
     processes: int = Field(
-        1, ge=1, description="that take shards side by side, with an even share of the threads, a GPU each in turn"
+        1,
+        ge=1,
+        description="that take shards side by side, with an even share of the threads, a GPU each in turn",
     )
     part: Annotated[str | None, part_of('"2/16" for the second of sixteen parts')] = Field(
-        None, description='"2/16" does every 16th shard from the second on: for job arrays and machines that share a disk'
+        None,
+        description='"2/16" does every 16th shard from the second on: for job arrays and machines that share a disk',
     )
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one")
+    batch_seconds: float | None = Field(
+        None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one"
+    )
     precision: Precision = Field(
-        "float32", description="of the encoder's matrix products; with another, the summary has the label agreement with float32"
+        "float32",
+        description="of the encoder's matrix products; with another, the summary has the label agreement with float32",
     )
     workers: int = Field(2, ge=1, description="threads that decode, in each process")
 
@@ -79,7 +98,9 @@ class Plan:
         if not len(self.rows):
             raise ValueError(f"{config.manifest}: holds no utterances to encode")
         lengths = self.rows.lengths
-        self.shards = plan_shards(lengths, config.num_shards or default_num_shards(float(lengths.sum() / SAMPLE_RATE)))
+        self.shards = plan_shards(
+            lengths, config.num_shards or default_num_shards(float(lengths.sum() / SAMPLE_RATE))
+        )
         self.seconds = [float(lengths[rows.start : rows.stop].sum() / SAMPLE_RATE) for rows in self.shards]
         self.part = range(len(self.shards))[share(config.part)]
         self.begun: list[int] = []  # shards handed out
@@ -87,9 +108,12 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What all that work in one folder must agree on."""
         return {
-            "manifest": self.manifest.fingerprint, "split": self.config.split, "codebook": self.codebook.fingerprint,
-            "num_shards": len(self.shards), "precision": self.config.precision,
-        }  # fmt: skip
+            "manifest": self.manifest.fingerprint,
+            "split": self.config.split,
+            "codebook": self.codebook.fingerprint,
+            "num_shards": len(self.shards),
+            "precision": self.config.precision,
+        }
 
     def left(self) -> Iterator[int]:
         """The shards of this part that do not stand, or not intact, asked for one after another."""
@@ -130,7 +154,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
             _commit(plan)
     _require_same(plan)
     usage = [usage_metrics(counts) for counts in count_classes(plan.out)]
-    by_level = {f"{name}_by_level": [level[name] for level in usage] for name in usage[0]} if len(usage) > 1 else {}
+    by_level = (
+        {f"{name}_by_level": [level[name] for level in usage] for name in usage[0]} if len(usage) > 1 else {}
+    )
     return {
         "utterances": len(plan.rows),
         "hours": sum(plan.seconds) / 3600,
@@ -143,7 +169,9 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
 
 def _encode_part(plan: Plan) -> None:
-    if (plan.out / "plan.json").is_file():  # refuse before anything is loaded; a new plan is written after that
+    if (
+        plan.out / "plan.json"
+    ).is_file():  # refuse before anything is loaded; a new plan is written after that
         keep_to_plan(plan.out, plan.identity())
     todo = sum(plan.seconds[shard] for shard in plan.part if not shard_stands(plan.out, shard))
     total = sum(plan.seconds[shard] for shard in plan.part)
@@ -174,7 +202,9 @@ def _work_done(plan: Plan, began: float) -> dict[str, Any]:
     }
 
 
-def encode_shards(plan: Plan, source: FeatureSource, shards: Iterable[int], advance: Callable[[float], object]) -> None:
+def encode_shards(
+    plan: Plan, source: FeatureSource, shards: Iterable[int], advance: Callable[[float], object]
+) -> None:
     """Write the labels of `shards`, which are asked for a little ahead of their turn; `advance` is told the seconds of audio done."""
     under_way: deque[tuple[int, list[Utterance]]] = deque()
 
@@ -262,7 +292,11 @@ def _share_of_the_machine(config: EncodeConfig, number: int, count: int) -> Iter
     import torch
 
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
-    if config.encoder is not None and config.device in ("auto", "cuda") and (gpus := torch.cuda.device_count()) > 1:
+    if (
+        config.encoder is not None
+        and config.device in ("auto", "cuda")
+        and (gpus := torch.cuda.device_count()) > 1
+    ):
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         share["CUDA_VISIBLE_DEVICES"] = names.split(",")[number % gpus]
     before = {name: os.environ.get(name) for name in share}
@@ -296,10 +330,16 @@ def _commit(plan: Plan) -> None:
     if plan.codebook.source["kind"] == "encoder":
         parents["encoder"] = plan.codebook.source["encoder"]
     commit_labels(
-        plan.out, len(plan.shards), plan.config.model_copy(update={"part": None}).resolved(), parents,
-        codebook=plan.codebook.fingerprint, num_classes=plan.codebook.num_classes, num_levels=plan.codebook.num_levels,
-        expected_ids=plan.rows.column("id"), expected_frames=plan.rows.num_frames,
-    )  # fmt: skip
+        plan.out,
+        len(plan.shards),
+        plan.config.model_copy(update={"part": None}).resolved(),
+        parents,
+        codebook=plan.codebook.fingerprint,
+        num_classes=plan.codebook.num_classes,
+        num_levels=plan.codebook.num_levels,
+        expected_ids=plan.rows.column("id"),
+        expected_frames=plan.rows.num_frames,
+    )
     (plan.out / "plan.json").unlink(missing_ok=True)
     for path in plan.out.glob(".*.tmp"):  # of killed processes
         path.unlink(missing_ok=True)
@@ -311,7 +351,9 @@ def _require_same(plan: Plan) -> None:
     there = {**meta, **meta["config"], **meta["parents"], "num_shards": meta["num_shards"]}
     identity = plan.identity()
     if differing := disagreements({key: there.get(key) for key in identity}, identity):
-        raise ValueError(f"{plan.out}: holds finished labels of something else ({differing}); choose another `out`")
+        raise ValueError(
+            f"{plan.out}: holds finished labels of something else ({differing}); choose another `out`"
+        )
 
 
 def label_agreement(config: EncodeConfig, codebook: Codebook, rows: Manifest) -> dict[str, float]:
@@ -321,13 +363,24 @@ def label_agreement(config: EncodeConfig, codebook: Codebook, rows: Manifest) ->
     """
     if config.precision == "float32" or config.encoder is None:
         return {}
-    chosen = np.sort(np.random.default_rng(0).choice(len(rows), size=min(len(rows), AGREEMENT_UTTERANCES), replace=False))
-    labels, exact = Labels(config.out), open_source(config.model_copy(update={"precision": "float32"}), codebook)
-    same = [labels[row.id] == codebook.assign(features) for row, features in exact.features([rows[int(i)] for i in chosen])]
+    chosen = np.sort(
+        np.random.default_rng(0).choice(len(rows), size=min(len(rows), AGREEMENT_UTTERANCES), replace=False)
+    )
+    labels, exact = (
+        Labels(config.out),
+        open_source(config.model_copy(update={"precision": "float32"}), codebook),
+    )
+    same = [
+        labels[row.id] == codebook.assign(features)
+        for row, features in exact.features([rows[int(i)] for i in chosen])
+    ]
     agree = np.concatenate(same)  # (frames,) or (frames, levels)
     if agree.ndim == 1:
         return {"label_agreement": float(agree.mean())}
-    return {"label_agreement": float(agree[:, 0].mean()), "label_agreement_all_levels": float(agree.all(axis=1).mean())}
+    return {
+        "label_agreement": float(agree[:, 0].mean()),
+        "label_agreement_all_levels": float(agree.all(axis=1).mean()),
+    }
 
 
 def open_source(config: EncodeConfig, codebook: Codebook) -> FeatureSource:
@@ -335,18 +388,27 @@ def open_source(config: EncodeConfig, codebook: Codebook) -> FeatureSource:
     wanted = codebook.source
     if wanted["kind"] == "mfcc":
         if config.encoder is not None:
-            raise ValueError(f"encoder: {config.codebook} quantises MFCC; remove encoder = {config.encoder!r}")
+            raise ValueError(
+                f"encoder: {config.codebook} quantises MFCC; remove encoder = {config.encoder!r}"
+            )
         if config.precision != "float32":
-            raise ValueError(f"precision: {config.codebook} quantises MFCC; remove precision = {config.precision!r}")
+            raise ValueError(
+                f"precision: {config.codebook} quantises MFCC; remove precision = {config.precision!r}"
+            )
         return MfccSource(wanted["cmvn"], config.workers)
     if config.encoder is None:
         raise ValueError(
             f"encoder: {config.codebook} quantises layer {wanted['layer']} of encoder {wanted['encoder']}; give its run folder"
         )
     source = open_encoder_source(
-        config.encoder, wanted["layer"], device=config.device, batch_seconds=config.batch_seconds, workers=config.workers,
-        precision=config.precision, convention=wanted.get("convention", "residual"),
-    )  # fmt: skip
+        config.encoder,
+        wanted["layer"],
+        device=config.device,
+        batch_seconds=config.batch_seconds,
+        workers=config.workers,
+        precision=config.precision,
+        convention=wanted.get("convention", "residual"),
+    )
     if source.fingerprint != wanted["encoder"]:
         raise ValueError(
             f"encoder: {config.codebook} was fitted on encoder {wanted['encoder']}, and {config.encoder} is encoder "

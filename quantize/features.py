@@ -13,11 +13,11 @@ products have other shapes in another batch, and the last bits of a feature may 
 with them). The same batches on the same kind of GPU give the same bits.
 
 Utterances of more than 100 s go through the encoder in windows: equal parts of at most 100 s, each with 2 s on both sides that are seen and
-dropped. What is normalised over time is normalised by the statistics of the whole utterance, taken before (pretrain/totals.py), and
+dropped. What is normalised over time is normalised by the statistics of the whole utterance, taken before (pretrain/model/totals.py), and
 the positional convolution reaches less than 2 s. So the input of the first layer is that of the whole utterance, to rounding, and what
 the cuts change is attention, which sees a window (docs/formats.md has numbers). Decoded samples and the features of one utterance are
 in memory (per hour 230 MB, and 550 MB of BASE), activations of one window for each thread. A streaming encoder, whose chunks and
-statistics count from the beginning, has no cuts and takes long utterances chunk by chunk (pretrain/online.py).
+statistics count from the beginning, has no cuts and takes long utterances chunk by chunk (pretrain/model/online.py).
 """
 
 from collections import deque
@@ -31,23 +31,29 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import kaldi_native_fbank
 import numpy as np
 
-from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio, num_frames
-from pretrain.manifest import Utterance
+from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio, num_frames
+from pretrain.data.manifest import Utterance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pretrain.encoder import Encoder
+    from pretrain.model.encoder import Encoder
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "int8"]
-Layers = Iterator[tuple[Utterance, list[np.ndarray]]]  # of an utterance the features (frames, dim) of some layers
-Totals = dict[str, "Tensor"]  # pretrain/totals.py
-LayerConvention = Literal["residual", "feed_forward"]  # as pretrain.encoder says; named here too, because that imports torch
+Layers = Iterator[
+    tuple[Utterance, list[np.ndarray]]
+]  # of an utterance the features (frames, dim) of some layers
+Totals = dict[str, "Tensor"]  # pretrain/model/totals.py
+LayerConvention = Literal[
+    "residual", "feed_forward"
+]  # as pretrain.model.encoder says; named here too, because that imports torch
 
 NUM_CEPSTRA = 13
 WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows
-CONTEXT_FRAMES = 100  # seen on both sides of a window and dropped; the positional convolution reaches 64 frames
+CONTEXT_FRAMES = (
+    100  # seen on both sides of a window and dropped; the positional convolution reaches 64 frames
+)
 GPU_BATCH_SECONDS = 200.0
 AHEAD_SECONDS = 3600.0  # of audio decoded ahead at most (230 MB), but for one utterance that is longer
 
@@ -82,7 +88,9 @@ def mfcc(waveform: np.ndarray, cmvn: bool = False) -> np.ndarray:
     computer = kaldi_native_fbank.OnlineMfcc(options)
     computer.accept_waveform(SAMPLE_RATE, waveform)
     computer.input_finished()
-    static = np.stack([computer.get_frame(t) for t in range(computer.num_frames_ready)])  # (frames at 100 Hz, 13)
+    static = np.stack(
+        [computer.get_frame(t) for t in range(computer.num_frames_ready)]
+    )  # (frames at 100 Hz, 13)
     if cmvn:
         static = (static - static.mean(axis=0)) / np.maximum(static.std(axis=0), 1e-5)
     first = deltas(static)
@@ -111,7 +119,11 @@ class MfccSource:
         yield from self.stream([utterances])
 
     def stream(self, groups: Iterable[Sequence[Utterance]]) -> Iterator[tuple[Utterance, np.ndarray]]:
-        yield from ahead(lambda utterance: mfcc(load_audio(utterance), self.cmvn), chain.from_iterable(groups), self.workers)
+        yield from ahead(
+            lambda utterance: mfcc(load_audio(utterance), self.cmvn),
+            chain.from_iterable(groups),
+            self.workers,
+        )
 
 
 class EncoderSource:
@@ -122,22 +134,40 @@ class EncoderSource:
     """
 
     def __init__(
-        self, encoder: "Encoder", fingerprint: str, layer: int, *, device: str = "cpu", batch_seconds: float | None = None,
-        workers: int = 2, precision: Precision = "float32", convention: LayerConvention = "residual",
-    ):  # fmt: skip
+        self,
+        encoder: "Encoder",
+        fingerprint: str,
+        layer: int,
+        *,
+        device: str = "cpu",
+        batch_seconds: float | None = None,
+        workers: int = 2,
+        precision: Precision = "float32",
+        convention: LayerConvention = "residual",
+    ):
         if device == "cpu":
-            from pretrain.kernels import keep_freed_memory
+            from pretrain.model.cpu_kernels import keep_freed_memory
 
             keep_freed_memory()
         self.precision, self.convention = precision, convention
         if not 0 <= layer <= encoder.config.num_layers:
-            raise ValueError(f"layer: {layer} does not exist; this encoder has layers 0 to {encoder.config.num_layers}")
+            raise ValueError(
+                f"layer: {layer} does not exist; this encoder has layers 0 to {encoder.config.num_layers}"
+            )
         if precision == "int8":
             if device != "cpu":
                 raise ValueError(f'precision: "int8" runs on a CPU, not on {device}; "bfloat16" is for GPUs')
             encoder.use_int8()
-        self.encoder, self.fingerprint, self.layer, self.device, self.workers = encoder, fingerprint, layer, device, workers
-        self.batch_seconds = 0.0 if device == "cpu" else GPU_BATCH_SECONDS if batch_seconds is None else batch_seconds
+        self.encoder, self.fingerprint, self.layer, self.device, self.workers = (
+            encoder,
+            fingerprint,
+            layer,
+            device,
+            workers,
+        )
+        self.batch_seconds = (
+            0.0 if device == "cpu" else GPU_BATCH_SECONDS if batch_seconds is None else batch_seconds
+        )
 
     @property
     def dim(self) -> int:
@@ -158,7 +188,9 @@ class EncoderSource:
 
     def all_layers(self, utterances: Sequence[Utterance], layers: Sequence[int] | None = None) -> Layers:
         """The same for several layers at once, or for every one; layer 0 is the input of the first. None beyond the last runs."""
-        yield from self._run([utterances], list(range(self.encoder.config.num_layers + 1)) if layers is None else list(layers))
+        yield from self._run(
+            [utterances], list(range(self.encoder.config.num_layers + 1)) if layers is None else list(layers)
+        )
 
     def _run(self, groups: Iterable[Sequence[Utterance]], layers: list[int]) -> Layers:
         if self.device == "cpu":
@@ -188,7 +220,9 @@ class EncoderSource:
                 decoded.close()
                 torch.set_num_threads(threads)
 
-    def _submit(self, pool: ThreadPoolExecutor, waveform: np.ndarray, layers: list[int]) -> list[Future[list[np.ndarray]]]:
+    def _submit(
+        self, pool: ThreadPoolExecutor, waveform: np.ndarray, layers: list[int]
+    ) -> list[Future[list[np.ndarray]]]:
         """The windows of one utterance as tasks of the pool."""
         windows = self._windows(waveform)
         if len(windows) == 1:
@@ -216,7 +250,11 @@ class EncoderSource:
             if len(batch) == 1:
                 windows = self._windows(waveforms[0])
                 totals = self._totals(waveforms[0]) if len(windows) > 1 else None
-                found = [_stitched([self._extract_window(waveforms[0], *window, layers, totals) for window in windows])]
+                found = [
+                    _stitched(
+                        [self._extract_window(waveforms[0], *window, layers, totals) for window in windows]
+                    )
+                ]
             else:
                 found = self._extract(waveforms, layers)
             yield from zip(batch, found, strict=True)
@@ -227,12 +265,19 @@ class EncoderSource:
 
     def _totals(self, waveform: np.ndarray) -> "Totals | None":
         """What windows of a waveform share."""
-        from pretrain.totals import utterance_totals
+        from pretrain.model.totals import utterance_totals
 
         return utterance_totals(self.encoder, waveform)
 
     def _extract_window(
-        self, waveform: np.ndarray, start: int, end: int, first: int, last: int, layers: list[int], totals: "Totals | None" = None
+        self,
+        waveform: np.ndarray,
+        start: int,
+        end: int,
+        first: int,
+        last: int,
+        layers: list[int],
+        totals: "Totals | None" = None,
     ) -> list[np.ndarray]:
         """Frames start … end of one waveform, of each of `layers`, computed from its frames first … last; `totals` are of the whole."""
         if self.encoder.config.streaming is not None and last > WINDOW_FRAMES:
@@ -243,13 +288,15 @@ class EncoderSource:
 
     def _extract(
         self, waveforms: Sequence[np.ndarray], layers: list[int], totals: "Totals | None" = None
-    ) -> list[list[np.ndarray]]:  # fmt: skip
+    ) -> list[list[np.ndarray]]:
         """For each waveform its features (frames, dim) of each of `layers`; with `totals` they are windows of one utterance."""
-        from pretrain.packing import pack
+        from pretrain.data.packing import pack
 
         buffer, layout = pack(waveforms)
         with self._inference():
-            outputs = self.encoder.extract_packed(buffer.to(self.device), layout, max(layers), self.convention, totals)
+            outputs = self.encoder.extract_packed(
+                buffer.to(self.device), layout, max(layers), self.convention, totals
+            )
             found = [outputs[layer].float().cpu().numpy() for layer in layers]
         return [[features[first:last] for features in found] for first, last in layout.frame_bounds]
 
@@ -257,7 +304,7 @@ class EncoderSource:
         """The same for one waveform and a streaming encoder, chunk by chunk."""
         import torch
 
-        from pretrain.online import OnlineEncoder
+        from pretrain.model.online import OnlineEncoder
 
         online = OnlineEncoder(self.encoder, max(layers), self.convention)
         with self._inference():
@@ -271,11 +318,16 @@ class EncoderSource:
     def _inference(self) -> Iterator[None]:
         import torch
 
-        with torch.inference_mode(), torch.autocast(self.device.split(":")[0], torch.bfloat16, self.precision == "bfloat16"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.split(":")[0], torch.bfloat16, self.precision == "bfloat16"),
+        ):
             yield
 
 
-def _joined(utterance: Utterance, windows: list[Future[list[np.ndarray]]]) -> tuple[Utterance, list[np.ndarray]]:
+def _joined(
+    utterance: Utterance, windows: list[Future[list[np.ndarray]]]
+) -> tuple[Utterance, list[np.ndarray]]:
     return utterance, _stitched([window.result() for window in windows])
 
 
@@ -286,8 +338,8 @@ def _stitched(windows: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) -> EncoderSource:
     """The encoder of a run folder as a feature source, with its `options`; `device` "auto" is the GPU when torch has one."""
-    from pretrain.encoder import load_encoder
-    from pretrain.parallel import resolve_device
+    from pretrain.model.encoder import load_encoder
+    from pretrain.training.parallel import resolve_device
 
     device = str(resolve_device(device))
     encoder, fingerprint = load_encoder(run, device)
@@ -324,7 +376,9 @@ def plan_batches(utterances: Sequence[Utterance], batch_seconds: float) -> list[
     batches: list[list[Utterance]] = []
     room = 0.0
     for utterance in utterances:
-        alone = utterance.num_frames > WINDOW_FRAMES  # goes through the encoder in windows, whatever its neighbours
+        alone = (
+            utterance.num_frames > WINDOW_FRAMES
+        )  # goes through the encoder in windows, whatever its neighbours
         if alone or utterance.length > room:
             batches.append([])
             room = batch_seconds * SAMPLE_RATE
@@ -337,4 +391,7 @@ def plan_windows(total: int) -> list[tuple[int, int, int, int]]:
     """Windows of an utterance of `total` frames: (start, end) kept of (first, last) computed. Equal parts, exact cover."""
     count = -(-total // WINDOW_FRAMES)
     bounds = [total * part // count for part in range(count + 1)]
-    return [(start, end, max(0, start - CONTEXT_FRAMES), min(total, end + CONTEXT_FRAMES)) for start, end in pairwise(bounds)]
+    return [
+        (start, end, max(0, start - CONTEXT_FRAMES), min(total, end + CONTEXT_FRAMES))
+        for start, end in pairwise(bounds)
+    ]

@@ -14,15 +14,20 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from pretrain.artefact import atomic_path, require_absent, sha256_file
 from pretrain.config import Config, PathStr
-from pretrain.labels import MAX_CLASSES
+from pretrain.data.labels import MAX_CLASSES
+from pretrain.store.artefact import atomic_path, require_absent, sha256_file
 from quantize.codebook import Codebook, write_codebook
 from quantize.features import FeatureSource, LayerConvention, MfccSource, open_encoder_source
 from quantize.joblib_file import read_arrays
 
 CodebookFormat = Literal["npy", "safetensors"]
-NAMES = ("cluster_centers_", "cluster_centers", "centroids", "C")  # of the centroids among other tensors, the first that is there
+NAMES = (
+    "cluster_centers_",
+    "cluster_centers",
+    "centroids",
+    "C",
+)  # of the centroids among other tensors, the first that is there
 TORCH_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that begins such a file
 
 
@@ -35,7 +40,9 @@ class CodebookImportConfig(Config):
     cmvn: bool = Field(False, description="the MFCC were normalised over each utterance")
     encoder: PathStr | None = Field(None, description="the run folder whose features the centroids are of")
     layer: int | None = Field(None, ge=0, description="0 is the first layer's input")
-    convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
+    convention: LayerConvention = Field(
+        "residual", description="a layer's features: its output, or its feed-forward's"
+    )
     allow_pickle: bool = False
 
     @model_validator(mode="after")
@@ -74,15 +81,23 @@ def import_codebook(config: CodebookImportConfig) -> dict[str, Any]:
         source = open_encoder_source(config.encoder, config.layer, device="cpu", convention=config.convention)
         whose = f"the features of {config.encoder} have {source.dim}"
     if found.shape[-1] != source.dim:
-        turned = "; they lie the other way round, (dim, K): transpose them" if found.shape[-2] == source.dim else ""
-        raise ValueError(f"{path}: centroids of {found.shape[-1]} dimensions, {found.shape}, and {whose}{turned}")
+        turned = (
+            "; they lie the other way round, (dim, K): transpose them"
+            if found.shape[-2] == source.dim
+            else ""
+        )
+        raise ValueError(
+            f"{path}: centroids of {found.shape[-1]} dimensions, {found.shape}, and {whose}{turned}"
+        )
     notes = []
     if found.dtype != np.float32:
         notes.append(f"centroids in {found.dtype} became float32")
     with np.errstate(over="ignore"):  # an infinity is told
         centroids = np.ascontiguousarray(found, dtype=np.float32)
     if not np.isfinite(centroids).all():
-        raise ValueError(f"{path}: NaN or infinity in centroid {int(np.argwhere(~np.isfinite(centroids))[0, -2])}")
+        raise ValueError(
+            f"{path}: NaN or infinity in centroid {int(np.argwhere(~np.isfinite(centroids))[0, -2])}"
+        )
     centroids = centroids.reshape(-1, *centroids.shape[-2:])  # (levels, K, dim)
     sha256 = sha256_file(path)
     parents = {"source": sha256[:16]}
@@ -93,9 +108,14 @@ def import_codebook(config: CodebookImportConfig) -> dict[str, Any]:
     fingerprint = write_codebook(out, centroids, mean, source.describe(), origin, config.resolved(), parents)
     levels, num_classes, dim = centroids.shape
     return {
-        "format": form, "num_classes": num_classes, "num_levels": levels, "dim": dim, "source": source.describe(),
-        "fingerprint": fingerprint, "notes": notes,
-    }  # fmt: skip
+        "format": form,
+        "num_classes": num_classes,
+        "num_levels": levels,
+        "dim": dim,
+        "source": source.describe(),
+        "fingerprint": fingerprint,
+        "notes": notes,
+    }
 
 
 def read_centroid_file(path: Path, allow_pickle: bool) -> tuple[str, dict[str, np.ndarray]]:
@@ -144,7 +164,9 @@ def choose_centroids(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
     known = [name for name in NAMES if name in arrays]
     shaped = known[:1] or [name for name, array in arrays.items() if array.ndim in (2, 3)]
     if len(shaped) != 1 or arrays[shaped[0]].ndim not in (2, 3) or arrays[shaped[0]].dtype.kind != "f":
-        there = ", ".join(f"{f'{name!r} ' if name else ''}{array.dtype} {array.shape}" for name, array in arrays.items())
+        there = ", ".join(
+            f"{f'{name!r} ' if name else ''}{array.dtype} {array.shape}" for name, array in arrays.items()
+        )
         raise ValueError(
             f"{path}: one array of floats (K, dim), or (levels, K, dim), is needed, by any name or as {NAMES[0]!r}; "
             f"there is {there or 'none'}"
@@ -156,7 +178,9 @@ def choose_centroids(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
             "or write it with `wordless export`"
         )
     if not 1 <= found.shape[-2] <= MAX_CLASSES or found.shape[0] == 0:
-        raise ValueError(f"{path}: {found.shape} has {found.shape[-2]} centroids; 1 to {MAX_CLASSES} are possible")
+        raise ValueError(
+            f"{path}: {found.shape} has {found.shape[-2]} centroids; 1 to {MAX_CLASSES} are possible"
+        )
     return found
 
 
@@ -176,7 +200,10 @@ def _numbers(value: Any) -> dict[str, np.ndarray]:
 
     tensors = value.items() if isinstance(value, dict) else [("", value)]
     found = {str(name): tensor.detach() for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
-    return {name: (it.float() if it.is_floating_point() and it.element_size() < 8 else it).numpy() for name, it in found.items()}
+    return {
+        name: (it.float() if it.is_floating_point() and it.element_size() < 8 else it).numpy()
+        for name, it in found.items()
+    }
 
 
 def export_codebook(folder: str | Path, out: str | Path, form: CodebookFormat) -> dict[str, Any]:
@@ -200,9 +227,19 @@ def export_codebook(folder: str | Path, out: str | Path, form: CodebookFormat) -
         else:
             from safetensors.numpy import save_file
 
-            save_file({"centroids": tensor}, temporary, {"codebook": codebook.fingerprint, "source": json.dumps(codebook.source)})
+            save_file(
+                {"centroids": tensor},
+                temporary,
+                {"codebook": codebook.fingerprint, "source": json.dumps(codebook.source)},
+            )
     return {
-        "out": str(out), "format": form, "codebook": codebook.fingerprint, "num_classes": codebook.num_classes,
-        "num_levels": codebook.num_levels, "dim": codebook.dim,
-        "notes": [] if codebook.num_levels == 1 else ["levels after the first quantise what the levels before them leave"],
-    }  # fmt: skip
+        "out": str(out),
+        "format": form,
+        "codebook": codebook.fingerprint,
+        "num_classes": codebook.num_classes,
+        "num_levels": codebook.num_levels,
+        "dim": codebook.dim,
+        "notes": []
+        if codebook.num_levels == 1
+        else ["levels after the first quantise what the levels before them leave"],
+    }

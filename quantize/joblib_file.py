@@ -41,20 +41,44 @@ class RefusedError(ValueError):
     """Of a file that is whole: why it is not read."""
 
 
-KMEANS = {f"sklearn.cluster.{module}.{name}" for module in ("_kmeans", "k_means_") for name in ("KMeans", "MiniBatchKMeans")}
-WRAPPERS = {"joblib.numpy_pickle.NumpyArrayWrapper", "sklearn.externals.joblib.numpy_pickle.NumpyArrayWrapper"}
-RECONSTRUCTORS = {"copy_reg._reconstructor", "copyreg._reconstructor"}  # make objects in the pickle protocols 0 and 1
+KMEANS = {
+    f"sklearn.cluster.{module}.{name}"
+    for module in ("_kmeans", "k_means_")
+    for name in ("KMeans", "MiniBatchKMeans")
+}
+WRAPPERS = {
+    "joblib.numpy_pickle.NumpyArrayWrapper",
+    "sklearn.externals.joblib.numpy_pickle.NumpyArrayWrapper",
+}
+RECONSTRUCTORS = {
+    "copy_reg._reconstructor",
+    "copyreg._reconstructor",
+}  # make objects in the pickle protocols 0 and 1
 KNOWN = {
-    *KMEANS, *WRAPPERS, *RECONSTRUCTORS,
-    "builtins.object", "__builtin__.object", "builtins.bytes", "__builtin__.bytes", "_codecs.encode",
-    "numpy.ndarray", "numpy.memmap", "numpy.dtype", "numpy.core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer",
+    *KMEANS,
+    *WRAPPERS,
+    *RECONSTRUCTORS,
+    "builtins.object",
+    "__builtin__.object",
+    "builtins.bytes",
+    "__builtin__.bytes",
+    "_codecs.encode",
+    "numpy.ndarray",
+    "numpy.memmap",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.numeric._frombuffer",
     # states of random generators, which stay unread
-    "numpy.random.__RandomState_ctor", "numpy.random._mt19937.MT19937",
-    "numpy.random._pickle.__randomstate_ctor", "numpy.random._pickle.__bit_generator_ctor",
-}  # fmt: skip
+    "numpy.random.__RandomState_ctor",
+    "numpy.random._mt19937.MT19937",
+    "numpy.random._pickle.__randomstate_ctor",
+    "numpy.random._pickle.__bit_generator_ctor",
+}
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
-LARGEST = 8 * 2**16 * 2**12 + 2**29  # bytes: 65,536 centroids of 4,096 dimensions in float64, and half a gigabyte for all else
+LARGEST = (
+    8 * 2**16 * 2**12 + 2**29
+)  # bytes: 65,536 centroids of 4,096 dimensions in float64, and half a gigabyte for all else
 SMALL = 2**28  # bytes that any packed file may unpack to
 PLAIN = {"int_or_bool", "int", "float", "str", "bytes", "bytearray", "bytes_or_str"}
 VALUES = {  # opcodes whose argument is the value they push
@@ -182,7 +206,9 @@ class _Machine:
             case _ if name in VALUES:
                 self.stack.append(argument)
             case _:  # persistent ids, the extension registry, buffers elsewhere, classes of Python 2, sets
-                raise RefusedError(f"uses the pickle opcode {name}, of which no k-means has need, so it is not read")
+                raise RefusedError(
+                    f"uses the pickle opcode {name}, of which no k-means has need, so it is not read"
+                )
 
     def build(self, file: BinaryIO) -> None:
         """Keep the state of the object on top; the bytes of joblib's arrays follow in the file."""
@@ -215,13 +241,17 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _known(module: Any, name: Any) -> Named:
-    if not isinstance(module, str) or not isinstance(name, str):  # a list that holds itself many times would be written out
+    if not isinstance(module, str) or not isinstance(
+        name, str
+    ):  # a list that holds itself many times would be written out
         raise TypeError("a name that is no text")
     full = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
     if full.endswith("NDArrayWrapper"):
         raise RefusedError("was written by a joblib before 0.10, with its arrays in other files")
     if full not in KNOWN:
-        raise RefusedError(f"names {full}, of which no k-means of scikit-learn has need, so it is not read; nothing of it was run")
+        raise RefusedError(
+            f"names {full}, of which no k-means of scikit-learn has need, so it is not read; nothing of it was run"
+        )
     return Named(full)
 
 
@@ -239,7 +269,9 @@ def _make(maker: Any, arguments: Any) -> Any:
 
 def _decompress(path: Path) -> bytes:
     """The bytes of a file that joblib may have compressed."""
-    too_large = f"{path}: holds more than {LARGEST:,} bytes, as no codebook does, so it is not read.\n{_remedy(path)}"
+    too_large = (
+        f"{path}: holds more than {LARGEST:,} bytes, as no codebook does, so it is not read.\n{_remedy(path)}"
+    )
     if path.stat().st_size > LARGEST:
         raise ValueError(too_large)
     data = path.read_bytes()

@@ -5,14 +5,26 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.audio import phone_frames
-from pretrain.manifest import Utterance
+from pretrain.data.audio import phone_frames
+from pretrain.data.manifest import Utterance
 from quantize.abx import Context, Distance, Mode, abx, phone_items
-from quantize.probes import MAX_ITERATIONS, histogram, phone_probe, pooled, speaker_frame_probe, speaker_probe, split_utterances
+from quantize.probes import (
+    MAX_ITERATIONS,
+    histogram,
+    phone_probe,
+    pooled,
+    speaker_frame_probe,
+    speaker_probe,
+    split_utterances,
+)
 
 T = TypeVar("T")
 
-FULL = 10, 5, 10_000  # tokens of a phone in a context and speakers of x, as in Libri-light; frames that a probe learns from
+FULL = (
+    10,
+    5,
+    10_000,
+)  # tokens of a phone in a context and speakers of x, as in Libri-light; frames that a probe learns from
 BRIEF = 5, 3, 5_000
 FEW_CELLS = 100  # of ABX: below, its error is a rough number, and a note says so
 
@@ -25,9 +37,17 @@ class Judge:
     """
 
     def __init__(
-        self, utterances: Sequence[Utterance], *, use_abx: bool = True, context: Context = "triphone", distance: Distance = "angular",
-        use_probes: bool = True, silence: Collection[str] = (), seed: int = 0, brief: bool = False,
-    ):  # fmt: skip
+        self,
+        utterances: Sequence[Utterance],
+        *,
+        use_abx: bool = True,
+        context: Context = "triphone",
+        distance: Distance = "angular",
+        use_probes: bool = True,
+        silence: Collection[str] = (),
+        seed: int = 0,
+        brief: bool = False,
+    ):
         self.utterances, self.notes, self.brief = utterances, list[str](), brief
         self._distance, self._seed = distance, seed
         self._max_group, self._max_x_across, self._probe_frames = BRIEF if brief else FULL
@@ -48,7 +68,9 @@ class Judge:
         `speaker_accuracy` and `speaker_chance`, of an utterance by its shares of the units; `speaker_frame_accuracy` and
         `speaker_frame_majority`, of a single unit."""
         found = {} if self.brief else self.abx(labels, "discrete")
-        return found | self.phones(labels) | self.speakers(labels, lambda units: histogram(units, num_classes))
+        return (
+            found | self.phones(labels) | self.speakers(labels, lambda units: histogram(units, num_classes))
+        )
 
     def of_features(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Of features (frames, dim): the same under keys that end in `_features`, of an utterance by its mean, without chances."""
@@ -58,7 +80,9 @@ class Judge:
         accuracies = {f"{key}_features": value for key, value in found.items() if key.endswith("accuracy")}
         return self.abx(features, self._distance, "_features") | accuracies
 
-    def abx(self, features: Mapping[str, np.ndarray], distance: Distance, suffix: str = "") -> dict[str, float]:
+    def abx(
+        self, features: Mapping[str, np.ndarray], distance: Distance, suffix: str = ""
+    ) -> dict[str, float]:
         """ABX error rates, `abx_within` and `abx_across` and the suffix."""
         scores: dict[str, float] = {}
         modes: tuple[Mode, ...] = ("within", "across")
@@ -66,15 +90,22 @@ class Judge:
             return scores
         for mode in modes:
             score = abx(
-                self._items, features, mode=mode, distance=distance, max_group=self._max_group, max_x_across=self._max_x_across,
+                self._items,
+                features,
+                mode=mode,
+                distance=distance,
+                max_group=self._max_group,
+                max_x_across=self._max_x_across,
                 seed=self._seed,
-            )  # fmt: skip
+            )
             if score.error is None:
                 self._note(f"no ABX {mode}: {score.reason}")
             else:
                 scores[f"abx_{mode}{suffix}"] = score.error
                 if score.num_cells < FEW_CELLS:
-                    self._note(f"ABX {mode} rests on {score.num_cells} comparisons of phones in a context only")
+                    self._note(
+                        f"ABX {mode} rests on {score.num_cells} comparisons of phones in a context only"
+                    )
         return scores
 
     def phones(self, frames: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -82,24 +113,32 @@ class Judge:
         if self._training is None or not self._aligned:
             return {}
         pieces = [
-            (phone_frames(utterance.phones, len(frames[utterance.id])), frames[utterance.id]) if utterance.phones else None
+            (phone_frames(utterance.phones, len(frames[utterance.id])), frames[utterance.id])
+            if utterance.phones
+            else None
             for utterance in self.utterances
         ]
         found = phone_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
         return self._unless_reason("phone probe", found, ("phone_accuracy", "phone_majority"))
 
-    def speakers(self, frames: Mapping[str, np.ndarray], vector: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+    def speakers(
+        self, frames: Mapping[str, np.ndarray], vector: Callable[[np.ndarray], np.ndarray]
+    ) -> dict[str, float]:
         """How well the speaker is told from an utterance's vector, (frames, …) to (dim,), and from a frame."""
         if self._training is None:
             return {}
-        found = speaker_probe(np.stack([vector(frames[name]) for name in self.ids]), self._speakers, seed=self._seed)
+        found = speaker_probe(
+            np.stack([vector(frames[name]) for name in self.ids]), self._speakers, seed=self._seed
+        )
         told = self._unless_reason("speaker probe", found, ("speaker_accuracy", "speaker_chance"))
         if not told:
             return {}
         named = zip(self._speakers, self.ids, strict=True)
         pieces = [None if speaker is None else (speaker, frames[name]) for speaker, name in named]
         found = speaker_frame_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
-        return told | self._unless_reason("speaker probe of frames", found, ("speaker_frame_accuracy", "speaker_frame_majority"))
+        return told | self._unless_reason(
+            "speaker probe of frames", found, ("speaker_frame_accuracy", "speaker_frame_majority")
+        )
 
     def _halves(self, pieces: Sequence[T | None]) -> tuple[list[T], list[T]]:
         """What is known of the utterances to learn from, and of those to be judged on."""
@@ -115,7 +154,9 @@ class Judge:
             self._note(f"no {what}: {found['reason']}")
             return {}
         if found.get("stopped"):
-            self._note(f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ a little")
+            self._note(
+                f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ a little"
+            )
         return {key: float(found[key]) for key in keys}
 
     def _note(self, note: str) -> None:

@@ -21,12 +21,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pretrain.artefact import atomic_path, disagreements
 from pretrain.progress import progress
+from pretrain.store.artefact import atomic_path, disagreements
 from quantize.assignment import faiss, nearest_in_block, over_blocks, squared_distances
 from quantize.rows import Rows
 
-SEEDING_BLOCK = 2048  # rows per thread in k-means++; its float32 distances decide, so this is part of the algorithm
+SEEDING_BLOCK = (
+    2048  # rows per thread in k-means++; its float32 distances decide, so this is part of the algorithm
+)
 SEEDING_POINTS = 48  # k-means++ and the first iterations look at this many points per class at most
 SEEDING_BYTES = 2 * 10**9  # in so much memory, if that is a point a class at least
 SKETCH = 128  # dimensions that k-means++ sees of more
@@ -39,7 +41,9 @@ class LevelFit:
     """Statistics of one level."""
 
     inertia: float  # mean squared distance of a row to its centroid: what the level leaves
-    relative_error: float  # inertia over the mean squared length of the first level's rows: 1 is nothing explained
+    relative_error: (
+        float  # inertia over the mean squared length of the first level's rows: 1 is nothing explained
+    )
     iterations: int  # over the whole sample
     converged: bool  # False: stopped by max_iterations
     empty_reseeded: int  # classes that lost all points on the way and were put elsewhere
@@ -58,9 +62,17 @@ class Fit:
 
 
 def kmeans(
-    points: np.ndarray, num_classes: int, *, seed: int = 0, levels: int = 1, spherical: bool = False, max_iterations: int = 100,
-    tolerance: float = 1e-4, restarts: int = 1, state: Path | None = None,
-) -> Fit:  # fmt: skip
+    points: np.ndarray,
+    num_classes: int,
+    *,
+    seed: int = 0,
+    levels: int = 1,
+    spherical: bool = False,
+    max_iterations: int = 100,
+    tolerance: float = 1e-4,
+    restarts: int = 1,
+    state: Path | None = None,
+) -> Fit:
     """Lloyd's algorithm from a greedy k-means++ start on `points` (n, dim) float32, an array or a map; the best of `restarts`.
 
     Stops when inertia falls by less than `tolerance` of itself. An empty class moves to a point drawn in proportion to its
@@ -77,17 +89,29 @@ def kmeans(
     `state`: a file to go on from after an interruption, to the bytes of an uninterrupted fit. Written every 20 s at most and after each
     start, restart and level; the caller removes it. A state of other arguments or points: ValueError.
     """
-    options = {"num_classes": num_classes, "levels": levels, "restarts": restarts, "max_iterations": max_iterations}
+    options = {
+        "num_classes": num_classes,
+        "levels": levels,
+        "restarts": restarts,
+        "max_iterations": max_iterations,
+    }
     for name, value in options.items():
         if value < 1:
             raise ValueError(f"{name}: {value}; at least 1 is needed")
     if num_classes > len(points):
-        raise ValueError(f"num_classes: {num_classes} classes cannot be fitted on {len(points)} frames; take fewer classes")
+        raise ValueError(
+            f"num_classes: {num_classes} classes cannot be fitted on {len(points)} frames; take fewer classes"
+        )
     if spherical and levels > 1:
-        raise ValueError(f"spherical: unit length leaves no residual for {levels} levels; take levels = 1 or spherical = false")
+        raise ValueError(
+            f"spherical: unit length leaves no residual for {levels} levels; take levels = 1 or spherical = false"
+        )
     rows = Rows(points, spherical=spherical)
     work = _Unfinished(state, {**options, "seed": seed, "spherical": spherical, "tolerance": tolerance}, rows)
-    total, done = max_iterations * restarts * levels, max_iterations * (restarts * len(work.levels) + work.restart)
+    total, done = (
+        max_iterations * restarts * levels,
+        max_iterations * (restarts * len(work.levels) + work.restart),
+    )
     with progress(f"k-means {num_classes}", total=total, unit="iteration", done=done) as advance:
         for level in range(levels):
             while len(work.levels) == level:  # until the last of its restarts
@@ -99,7 +123,9 @@ def kmeans(
                 work.finish_run(found)
             if level + 1 < levels:
                 rows.descend(work.levels[level][0])
-    return Fit(np.stack([centroids for centroids, _ in work.levels]), rows.mean, tuple(fit for _, fit in work.levels))
+    return Fit(
+        np.stack([centroids for centroids, _ in work.levels]), rows.mean, tuple(fit for _, fit in work.levels)
+    )
 
 
 @dataclass(slots=True)
@@ -118,10 +144,17 @@ def _lloyd(
 ) -> tuple[np.ndarray, LevelFit]:
     """Centroids (K, dim) and statistics of `run` taken to its end; `report` is called after each iteration."""
     num_classes = len(run.centroids)
-    labels = np.full(len(rows), num_classes, dtype=np.min_scalar_type(num_classes))  # one more class: of rows not yet seen
-    sums, counts = np.zeros((num_classes + 1, rows.dim), dtype=np.int64), np.zeros(num_classes + 1, dtype=np.int64)
+    labels = np.full(
+        len(rows), num_classes, dtype=np.min_scalar_type(num_classes)
+    )  # one more class: of rows not yet seen
+    sums, counts = (
+        np.zeros((num_classes + 1, rows.dim), dtype=np.int64),
+        np.zeros(num_classes + 1, dtype=np.int64),
+    )
     while True:
-        for classes, more_sums, more_counts in over_blocks(partial(_relabel, rows, run.centroids, labels), len(rows)):
+        for classes, more_sums, more_counts in over_blocks(
+            partial(_relabel, rows, run.centroids, labels), len(rows)
+        ):
             sums[classes] += more_sums
             counts[classes] += more_counts
         members, totals = counts[:-1], sums[:-1] / rows.fixed.scale
@@ -130,11 +163,15 @@ def _lloyd(
         left = rows.energy - 2 * float((totals * wide).sum()) + float((members * (wide**2).sum(axis=1)).sum())
         inertia = max(0.0, left) / len(rows)
         empty = np.flatnonzero(members == 0)
-        settled = run.inertia - inertia <= tolerance * run.inertia if math.isfinite(run.inertia) else inertia == 0
+        settled = (
+            run.inertia - inertia <= tolerance * run.inertia if math.isfinite(run.inertia) else inertia == 0
+        )
         if run.iterations == max_iterations or (settled and not len(empty)):
             break
         weights = np.linalg.norm(totals, axis=1) if rows.spherical else members
-        moved = np.where(weights[:, None] > 0, totals / np.where(weights > 0, weights, 1)[:, None], wide).astype(np.float32)
+        moved = np.where(
+            weights[:, None] > 0, totals / np.where(weights > 0, weights, 1)[:, None], wide
+        ).astype(np.float32)
         if len(empty):
             drawn = _draw_far(rows, run.centroids, labels, len(empty), run.rng)
             if settled and not len(drawn):
@@ -144,12 +181,19 @@ def _lloyd(
         run.centroids, run.inertia, run.iterations = moved, inertia, run.iterations + 1
         report()
     return run.centroids, LevelFit(
-        inertia, inertia / rows.variance if rows.variance else 0.0, run.iterations, settled, run.reseeded, len(empty),
+        inertia,
+        inertia / rows.variance if rows.variance else 0.0,
+        run.iterations,
+        settled,
+        run.reseeded,
+        len(empty),
         float(members.max() / len(rows)),
-    )  # fmt: skip
+    )
 
 
-def _relabel(rows: Rows, centroids: np.ndarray, labels: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _relabel(
+    rows: Rows, centroids: np.ndarray, labels: np.ndarray, part: slice
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Label the rows of `part`: the classes that won or lost rows, and what their sums (classes, dim) and counts change by."""
     import torch
 
@@ -160,7 +204,10 @@ def _relabel(rows: Rows, centroids: np.ndarray, labels: np.ndarray, part: slice)
     touched[found[changed]] = touched[before[changed]] = True
     classes, places = np.flatnonzero(touched), np.cumsum(touched) - 1
     won, lost = places[found[changed]], places[before[changed]]
-    values, sums = torch.from_numpy(rows.fixed.round(block[changed])), torch.zeros(len(classes), rows.dim, dtype=torch.float64)
+    values, sums = (
+        torch.from_numpy(rows.fixed.round(block[changed])),
+        torch.zeros(len(classes), rows.dim, dtype=torch.float64),
+    )
     # a class wins or loses a row at most once: at most MAX_BLOCK integers, added exactly
     sums.index_add_(0, torch.from_numpy(won), values).index_add_(0, torch.from_numpy(lost), values, alpha=-1)
     counts = np.bincount(won, minlength=len(classes)) - np.bincount(lost, minlength=len(classes))
@@ -168,7 +215,9 @@ def _relabel(rows: Rows, centroids: np.ndarray, labels: np.ndarray, part: slice)
     return classes, sums.numpy().astype(np.int64), counts
 
 
-def _draw_far(rows: Rows, centroids: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _draw_far(
+    rows: Rows, centroids: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
     """Up to `count` rows drawn in proportion to their squared distance to their centroid; none if all lie on theirs.
 
     Weighted sampling without replacement in one pass: the smallest of exponential waiting times (Efraimidis & Spirakis 2006).
@@ -222,8 +271,12 @@ def seeding(points: np.ndarray, num_classes: int, rng: np.random.Generator) -> n
         if cumulative[-1] == 0:  # every distinct point is taken
             chosen += rng.integers(count, size=num_classes - len(chosen)).tolist()
             break
-        drawn = np.minimum(np.searchsorted(cumulative, rng.random(trials) * cumulative[-1], side="right"), count - 1)
-        offered = np.concatenate(list(over_blocks(partial(squared_distances, looked, looked[drawn]), count, SEEDING_BLOCK)))
+        drawn = np.minimum(
+            np.searchsorted(cumulative, rng.random(trials) * cumulative[-1], side="right"), count - 1
+        )
+        offered = np.concatenate(
+            list(over_blocks(partial(squared_distances, looked, looked[drawn]), count, SEEDING_BLOCK))
+        )
         offered[np.arange(count)[:, None] == drawn] = 0  # a point is no distance from itself, rounding or not
         np.clip(offered, 0, distances[:, None], out=offered)  # (count, trials)
         best = int(offered.sum(axis=0, dtype=np.float64).argmin())
@@ -242,7 +295,9 @@ def _sketch(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     directions = rng.standard_normal(points.shape[1] * SKETCH, dtype=np.float32) / np.float32(SKETCH**0.5)
     faiss.copy_array_to_vector(directions, transform.A)
     transform.is_trained = True
-    return np.concatenate(list(over_blocks(lambda part: transform.apply(points[part]), len(points), SEEDING_BLOCK)))
+    return np.concatenate(
+        list(over_blocks(lambda part: transform.apply(points[part]), len(points), SEEDING_BLOCK))
+    )
 
 
 def _report(work: "_Unfinished", advance: Callable[..., None]) -> None:
@@ -283,15 +338,27 @@ class _Unfinished:
         if self.path is None or time.monotonic() - self._saved < after:
             return
         fits = [*self.levels, *([self.best] if self.best else [])]
-        tensors = {f"fit.{number}": centroids for number, (centroids, _) in enumerate(fits)} | {"mean": self.mean}
-        state: dict[str, Any] = {"fits": [asdict(fit) for _, fit in fits], "levels": len(self.levels), "restart": self.restart}
+        tensors = {f"fit.{number}": centroids for number, (centroids, _) in enumerate(fits)} | {
+            "mean": self.mean
+        }
+        state: dict[str, Any] = {
+            "fits": [asdict(fit) for _, fit in fits],
+            "levels": len(self.levels),
+            "restart": self.restart,
+        }
         state["variance"] = self.variance
         if self.run is not None:
             tensors["run"] = self.run.centroids
-            state["run"] = {"inertia": self.run.inertia, "iterations": self.run.iterations, "reseeded": self.run.reseeded}
+            state["run"] = {
+                "inertia": self.run.inertia,
+                "iterations": self.run.iterations,
+                "reseeded": self.run.reseeded,
+            }
             state["rng"] = self.run.rng.bit_generator.state
         with atomic_path(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"plan": json.dumps(self.plan), "state": json.dumps(state)})
+            save_file(
+                tensors, temporary, metadata={"plan": json.dumps(self.plan), "state": json.dumps(state)}
+            )
         self._saved = time.monotonic()
 
     def _load(self, path: Path) -> None:
@@ -306,11 +373,15 @@ class _Unfinished:
                 run = _Run(tensors["run"], np.random.default_rng(), **state["run"])
                 run.rng.bit_generator.state = state["rng"]
         except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not the state of a k-means fit ({error}); remove it to start again") from None
+            raise ValueError(
+                f"{path}: not the state of a k-means fit ({error}); remove it to start again"
+            ) from None
         differing = disagreements(plan, self.plan)
         if not differing and (variance != self.variance or not np.array_equal(mean, self.mean)):
             differing = "points of another mean or variance"
         if differing:
-            raise ValueError(f"{path}: the state of another k-means fit ({differing}); remove it to start again")
+            raise ValueError(
+                f"{path}: the state of another k-means fit ({differing}); remove it to start again"
+            )
         self.levels, self.restart, self.run = fits[:num_levels], restart, run
         self.best = fits[-1] if len(fits) > num_levels else None

@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.audio import SAMPLE_RATE
 from pretrain.config import Config, PathStr, Seed, Split
-from pretrain.labels import MAX_CLASSES, Labels
-from pretrain.manifest import Manifest, Utterance
-from pretrain.pnmi import JointCounts, phone_metrics
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.labels import MAX_CLASSES, Labels
+from pretrain.data.manifest import Manifest, Utterance
+from pretrain.objectives.pnmi import JointCounts, phone_metrics
 from pretrain.progress import progress
+from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
 from quantize.abx import Context
 from quantize.codebook import Codebook
 from quantize.encoding import EncodeConfig, open_source
@@ -36,7 +36,16 @@ from quantize.quality import (
     usage_metrics,
 )
 from quantize.sampling import Sample, require_finite
-from quantize.sweep import SWEEP_FRAMES, draw_layers, draw_utterances, frame_file, layer_text, plan_sweep, recommend, sweep_layers
+from quantize.sweep import (
+    SWEEP_FRAMES,
+    draw_layers,
+    draw_utterances,
+    frame_file,
+    layer_text,
+    plan_sweep,
+    recommend,
+    sweep_layers,
+)
 
 JUDGED_FRAMES = 200_000  # 67 minutes: with a codebook of 768 dimensions, 1.2 GB of disk for the features and centroids meanwhile
 
@@ -58,31 +67,48 @@ class MeasureConfig(Config):
     silence: list[str] = Field(["", "_", "sil", "SIL", "sp", "spn", "pau", "h#"])
     abx: bool = True
     abx_context: Context = "triphone"
-    abx_distance: Literal["angular", "cosine"] = Field("angular", description="of features; units are the same or not")
-    probes: bool = Field(True, description="how well phone and speaker are told, by a linear classifier on other utterances")
+    abx_distance: Literal["angular", "cosine"] = Field(
+        "angular", description="of features; units are the same or not"
+    )
+    probes: bool = Field(
+        True, description="how well phone and speaker are told, by a linear classifier on other utterances"
+    )
     frames: int | None = Field(
-        None, ge=1,
+        None,
+        ge=1,
         description="about so many, of whole utterances drawn by the seed, for ABX, probes and features; 200,000, of layers 20,000",
-    )  # fmt: skip
+    )
     seed: Seed = 0
     num_classes: int = Field(100, ge=1, le=MAX_CLASSES, description="of each layer's k-means")
-    fit_split: Split = Field(None, description="where the layers' k-means is fitted; without, on what is judged")
-    convention: LayerConvention = Field("residual", description="a layer's features: its output, or its feed-forward's")
+    fit_split: Split = Field(
+        None, description="where the layers' k-means is fitted; without, on what is judged"
+    )
+    convention: LayerConvention = Field(
+        "residual", description="a layer's features: its output, or its feed-forward's"
+    )
     device: str = "auto"
-    batch_seconds: float | None = Field(None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one")
+    batch_seconds: float | None = Field(
+        None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one"
+    )
     workers: int = Field(2, ge=1, description="threads that decode")
 
     @model_validator(mode="after")
     def _labels_or_layers(self) -> "MeasureConfig":
         if (self.labels is None) == (self.layers is None):
-            raise ValueError("give either `labels`, to measure units, or `layers`, to compare an encoder's layers")
+            raise ValueError(
+                "give either `labels`, to measure units, or `layers`, to compare an encoder's layers"
+            )
         if self.layers is not None and (self.encoder is None or self.codebook is not None):
             raise ValueError("`layers` needs `encoder` and no `codebook`")
         if self.layers is None and self.encoder is not None and self.codebook is None:
             raise ValueError("`encoder` needs the `codebook` that the labels come from, or `layers`")
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         if self.labels is not None and (
-            foreign := [name for name in ("num_classes", "fit_split", "convention") if getattr(self, name) != defaults[name]]
+            foreign := [
+                name
+                for name in ("num_classes", "fit_split", "convention")
+                if getattr(self, name) != defaults[name]
+            ]
         ):
             raise ValueError(f"{', '.join(foreign)}: a matter of `layers`; the labels have theirs")
         return self
@@ -180,16 +206,28 @@ def by_level(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def judge_units(
-    config: MeasureConfig, rows: Manifest, labels: Labels, codebook: Codebook | None, source: FeatureSource | None
+    config: MeasureConfig,
+    rows: Manifest,
+    labels: Labels,
+    codebook: Codebook | None,
+    source: FeatureSource | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """ABX and probes of the units of drawn utterances, and of their features where there is a source; notes on what is missing."""
     utterances = draw_utterances(rows, config.frames or JUDGED_FRAMES, config.seed)
     judge = Judge(
-        utterances, use_abx=config.abx, context=config.abx_context, distance=config.abx_distance, use_probes=config.probes,
-        silence=config.silence, seed=config.seed,
-    )  # fmt: skip
+        utterances,
+        use_abx=config.abx,
+        context=config.abx_context,
+        distance=config.abx_distance,
+        use_probes=config.probes,
+        silence=config.silence,
+        seed=config.seed,
+    )
     units = {utterance.id: matching_levels(utterance, labels) for utterance in utterances}
-    found: dict[str, Any] = {"judged_utterances": len(utterances), "judged_frames": sum(map(len, units.values()))}
+    found: dict[str, Any] = {
+        "judged_utterances": len(utterances),
+        "judged_frames": sum(map(len, units.values())),
+    }
     found |= judge.of_units({name: levels[:, 0] for name, levels in units.items()}, labels.num_classes)
     if codebook is not None and source is not None:
         found |= judge_features(config, judge, utterances, units, codebook, source)
@@ -197,9 +235,13 @@ def judge_units(
 
 
 def judge_features(
-    config: MeasureConfig, judge: Judge, utterances: Sequence[Utterance], units: dict[str, np.ndarray], codebook: Codebook,
+    config: MeasureConfig,
+    judge: Judge,
+    utterances: Sequence[Utterance],
+    units: dict[str, np.ndarray],
+    codebook: Codebook,
     source: FeatureSource,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """ABX and probes of the features and ABX of the centroids that stand for them; what quantising loses at each level.
 
     `quantisation_error` is the mean squared distance of a frame to its centroids' sum over the variance of the frames, 1 being
@@ -229,7 +271,9 @@ def judge_features(
                 errors[level] += np.square(residual).sum()
     scores: dict[str, Any] = {}
     if spherical:
-        judge.notes.append("no quantisation error: the codebook is spherical, and its centroids are directions")
+        judge.notes.append(
+            "no quantisation error: the codebook is spherical, and its centroids are directions"
+        )
     else:
         variance = squares - np.square(sums).sum() / max(1, done)
         relative = [float(error / variance) if variance > 0 else 0.0 for error in errors]
@@ -254,9 +298,14 @@ def open_codebook(config: MeasureConfig, labels: Labels) -> Codebook | None:
 def _encode_config(config: MeasureConfig, codebook: Codebook) -> EncodeConfig:
     """How `encode` would be told to make these labels: it knows which source a codebook needs."""
     return EncodeConfig(
-        manifest=config.manifest, codebook=str(codebook.folder), out=config.out, encoder=config.encoder, device=config.device,
-        batch_seconds=config.batch_seconds, workers=config.workers,
-    )  # fmt: skip
+        manifest=config.manifest,
+        codebook=str(codebook.folder),
+        out=config.out,
+        encoder=config.encoder,
+        device=config.device,
+        batch_seconds=config.batch_seconds,
+        workers=config.workers,
+    )
 
 
 def measure_layers(config: MeasureConfig) -> dict[str, Any]:
@@ -268,23 +317,47 @@ def measure_layers(config: MeasureConfig) -> dict[str, Any]:
     rows = manifest.select(config.split)
     fit_rows = rows if config.fit_split is None else manifest.select(config.fit_split)
     source = open_encoder_source(
-        config.encoder, 0, device=config.device, batch_seconds=config.batch_seconds, workers=config.workers,
+        config.encoder,
+        0,
+        device=config.device,
+        batch_seconds=config.batch_seconds,
+        workers=config.workers,
         convention=config.convention,
-    )  # fmt: skip
+    )
     num_layers = source.encoder.config.num_layers
     layers = list(range(num_layers + 1)) if config.layers == "all" else sorted(set(config.layers))
     if layers[-1] > num_layers:
-        raise ValueError(f"layers: {layers[-1]} does not exist; {config.encoder} has layers 0 to {num_layers}")
+        raise ValueError(
+            f"layers: {layers[-1]} does not exist; {config.encoder} has layers 0 to {num_layers}"
+        )
     budget, judged = plan_sweep(rows, config.num_classes, config.seed, config.frames)
     names = {utterance.id for utterance in judged}
-    drawn = [utterance for utterance in draw_utterances(rows, config.frames or SWEEP_FRAMES, config.seed) if utterance.id in names]
+    drawn = [
+        utterance
+        for utterance in draw_utterances(rows, config.frames or SWEEP_FRAMES, config.seed)
+        if utterance.id in names
+    ]
     judge = Judge(
-        drawn, use_abx=config.abx, context=config.abx_context, distance=config.abx_distance, use_probes=config.probes,
-        silence=config.silence, seed=config.seed, brief=True,
-    )  # fmt: skip
+        drawn,
+        use_abx=config.abx,
+        context=config.abx_context,
+        distance=config.abx_distance,
+        use_probes=config.probes,
+        silence=config.silence,
+        seed=config.seed,
+        brief=True,
+    )
     found = sweep_layers(
-        fit_rows, judged, source, layers, config.num_classes, frames=budget, seed=config.seed, folder=out, judge=judge,
-    )  # fmt: skip
+        fit_rows,
+        judged,
+        source,
+        layers,
+        config.num_classes,
+        frames=budget,
+        seed=config.seed,
+        folder=out,
+        judge=judge,
+    )
     choice = recommend(layers, found, config.split)
     summary: dict[str, Any] = {
         "utterances": len(judged),

@@ -13,7 +13,9 @@ import numpy as np
 
 MAX_ITERATIONS = 100  # of L-BFGS: the last digits of a probe are not worth the minutes
 MIN_PER_SPEAKER = 2  # utterances: one to learn from and one to be judged on
-Frames = tuple[np.ndarray, np.ndarray]  # names (frames,) of str, "" where there is none; features (frames, dim) or labels (frames,)
+Frames = tuple[
+    np.ndarray, np.ndarray
+]  # names (frames,) of str, "" where there is none; features (frames, dim) or labels (frames,)
 
 
 def pooled(features: np.ndarray) -> np.ndarray:
@@ -44,13 +46,19 @@ def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: 
     without a speaker, are left out; with fewer than two speakers left there is a `reason` instead.
     """
     assert len(vectors) == len(speakers)
-    kept = [mine for name, mine in _by_name(speakers).items() if name is not None and len(mine) >= MIN_PER_SPEAKER]
+    kept = [
+        mine for name, mine in _by_name(speakers).items() if name is not None and len(mine) >= MIN_PER_SPEAKER
+    ]
     if len(kept) < 2:
-        return {"reason": f"{len(kept)} speakers with {MIN_PER_SPEAKER} or more utterances; telling speakers apart needs two"}
+        return {
+            "reason": f"{len(kept)} speakers with {MIN_PER_SPEAKER} or more utterances; telling speakers apart needs two"
+        }
     chosen = np.concatenate(kept)
     truth = np.repeat(np.arange(len(kept)), [len(mine) for mine in kept])
     training = split_utterances(speakers, seed=seed)[chosen]
-    found, stopped = _regression(vectors[chosen[training]], truth[training], vectors[chosen[~training]], balanced=True)
+    found, stopped = _regression(
+        vectors[chosen[training]], truth[training], vectors[chosen[~training]], balanced=True
+    )
     right = found == truth[~training]
     shares = np.bincount(truth[~training], right) / np.bincount(truth[~training])
     return {
@@ -62,7 +70,9 @@ def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: 
     }
 
 
-def phone_probe(train: Sequence[Frames], test: Sequence[Frames], *, max_frames: int = 20_000, seed: int = 0) -> dict[str, Any]:
+def phone_probe(
+    train: Sequence[Frames], test: Sequence[Frames], *, max_frames: int = 20_000, seed: int = 0
+) -> dict[str, Any]:
     """How well the phone of a single frame is told, of (phones, frames) by utterance; learnt on `train` and judged on `test`.
 
     Of labels (frames,), integers, by the commonest phone of each unit in `train`: no linear classifier of one-hot vectors is
@@ -75,18 +85,27 @@ def phone_probe(train: Sequence[Frames], test: Sequence[Frames], *, max_frames: 
 
 
 def speaker_frame_probe(
-    train: Sequence[tuple[str, np.ndarray]], test: Sequence[tuple[str, np.ndarray]], *, max_frames: int = 20_000, seed: int = 0
+    train: Sequence[tuple[str, np.ndarray]],
+    test: Sequence[tuple[str, np.ndarray]],
+    *,
+    max_frames: int = 20_000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """As `phone_probe`, of (speaker, frames) by utterance: how well the speaker is told from a single frame or unit.
 
     The harder question of the two: a few seconds of anything tell a few voices apart. `speaker_frame_accuracy`,
     `speaker_frame_majority` and `speaker_frames`, or a `reason`. Train and test hold other utterances of the same speakers.
     """
-    learnt, judged = (_known([(np.full(len(frames), speaker), frames) for speaker, frames in half]) for half in (train, test))
+    learnt, judged = (
+        _known([(np.full(len(frames), speaker), frames) for speaker, frames in half])
+        for half in (train, test)
+    )
     return _frame_probe(learnt, judged, "speaker", "speaker_frame", max_frames, seed)
 
 
-def _frame_probe(learnt: Frames | None, judged: Frames | None, what: str, key: str, max_frames: int, seed: int) -> dict[str, Any]:
+def _frame_probe(
+    learnt: Frames | None, judged: Frames | None, what: str, key: str, max_frames: int, seed: int
+) -> dict[str, Any]:
     """Accuracy, that of train's commonest name, and frames judged, of the names of frames, or why there is none."""
     if learnt is None or judged is None:
         return {"reason": f"no frames with a {what} to {'learn from' if learnt is None else 'be judged on'}"}
@@ -117,14 +136,21 @@ def _by_name(names: Sequence[str | None]) -> dict[str | None, np.ndarray]:
     places: dict[str | None, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(name, []).append(place)
-    return {name: np.array(places[name]) for name in sorted(places, key=lambda name: (name is not None, name or ""))}
+    return {
+        name: np.array(places[name])
+        for name in sorted(places, key=lambda name: (name is not None, name or ""))
+    }
 
 
 def _known(pieces: Sequence[Frames]) -> Frames | None:
     """Names and frames of all pieces, where there is a name; None where there are none at all."""
     assert all(len(names) == len(frames) for names, frames in pieces)
     kept = [(names[names != ""], frames[names != ""]) for names, frames in pieces if (names != "").any()]
-    return (np.concatenate([names for names, _ in kept]), np.concatenate([frames for _, frames in kept])) if kept else None
+    return (
+        (np.concatenate([names for names, _ in kept]), np.concatenate([frames for _, frames in kept]))
+        if kept
+        else None
+    )
 
 
 def _commonest(labels: np.ndarray, truth: np.ndarray, judged: np.ndarray, otherwise: int) -> np.ndarray:
@@ -136,7 +162,9 @@ def _commonest(labels: np.ndarray, truth: np.ndarray, judged: np.ndarray, otherw
     return np.where(counts.any(axis=1), counts.argmax(axis=1), otherwise)[judged]
 
 
-def _regression(train: np.ndarray, truth: np.ndarray, test: np.ndarray, *, balanced: bool) -> tuple[np.ndarray, dict[str, bool]]:
+def _regression(
+    train: np.ndarray, truth: np.ndarray, test: np.ndarray, *, balanced: bool
+) -> tuple[np.ndarray, dict[str, bool]]:
     """Classes (test,) by logistic regression learnt on train (n, dim), standardised by train's mean and deviation; `stopped`, if it was."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

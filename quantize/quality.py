@@ -1,6 +1,6 @@
 """How good units are, from counts: usage, runs, bitrates; and the names that all measures go by in tables.
 
-Everything here is over 50 Hz frames. Information shared with phones and the purities are in pretrain/pnmi.py, ABX in abx.py,
+Everything here is over 50 Hz frames. Information shared with phones and the purities are in pretrain/objectives/pnmi.py, ABX in abx.py,
 the probes in probes.py; the verb `measure`, which puts them together, is in measuring.py.
 """
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.labels import Labels
-from pretrain.manifest import Utterance
-from pretrain.pnmi import entropy_bits
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Utterance
+from pretrain.objectives.pnmi import entropy_bits
 
 # By group: key of a summary, how tables call it, and its format, in the order of the tables.
 MEASURES = {
@@ -104,7 +104,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     first, *others = widths
     return "\n".join(
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]).rstrip()
+        "  ".join(
+            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
+        ).rstrip()
         for row in ([] if not any(header) else [header]) + list(rows)
     )
 
@@ -138,7 +140,9 @@ def usage_metrics(counts: np.ndarray) -> dict[str, float]:
     return {"usage": float((counts > 0).mean()), "perplexity": 2.0 ** entropy_bits(counts)}
 
 
-def rate_metrics(counts: np.ndarray, unit_counts: np.ndarray, frame_rate_hz: float, num_levels: int = 1) -> dict[str, float]:
+def rate_metrics(
+    counts: np.ndarray, unit_counts: np.ndarray, frame_rate_hz: float, num_levels: int = 1
+) -> dict[str, float]:
     """Units per second and the three bitrates in use, in bits per second. Units are labels with runs collapsed.
 
     `bitrate_frames`: frame rate · log2 K · levels. `bitrate_units`: units/s · log2 K. `bitrate_entropy`: units/s · H, with H

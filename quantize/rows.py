@@ -84,13 +84,17 @@ class Rows:
             largest: np.ndarray = np.maximum(block.max(axis=0), -block.min(axis=0))  # NaN stays NaN
             if not np.isfinite(largest).all():
                 row, dimension = np.argwhere(~np.isfinite(block))[0]
-                raise ValueError(f"features: NaN or infinity in dimension {dimension} of the sample's row {part.start + row}")
+                raise ValueError(
+                    f"features: NaN or infinity in dimension {dimension} of the sample's row {part.start + row}"
+                )
             return largest
 
         largest = np.max(list(over_blocks(by_dimension, len(self))), axis=0)
         if 16 * self.dim * float(largest.max()) ** 2 > float(np.finfo(np.float32).max):
             worst = int(largest.argmax())
-            raise ValueError(f"features: {largest[worst]:.3g} in dimension {worst}: float32 cannot hold its square; scale them")
+            raise ValueError(
+                f"features: {largest[worst]:.3g} in dimension {worst}: float32 cannot hold its square; scale them"
+            )
         return float(largest.max())
 
     def _mean(self, largest: float) -> np.ndarray:
@@ -108,8 +112,14 @@ class Rows:
             block = self[part]
             squares = np.square(block, dtype=np.float64) * fixed.scale
             high = np.rint(squares)
-            low = np.rint((squares - high) * 2.0**fixed.bits)  # twice the bits: a square spans twice the range
-            return float(np.abs(block).max()), high.sum(axis=0).astype(np.int64), low.sum(axis=0).astype(np.int64)
+            low = np.rint(
+                (squares - high) * 2.0**fixed.bits
+            )  # twice the bits: a square spans twice the range
+            return (
+                float(np.abs(block).max()),
+                high.sum(axis=0).astype(np.int64),
+                low.sum(axis=0).astype(np.int64),
+            )
 
         self.largest, energy = 0.0, 0
         for largest, high, low in over_blocks(add, len(self)):

@@ -16,10 +16,10 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.artefact import telling_full_disk, write_json
-from pretrain.audio import SAMPLE_RATE
-from pretrain.manifest import Manifest, Utterance
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.manifest import Manifest, Utterance
 from pretrain.progress import progress
+from pretrain.store.artefact import telling_full_disk, write_json
 from quantize.features import FeatureSource
 
 Balance = Literal["speaker", "none"]
@@ -69,7 +69,9 @@ def share_out(have: np.ndarray, budget: int, rng: np.random.Generator) -> np.nda
     budget, count = min(budget, int(have.sum())), len(have)
     rising = np.sort(have)
     below = np.cumsum(rising) - rising
-    full = int(np.searchsorted(below + rising * np.arange(count, 0, -1), budget))  # so many give all they have
+    full = int(
+        np.searchsorted(below + rising * np.arange(count, 0, -1), budget)
+    )  # so many give all they have
     if full == count:
         return have.astype(np.int64)
     level = (budget - int(below[full])) // (count - full)
@@ -101,16 +103,22 @@ class Sample:
     def __init__(self, rows: Manifest, budget: int, seed: int, balance: Balance = "speaker"):
         numbers = speaker_numbers(rows)
         self._rows, self._seed = rows, seed
-        self._visited, self._counts = plan_sample(rows.num_frames, budget, seed, numbers if balance == "speaker" else None)
+        self._visited, self._counts = plan_sample(
+            rows.num_frames, budget, seed, numbers if balance == "speaker" else None
+        )
         self._ends = np.cumsum(self._counts)
         self.size = int(self._counts.sum())
         if self.size == 0:
-            raise ValueError(f"{rows.folder}: no frame of 20 ms in the {len(rows)} utterances to fit on; choose another split")
+            raise ValueError(
+                f"{rows.folder}: no frame of 20 ms in the {len(rows)} utterances to fit on; choose another split"
+            )
         self._seconds = rows.lengths[self._visited] / SAMPLE_RATE
         self.seconds = float(self._seconds.sum())
         known = rows.num_frames > 0
         self.speaker_frames = (
-            None if numbers is None else _sums(numbers[self._visited], self._counts, numbers.max() + 1)[np.unique(numbers[known])]
+            None
+            if numbers is None
+            else _sums(numbers[self._visited], self._counts, numbers.max() + 1)[np.unique(numbers[known])]
         )  # (speakers,) frames drawn of each that has any
 
     def __len__(self) -> int:
@@ -157,7 +165,11 @@ def collect(source: FeatureSource, sample: Sample, folder: Path) -> Path:
     NaN or infinity in a feature: a ValueError names the utterance.
     """
     path, record = folder / "sample.npy", folder / "collected.json"
-    done = json.loads(record.read_text(encoding="utf-8"))["utterances"] if path.is_file() and record.is_file() else 0
+    done = (
+        json.loads(record.read_text(encoding="utf-8"))["utterances"]
+        if path.is_file() and record.is_file()
+        else 0
+    )
     if done == len(sample):
         return path
     row_bytes = 4 * source.dim

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.artefact import read_meta
-from pretrain.audio import SAMPLE_RATE
-from pretrain.manifest import Manifest, Utterance
-from pretrain.pnmi import JointCounts, phone_metrics
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.manifest import Manifest, Utterance
+from pretrain.objectives.pnmi import JointCounts, phone_metrics
 from pretrain.progress import console, progress
+from pretrain.store.artefact import read_meta
 from quantize.assignment import nearest
 from quantize.features import EncoderSource
 from quantize.kmeans import kmeans
@@ -32,27 +32,56 @@ if TYPE_CHECKING:
 SWEEP_FRAMES = 20_000  # frames per layer to fit on; whole utterances with four times as many are judged
 SWEEP_ITERATIONS = 20
 SHOWN = {  # a layer's measures, by how the table calls them
-    "pnmi": "PNMI", "phone_purity": "phone purity", "usage": "in use", "perplexity": "perplexity",
-    "phone_accuracy_features": "phone probe", "abx_within_features": "ABX within", "abx_across_features": "ABX across",
-    "speaker_frame_accuracy": "speaker by unit", "speaker_accuracy": "by utterance",
-}  # fmt: skip
+    "pnmi": "PNMI",
+    "phone_purity": "phone purity",
+    "usage": "in use",
+    "perplexity": "perplexity",
+    "phone_accuracy_features": "phone probe",
+    "abx_within_features": "ABX within",
+    "abx_across_features": "ABX across",
+    "speaker_frame_accuracy": "speaker by unit",
+    "speaker_accuracy": "by utterance",
+}
 PANELS = (  # of the plot: title, label of the y axis, and the measures by what the legend calls them
-    ("Phones: higher is better", "share, 0 to 1", {
-        "pnmi": "PNMI", "phone_purity": "phone purity", "phone_accuracy_features": "phone probe, accuracy",
-    }),
-    ("ABX error: lower is better", "error, %", {"abx_within_features": "within a speaker", "abx_across_features": "across speakers"}),
-    ("Speaker probe: lower is better", "accuracy, %", {"speaker_accuracy": "of an utterance", "speaker_frame_accuracy": "of one frame"}),
-)  # fmt: skip
-USE_PANEL = ("Units in use", "perplexity, units", {"perplexity": "perplexity"})  # where there are no phones, and little else
+    (
+        "Phones: higher is better",
+        "share, 0 to 1",
+        {
+            "pnmi": "PNMI",
+            "phone_purity": "phone purity",
+            "phone_accuracy_features": "phone probe, accuracy",
+        },
+    ),
+    (
+        "ABX error: lower is better",
+        "error, %",
+        {"abx_within_features": "within a speaker", "abx_across_features": "across speakers"},
+    ),
+    (
+        "Speaker probe: lower is better",
+        "accuracy, %",
+        {"speaker_accuracy": "of an utterance", "speaker_frame_accuracy": "of one frame"},
+    ),
+)
+USE_PANEL = (
+    "Units in use",
+    "perplexity, units",
+    {"perplexity": "perplexity"},
+)  # where there are no phones, and little else
 PANEL_INCHES = (4.0, 2.8)
 
 Panel = tuple[str, str, dict[str, str]]
 
 
 def choose_layer(
-    manifest: Manifest, split: str | None, select_split: str | None, source: EncoderSource, num_classes: int, seed: int,
+    manifest: Manifest,
+    split: str | None,
+    select_split: str | None,
+    source: EncoderSource,
+    num_classes: int,
+    seed: int,
     folder: str | Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer whose quick k-means on `split` suits the phones of the select split.
 
     All layers come out of one pass over a sample of `split` and one over the select split; frames lie in an unnamed file in
@@ -64,14 +93,18 @@ def choose_layer(
     found: dict[int, dict[str, float]] = {}
     if judge is not None and judge.has_phones:
         budget, judged = plan_sweep(judge, num_classes, seed)
-        found = sweep_layers(rows, judged, source, layers, num_classes, frames=budget, seed=seed, folder=folder)
+        found = sweep_layers(
+            rows, judged, source, layers, num_classes, frames=budget, seed=seed, folder=folder
+        )
     choice = recommend(layers, found, select_split)
     if not found:
         console.print(f"layer: {choice['chosen_by']}")
     return choice
 
 
-def recommend(layers: Sequence[int], found: Mapping[int, Mapping[str, float]], split: str | None) -> dict[str, Any]:
+def recommend(
+    layers: Sequence[int], found: Mapping[int, Mapping[str, float]], split: str | None
+) -> dict[str, Any]:
     """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer with the highest PNMI, or the middle one where no phones are known.
 
     The middle is what HuBERT's first iteration takes (6 of 12). Layer 0, the input of the first, is taken only where it is alone.
@@ -84,17 +117,27 @@ def recommend(layers: Sequence[int], found: Mapping[int, Mapping[str, float]], s
     else:
         best = candidates[(len(candidates) - 1) // 2]
         reason = f"no phone alignments to judge layers by, so the middle one: {best} of {candidates[-1]}"
-    return {"layer": best, "chosen_by": reason, "sweep": {str(layer): score for layer, score in scores.items()}}
+    return {
+        "layer": best,
+        "chosen_by": reason,
+        "sweep": {str(layer): score for layer, score in scores.items()},
+    }
 
 
 def read_choice(folder: str | Path) -> dict[str, Any]:
     """What a finished sweep recommends: `layer`, `chosen_by`, `sweep` {layer: PNMI}, and the `encoder` fingerprint and `convention`
     of features that it holds for."""
     meta = read_meta(folder, "layer-sweep")
-    return {**meta["choice"], "encoder": meta["parents"]["encoder"], "convention": meta["config"]["convention"]}
+    return {
+        **meta["choice"],
+        "encoder": meta["parents"]["encoder"],
+        "convention": meta["config"]["convention"],
+    }
 
 
-def plan_sweep(rows: Manifest, num_classes: int, seed: int, frames: int | None = None) -> tuple[int, list[Utterance]]:
+def plan_sweep(
+    rows: Manifest, num_classes: int, seed: int, frames: int | None = None
+) -> tuple[int, list[Utterance]]:
     """How many frames each layer's k-means is fitted on, `frames` (20,000) or 20 a class, and which utterances of `rows` the layers are
     judged on: about four times as many frames."""
     budget = max(frames or SWEEP_FRAMES, 20 * num_classes)
@@ -109,9 +152,17 @@ def draw_utterances(rows: Manifest, frames: int, seed: int) -> list[Utterance]:
 
 
 def sweep_layers(
-    rows: Manifest, judged: Sequence[Utterance], source: EncoderSource, layers: Sequence[int], num_classes: int, *,
-    frames: int, seed: int, folder: str | Path | None = None, judge: "Judge | None" = None,
-) -> dict[int, dict[str, float]]:  # fmt: skip
+    rows: Manifest,
+    judged: Sequence[Utterance],
+    source: EncoderSource,
+    layers: Sequence[int],
+    num_classes: int,
+    *,
+    frames: int,
+    seed: int,
+    folder: str | Path | None = None,
+    judge: "Judge | None" = None,
+) -> dict[int, dict[str, float]]:
     """Measures by layer: a quick k-means of each is fitted on `frames` of `rows`, and judged on the utterances `judged`.
 
     `usage` and `perplexity`; with phones `pnmi` and `phone_purity`; with a `judge`, whose utterances are among `judged`, ABX and
@@ -119,8 +170,16 @@ def sweep_layers(
     """
     sample = Sample(rows, frames, seed)
     points = frame_file(folder, (len(layers), sample.size, source.dim))
-    ends = np.cumsum([utterance.num_frames for utterance in judge.utterances]) if judge else np.zeros(1, np.int64)
-    places = {u.id: slice(end - u.num_frames, end) for u, end in zip(judge.utterances, ends.tolist(), strict=True)} if judge else {}
+    ends = (
+        np.cumsum([utterance.num_frames for utterance in judge.utterances])
+        if judge
+        else np.zeros(1, np.int64)
+    )
+    places = (
+        {u.id: slice(end - u.num_frames, end) for u, end in zip(judge.utterances, ends.tolist(), strict=True)}
+        if judge
+        else {}
+    )
     kept = frame_file(folder, (len(layers), int(ends[-1]), source.dim))
     seconds = sample.seconds + sum(utterance.length for utterance in judged) / SAMPLE_RATE
     joints = [JointCounts(num_classes) for _ in layers]
@@ -133,7 +192,10 @@ def sweep_layers(
                 require_finite(utterance, features)
                 points[number, place] = features[chosen]
             advance(utterance.length / SAMPLE_RATE)
-        fits = [kmeans(np.array(layer), num_classes, seed=seed, max_iterations=SWEEP_ITERATIONS) for layer in points]
+        fits = [
+            kmeans(np.array(layer), num_classes, seed=seed, max_iterations=SWEEP_ITERATIONS)
+            for layer in points
+        ]
         for utterance, found in source.all_layers(judged, layers):
             for number, (fit, features) in enumerate(zip(fits, found, strict=True)):
                 labels = nearest(features, fit.centroids[0], fit.mean)
@@ -147,7 +209,9 @@ def sweep_layers(
     results = {}
     for number, layer in enumerate(layers):
         of_phones = phone_metrics(joint) if (joint := joints[number].matrix()[1]).any() else {}
-        results[layer] = {key: of_phones[key] for key in ("pnmi", "phone_purity") if of_phones} | usage_metrics(counts[number])
+        results[layer] = {
+            key: of_phones[key] for key in ("pnmi", "phone_purity") if of_phones
+        } | usage_metrics(counts[number])
         if judge is not None:
             frames_of = np.array(kept[number])
             views = {name: frames_of[place] for name, place in places.items()}
@@ -164,7 +228,9 @@ def frame_file(folder: str | Path | None, shape: tuple[int, int, int]) -> np.nda
     with tempfile.TemporaryFile(dir=folder) as file:
         size = 4 * int(np.prod(shape, dtype=np.int64))
         try:
-            if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here and not a dead process later
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # so that a full disk is an error here and not a dead process later
                 os.posix_fallocate(file.fileno(), 0, size)
             else:  # macOS
                 file.truncate(size)
@@ -181,7 +247,10 @@ def layer_text(summary: Mapping[str, Any]) -> str:
     layers: dict[str, dict[str, float]] = summary["layers"]
     keys = [key for key in SHOWN if any(key in layer for layer in layers.values())]
     rows = [
-        [f"{name}{' *' if name == str(summary['layer']) else ''}", *(format_measure(key, layer.get(key)) for key in keys)]
+        [
+            f"{name}{' *' if name == str(summary['layer']) else ''}",
+            *(format_measure(key, layer.get(key)) for key in keys),
+        ]
         for name, layer in layers.items()
     ]
     table = text_table(["layer", *(SHOWN[key] for key in keys)], rows)
@@ -193,7 +262,10 @@ def layer_text(summary: Mapping[str, Any]) -> str:
 def layer_panels(summary: Mapping[str, Any]) -> list[Panel]:
     """The panels of `PANELS` that a sweep has numbers for; perplexity beside them where it knows no phones."""
     known = {key for layer in summary["layers"].values() for key in layer}
-    found = [(title, label, {key: name for key, name in keys.items() if key in known}) for title, label, keys in PANELS]
+    found = [
+        (title, label, {key: name for key, name in keys.items() if key in known})
+        for title, label, keys in PANELS
+    ]
     return [panel for panel in found if panel[2]] + ([] if "pnmi" in known else [USE_PANEL])
 
 
@@ -205,9 +277,13 @@ def draw_panel(axes: "Axes", summary: Mapping[str, Any], panel: Panel) -> None:
     layers: dict[str, dict[str, float]] = summary["layers"]
     scale = 100 if label.endswith("%") else 1
     for key, name in keys.items():
-        points = [(int(layer), scale * measures[key]) for layer, measures in layers.items() if key in measures]
+        points = [
+            (int(layer), scale * measures[key]) for layer, measures in layers.items() if key in measures
+        ]
         axes.plot(*np.transpose(points), "o-", linewidth=1.6, markersize=3.5, label=name)
-    axes.axvline(summary["layer"], color="#555", linewidth=1, linestyle="--", label=f"layer {summary['layer']}, chosen")
+    axes.axvline(
+        summary["layer"], color="#555", linewidth=1, linestyle="--", label=f"layer {summary['layer']}, chosen"
+    )
     axes.set(xlabel="layer (0: the input of the first)" if "0" in layers else "layer", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
 """What runs inside a job: the command, told where its tasks meet, and what becomes of it when a signal comes.
 
 SLURM says SIGUSR2 when a job's time is almost up (and, where so configured, at preemption), SIGTERM at preemption with a grace
-time and whenever it ends a job. A training loop notes the signal, saves on all ranks and hands it on (`pretrain/stopping.py`);
+time and whenever it ends a job. A training loop notes the signal, saves on all ranks and hands it on (`pretrain/training/stopping.py`);
 in every other verb it comes here at once. Here the first task requeues the job, through submitit, where nobody else does. The
 command then runs again with the same arguments and goes on from what it finds on disk.
 """
@@ -20,7 +20,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slurm.submission import Heartbeat, TaskStatus, progress_path, read_json, read_status, status_path, write_json
+from slurm.submission import (
+    Heartbeat,
+    TaskStatus,
+    progress_path,
+    read_json,
+    read_status,
+    status_path,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -28,11 +36,15 @@ if TYPE_CHECKING:
     from submitit import JobEnvironment
     from submitit.helpers import DelayedSubmission
 
-TARGET = "wordless:main"
+TARGET = "wordless.cli:main"
 MAX_TIMEOUTS = 20  # in a row without getting any further, so that a job that gets nowhere ends; preemption is not counted
-EARLY_SECONDS = 60  # how much too early SLURM may send the signal of a time that is almost up (sbatch(1), --signal)
+EARLY_SECONDS = (
+    60  # how much too early SLURM may send the signal of a time that is almost up (sbatch(1), --signal)
+)
 SIGNAL_AT = "WORDLESS_SIGNAL_AT"  # when a local job's time is almost up, by the monotonic clock
-FAILURE_GRACE_SECONDS = 30.0  # how long the other tasks of a local job outlive one that failed, or asked for the requeue
+FAILURE_GRACE_SECONDS = (
+    30.0  # how long the other tasks of a local job outlive one that failed, or asked for the requeue
+)
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
@@ -101,13 +113,20 @@ class Attempt:
         self.delayed = DelayedSubmission.load(self.paths.submitted_pickle)
         self.over = False  # the command has ended, and a signal finds nothing to stop
         self.noted = 0  # the signal that the first task is to decide on
-        self.exit_code: int | None = None  # set once a signal has decided how this task ends, whatever the command does
+        self.exit_code: int | None = (
+            None  # set once a signal has decided how this task ends, whatever the command does
+        )
         self.progress_before = read_json(self.progress_path)
         before = read_status(self.path)
         self.status = TaskStatus(
-            "running", None, attempt=1 + (before.attempt if before else 0), timeouts=MAX_TIMEOUTS - self.delayed._timeout_countdown,
-            host=socket.gethostname(), pid=self.pid, began=time.time(),
-        )  # fmt: skip
+            "running",
+            None,
+            attempt=1 + (before.attempt if before else 0),
+            timeouts=MAX_TIMEOUTS - self.delayed._timeout_countdown,
+            host=socket.gethostname(),
+            pid=self.pid,
+            began=time.time(),
+        )
         self.say()
 
     def prepare(self) -> None:
@@ -115,7 +134,9 @@ class Attempt:
         _remove_leftovers(self.environment)
         _export_rendezvous(self.environment)
         os.environ.pop("WORDLESS_PROGRESS", None)
-        os.environ["WORDLESS_ATTEMPT"] = str(self.status.attempt)  # a later one may find its work done: killed after the last file
+        os.environ["WORDLESS_ATTEMPT"] = str(
+            self.status.attempt
+        )  # a later one may find its work done: killed after the last file
         if self.rank == 0:
             os.environ["WORDLESS_PROGRESS"] = str(self.progress_path)
         if self.command.code and self.command.commit:
@@ -131,13 +152,17 @@ class Attempt:
             # At the very end Python would put back the default, and a late signal (SLURM delivers one to a node that was away when
             # a partner failed) would turn a finished task into a killed one. What does not end by itself is killed all the same.
             atexit.register(signal.signal, number, signal.SIG_IGN)
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # which submitit's would warn of at the end of every job
+        signal.signal(
+            signal.SIGCONT, signal.SIG_DFL
+        )  # which submitit's would warn of at the end of every job
 
     def say(self, **changes: Any) -> None:
         """Write the status file. A full disk must not end the work."""
         self.status = replace(self.status, **changes)
         try:
-            write_json(self.path, {key: value for key, value in vars(self.status).items() if key != "heartbeat"})
+            write_json(
+                self.path, {key: value for key, value in vars(self.status).items() if key != "heartbeat"}
+            )
         except OSError as error:
             print(f"{self.path}: cannot be written ({error.strerror}); the work goes on", file=sys.stderr)
 
@@ -151,13 +176,24 @@ class Attempt:
         if (
             self.noted and status == 128 + self.noted
         ):  # saved, and the first task sees to the rest: srun must not kill it for our status
-            self.say(state="stopped", status=status, ended=time.time(), reason=signal.Signals(self.noted).name)
+            self.say(
+                state="stopped", status=status, ended=time.time(), reason=signal.Signals(self.noted).name
+            )
             return 0
         if status == 0:
             self.say(state="finished", status=0, ended=time.time())
             return 0
-        reason = f"exit status {status}" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        self.say(state="stopped" if status == INTERRUPTED else "failed", status=status, ended=time.time(), reason=reason)
+        reason = (
+            f"exit status {status}"
+            if error is None
+            else " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        )
+        self.say(
+            state="stopped" if status == INTERRUPTED else "failed",
+            status=status,
+            ended=time.time(),
+            reason=reason,
+        )
         if error is not None:
             raise error
         sys.tracebacklimit = 0  # the command has said what is wrong; our frames add nothing
@@ -178,7 +214,10 @@ class Attempt:
         self.exit_code = 128 + number  # from here on another signal changes nothing
         name = signal.Signals(number).name
         job = {} if self.local else _ask_slurm(self.environment.job_id)
-        if number == signal.SIGTERM and job.get("JobState") not in ("RUNNING", "SIGNALING"):  # SLURM has decided already
+        if number == signal.SIGTERM and job.get("JobState") not in (
+            "RUNNING",
+            "SIGNALING",
+        ):  # SLURM has decided already
             if int(job.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
                 self._leave("requeued", "requeued by SLURM", self.exit_code)
             self._leave("stopped", name, self.exit_code)
@@ -211,7 +250,11 @@ class Attempt:
     def _requeue(self, reason: str, *, charged: bool) -> NoReturn:
         countdown = (MAX_TIMEOUTS if self._got_further() else self.delayed._timeout_countdown) - charged
         if countdown < 0:
-            self._leave("failed", f"out of time {MAX_TIMEOUTS + 1} times without getting any further; give it more time", 1)
+            self._leave(
+                "failed",
+                f"out of time {MAX_TIMEOUTS + 1} times without getting any further; give it more time",
+                1,
+            )
         again = self.delayed._checkpoint_function()
         assert again is not None
         again.set_timeout(self.delayed._timeout_min, countdown)
@@ -220,16 +263,24 @@ class Attempt:
             again.dump(temporary)
             os.replace(temporary, self.paths.submitted_pickle)
         except OSError as error:  # what lies there does as well, with a timeout more to come
-            print(f"{temporary}: cannot be written ({error.strerror}); requeued all the same", file=sys.stderr)
+            print(
+                f"{temporary}: cannot be written ({error.strerror}); requeued all the same", file=sys.stderr
+            )
         # Said first: once SLURM knows, it may kill this process at any moment.
         self.say(state="requeued", ended=time.time(), reason=reason, timeouts=MAX_TIMEOUTS - countdown)
-        print(f"{reason}: requeued, {self.status.timeouts} of {MAX_TIMEOUTS} timeouts used", file=sys.stderr, flush=True)
+        print(
+            f"{reason}: requeued, {self.status.timeouts} of {MAX_TIMEOUTS} timeouts used",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             self.environment._requeue(countdown)
         except SystemExit as stop:  # how a local job asks for it
             self.exit_code = int(stop.code or 0)
         except (OSError, subprocess.SubprocessError) as error:
-            self._leave("failed", f"could not be requeued ({error}); the same command goes on from what is saved", 1)
+            self._leave(
+                "failed", f"could not be requeued ({error}); the same command goes on from what is saved", 1
+            )
         else:
             self.exit_code = 255  # as submitit ends
         sys.exit(self.exit_code)
@@ -237,23 +288,33 @@ class Attempt:
     def _got_further(self) -> bool:
         """Than the attempt before this one, by the word of the progress bar."""
         before, now = self.progress_before, read_json(self.progress_path)
-        return bool(before) and before.get("what") == now.get("what") and now.get("done", 0.0) > before.get("done", 0.0)
+        return (
+            bool(before)
+            and before.get("what") == now.get("what")
+            and now.get("done", 0.0) > before.get("done", 0.0)
+        )
 
     def _leave(self, state: str, reason: str, exit_code: int) -> NoReturn:
         self.exit_code = exit_code
-        self.say(state=state, status=None if state == "requeued" else exit_code, ended=time.time(), reason=reason)
+        self.say(
+            state=state, status=None if state == "requeued" else exit_code, ended=time.time(), reason=reason
+        )
         sys.exit(exit_code)
 
 
 def _ask_slurm(job_id: str) -> dict[str, str]:
     """`scontrol show job`: JobState, Restarts, RunTime, TimeLimit, PreemptTime (where it preempts) … Empty without an answer."""
     try:
-        shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True, timeout=20)
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     found: dict[str, str] = {}
     for name, value in re.findall(r"(\w+)=(\S*)", shown.stdout):
-        found.setdefault(name, value)  # a value with spaces (the command, a comment) may hold what looks like a field
+        found.setdefault(
+            name, value
+        )  # a value with spaces (the command, a comment) may hold what looks like a field
     return found
 
 
@@ -270,7 +331,9 @@ def _check_origin(code: Path, files: dict[str, str]) -> None:
     """Modules that the snapshot `code` has must come from there. `setup` cannot come between, but a site's Python can."""
     for module, file in files.items():
         name = module.split(".")[0]
-        if ((code / f"{name}.py").is_file() or (code / name).is_dir()) and not Path(file).is_relative_to(code):
+        if ((code / f"{name}.py").is_file() or (code / name).is_dir()) and not Path(file).is_relative_to(
+            code
+        ):
             raise ImportError(f"{module} comes from {file}, not from the snapshot {code}")
 
 
@@ -296,7 +359,9 @@ def _export_rendezvous(environment: "JobEnvironment") -> None:
         address = environment.hostnames[0]
         try:
             socket.getaddrinfo(address, None)
-        except OSError:  # a node's name need not be a host's; the first node is where the batch script calls srun
+        except (
+            OSError
+        ):  # a node's name need not be a host's; the first node is where the batch script calls srun
             address = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", address)
     os.environ.update(
         RANK=str(environment.global_rank),

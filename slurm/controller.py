@@ -27,7 +27,9 @@ class Controller(local.Controller):
         self.failure_grace_seconds = failure_grace_seconds
         self.stopping, self.ends_at = False, float("inf")
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # a Ctrl-C that the shell keeps from us is not meant for us
+            if (
+                signal.getsignal(number) is not signal.SIG_IGN
+            ):  # a Ctrl-C that the shell keeps from us is not meant for us
                 signal.signal(number, self._stop)
 
     def _stop(self, *_: Any) -> None:

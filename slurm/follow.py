@@ -58,7 +58,9 @@ def follow(launched: Launched) -> Launched:
             now = time.monotonic()
             if local:
                 over = launched.job.done()
-            elif all(status is not None and status.state in ("finished", "failed") for status in tasks().values()):
+            elif all(
+                status is not None and status.state in ("finished", "failed") for status in tasks().values()
+            ):
                 over = True
             elif now - asked_at > QUEUE_SECONDS:
                 over, asked_at = not _may_be_queued(submission), now
@@ -70,7 +72,9 @@ def follow(launched: Launched) -> Launched:
             while not launched.job.done() and time.monotonic() < deadline:
                 time.sleep(0.1)
             _end(launched)
-            while not launched.job.done():  # for as long as it may take to save; a second interrupt is not waited for
+            while (
+                not launched.job.done()
+            ):  # for as long as it may take to save; a second interrupt is not waited for
                 time.sleep(0.1)
             for log in logs:
                 log.copy(rest=True)
@@ -82,7 +86,11 @@ def follow(launched: Launched) -> Launched:
             signal.signal(signal.SIGTERM, before)
     ended = tasks()
     deadline = time.monotonic() + (0.0 if local else SHARED_DISK_SECONDS)
-    while not all(map(_is_over, ended.values())) and not any(map(_exit_status, ended.values())) and time.monotonic() < deadline:
+    while (
+        not all(map(_is_over, ended.values()))
+        and not any(map(_exit_status, ended.values()))
+        and time.monotonic() < deadline
+    ):
         time.sleep(1.0)
         launched.folder.chmod(0o700)  # changes nothing, but makes an NFS client look again
         ended = tasks()

@@ -31,7 +31,9 @@ class Queue:
         """Job id (of an array: each element's, 41_3) -> state and reason; None without an answer."""
         asked = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r"]
         try:
-            squeue = subprocess.run(asked, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False)
+            squeue = subprocess.run(
+                asked, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         if squeue.returncode:
@@ -55,7 +57,9 @@ class Queue:
         if not state:
             return "gone", ""
         pending = state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-        return ("pending" if pending else "running"), "" if reason == "None" else reason  # as SLURM says before it has looked
+        return (
+            "pending" if pending else "running"
+        ), "" if reason == "None" else reason  # as SLURM says before it has looked
 
 
 def controller_runs(folder: Path, submission: Submission) -> bool:
@@ -115,10 +119,14 @@ def latest_jobs(folder: Path, queue: Queue) -> dict[str, Job]:
     """The last submission of each name in a folder `jobs`, in the order of submission."""
     found = []
     for named in sorted(path for path in folder.glob("*") if path.is_dir()):
-        submissions = [(read_submission(path.parent), path.parent) for path in named.glob("*/submission.json")]
+        submissions = [
+            (read_submission(path.parent), path.parent) for path in named.glob("*/submission.json")
+        ]
         found += [max(submissions, key=lambda item: item[0].submitted)] if submissions else []
     jobs: dict[str, Job] = {}
-    for submission, path in sorted(found, key=lambda item: item[0].submitted):  # what a job waits for was submitted before it
+    for submission, path in sorted(
+        found, key=lambda item: item[0].submitted
+    ):  # what a job waits for was submitted before it
         jobs[path.parent.name] = judge(path, submission, jobs, queue)
     return jobs
 
@@ -130,7 +138,11 @@ def require_no_job(jobs: Path, cancels: dict[str, str]) -> None:
     """
     queue = Queue()
     for name, job in latest_jobs(jobs, queue).items():
-        if name in cancels and job.alive and (job.state == "running" or job.submission.place == "local" or queue.answered):
+        if (
+            name in cancels
+            and job.alive
+            and (job.state == "running" or job.submission.place == "local" or queue.answered)
+        ):
             raise ValueError(
                 f"{name}: job {job.submission.job_id}, which makes it, is {job.state}; wait, or `wordless cancel {cancels[name]}`"
             )
@@ -143,7 +155,9 @@ def judge(folder: Path, submission: Submission, others: dict[str, Job], queue: Q
         there: list[tuple[Presence, str]] = [("unknown", "")] * len(tasks)  # nothing that squeue could add
     else:
         there = [queue.presence(folder, submission, job_id) for job_id in submission.elements]
-        folder.chmod(0o700)  # changes nothing, but makes an NFS client look again: a job may have ended between two looks
+        folder.chmod(
+            0o700
+        )  # changes nothing, but makes an NFS client look again: a job may have ended between two looks
         tasks = task_statuses(folder, submission)
     upstream = {name: other for name, other in others.items() if other.submission.job_id in submission.after}
     elements = []
@@ -151,9 +165,14 @@ def judge(folder: Path, submission: Submission, others: dict[str, Job], queue: Q
         state, why = _outcome(ranks) or _whereabouts(ranks, presence, reason)
         if state == "failed" and not _all_ended(ranks) and presence in ("running", "pending"):
             # The partner of a task on a node that went away fails first; SLURM notices later, and then requeues the job.
-            state, why = ("requeued" if presence == "pending" else "running"), f"{why}; SLURM has not ended the job"
+            state, why = (
+                ("requeued" if presence == "pending" else "running"),
+                f"{why}; SLURM has not ended the job",
+            )
         cancelled = (folder / "cancelled.json").is_file()
-        if cancelled and (state == "stopped" or (presence in ("gone", "unknown") and state in ("lost", *ACTIVE))):
+        if cancelled and (
+            state == "stopped" or (presence in ("gone", "unknown") and state in ("lost", *ACTIVE))
+        ):
             state, why = "stopped", "cancelled"
         elif state == "queued" and presence in ("gone", "unknown"):
             state, why = _never_begun(presence, upstream)
@@ -161,8 +180,12 @@ def judge(folder: Path, submission: Submission, others: dict[str, Job], queue: Q
             why = _awaited(upstream)
         current = _of_this_attempt(ranks)
         known = [(rank, task) for rank, task in enumerate(ranks) if task and task in current]
-        rank, task = next((item for item in known if item[1].state == "failed"), known[0] if known else (0, None))
-        elements.append(Element(job_id, state, why, task, rank, _read_progress(progress_path(folder, job_id), task)))
+        rank, task = next(
+            (item for item in known if item[1].state == "failed"), known[0] if known else (0, None)
+        )
+        elements.append(
+            Element(job_id, state, why, task, rank, _read_progress(progress_path(folder, job_id), task))
+        )
     return Job(folder, submission, tuple(elements))
 
 
@@ -173,7 +196,9 @@ def _outcome(ranks: list[TaskStatus | None]) -> tuple[State, str] | None:
         return None
     if failed := next((task for task in known if task.state == "failed"), None):
         return "failed", failed.reason or f"exit status {failed.status}"
-    return ("done", "") if len(known) == len(ranks) and all(task.state == "finished" for task in known) else None
+    return (
+        ("done", "") if len(known) == len(ranks) and all(task.state == "finished" for task in known) else None
+    )
 
 
 def _all_ended(ranks: list[TaskStatus | None]) -> bool:
@@ -183,7 +208,10 @@ def _all_ended(ranks: list[TaskStatus | None]) -> bool:
 def _of_this_attempt(ranks: list[TaskStatus | None]) -> list[TaskStatus]:
     """Without the words of earlier attempts. A task counts its own, and one that was killed before it began counted one less."""
     known = [task for task in ranks if task]
-    attempt, began = max((task.attempt for task in known), default=0), max((task.began for task in known), default=0.0)
+    attempt, began = (
+        max((task.attempt for task in known), default=0),
+        max((task.began for task in known), default=0.0),
+    )
     return [task for task in known if task.attempt == attempt or (task.ended or began) >= began]
 
 
@@ -219,7 +247,9 @@ def _never_begun(presence: Presence, upstream: dict[str, Job]) -> tuple[State, s
     for name, other in upstream.items():
         if other.state not in (*ACTIVE, "done"):
             cause = other.telling.why
-            return "stopped", cause if cause.startswith("never began") else f"never began: {name} {other.state}"
+            return "stopped", cause if cause.startswith(
+                "never began"
+            ) else f"never began: {name} {other.state}"
     if presence == "gone":
         return "lost", "never began, and is no longer in the queue"
     if awaited := _awaited(upstream):
@@ -230,9 +260,15 @@ def _never_begun(presence: Presence, upstream: dict[str, Job]) -> tuple[State, s
 def _awaited(upstream: dict[str, Job]) -> str:
     """The stages that a job still waits for, in a few words; empty where all have succeeded."""
     left = {name: other for name, other in upstream.items() if other.state != "done"}
-    before = {job_id for other in left.values() for job_id in other.submission.after}  # they wait for these themselves
+    before = {
+        job_id for other in left.values() for job_id in other.submission.after
+    }  # they wait for these themselves
     names = [name for name, other in left.items() if other.submission.job_id not in before]
-    return f"for {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else ""
+    return (
+        f"for {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        if names
+        else ""
+    )
 
 
 def _read_progress(path: Path, task: TaskStatus | None) -> dict[str, Any]:

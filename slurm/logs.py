@@ -34,7 +34,9 @@ def find_logs(run: Path, stage: str | None, element: int | None, task: int | Non
     return job, [job.folder / f"{told.job_id}_{rank}_log.{stream}" for stream in ("out", "err")]
 
 
-def show(run: Path, stage: str | None, element: int | None, task: int | None, lines: int, follow: bool) -> None:
+def show(
+    run: Path, stage: str | None, element: int | None, task: int | None, lines: int, follow: bool
+) -> None:
     """Print the last `lines` of a task's stdout and stderr, each under its path; with `follow`, what comes until the job ends."""
     job, paths = find_logs(run, stage, element, task)
     for path in paths:

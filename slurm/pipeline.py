@@ -38,7 +38,9 @@ class Stage:
     reads: tuple[str, ...]
     resources: Resources  # an `array` of more than one shares the work out by the key `part_key`
     part_key: str
-    after_any: tuple[str, ...] = ()  # those of `reads` whose end it awaits, whatever it is: a report's optional stages
+    after_any: tuple[
+        str, ...
+    ] = ()  # those of `reads` whose end it awaits, whatever it is: a report's optional stages
 
     @property
     def array(self) -> int | None:
@@ -80,7 +82,10 @@ def submitting(jobs: Path) -> Iterator[None]:
             print(f"{jobs}: another command is submitting to it; waiting for that", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{jobs}: cannot be locked ({error.strerror}); do not submit to it twice at the same moment", file=sys.stderr)
+            print(
+                f"{jobs}: cannot be locked ({error.strerror}); do not submit to it twice at the same moment",
+                file=sys.stderr,
+            )
         yield
 
 
@@ -91,9 +96,14 @@ def sbatch_texts(stages: list[Stage], jobs: Path) -> str:
     for stage in stages:
         after = [name for name in stage.reads if name in names]
         text = sbatch_text(
-            stage.argv, stage.resources, jobs / stage.name, after=after, after_any=[name for name in stage.after_any if name in names],
-            array=stage.array, part_key=stage.part_key,
-        )  # fmt: skip
+            stage.argv,
+            stage.resources,
+            jobs / stage.name,
+            after=after,
+            after_any=[name for name in stage.after_any if name in names],
+            array=stage.array,
+            part_key=stage.part_key,
+        )
         texts.append(f"# stage {stage.name}\n{text}")
     return "\n".join(texts)
 
@@ -115,7 +125,9 @@ def _submit(stages: list[Stage], jobs: Path, record: Callable[[], None]) -> list
     queue = Queue()
     there = latest_jobs(jobs, queue)
     if any(job.alive and job.submission.place == "slurm" for job in there.values()) and not queue.answered:
-        raise ValueError(f"{jobs}: holds jobs that may be in the queue, and squeue does not answer; try again when it does")
+        raise ValueError(
+            f"{jobs}: holds jobs that may be in the queue, and squeue does not answer; try again when it does"
+        )
     if "run" in there and there["run"].alive:
         raise ValueError(
             f"{jobs.parent}: job {there['run'].submission.job_id} runs all stages of it; wait, or `wordless cancel {jobs.parent}`"
@@ -131,10 +143,17 @@ def _submit(stages: list[Stage], jobs: Path, record: Callable[[], None]) -> list
         if stage.name not in kept:
             try:
                 launched = launch(
-                    stage.argv, "slurm", stage.resources, jobs / stage.name, wait=False, after=list(after.values()), out=stage.out,
-                    after_any=[after[name] for name in stage.after_any if name in after], array=stage.array,
+                    stage.argv,
+                    "slurm",
+                    stage.resources,
+                    jobs / stage.name,
+                    wait=False,
+                    after=list(after.values()),
+                    out=stage.out,
+                    after_any=[after[name] for name in stage.after_any if name in after],
+                    array=stage.array,
                     part_key=stage.part_key,
-                )  # fmt: skip
+                )
             except ValueError as error:
                 before = ", ".join(entry.stage.name for entry in entries if not entry.kept)
                 raise ValueError(
@@ -162,20 +181,30 @@ def _plan(stages: list[Stage], there: dict[str, Job], queue: Queue) -> tuple[set
             anew.add(stage.name)
             continue
         sent = job.submission
-        waits_for = {there[name].submission.job_id for name in stage.reads if name in there and there[name].alive}
+        waits_for = {
+            there[name].submission.job_id for name in stage.reads if name in there and there[name].alive
+        }
         differs = sent.argv != stage.argv or sent.resources != stage.resources.model_dump(mode="json")
         outdated = [name for name in stage.reads if name in anew]
         if any(element.state in ("running", "requeued") for element in job.elements):
-            way = f"wait, or `wordless cancel {job.folder.parents[2]} {stage.name}` and give the command again"
+            way = (
+                f"wait, or `wordless cancel {job.folder.parents[2]} {stage.name}` and give the command again"
+            )
             if outdated:
-                raise ValueError(f"{stage.name}: job {sent.job_id} runs, and reads {outdated[0]}, which is to be made again; {way}")
+                raise ValueError(
+                    f"{stage.name}: job {sent.job_id} runs, and reads {outdated[0]}, which is to be made again; {way}"
+                )
             if _settings(sent.argv) != _settings(stage.argv):
                 raise ValueError(f"{stage.name}: job {sent.job_id} runs with other settings; {way}")
             if job.state in ACTIVE:
                 kept.add(stage.name)
                 continue
         elif (
-            not outdated and not differs and job.state in ACTIVE and waits_for <= set(sent.after) and not _never_starts(job, queue)
+            not outdated
+            and not differs
+            and job.state in ACTIVE
+            and waits_for <= set(sent.after)
+            and not _never_starts(job, queue)
         ):
             kept.add(stage.name)
             continue
@@ -189,41 +218,70 @@ def _settings(argv: list[str]) -> list[str]:
 
 
 def _never_starts(job: Job, queue: Queue) -> bool:
-    return any((queue.jobs or {}).get(job_id, ("", ""))[1] == "DependencyNeverSatisfied" for job_id in job.submission.elements)
+    return any(
+        (queue.jobs or {}).get(job_id, ("", ""))[1] == "DependencyNeverSatisfied"
+        for job_id in job.submission.elements
+    )
 
 
 def table(entries: list[Entry]) -> str:
     """What was submitted, for a terminal: `after` without the stages that another of them waits for itself."""
     head = ("stage", "verb", "job", "", "asks for", "after")
-    earlier = [f"kept, {entry.kept}" if entry.kept else f"instead of {entry.replaced}" * bool(entry.replaced) for entry in entries]
+    earlier = [
+        f"kept, {entry.kept}" if entry.kept else f"instead of {entry.replaced}" * bool(entry.replaced)
+        for entry in entries
+    ]
     before: dict[str, set[str]] = {}  # every stage that one waits for, by way of others as well
     for entry in entries:
         before[entry.stage.name] = set(entry.after).union(*(before.get(name, set()) for name in entry.after))
     rows = [
-        (entry.stage.name, entry.stage.verb, entry.job, note, in_words(entry.stage.resources),
-         ", ".join(name for name in entry.after if not any(name in before.get(other, set()) for other in entry.after)))
+        (
+            entry.stage.name,
+            entry.stage.verb,
+            entry.job,
+            note,
+            in_words(entry.stage.resources),
+            ", ".join(
+                name
+                for name in entry.after
+                if not any(name in before.get(other, set()) for other in entry.after)
+            ),
+        )
         for entry, note in zip(entries, earlier, strict=True)
-    ]  # fmt: skip
+    ]
     return as_table([head, *rows])
 
 
 def as_json(entries: list[Entry]) -> list[dict[str, object]]:
     """The table as plain types."""
     return [
-        {"stage": entry.stage.name, "verb": entry.stage.verb, "job": entry.job, "kept": entry.kept or None,
-         "resources": entry.stage.resources.model_dump(mode="json"), "after": entry.after}
+        {
+            "stage": entry.stage.name,
+            "verb": entry.stage.verb,
+            "job": entry.job,
+            "kept": entry.kept or None,
+            "resources": entry.stage.resources.model_dump(mode="json"),
+            "after": entry.after,
+        }
         for entry in entries
-    ]  # fmt: skip
+    ]
 
 
 def in_words(resources: Resources) -> str:
     """`2 nodes of 8 tasks, 8 GPUs and 64 CPUs, 24 h, gpu`."""
     tasks, gpus = resources.tasks_per_node, resources.gpus_per_node
     cpus = tasks * resources.cpus_per_task
-    parts = [f"{resources.array} x" if resources.array > 1 else "", f"{resources.nodes} nodes of" if resources.nodes > 1 else "",
-             f"{tasks} tasks," if tasks > 1 else "", f"{gpus} GPU{'s' * (gpus > 1)}," if gpus else "",
-             f"{cpus} CPU{'s' * (cpus > 1)},", f"{resources.memory_gb} GB," if resources.memory_gb else "",
-             f"{resources.time_minutes // 60} h {resources.time_minutes % 60:02}" if resources.time_minutes >= 60 else f"{resources.time_minutes} min"]  # fmt: skip
+    parts = [
+        f"{resources.array} x" if resources.array > 1 else "",
+        f"{resources.nodes} nodes of" if resources.nodes > 1 else "",
+        f"{tasks} tasks," if tasks > 1 else "",
+        f"{gpus} GPU{'s' * (gpus > 1)}," if gpus else "",
+        f"{cpus} CPU{'s' * (cpus > 1)},",
+        f"{resources.memory_gb} GB," if resources.memory_gb else "",
+        f"{resources.time_minutes // 60} h {resources.time_minutes % 60:02}"
+        if resources.time_minutes >= 60
+        else f"{resources.time_minutes} min",
+    ]
     return " ".join(filter(None, parts)) + (f", {resources.partition}" if resources.partition else "")
 
 
@@ -259,8 +317,14 @@ def _cancel_all(run: Path, jobs: Path, only: list[str]) -> list[str]:
             problems.append(f"{name}: {error}")
     ended = {job.submission.job_id for job in chosen.values() if job.alive}
     for name, job in there.items():
-        if name not in chosen and job.alive and ended & (set(job.submission.after) - set(job.submission.after_any)):
-            told[name] = f"job {job.submission.job_id} waited for what was cancelled; SLURM will cancel it, too"
+        if (
+            name not in chosen
+            and job.alive
+            and ended & (set(job.submission.after) - set(job.submission.after_any))
+        ):
+            told[name] = (
+                f"job {job.submission.job_id} waited for what was cancelled; SLURM will cancel it, too"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return [f"{name}: {told[name]}" for name in there if name in told]
@@ -278,7 +342,9 @@ def _cancel(job: Job) -> str:
         os.kill(sent.pid, signal.SIGTERM)  # which it hands on to the tasks
         return f"process {sent.pid} told to stop"
     try:
-        done = subprocess.run(["scancel", sent.job_id], capture_output=True, text=True, timeout=SCANCEL_SECONDS, check=False)
+        done = subprocess.run(
+            ["scancel", sent.job_id], capture_output=True, text=True, timeout=SCANCEL_SECONDS, check=False
+        )
     except FileNotFoundError:
         raise ValueError("there is no `scancel` here; go to a login node of the cluster") from None
     except subprocess.TimeoutExpired:

@@ -39,8 +39,12 @@ class Resources(BaseModel):
     gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0 hides a local machine's GPUs from the job
     cpus_per_task: Positive = 2
     memory_gb: Positive | None = None  # per node
-    time_minutes: Positive = 60  # per attempt: a job out of time is requeued and resumes from its last checkpoint
-    signal_seconds: Positive | None = None  # from the signal to save until the end; default: a fifth of the time, at most 90 s
+    time_minutes: Positive = (
+        60  # per attempt: a job out of time is requeued and resumes from its last checkpoint
+    )
+    signal_seconds: Positive | None = (
+        None  # from the signal to save until the end; default: a fifth of the time, at most 90 s
+    )
     array: Positive = 1  # elements that share the work of a stage whose verb has `part`
     array_parallelism: Positive = 256  # elements of an array that run at a time
     exclude: Word | None = None  # nodes that must not be used, e.g. "node[3,7]"
@@ -48,13 +52,17 @@ class Resources(BaseModel):
     gres: Word | None = None  # generic resources besides gpus_per_node, e.g. "lscratch:200"
     mail_user: Word | None = None
     mail_type: Word | None = None  # e.g. "END,FAIL"
-    snapshot: bool = False  # run a copy of the code as it was when the job was submitted, whatever becomes of the checkout
+    snapshot: bool = (
+        False  # run a copy of the code as it was when the job was submitted, whatever becomes of the checkout
+    )
     setup: tuple[str, ...] = ()  # shell lines before the job
 
     @model_validator(mode="after")
     def _signal_comes_before_the_end(self) -> "Resources":
         if self.signal_seconds is not None and self.signal_seconds >= 60 * self.time_minutes:
-            raise ValueError(f"signal_seconds ({self.signal_seconds}) must be less than time_minutes ({self.time_minutes} minutes)")
+            raise ValueError(
+                f"signal_seconds ({self.signal_seconds}) must be less than time_minutes ({self.time_minutes} minutes)"
+            )
         return self
 
     @property
@@ -64,7 +72,9 @@ class Resources(BaseModel):
 
     def overlaid(self, table: Any, source: str | None = None) -> "Resources":
         """These with a stage's own `[STAGE.slurm]` table over them; ValueError as from `parse_resources`."""
-        return parse_resources({**self.model_dump(mode="json"), **table} if isinstance(table, dict) else table, source)
+        return parse_resources(
+            {**self.model_dump(mode="json"), **table} if isinstance(table, dict) else table, source
+        )
 
     def slurm_parameters(self) -> dict[str, Any]:
         """The parameters of `submitit.SlurmExecutor`, under its names; what is None there is not written to the sbatch file."""
@@ -76,7 +86,8 @@ class Resources(BaseModel):
             "constraint": self.constraint,
             "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node,
-            "gpus_per_node": self.gpus_per_node or None,  # a cluster without GPUs refuses even a request for none
+            "gpus_per_node": self.gpus_per_node
+            or None,  # a cluster without GPUs refuses even a request for none
             "cpus_per_task": self.cpus_per_task,
             "mem": None if self.memory_gb is None else f"{self.memory_gb}GB",
             "time": self.time_minutes,

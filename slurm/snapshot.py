@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("pretrain", "quantize", "units", "slurm", "omissions.py", "recipe.py", "wordless.py")
+NAMES = ("pretrain", "quantize", "units", "slurm", "wordless")
 
 
 def snapshot_path(root: Path, names: Sequence[str], folder: Path) -> Path:
@@ -51,7 +51,9 @@ def snapshot(root: Path, names: Sequence[str], folder: Path) -> Path:
 
 def git_state(root: Path) -> dict[str, Any] | None:
     """{"commit": full hash, "dirty": whether files differ from it or are new}; None where `root` is no checkout of wordless."""
-    if _git(root, "ls-files", "--error-unmatch", NAMES[-1]) is None:  # an installed wordless may lie within another's checkout
+    if (
+        _git(root, "ls-files", "--error-unmatch", f"{NAMES[-1]}/__init__.py") is None
+    ):  # an installed wordless may lie within another's checkout
         return None
     commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
     if commit is None or changes is None:
@@ -66,7 +68,9 @@ def uncommitted(root: Path) -> bytes:
 
 def _git(root: Path, *arguments: str) -> bytes | None:
     try:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=60, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, timeout=60, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -74,4 +78,8 @@ def _git(root: Path, *arguments: str) -> bytes | None:
 def _files(root: Path, names: Sequence[str]) -> Iterator[Path]:
     for name in names:
         paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
-        yield from (path for path in paths if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."))
+        yield from (
+            path
+            for path in paths
+            if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+        )

@@ -49,7 +49,9 @@ def write_recipe(run: Path, command: list[str], stages: list[dict[str, Any]], gi
     """Write `recipe.json`: the stages in order (`name`, `verb`, `out`, `left_out`), the command line that runs them, where, and when
     (Unix time) it was given."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "recipe.json", {"command": command, "folder": os.getcwd(), "given": given, "stages": stages})
+    write_json(
+        run / "recipe.json", {"command": command, "folder": os.getcwd(), "given": given, "stages": stages}
+    )
 
 
 def read_rows(run: Path, queue: Queue) -> list[Row]:
@@ -57,11 +59,17 @@ def read_rows(run: Path, queue: Queue) -> list[Row]:
     parent, names = run, None
     if not (run / "recipe.json").is_file() and not (run / "jobs").is_dir():
         parent, names = run.absolute().parent, {run.absolute().name}
-    jobs = {name: job for name, job in latest_jobs(parent / "jobs", queue).items() if names is None or name in names}
+    jobs = {
+        name: job
+        for name, job in latest_jobs(parent / "jobs", queue).items()
+        if names is None or name in names
+    }
     recipe = read_json(parent / "recipe.json") if names is None else {}
     stages = recipe.get("stages", [])
     if not jobs and not stages:
-        raise ValueError(f"{run}: nothing was submitted to it; give the folder of a recipe's run, or the `out` of a job")
+        raise ValueError(
+            f"{run}: nothing was submitted to it; give the folder of a recipe's run, or the `out` of a job"
+        )
     whole = jobs.pop("run", None)  # a recipe that runs as one job
     rows = [_stage_row(parent, stage, jobs.pop(stage["name"], None), whole) for stage in stages]
     for name, job in jobs.items():
@@ -99,9 +107,16 @@ def _stage_row(run: Path, stage: dict[str, Any], job: Job | None, whole: Job | N
             return replace(_job_row(name, verb, within), out=out)
         elapsed = time.time() - record["began"]
         if record["host"] != socket.gethostname():
-            return replace(row, state="running", elapsed_seconds=elapsed, note=f"here, it was said on {record['host']}")
+            return replace(
+                row, state="running", elapsed_seconds=elapsed, note=f"here, it was said on {record['host']}"
+            )
         if Path(f"/proc/{record['pid']}").exists():
-            return replace(row, state="running", elapsed_seconds=elapsed, note=_last_metric(out) or f"process {record['pid']}")
+            return replace(
+                row,
+                state="running",
+                elapsed_seconds=elapsed,
+                note=_last_metric(out) or f"process {record['pid']}",
+            )
         return replace(row, state="stopped", note="began, and did not come to its end")
     return row
 
@@ -116,26 +131,45 @@ def _left_out(record: dict[str, Any]) -> tuple[str, str] | None:
 def _job_row(name: str, verb: str, job: Job) -> Row:
     told, now = job.telling, time.time()
     tasks = [element.task for element in job.elements if element.task]
-    running = [element.progress for element in job.elements if element.state == "running" and element.progress]
+    running = [
+        element.progress for element in job.elements if element.state == "running" and element.progress
+    ]
     shares = [1.0 if element.state == "done" else _share(element.progress) for element in job.elements]
-    rates = {p.get("unit", ""): sum(q.get("rate") or 0.0 for q in running if q.get("unit") == p.get("unit")) for p in running}
+    rates = {
+        p.get("unit", ""): sum(q.get("rate") or 0.0 for q in running if q.get("unit") == p.get("unit"))
+        for p in running
+    }
     unit = next(iter(rates), "")
-    left = [max(0.0, p["seconds_left"] - (now - p["time"])) for p in running if p.get("seconds_left") is not None]
+    left = [
+        max(0.0, p["seconds_left"] - (now - p["time"])) for p in running if p.get("seconds_left") is not None
+    ]
     pending = any(element.state in ("queued", "waiting", "requeued") for element in job.elements)
-    note = told.why or (" ".join(filter(None, (running[0].get("note") or running[0].get("what"),))) if running else "")
+    note = told.why or (
+        " ".join(filter(None, (running[0].get("note") or running[0].get("what"),))) if running else ""
+    )
     if len(job.elements) > 1:
         counts = Counter(element.state for element in job.elements if element.state != "done")
         others = [f"{number} {state}" for state, number in counts.items()]
-        note = "; ".join(filter(None, (", ".join([f"{shares.count(1.0)} of {len(shares)} done", *others]), note)))
+        note = "; ".join(
+            filter(None, (", ".join([f"{shares.count(1.0)} of {len(shares)} done", *others]), note))
+        )
     ended = None if job.alive else max((task.ended or task.heartbeat for task in tasks), default=None)
     log = job.folder / f"{told.job_id}_{told.rank}_log.err"
     return Row(
-        name, verb, job.state, job.submission.job_id, max((task.attempt for task in tasks), default=None),
+        name,
+        verb,
+        job.state,
+        job.submission.job_id,
+        max((task.attempt for task in tasks), default=None),
         sum(shares) / len(shares) if any(shares) or (len(shares) > 1 and job.begun) else None,
-        rates.get(unit), unit, max(left) if left and not pending else None,
+        rates.get(unit),
+        unit,
+        max(left) if left and not pending else None,
         (ended or now) - min(task.began for task in tasks) if tasks else None,
-        note, job.submission.out, str(log) if job.state in FAULTY else None,
-    )  # fmt: skip
+        note,
+        job.submission.out,
+        str(log) if job.state in FAULTY else None,
+    )
 
 
 # The text
@@ -148,16 +182,25 @@ def show(run: Path, *, as_json: bool) -> tuple[str, bool]:
     sound = not any(row.state in FAULTY for row in rows)
     command = _command(run)
     if as_json:
-        return json.dumps({"run": str(run), "sound": sound, "command": command, "stages": [asdict(row) for row in rows]}), sound
+        return json.dumps(
+            {"run": str(run), "sound": sound, "command": command, "stages": [asdict(row) for row in rows]}
+        ), sound
     head = ("stage", "verb", "state", "job", "attempt", "done", "rate", "left", "elapsed", "")
     cells = [
         (
-            row.stage, row.verb, row.state, row.job or "", f"{row.attempt or ''}",
-            "" if row.share is None else f"{row.share:.0%}", "" if row.rate is None else f"{row.rate:,.1f} {row.unit}/s",
-            duration(row.seconds_left), duration(row.elapsed_seconds), row.note,
+            row.stage,
+            row.verb,
+            row.state,
+            row.job or "",
+            f"{row.attempt or ''}",
+            "" if row.share is None else f"{row.share:.0%}",
+            "" if row.rate is None else f"{row.rate:,.1f} {row.unit}/s",
+            duration(row.seconds_left),
+            duration(row.elapsed_seconds),
+            row.note,
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     parts = [as_table([head, *cells])]
     parts += [_fault(run, row) for row in rows if row.state in FAULTY]
     ended = [row for row in rows if row.state in (*FAULTY, "stopped")]
@@ -171,7 +214,10 @@ def as_table(rows: Iterable[Iterable[str]]) -> str:
     """Columns side by side, those that are empty below their head left out."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in zip(*columns, strict=True))
+    lines = (
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in zip(*columns, strict=True)
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -204,7 +250,14 @@ def _fault(run: Path, row: Row) -> str:
     lines = [line for line in tail(Path(row.log), 3 * TAIL_LINES) if not MACHINERY.match(line)][-TAIL_LINES:]
     said = [f"  | {line}" for line in lines] or ["  | (nothing on stderr)"]
     more = shlex.join(["wordless", "logs", str(run), row.stage])
-    return "\n".join([f"{row.stage} {row.state} (job {row.job}): {row.note}", *said, f"  all of it: {more}", f"  in {row.log}"])
+    return "\n".join(
+        [
+            f"{row.stage} {row.state} (job {row.job}): {row.note}",
+            *said,
+            f"  all of it: {more}",
+            f"  in {row.log}",
+        ]
+    )
 
 
 def _command(run: Path) -> str | None:

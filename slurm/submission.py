@@ -48,7 +48,11 @@ class Submission:
     @property
     def elements(self) -> list[str]:
         """The job ids of the elements, "41_0", …; of no array, the job's own."""
-        return [self.job_id] if self.array is None else [f"{self.job_id}_{number}" for number in range(self.array)]
+        return (
+            [self.job_id]
+            if self.array is None
+            else [f"{self.job_id}_{number}" for number in range(self.array)]
+        )
 
     @property
     def num_tasks(self) -> int:
@@ -117,7 +121,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_status(path: Path) -> TaskStatus | None:
     """None where the task has not begun, or its file cannot be read."""
     try:
-        return TaskStatus(**{**json.loads(path.read_text(encoding="utf-8")), "heartbeat": path.stat().st_mtime})
+        return TaskStatus(
+            **{**json.loads(path.read_text(encoding="utf-8")), "heartbeat": path.stat().st_mtime}
+        )
     except (OSError, ValueError, TypeError):
         return None
 
@@ -126,8 +132,9 @@ def task_statuses(submission_folder: Path, submission: Submission) -> list[list[
     """Of each element, of each rank; None for a task that has not begun."""
     ranks = range(submission.num_tasks)
     return [
-        [read_status(status_path(submission_folder, job_id, rank)) for rank in ranks] for job_id in submission.elements
-    ]  # fmt: skip
+        [read_status(status_path(submission_folder, job_id, rank)) for rank in ranks]
+        for job_id in submission.elements
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -152,5 +159,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._over.wait(self.seconds):
-            with suppress(OSError):  # a file server that does not answer for a while: the next beat may reach it
+            with suppress(
+                OSError
+            ):  # a file server that does not answer for a while: the next beat may reach it
                 os.utime(self.path)

@@ -2,7 +2,8 @@
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # other workers are on the same cores; OpenMP looks at this once, when it is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # other workers are on the same cores; OpenMP looks at this once, when it is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -18,11 +19,21 @@ settings.load_profile("wordless")
 # The files that take longest, by measurement: workers begin with them, so that none is left with one of them while the others have
 # nothing to do. A file that is not here, or no longer there, costs some seconds and nothing else.
 LONG_FILES = [
-    "tests/test_pipeline.py", "tests/units/test_report.py", "tests/pretrain/test_stopping.py", "tests/slurm/test_launch.py",
-    "tests/units/test_scoring.py", "tests/benchmarks/test_benchmarks.py", "tests/units/test_levels.py",
-    "tests/faults/test_untrusted_audio.py", "tests/units/test_corpus.py", "tests/parity/test_transformers_encoder.py",
-    "tests/pretrain/test_engine.py", "tests/pretrain/test_fairseq2_cards.py", "tests/test_readme.py", "tests/pretrain/test_resuming.py",
-]  # fmt: skip
+    "tests/test_pipeline.py",
+    "tests/wordless/report/test_report.py",
+    "tests/pretrain/training/test_stopping.py",
+    "tests/slurm/test_launch.py",
+    "tests/units/scores/test_scoring.py",
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/units/lm/test_levels.py",
+    "tests/faults/test_untrusted_audio.py",
+    "tests/units/corpus/test_unit_corpus.py",
+    "tests/parity/test_transformers_encoder.py",
+    "tests/pretrain/training/test_engine.py",
+    "tests/pretrain/weights/test_fairseq2_cards.py",
+    "tests/test_readme.py",
+    "tests/pretrain/test_resuming.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

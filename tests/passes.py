@@ -12,13 +12,20 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("passes", "two passes that run every test once")
-    group.addoption("--passed-to", metavar="FILE", type=Path, help="write the names of the tests that pass to FILE, a line each")
+    group.addoption(
+        "--passed-to",
+        metavar="FILE",
+        type=Path,
+        help="write the names of the tests that pass to FILE, a line each",
+    )
     group.addoption("--not-in", metavar="FILE", type=Path, help="leave out the tests that FILE names")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--passed-to")
-    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to the process that started them
+    if path is not None and not hasattr(
+        config, "workerinput"
+    ):  # xdist's workers report to the process that started them
         config.pluginmanager.register(_Passed(path))
 
 

@@ -55,13 +55,21 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 
 def test_everything_that_is_asked_for_is_pinned_to_a_version_that_will_do(ci: ModuleType) -> None:
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints-fairseq2.txt").read_text().splitlines())
-    pins = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines if line)}
+    lines = (
+        line.partition("#")[0].strip()
+        for line in (ROOT / "constraints-fairseq2.txt").read_text().splitlines()
+    )
+    pins = {
+        name.lower().replace("_", "-"): version
+        for name, _, version in (line.partition("==") for line in lines if line)
+    }
     for requirement in map(Requirement, ci.requirements(ROOT)):
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), requirement
 
 
-def test_packages_are_other_ones_when_a_version_or_a_requirement_is_and_not_for_a_comment(ci: ModuleType, clone: Path) -> None:
+def test_packages_are_other_ones_when_a_version_or_a_requirement_is_and_not_for_a_comment(
+    ci: ModuleType, clone: Path
+) -> None:
     first = ci.key(clone)
     rewrite(clone / "constraints-fairseq2.txt", "# ", "# Really: ")
     rewrite(clone / "pyproject.toml", 'version = "0.1.0"', 'version = "0.2.0"')
@@ -72,7 +80,9 @@ def test_packages_are_other_ones_when_a_version_or_a_requirement_is_and_not_for_
     assert len({first, second, ci.key(clone)}) == 3
 
 
-def test_clones_at_a_time_build_once_and_share(ci: ModuleType, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clones_at_a_time_build_once_and_share(
+    ci: ModuleType, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built: list[Path] = []
 
     def install(root: Path, folder: Path) -> None:
@@ -122,14 +132,18 @@ def test_packages_of_other_versions_stay_and_are_named(
     assert old.exists()
 
 
-def test_too_little_disk_is_said_before_anything_is_fetched(ci: ModuleType, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_said_before_anything_is_fetched(
+    ci: ModuleType, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 3 * 10**9))
     monkeypatch.setattr(ci, "install", pytest.fail)
     with pytest.raises(SystemExit, match=r"cache has 3\.0 GB free; fairseq2 and torch 2\.9\.1 need 14"):
         ci.packages(clone, clone / "cache")
 
 
-def test_without_packages_to_be_had_it_fails_and_says_so(ci: ModuleType, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_packages_to_be_had_it_fails_and_says_so(
+    ci: ModuleType, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def create(folder: Path, with_pip: bool) -> None:
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python").symlink_to("/bin/false")  # a pip that fails, for any reason
@@ -139,13 +153,17 @@ def test_without_packages_to_be_had_it_fails_and_says_so(ci: ModuleType, clone: 
         ci.install(clone, clone / "folder")
 
 
-def test_a_python_without_wheels_of_fairseq2_hands_over_or_says_so(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_wheels_of_fairseq2_hands_over_or_says_so(
+    ci: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(SystemExit, match="this is 3.13, and neither is on the PATH"):
         ci.use_a_python_that_will_do()
     called: list[str] = []
-    monkeypatch.setattr(shutil, "which", lambda name: {"python3.12": "/bin/false", "python3.11": "/bin/true"}[name])
+    monkeypatch.setattr(
+        shutil, "which", lambda name: {"python3.12": "/bin/false", "python3.11": "/bin/true"}[name]
+    )
     monkeypatch.setattr(ci.os, "execv", lambda path, argv: called.append(path))
     with pytest.raises(SystemExit):  # what is behind a call that never returns
         ci.use_a_python_that_will_do()
@@ -161,7 +179,10 @@ LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
 def loads(library: str, **environment: str) -> bool:
     """In a process of its own: this one may have the library of soundfile's wheel, whose name is the same."""
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, library], env={**os.environ, **environment}, capture_output=True, check=False
+        [sys.executable, "-c", LOAD, library],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
     )
     return done.returncode == 0
 
@@ -174,7 +195,9 @@ def in_sight(bare: ModuleType) -> list[str]:
     return programs + [name for _, libraries in bare.HIDDEN.values() for name in libraries if loads(name)]
 
 
-@pytest.mark.skipif(os.environ.get("WORDLESS_BARE") != "1", reason="only in the pass of .ci/run that hides what it installs")
+@pytest.mark.skipif(
+    os.environ.get("WORDLESS_BARE") != "1", reason="only in the pass of .ci/run that hides what it installs"
+)
 def test_no_srun_no_libsndfile_and_nothing_else_that_ci_installs_is_in_sight(bare: ModuleType) -> None:
     assert not shutil.which("srun") and not loads("libsndfile.so.1")
     assert in_sight(bare) == []
@@ -220,7 +243,15 @@ def test_a_command_runs_without_what_is_hidden_and_with_everything_else(machine:
 
 def test_an_environment_that_is_made_where_things_are_hidden_outlives_that(machine: Path) -> None:
     (machine / "bin" / "python3").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
-    make = [sys.executable, str(ROOT / ".ci" / "bare.py"), "python3", "-m", "venv", "--without-pip", str(machine / "made")]
+    make = [
+        sys.executable,
+        str(ROOT / ".ci" / "bare.py"),
+        "python3",
+        "-m",
+        "venv",
+        "--without-pip",
+        str(machine / "made"),
+    ]
     subprocess.run(make, check=True)
     asked = [machine / "made" / "bin" / "python", "-c", "import sys; print(sys.prefix)"]
     assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == f"{machine / 'made'}\n"
@@ -228,7 +259,9 @@ def test_an_environment_that_is_made_where_things_are_hidden_outlives_that(machi
 
 def test_folders_with_nothing_to_hide_stay_on_the_path_as_they_are(bare: ModuleType, machine: Path) -> None:
     (machine / "hidden").mkdir()
-    path = bare.hide(machine / "hidden", {"PATH": f"{machine}/bin:{machine}/other:{machine}/none"})["PATH"].split(":")
+    path = bare.hide(machine / "hidden", {"PATH": f"{machine}/bin:{machine}/other:{machine}/none"})[
+        "PATH"
+    ].split(":")
     assert path == [f"{machine}/hidden/path0", f"{machine}/other", f"{machine}/none"]
     assert os.listdir(path[0]) == ["greet"]
 
@@ -237,7 +270,13 @@ def test_the_bare_pass_comes_first_and_hides_every_package_that_ci_installs(bare
     text = (ROOT / ".ci" / "run").read_text()
     packages = {name for names in re.findall(r"packages\+=\((.*?)\)", text) for name in names.split()}
     assert {"slurm-wlm", "munge", "libsndfile1"} <= packages <= set(bare.HIDDEN)
-    order = [".ci/bare.py make test", "--passed-to=$passed", "apt-get install", '--not-in="$passed"', "make test-fairseq2"]
+    order = [
+        ".ci/bare.py make test",
+        "--passed-to=$passed",
+        "apt-get install",
+        '--not-in="$passed"',
+        "make test-fairseq2",
+    ]
     assert sorted(order, key=text.index) == order
 
 
@@ -265,12 +304,34 @@ def test_the_second_pass_runs_what_did_not_pass_in_the_first_and_nothing_else(tm
     def run(name: str, *arguments: str, **environment: str) -> list[str]:
         """The functions that ran."""
         (tmp_path / name).mkdir()
-        environment |= {**os.environ, "PYTHONPATH": str(ROOT), "RAN": str(tmp_path / name), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        argv = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "tests.passes", "-W", "ignore", *arguments]
+        environment |= {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "RAN": str(tmp_path / name),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
+        argv = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            "/dev/null",
+            "-p",
+            "tests.passes",
+            "-W",
+            "ignore",
+            *arguments,
+        ]
         subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, check=False)
         return sorted(os.listdir(tmp_path / name))
 
     first = run("first", "-p", "xdist", "-n", "2", "-m", "not slow", "--passed-to=passed.txt")
     assert first == ["test_ends_badly", "test_passes"]
-    assert len((tmp_path / "passed.txt").read_text().splitlines()) == 2  # test_passes, with each of its parameters
-    assert run("second", "--not-in=passed.txt", THERE="1") == ["test_ends_badly", "test_needs_it", "test_slow"]
+    assert (
+        len((tmp_path / "passed.txt").read_text().splitlines()) == 2
+    )  # test_passes, with each of its parameters
+    assert run("second", "--not-in=passed.txt", THERE="1") == [
+        "test_ends_badly",
+        "test_needs_it",
+        "test_slow",
+    ]

@@ -58,7 +58,11 @@ def test_nothing_of_ours_is_a_pickle(path: Path) -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load" and name in READ_PICKLES:
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options["weights_only"] == "True"
-        elif isinstance(node, ast.Attribute) and node.attr in ("save", "load") and getattr(node.value, "id", None) == "torch":
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("save", "load")
+            and getattr(node.value, "id", None) == "torch"
+        ):
             if name in (WRITE_PICKLES if node.attr == "save" else READ_PICKLES):
                 continue
             pytest.fail(f"torch.{node.attr} at line {node.lineno}")
@@ -76,5 +80,7 @@ def test_only_slurm_reads_its_variables(path: Path) -> None:
 def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
     drawers = {"utils", "util", "common", "helpers", "helper", "misc"}
     assert not [
-        path for path in (*MODULES, *(ROOT / "tests").rglob("*.py")) if drawers & {path.stem, *path.relative_to(ROOT).parts[:-1]}
+        path
+        for path in (*MODULES, *(ROOT / "tests").rglob("*.py"))
+        if drawers & {path.stem, *path.relative_to(ROOT).parts[:-1]}
     ]

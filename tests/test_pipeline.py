@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from pretrain.artefact import META_KEY, is_complete, read_meta
-from wordless import main
+from pretrain.store.artefact import META_KEY, is_complete, read_meta
+from wordless.cli import main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -19,23 +19,43 @@ SHRUNK = {  # by verb: what makes a stage take a moment
     "speech": {"hours": 0.03, "num_voices": 7, "num_dev_voices": 1, "num_test_voices": 2},
     "cluster": {"num_classes": 16},
     "pretrain": {
-        "encoder.architecture": "tiny", "batches.batch_seconds": 20, "training.max_steps": 4, "training.log_every": 2,
-        "training.validate_every": 0, "optimizer.warmup_steps": 0,
+        "encoder.architecture": "tiny",
+        "batches.batch_seconds": 20,
+        "training.max_steps": 4,
+        "training.log_every": 2,
+        "training.validate_every": 0,
+        "optimizer.warmup_steps": 0,
     },
-    "train-lm": {"model.dim": 32, "model.num_layers": 1, "training.max_steps": 4, "training.validate_every": 0},
+    "train-lm": {
+        "model.dim": 32,
+        "model.num_layers": 1,
+        "training.max_steps": 4,
+        "training.validate_every": 0,
+    },
     "sample": {"prompt_units": 5, "max_units": 20},
     "train-synthesizer": {"model.dim": 16, "training.max_steps": 3},
     "synthesize": {"num": 2, "iterations": 2},
     "finetune": {
-        "budget": "0.5min", "training.max_steps": 4, "training.validate_every": 0, "ctc.freeze_steps": 1,
+        "budget": "0.5min",
+        "training.max_steps": 4,
+        "training.validate_every": 0,
+        "ctc.freeze_steps": 1,
         "characters": '"abcdefghijklmnopqrstuvwxyz|"',  # half a minute of transcripts has not every letter
     },
-}  # fmt: skip
+}
 
 
 def shrunk(recipe: Path) -> list[str]:
-    stages = {name: table["verb"] for name, table in tomllib.loads(recipe.read_text()).items() if isinstance(table, dict)}
-    return [f"{name}.{key}={value}" for name, verb in stages.items() for key, value in SHRUNK.get(verb, {}).items()]
+    stages = {
+        name: table["verb"]
+        for name, table in tomllib.loads(recipe.read_text()).items()
+        if isinstance(table, dict)
+    }
+    return [
+        f"{name}.{key}={value}"
+        for name, verb in stages.items()
+        for key, value in SHRUNK.get(verb, {}).items()
+    ]
 
 
 def run(recipe: Path, folder: Path, *arguments: str) -> int:
@@ -62,10 +82,17 @@ def test_the_demo_ends_with_a_page_and_the_numbers_that_matter(demo: Path) -> No
         assert {"loss_first", "loss_last"} <= summary["pretrain"][iteration].keys()
     assert summary["units"].keys() == {"mfcc", "iteration1", "iteration2"}
     assert all(0 < units["pnmi"] < 1 and units["num_classes"] == 16 for units in summary["units"].values())
-    assert {"bits_per_unit", "unigram_bits_per_unit", "bigram_bits_per_unit", "trigram_bits_per_unit"} <= summary["lm"].keys()
-    assert {"frame_agreement_resynthesis", "frame_agreement_copy", "unit_error_rate_resynthesis_predicted"} <= summary[
-        "sounds"
-    ].keys()
+    assert {
+        "bits_per_unit",
+        "unigram_bits_per_unit",
+        "bigram_bits_per_unit",
+        "trigram_bits_per_unit",
+    } <= summary["lm"].keys()
+    assert {
+        "frame_agreement_resynthesis",
+        "frame_agreement_copy",
+        "unit_error_rate_resynthesis_predicted",
+    } <= summary["sounds"].keys()
     page = (demo / "report.html").read_text()
     assert (
         page.count("<audio") == 2 * 4 + 4 * 2
@@ -74,15 +101,30 @@ def test_the_demo_ends_with_a_page_and_the_numbers_that_matter(demo: Path) -> No
     assert "</html>" in (demo / "report.html").read_text()
 
 
-def test_the_demo_prints_the_whole_table_for_mfcc_and_both_iterations(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_prints_the_whole_table_for_mfcc_and_both_iterations(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(DEMO, demo) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["mfcc", "iteration1", "iteration2"]
     titles = {" ".join(line.split()[:-3]) for line in lines}
-    assert {"PNMI", "phone purity", "cluster purity", "V-measure", "perplexity", "units per second, deduplicated"} <= titles
-    assert {"phone told from features", "speaker told from an utterance's units", "squared error / variance"} <= titles
+    assert {
+        "PNMI",
+        "phone purity",
+        "cluster purity",
+        "V-measure",
+        "perplexity",
+        "units per second, deduplicated",
+    } <= titles
+    assert {
+        "phone told from features",
+        "speaker told from an utterance's units",
+        "squared error / variance",
+    } <= titles
     units = json.loads((demo / "summary.json").read_text())["units"]
-    assert all("abx_within" in of or any("ABX within" in note for note in of["notes"]) for of in units.values())  # half a minute
+    assert all(
+        "abx_within" in of or any("ABX within" in note for note in of["notes"]) for of in units.values()
+    )  # half a minute
     layers = json.loads((demo / "layers1" / "summary.json").read_text())
     assert layers["layer"] == read_meta(demo / "codebook1")["source"]["layer"] == units["iteration1"]["layer"]
 
@@ -104,11 +146,15 @@ def test_each_artefact_names_the_fingerprints_of_what_it_was_made_from(demo: Pat
         metas["codebook2"]["parents"]["sweep"] == metas["layers2"]["fingerprint"]
         and metas["layers2"]["parents"]["encoder"] == weights[:16]
     )
-    assert metas["codebook2"]["source"]["encoder"] == weights[:16] == metas["ctc_scratch"]["parents"]["encoder"]
+    assert (
+        metas["codebook2"]["source"]["encoder"] == weights[:16] == metas["ctc_scratch"]["parents"]["encoder"]
+    )
 
 
 def test_running_again_skips_every_stage(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [path for path in demo.glob("*/*") if path.is_file() and path.name != "report.json"]  # which tells when it was made
+    files = [
+        path for path in demo.glob("*/*") if path.is_file() and path.name != "report.json"
+    ]  # which tells when it was made
     before = {path: path.stat().st_mtime_ns for path in files}
     assert run(DEMO, demo) == 0
     told = capsys.readouterr().err
@@ -175,19 +221,35 @@ def odd_folder(name: str, speech: Path, folder: Path) -> Path:
 def test_of_a_folder_with_few_transcripts_the_recogniser_is_left_out_right_after_index(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, recognisers = odd_folder("few transcripts", demo / "speech", tmp_path / "audio"), ("pretrained", "scratch")
+    folder, recognisers = (
+        odd_folder("few transcripts", demo / "speech", tmp_path / "audio"),
+        ("pretrained", "scratch"),
+    )
     stages = ["manifest", *(f"{kind}_{name}" for kind in ("ctc", "text") for name in recognisers), "report"]
     only = [word for stage in stages for word in ("--only", stage)]
     assert run(DEMO, tmp_path / "own", "--skip", "speech", f"manifest.source={folder}", *only) == 0
     told = capsys.readouterr().err
-    assert told.count("have a transcript that can be used (at least 1min would do)") == 2 * 2  # at once, and at the end
-    assert "text_scratch: left out: needs ctc_scratch, which was left out" in told and "4 of 26 stages were left out" in told
-    assert "a transcript that can be used (at least 1min would do)" in (tmp_path / "own" / "report.html").read_text()
+    assert (
+        told.count("have a transcript that can be used (at least 1min would do)") == 2 * 2
+    )  # at once, and at the end
+    assert (
+        "text_scratch: left out: needs ctc_scratch, which was left out" in told
+        and "4 of 26 stages were left out" in told
+    )
+    assert (
+        "a transcript that can be used (at least 1min would do)"
+        in (tmp_path / "own" / "report.html").read_text()
+    )
 
 
-def test_what_is_transcribed_is_used_where_it_is_less_than_the_budget_but_enough(demo: Path, tmp_path: Path) -> None:
+def test_what_is_transcribed_is_used_where_it_is_less_than_the_budget_but_enough(
+    demo: Path, tmp_path: Path
+) -> None:
     more = [f"run={tmp_path / 'run'}", "ctc_scratch.budget=1h", "ctc_scratch.budget_at_least=10s"]
-    paths = [f"ctc_scratch.{key}={demo / value}" for key, value in (("manifest", "manifest"), ("encoder", "hubert2"))]
+    paths = [
+        f"ctc_scratch.{key}={demo / value}"
+        for key, value in (("manifest", "manifest"), ("encoder", "hubert2"))
+    ]
     assert main(["run", str(DEMO), *shrunk(DEMO), *more, *paths, "--only", "ctc_scratch"]) == 0
     summary = json.loads((tmp_path / "run" / "stages" / "ctc_scratch.json").read_text())["summary"]
     assert "budget = '1h': " in summary["note"] and summary["label_minutes"] < 2
@@ -207,7 +269,16 @@ def test_the_demo_ends_with_a_page_on_an_odd_folder(name: str, demo: Path, tmp_p
 
 def test_wav2vec2_runs_the_same_chain(demo: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "wav2vec2"
-    assert run(DEMO_WAV2VEC2, run_folder, "--skip", "speech", f"manifest.source={demo / 'speech' / 'speech.jsonl'}") == 0
+    assert (
+        run(
+            DEMO_WAV2VEC2,
+            run_folder,
+            "--skip",
+            "speech",
+            f"manifest.source={demo / 'speech' / 'speech.jsonl'}",
+        )
+        == 0
+    )
     summary = json.loads((run_folder / "summary.json").read_text())
     assert {"loss_first", "loss_last", "code_perplexity"} <= summary["pretrain"]["wav2vec2"].keys()
     assert summary["units"]["wav2vec2"]["pnmi"] > 0

@@ -16,12 +16,17 @@ from sklearn.cluster import KMeans
 from transformers import HubertConfig, HubertModel
 
 from pretrain.config import read_toml
-from recipe import VERBS
-from wordless import main
+from wordless.cli import main
+from wordless.recipe import VERBS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-KNOWN = {"wordless", "make", ".venv/bin/pre-commit", ".venv/bin/python"}  # first words that are checked here or need no check
+KNOWN = {
+    "wordless",
+    "make",
+    ".venv/bin/pre-commit",
+    ".venv/bin/python",
+}  # first words that are checked here or need no check
 SHRUNK = {  # by verb: what makes the README's sizes tiny
     "cluster": ["num_classes=8"],
     "pretrain": ["encoder.architecture=tiny", "training.max_steps=2", "batches.batch_seconds=8"],
@@ -46,16 +51,26 @@ def test_every_command_shown_is_one_that_these_tests_know() -> None:
     assert {words[0] for page in PAGES for words in commands(page)} <= KNOWN
 
 
-def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", "recipes")
     Path("audio").mkdir()
     rng = np.random.default_rng(0)
     for number in range(20):
         envelope = np.repeat(rng.uniform(0.05, 1, 12 + number % 5), 1600)
-        soundfile.write(f"audio/{number:02}.wav", 0.1 * envelope * rng.standard_normal(len(envelope)).clip(-3, 3), 16000)
+        soundfile.write(
+            f"audio/{number:02}.wav", 0.1 * envelope * rng.standard_normal(len(envelope)).clip(-3, 3), 16000
+        )
         Path(f"audio/{number:02}.txt").write_text("one two" if number % 2 else "two one")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": (8,) * 7}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "conv_dim": (8,) * 7,
+    }
     HubertModel(HubertConfig(**sizes, num_conv_pos_embedding_groups=2)).save_pretrained("hubert-base-ls960")
     joblib.dump(KMeans(8, n_init=1, random_state=0).fit(rng.standard_normal((50, 16))), "km.bin")
     Path("units.txt").write_text("".join(f"{number}|{number} 1 2\n" for number in range(100)))
@@ -72,7 +87,10 @@ def test_the_readmes_commands_run_in_order_from_a_folder_of_audio(tmp_path: Path
             assert main([*words[1:], *SHRUNK.get(words[1], [])]) == 0, shlex.join(words)
     assert "</html>" in Path("runs/own/report.html").read_text()
     assert soundfile.info("continuations.wav").duration > 2
-    (hello,) = {json.loads(line)["document"] for line in Path("runs/own/samples_hello/samples.jsonl").read_text().splitlines()}
+    (hello,) = {
+        json.loads(line)["document"]
+        for line in Path("runs/own/samples_hello/samples.jsonl").read_text().splitlines()
+    }
     assert hello == "hello.wav"
 
 
@@ -87,10 +105,19 @@ def test_a_command_within_the_text_is_a_pattern_not_a_step(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_two_commands_shown_write_to_one_place(page: Path) -> None:
-    tables = {match[1]: tomllib.loads(fence) for fence in fences(page, "toml") if (match := re.match(r"# (\S+\.toml)\n", fence))}
+    tables = {
+        match[1]: tomllib.loads(fence)
+        for fence in fences(page, "toml")
+        if (match := re.match(r"# (\S+\.toml)\n", fence))
+    }
     outs = []
     for words in commands(page):
-        if words[0] == "wordless" and words[1] in {*VERBS, "run"} and words[2] in tables and "--dry-run" not in words:
+        if (
+            words[0] == "wordless"
+            and words[1] in {*VERBS, "run"}
+            and words[2] in tables
+            and "--dry-run" not in words
+        ):
             given = dict(word.split("=", 1) for word in words[3:] if "=" in word)
             outs += [given.get("out", tables[words[2]]["out"])]
     assert len(outs) == len(set(outs)), outs

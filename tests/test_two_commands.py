@@ -16,10 +16,10 @@ import pytest
 import soundfile
 import tomli_w
 
-import recipe as recipes
-from pretrain.labels import Labels
-from pretrain.lock import locked
-from wordless import VERBS, main
+from pretrain.data.labels import Labels
+from pretrain.store.lock import locked
+from wordless import recipe as recipes
+from wordless.cli import VERBS, main
 
 ROOT = Path(__file__).parents[1]
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -72,7 +72,10 @@ def write(folder: Path, name: str, tree: dict[str, Any]) -> str:
 def require_refused(argv: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     told = capsys.readouterr().err
-    assert f"{out}: another process is at work on it: process {os.getpid()} on host" in told and told.count("\n") == 1, told
+    assert (
+        f"{out}: another process is at work on it: process {os.getpid()} on host" in told
+        and told.count("\n") == 1
+    ), told
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -94,7 +97,15 @@ def test_import_and_export_leave_an_output_alone_that_another_process_writes(
     from quantize.codebook import write_codebook
 
     centroids = np.random.default_rng(0).standard_normal((1, 4, 39)).astype(np.float32)
-    write_codebook(str(tmp_path / "codebook"), centroids, np.zeros(39, np.float32), {"kind": "mfcc", "cmvn": False}, {}, {}, {})
+    write_codebook(
+        str(tmp_path / "codebook"),
+        centroids,
+        np.zeros(39, np.float32),
+        {"kind": "mfcc", "cmvn": False},
+        {},
+        {},
+        {},
+    )
     np.save(tmp_path / "centroids.npy", centroids[0])
     imported = ["import", "--codebook", "--mfcc", str(tmp_path / "centroids.npy"), str(tmp_path / "imported")]
     exported = ["export", str(tmp_path / "codebook"), str(tmp_path / "exported.npy"), "--format", "npy"]
@@ -106,7 +117,9 @@ def test_import_and_export_leave_an_output_alone_that_another_process_writes(
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_a_part_is_refused_where_the_same_part_or_all_is_being_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_is_refused_where_the_same_part_or_all_is_being_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     path = write(tmp_path, "encode", {"out": str(out), "part": "1/2", **REQUIRED["encode"]})
     for part in (("1/2",), ()):
@@ -140,13 +153,21 @@ def test_a_second_run_of_a_recipe_ends_before_its_first_stage_and_a_stage_of_its
         record = (run / "stages" / "one.json").read_bytes()
         assert main(["run", path]) == 2
         told = capsys.readouterr().err.splitlines()
-        assert told[0].startswith("one: stands already") and f"{run / 'two'}: another process" in told[1] and len(told) == 2
-        assert (run / "stages" / "one.json").read_bytes() == record and not (run / "stages" / "two.json").exists()
+        assert (
+            told[0].startswith("one: stands already")
+            and f"{run / 'two'}: another process" in told[1]
+            and len(told) == 2
+        )
+        assert (run / "stages" / "one.json").read_bytes() == record and not (
+            run / "stages" / "two.json"
+        ).exists()
     assert main(["run", path]) == 0
     assert not list(run.rglob(".*"))
 
 
-def test_what_stands_needs_no_lock_in_a_recipe(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stands_needs_no_lock_in_a_recipe(
+    audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     path = write(tmp_path, "recipe", {"run": str(run), "one": {"verb": "index", "source": str(audio)}})
     assert main(["run", path]) == 0
@@ -207,18 +228,27 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
 ) -> None:
     manifest, codebook, out = (str(tmp_path / name) for name in ("manifest", "codebook", "labels"))
     assert main(["index", str(audio), manifest]) == 0
-    assert main(["cluster", write(tmp_path, "cluster", {"manifest": manifest, "num_classes": 4, "out": codebook})]) == 0
+    assert (
+        main(
+            ["cluster", write(tmp_path, "cluster", {"manifest": manifest, "num_classes": 4, "out": codebook})]
+        )
+        == 0
+    )
     keys = {"manifest": manifest, "codebook": codebook, "num_shards": 8}
     path = write(tmp_path, "encode", {**keys, "out": out, "processes": 2})
     assert main(["encode", write(tmp_path, "alone", {**keys, "out": str(tmp_path / "alone")})]) == 0
     # A worker is at one of the shards when the signal comes: a recording on a disk that hangs.
     (tmp_path / "hangs").mkdir()
     (tmp_path / "hangs" / "sitecustomize.py").write_text(HANGING, encoding="utf-8")
-    code = "import signal; signal.signal(2, signal.default_int_handler); import wordless; wordless.entry_point()"
+    code = "import signal; signal.signal(2, signal.default_int_handler); import wordless.cli; wordless.cli.entry_point()"
     places = os.pathsep.join([str(tmp_path / "hangs"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "encode", path], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "encode", path],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline, seen, since = time.monotonic() + 90, set[Path](), time.monotonic()
@@ -229,7 +259,9 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
             if (found := set(Path(out).rglob("*shard*"))) != seen:
                 seen, since = found, time.monotonic()
             time.sleep(0.05)
-        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        workers = [
+            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
         os.killpg(process.pid, signal.SIGINT)
         _, error = process.communicate(timeout=30)
     finally:

@@ -9,32 +9,38 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from pretrain.artefact import read_meta, require_absent
 from pretrain.config import Config, PathStr, Seed, Split
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest, Utterance
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest, Utterance
 from pretrain.progress import progress
-from units.bpe import learn
-from units.corpus import Document, UnitCorpus, write_corpus
+from pretrain.store.artefact import read_meta, require_absent
+from units.corpus.bpe import learn
+from units.corpus.grid import grid_document
+from units.corpus.interleaving import interleaved_document
+from units.corpus.sequence import deduplicate, expand
+from units.corpus.text import TextConfig, TextPieces, learn_pieces
+from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.vocabulary import Vocabulary
 from units.formats import describe_source, fingerprint_source, guess_format, read_located
 from units.formats.description import sidecar_path
-from units.grid import grid_document
-from units.interleaving import interleaved_document
-from units.lengths import LengthCheck
-from units.sequence import deduplicate, expand
-from units.text import TextConfig, TextPieces, learn_pieces
-from units.vocabulary import Vocabulary
+from units.formats.lengths import LengthCheck
 
 
 class BPEConfig(Config):
     """Unit BPE: frequent runs of units become symbols of their own."""
 
     vocabulary_size: int = Field(ge=2, description="symbols in all, the K units included")
-    max_units: int = Field(8, ge=2, description="longest run of units that one symbol stands for, so that silence does not fill it")
+    max_units: int = Field(
+        8,
+        ge=2,
+        description="longest run of units that one symbol stands for, so that silence does not fill it",
+    )
     min_frequency: int = Field(2, ge=1)
     split: Split = Field("train", description='the documents that merges are learnt from; "": all')
     sample_units: int = Field(
-        10_000_000, ge=1, description="learn from so many units, drawn from all; about 115 bytes of memory each"
+        10_000_000,
+        ge=1,
+        description="learn from so many units, drawn from all; about 115 bytes of memory each",
     )
 
 
@@ -43,8 +49,12 @@ class PackConfig(Config):
 
     manifest: PathStr | None = None
     labels: PathStr | None = None
-    source: PathStr | None = Field(None, description="in place of labels: a unit file of another tool, or a folder of them")
-    format: str | None = Field(None, description="of the source; by default told from its name and first line")
+    source: PathStr | None = Field(
+        None, description="in place of labels: a unit file of another tool, or a folder of them"
+    )
+    format: str | None = Field(
+        None, description="of the source; by default told from its name and first line"
+    )
     source_options: dict[str, Any] = Field({}, description="of the format: tsv, durations, stem, per_frame")
     out: PathStr
     deduplicate: bool = True
@@ -55,8 +65,12 @@ class PackConfig(Config):
         None, description="of a source that does not say: a codebook's folder or fingerprint, or a name"
     )
     num_units: int | None = Field(None, ge=1, description="of a source that does not say: K")
-    frame_rate_hz: float | None = Field(None, gt=0, description="of a source that does not say; 50 if nothing does")
-    dev_share: float = Field(0.05, ge=0, lt=1, description="of a source without splits of its own or a manifest: drawn by id")
+    frame_rate_hz: float | None = Field(
+        None, gt=0, description="of a source that does not say; 50 if nothing does"
+    )
+    dev_share: float = Field(
+        0.05, ge=0, lt=1, description="of a source without splits of its own or a manifest: drawn by id"
+    )
     test_share: float = Field(0.05, ge=0, lt=1)
     split_seed: Seed = 0
 
@@ -71,13 +85,26 @@ class PackConfig(Config):
         if self.text is not None and self.bpe is not None:
             raise ValueError("`bpe` and `text` do not go together: merges are for units alone")
         if self.labels is not None and (given := self.model_fields_set & OF_SOURCES):
-            raise ValueError(f"{', '.join(sorted(given))}: of a `source`; labels and their manifest say it themselves")
+            raise ValueError(
+                f"{', '.join(sorted(given))}: of a `source`; labels and their manifest say it themselves"
+            )
         if self.dev_share + self.test_share >= 1:
-            raise ValueError(f"dev_share {self.dev_share} and test_share {self.test_share} leave nothing to train on")
+            raise ValueError(
+                f"dev_share {self.dev_share} and test_share {self.test_share} leave nothing to train on"
+            )
         return self
 
 
-OF_SOURCES = {"format", "source_options", "codebook", "num_units", "frame_rate_hz", "dev_share", "test_share", "split_seed"}
+OF_SOURCES = {
+    "format",
+    "source_options",
+    "codebook",
+    "num_units",
+    "frame_rate_hz",
+    "dev_share",
+    "test_share",
+    "split_seed",
+}
 
 
 class Contents(NamedTuple):
@@ -101,10 +128,16 @@ def pack(config: PackConfig) -> dict[str, Any]:
     if config.bpe is not None:
         vocabulary = Vocabulary(num_units=vocabulary.num_units, merges=_learn_merges(config.bpe, contents))
     summary = write_corpus(
-        config.out, contents.documents, config.resolved(), contents.parents,
-        vocabulary=vocabulary, codebook=contents.codebook, frame_rate_hz=contents.frame_rate_hz,
-        deduplicated=contents.deduplicated, timed=contents.timed,
-    )  # fmt: skip
+        config.out,
+        contents.documents,
+        config.resolved(),
+        contents.parents,
+        vocabulary=vocabulary,
+        codebook=contents.codebook,
+        frame_rate_hz=contents.frame_rate_hz,
+        deduplicated=contents.deduplicated,
+        timed=contents.timed,
+    )
     return {**summary, **({"notes": contents.notes} if contents.notes else {})}
 
 
@@ -114,7 +147,9 @@ def _of_labels(config: PackConfig) -> Contents:
     manifest, labels = Manifest(config.manifest), Labels(config.labels)
     _require_labels(manifest, labels)
     levels = _chosen_levels(config.levels, labels.num_levels, f"labels: {config.labels}")
-    deduplicated = config.deduplicate and (config.text is None or config.text.layout != "grid")  # the grid is one of frames
+    deduplicated = config.deduplicate and (
+        config.text is None or config.text.layout != "grid"
+    )  # the grid is one of frames
     if levels > 1 and config.text is not None and config.text.layout == "interleaved":
         raise ValueError(
             f"text.layout = interleaved is for units of one level, and {levels} are packed; levels = 1, or layout = grid"
@@ -123,14 +158,18 @@ def _of_labels(config: PackConfig) -> Contents:
     pieces = TextPieces(())
     if config.text is not None:
         pieces = learn_pieces(manifest, config.text)
-        vocabulary = Vocabulary(num_units=labels.num_classes, num_levels=levels, text=pieces.pieces, layout=config.text.layout)
+        vocabulary = Vocabulary(
+            num_units=labels.num_classes, num_levels=levels, text=pieces.pieces, layout=config.text.layout
+        )
 
     def document(utterance: Utterance, frames: np.ndarray) -> Document:
         if config.text is None:
             return Document(utterance.id, utterance.split, *_as_units(frames, deduplicated))
         if config.text.layout == "grid":
             return grid_document(utterance, frames, pieces, config.text)
-        return interleaved_document(utterance, frames, pieces, vocabulary, config.text, deduplicated=deduplicated)
+        return interleaved_document(
+            utterance, frames, pieces, vocabulary, config.text, deduplicated=deduplicated
+        )
 
     def documents(first: int) -> Iterator[Document]:
         rows = manifest.take(np.arange(first, len(manifest)))
@@ -146,7 +185,9 @@ def _of_labels(config: PackConfig) -> Contents:
     if config.text is not None and config.text.pieces_of is not None:
         parents["pieces_of"] = UnitCorpus(config.text.pieces_of).fingerprint
     notes = _left_out(levels, labels.num_levels, f"labels: {config.labels}")
-    return Contents(vocabulary, labels.codebook, labels.frame_rate_hz, deduplicated, True, parents, documents, notes)
+    return Contents(
+        vocabulary, labels.codebook, labels.frame_rate_hz, deduplicated, True, parents, documents, notes
+    )
 
 
 def _require_labels(manifest: Manifest, labels: Labels) -> None:
@@ -189,8 +230,12 @@ def _of_source(config: PackConfig) -> Contents:
 
     def documents(first: int) -> Iterator[Document]:
         assert config.source is not None
-        check = LengthCheck(config.source, rate, description if said.frame_rate_hz is not None else None, manifest, rows)
-        for document in itertools.islice(check.checked(read_located(config.source, form, **config.source_options)), first, None):
+        check = LengthCheck(
+            config.source, rate, description if said.frame_rate_hz is not None else None, manifest, rows
+        )
+        for document in itertools.islice(
+            check.checked(read_located(config.source, form, **config.source_options)), first, None
+        ):
             units, durations = document.units, document.durations
             if units.ndim > 1:
                 units = units[:, 0] if levels == 1 else units[:, :levels]
@@ -206,7 +251,9 @@ def _of_source(config: PackConfig) -> Contents:
     parents |= {"corpus": said.source} if said.source else {}
     notes = _left_out(levels, said.num_levels, f"source: {config.source}")
     if (said.frame_rate_hz, config.frame_rate_hz) == (None, None):
-        notes.append(f"source: {config.source} does not say its frame rate; 50 Hz is assumed (frame_rate_hz = …)")
+        notes.append(
+            f"source: {config.source} does not say its frame rate; 50 Hz is assumed (frame_rate_hz = …)"
+        )
     vocabulary = Vocabulary(num_units=num_units, num_levels=levels)
     return Contents(vocabulary, codebook, rate, config.deduplicate, timed, parents, documents, notes)
 
@@ -221,12 +268,16 @@ def _refuse_own(source: str) -> None:
     raise ValueError(f"source: {source} is a {kind!r} of wordless; {remedies.get(kind, 'it holds no units')}")
 
 
-def _agreed(config: PackConfig, key: str, said: Any, given: Any, of_codebook: Any = None, otherwise: Any = None) -> Any:
+def _agreed(
+    config: PackConfig, key: str, said: Any, given: Any, of_codebook: Any = None, otherwise: Any = None
+) -> Any:
     """What the file, the config and the codebook say, who must not contradict each other; one of them must say it."""
     accounts = {"by its own account": said, "in the config": given, "by the codebook's": of_codebook}
     known = {whose: value for whose, value in accounts.items() if value is not None}
     if len(set(known.values())) > 1:
-        raise ValueError(f"{config.source}: {key} " + ", ".join(f"{value!r} {whose}" for whose, value in known.items()))
+        raise ValueError(
+            f"{config.source}: {key} " + ", ".join(f"{value!r} {whose}" for whose, value in known.items())
+        )
     value = next(iter(known.values()), otherwise)
     if value is None:
         raise ValueError(f"{config.source}: does not say its {key}; give it as {key} = …")
@@ -241,17 +292,23 @@ def _codebook_of(named: str | None) -> tuple[str | None, int | None]:
     return meta["fingerprint"], meta["num_classes"]
 
 
-def _splits_of(config: PackConfig, manifest: Manifest | None, rows: dict[str, int]) -> Callable[[Document], str | None]:
+def _splits_of(
+    config: PackConfig, manifest: Manifest | None, rows: dict[str, int]
+) -> Callable[[Document], str | None]:
     """The split of a document: the manifest's, or else its own, or one drawn from a hash of its id."""
     if manifest is not None:
         splits = manifest.column("split").to_pylist()
 
         def look_up(document: Document) -> str | None:
             if document.id not in rows:
-                raise ValueError(f"{config.source}: document {document.id!r} is no utterance of {config.manifest}")
+                raise ValueError(
+                    f"{config.source}: document {document.id!r} is no utterance of {config.manifest}"
+                )
             split: str | None = splits[rows[document.id]]
             if document.split and split and document.split != split:
-                raise ValueError(f"{config.source}: document {document.id!r} is {document.split}, but {split} in {config.manifest}")
+                raise ValueError(
+                    f"{config.source}: document {document.id!r} is {document.split}, but {split} in {config.manifest}"
+                )
             return split or document.split
 
         return look_up
@@ -259,7 +316,13 @@ def _splits_of(config: PackConfig, manifest: Manifest | None, rows: dict[str, in
     def draw(document: Document) -> str:
         digest = hashlib.sha256(f"{config.split_seed}:{document.id}".encode()).digest()
         share = int.from_bytes(digest[:8]) / 2**64
-        drawn = "test" if share < config.test_share else "dev" if share < config.test_share + config.dev_share else "train"
+        drawn = (
+            "test"
+            if share < config.test_share
+            else "dev"
+            if share < config.test_share + config.dev_share
+            else "train"
+        )
         return document.split or drawn
 
     return draw
@@ -285,7 +348,9 @@ def _as_units(frames: np.ndarray, deduplicated: bool) -> tuple[np.ndarray, np.nd
 
 def _learn_merges(bpe: BPEConfig, contents: Contents) -> tuple[tuple[int, int], ...]:
     if contents.vocabulary.num_levels > 1:
-        raise ValueError(f"bpe: merges are for units of one level; {contents.vocabulary.num_levels} are packed")
+        raise ValueError(
+            f"bpe: merges are for units of one level; {contents.vocabulary.num_levels} are packed"
+        )
     found = False
 
     def of_split() -> Iterator[np.ndarray]:
@@ -296,8 +361,15 @@ def _learn_merges(bpe: BPEConfig, contents: Contents) -> tuple[tuple[int, int], 
                 yield document.units
 
     merges = learn(
-        of_split(), contents.vocabulary.num_units, bpe.vocabulary_size, bpe.max_units, bpe.min_frequency, bpe.sample_units
+        of_split(),
+        contents.vocabulary.num_units,
+        bpe.vocabulary_size,
+        bpe.max_units,
+        bpe.min_frequency,
+        bpe.sample_units,
     )
     if not found:
-        raise ValueError(f"bpe: no documents in split {bpe.split!r} to learn merges from; choose another with bpe.split")
+        raise ValueError(
+            f"bpe: no documents in split {bpe.split!r} to learn merges from; choose another with bpe.split"
+        )
     return merges

@@ -4,7 +4,7 @@ The best path of CTC's lattice (Graves et al., 2006, with a maximum in place of 
 between and after them, a frame is spent in each state entered, and only a blank between two different symbols may be left out.
 
 Times: frame t is computed from samples 320 t to 320 t + 400 and stands for the 20 ms around the middle of that window, as it does in
-`pretrain.audio.phone_frames`. CTC emits a symbol in a frame or two and blanks around it, so a span alone is much shorter than what
+`pretrain.data.audio.phone_frames`. CTC emits a symbol in a frame or two and blanks around it, so a span alone is much shorter than what
 it stands for. `word_times` therefore lets each word or phone reach into the blanks (and the space between words) beside it: half way
 to its neighbour, yet no further than `reach_seconds`, so that a pause stays a pause.
 """
@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from pretrain.artefact import atomic_path
-from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
 from pretrain.ctc.vocabulary import BLANK, Vocabulary
-from pretrain.manifest import Word
+from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
+from pretrain.data.manifest import Word
+from pretrain.store.artefact import atomic_path
 
 # On the dev voices of synthetic speech, whose times are known: of 0 to 0.15 s the one that is nearly best for words (0.02 to 0.04) and
 # for phones (0.06 to 0.1) alike, by the share of frames in the right one.
@@ -48,10 +48,14 @@ def forced_alignment(log_probs: Tensor, classes: np.ndarray) -> list[Span]:
     if not len(classes):
         return []
     if classes.min() <= BLANK or classes.max() >= num_classes:
-        raise ValueError(f"classes to align must be 1 to {num_classes - 1}, and go from {classes.min()} to {classes.max()}")
+        raise ValueError(
+            f"classes to align must be 1 to {num_classes - 1}, and go from {classes.min()} to {classes.max()}"
+        )
     needed = len(classes) + int((classes[1:] == classes[:-1]).sum())  # a blank between two of the same
     if needed > num_frames:
-        raise ValueError(f"{len(classes)} symbols, which need {needed} frames, do not fit {num_frames} frames")
+        raise ValueError(
+            f"{len(classes)} symbols, which need {needed} frames, do not fit {num_frames} frames"
+        )
     path = _best_path(emissions, classes)
     (where,) = np.nonzero(path % 2)  # frames of symbols, in order
     symbols = path[where] // 2
@@ -94,7 +98,9 @@ def _best_path(emissions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return path
 
 
-def stretch(spans: Sequence[tuple[int, int]], num_frames: int, reach_seconds: float = REACH_SECONDS) -> list[tuple[float, float]]:
+def stretch(
+    spans: Sequence[tuple[int, int]], num_frames: int, reach_seconds: float = REACH_SECONDS
+) -> list[tuple[float, float]]:
     """Seconds of spans of frames [start, end), in order, after each has reached into the gaps beside it.
 
     Two share a gap evenly; before the first and after the last one there is all of it to take. No further than `reach_seconds` in
@@ -114,7 +120,11 @@ def _seconds(frame: float) -> float:
 
 
 def word_times(
-    spans: Sequence[Span], classes: np.ndarray, vocabulary: Vocabulary, num_frames: int, reach_seconds: float = REACH_SECONDS
+    spans: Sequence[Span],
+    classes: np.ndarray,
+    vocabulary: Vocabulary,
+    num_frames: int,
+    reach_seconds: float = REACH_SECONDS,
 ) -> list[Word]:
     """When each word that `classes` (symbols,) spell was said, in seconds; with phones each phone is a word.
 
@@ -123,7 +133,9 @@ def word_times(
     words = vocabulary.words(classes)
     if not words:
         return []
-    times = stretch([(spans[first].start, spans[last - 1].end) for _, first, last in words], num_frames, reach_seconds)
+    times = stretch(
+        [(spans[first].start, spans[last - 1].end) for _, first, last in words], num_frames, reach_seconds
+    )
     return [Word(*time, word) for time, (word, _, _) in zip(times, words, strict=True)]
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from pretrain.artefact import commit, read_meta, require_absent, write_json
 from pretrain.config import Config, PathStr, Seed
 from pretrain.ctc.error_rates import (
     Counted,
@@ -30,6 +29,7 @@ from pretrain.ctc.error_rates import (
     resample,
     sum_by,
 )
+from pretrain.store.artefact import commit, read_meta, require_absent, write_json
 
 SMALLEST_P = 1e-10  # what rounding leaves exact
 NUM_SHOWN = 20  # utterances that differ most, each way
@@ -66,7 +66,9 @@ class Transcripts(NamedTuple):
 def read_transcripts(folder: str | Path) -> tuple[Transcripts, str]:
     """The transcripts that `transcribe` wrote into `folder`, and their fingerprint."""
     meta = read_meta(folder, "transcripts")
-    columns = pq.read_table(Path(folder) / "transcripts.parquet", columns=["id", "speaker", "text", "hypothesis"]).to_pydict()
+    columns = pq.read_table(
+        Path(folder) / "transcripts.parquet", columns=["id", "speaker", "text", "hypothesis"]
+    ).to_pydict()
     counted = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8")).get("counted", "words")
     table = Transcripts(columns["id"], columns["speaker"], columns["text"], columns["hypothesis"], counted)
     return table, meta["fingerprint"]
@@ -94,11 +96,15 @@ def compare_tables(
     common, are a ValueError.
     """
     if a.counted != b.counted:
-        raise ValueError(f"one is of {a.counted} and the other of {b.counted}; transcribe both with the same kind of text")
+        raise ValueError(
+            f"one is of {a.counted} and the other of {b.counted}; transcribe both with the same kind of text"
+        )
     rows_a, rows_b = ({name: row for row, name in enumerate(side.ids)} for side in (a, b))
     ids = sorted(rows_a.keys() & rows_b.keys())
     if not ids:
-        raise ValueError(f"no utterance in common: one has {a.ids[:1]}, the other {b.ids[:1]}; transcribe the same split with both")
+        raise ValueError(
+            f"no utterance in common: one has {a.ids[:1]}, the other {b.ids[:1]}; transcribe the same split with both"
+        )
     pairs = [(rows_a[name], rows_b[name]) for name in ids]
     if different := [pair for pair in pairs if a.references[pair[0]] != b.references[pair[1]]]:
         one, other = different[0]
@@ -110,14 +116,24 @@ def compare_tables(
     references = [a.references[one] or "" for one, _ in scored]
     hypotheses = [a.hypotheses[one] for one, _ in scored], [b.hypotheses[other] for _, other in scored]
     kinds: dict[str, Counted] = {"wer": a.counted} | ({"cer": "characters"} if a.counted == "words" else {})
-    edits = {rate: [count_edits(references, said, counted) for said in hypotheses] for rate, counted in kinds.items()}
+    edits = {
+        rate: [count_edits(references, said, counted) for said in hypotheses]
+        for rate, counted in kinds.items()
+    }
     if not scored or not edits["wer"][0].reference.any():
-        raise ValueError("no utterance has a reference; `compare` needs transcripts of speech whose text is known")
+        raise ValueError(
+            "no utterance has a reference; `compare` needs transcripts of speech whose text is known"
+        )
     drawable = drawable_speakers([a.speakers[one] for one, _ in scored])
     summary: dict[str, Any] = {
-        "names": list(names), "counted": a.counted, "utterances": len(scored), "unscored": len(pairs) - len(scored),
-        "only_a": len(rows_a) - len(ids), "only_b": len(rows_b) - len(ids), "reference_words": int(edits["wer"][0].reference.sum()),
-    }  # fmt: skip
+        "names": list(names),
+        "counted": a.counted,
+        "utterances": len(scored),
+        "unscored": len(pairs) - len(scored),
+        "only_a": len(rows_a) - len(ids),
+        "only_b": len(rows_b) - len(ids),
+        "reference_words": int(edits["wer"][0].reference.sum()),
+    }
     for rate, (of_a, of_b) in edits.items():
         columns = np.stack([of_a.total, of_b.total, of_a.reference], axis=1)
         summary[rate] = paired_test(columns, draws, seed)
@@ -125,16 +141,23 @@ def compare_tables(
             by_speaker = paired_test(sum_by(drawable, columns)[1], draws, seed)
             summary[rate] |= {f"{key}_speakers": by_speaker[key] for key in ("interval", "permutation_p")}
     gained = edits["wer"][1].total - edits["wer"][0].total
-    summary |= {"better": int((gained < 0).sum()), "worse": int((gained > 0).sum()), "same": int((gained == 0).sum())}
+    summary |= {
+        "better": int((gained < 0).sum()),
+        "worse": int((gained > 0).sum()),
+        "same": int((gained == 0).sum()),
+    }
     for name, sign in (("improved", 1), ("worsened", -1)):
         rows = np.argsort(sign * gained, kind="stable")[: min(NUM_SHOWN, int((sign * gained < 0).sum()))]
         summary[name] = [
             {
-                "id": a.ids[scored[row][0]], "edits": int(gained[row]), "reference": references[row],
-                "a": hypotheses[0][row], "b": hypotheses[1][row],
+                "id": a.ids[scored[row][0]],
+                "edits": int(gained[row]),
+                "reference": references[row],
+                "a": hypotheses[0][row],
+                "b": hypotheses[1][row],
             }
             for row in rows.tolist()
-        ]  # fmt: skip
+        ]
     return summary
 
 
@@ -146,14 +169,21 @@ def paired_test(columns: np.ndarray, draws: int, seed: int) -> dict[str, Any]:
     """
     edits_a, edits_b, tokens = columns.sum(axis=0).tolist()
     differences = columns[:, 1] - columns[:, 0]
-    found: dict[str, Any] = {"a": edits_a / tokens, "b": edits_b / tokens, "difference": (edits_b - edits_a) / tokens}
+    found: dict[str, Any] = {
+        "a": edits_a / tokens,
+        "b": edits_b / tokens,
+        "difference": (edits_b - edits_a) / tokens,
+    }
     found |= {"interval": None, "probability_of_improvement": None}
     if len(columns) > 1:
         sums = resample(np.stack([differences, columns[:, 2]], axis=1), draws, seed)
         sums = sums[sums[:, 1] > 0]
         found["interval"] = np.percentile(sums[:, 0] / sums[:, 1], (2.5, 97.5)).tolist()
         found["probability_of_improvement"] = float(np.mean((sums[:, 0] < 0) + 0.5 * (sums[:, 0] == 0)))
-    return found | {"permutation_p": sign_flip_p(differences), "matched_pairs_p": matched_pairs_p(differences)}
+    return found | {
+        "permutation_p": sign_flip_p(differences),
+        "matched_pairs_p": matched_pairs_p(differences),
+    }
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -170,7 +200,9 @@ def sign_flip_p(differences: np.ndarray) -> float:
     characteristic = np.ones(len(angles))
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         characteristic *= np.cos(size * angles) ** count
-    probabilities = np.fft.fft(characteristic).real / len(angles)  # of the sums 0, 1, ..., reach, -reach, ..., -1
+    probabilities = np.fft.fft(characteristic).real / len(
+        angles
+    )  # of the sums 0, 1, ..., reach, -reach, ..., -1
     observed = abs(int(differences.sum()))
     if observed == 0:
         return 1.0
@@ -195,19 +227,35 @@ def as_text(summary: dict[str, Any]) -> str:
     rows = [["", a, b, "difference", "95 % interval", f"P({b} better)", "p, permutation", "p, matched pairs"]]
     for rate, name in (("wer", "PER" if summary["counted"] == "phones" else "WER"), ("cer", "CER")):
         if found := summary.get(rate):
-            rows.append([
-                name, f"{found['a']:.2%}", f"{found['b']:.2%}", f"{found['difference']:+.2%}", _interval(found["interval"]),
-                "" if found["probability_of_improvement"] is None else f"{found['probability_of_improvement']:.3f}",
-                format_p(found["permutation_p"]), format_p(found["matched_pairs_p"]),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{found['a']:.2%}",
+                    f"{found['b']:.2%}",
+                    f"{found['difference']:+.2%}",
+                    _interval(found["interval"]),
+                    ""
+                    if found["probability_of_improvement"] is None
+                    else f"{found['probability_of_improvement']:.3f}",
+                    format_p(found["permutation_p"]),
+                    format_p(found["matched_pairs_p"]),
+                ]
+            )
             if "interval_speakers" in found:
-                over = [_interval(found["interval_speakers"]), "", format_p(found["permutation_p_speakers"]), ""]
+                over = [
+                    _interval(found["interval_speakers"]),
+                    "",
+                    format_p(found["permutation_p_speakers"]),
+                    "",
+                ]
                 rows.append(["  over speakers", "", "", "", *over])
     counts = f"{summary['utterances']} utterances, {summary['reference_words']} {summary['counted']}: "
     counts += f"{b} has fewer edits in {summary['better']}, more in {summary['worse']}, as many in {summary['same']}"
     left = {"unscored": "without a reference", "only_a": f"only in {a}", "only_b": f"only in {b}"}
     missing = [f"{summary[key]} {text}" for key, text in left.items() if summary[key]]
-    return "\n".join([format_columns(rows, right=True), counts, *([f"left out: {', '.join(missing)}"] if missing else [])])
+    return "\n".join(
+        [format_columns(rows, right=True), counts, *([f"left out: {', '.join(missing)}"] if missing else [])]
+    )
 
 
 def format_p(p: float) -> str:

@@ -19,38 +19,59 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pretrain.config import Config, PathStr
-from pretrain.ctc.lexicon import MISSING_LIBRARY, LanguageModel, Lexicon, arpa_words, is_binary, lexicon_of, read_lexicon
+from pretrain.ctc.lexicon import (
+    MISSING_LIBRARY,
+    LanguageModel,
+    Lexicon,
+    arpa_words,
+    is_binary,
+    lexicon_of,
+    read_lexicon,
+)
 from pretrain.ctc.prefix_search import Node, prefix_search
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import BLANK, Vocabulary, collapse
 
 # In place of ln 0: the search compares sums of scores, and differences of infinities are no numbers.
 IMPOSSIBLE = -1e9
-MAX_WORDS_SPELLED_ALIKE = 6  # flashlight's tree holds no more of one spelling, and says so on standard error alone
+MAX_WORDS_SPELLED_ALIKE = (
+    6  # flashlight's tree holds no more of one spelling, and says so on standard error alone
+)
 
 
 class DecodingConfig(Config):
     """How texts are found. Without a lexicon and a language model beam search sums over alignments, and that is all."""
 
-    method: Literal["greedy", "beam"] = Field("greedy", description="greedy: the best path; beam: search, needs the extra `lm`")
+    method: Literal["greedy", "beam"] = Field(
+        "greedy", description="greedy: the best path; beam: search, needs the extra `lm`"
+    )
     lm: PathStr | None = Field(None, description="n-gram language model: ARPA, .arpa.gz or a KenLM binary")
-    lm_of: Literal["words", "symbols"] = Field("words", description="symbols: of the vocabulary (characters, phones, pieces)")
+    lm_of: Literal["words", "symbols"] = Field(
+        "words", description="symbols: of the vocabulary (characters, phones, pieces)"
+    )
     lexicon: PathStr | None = Field(
-        None, description="lines `word<TAB>w o r d |`; by default the words of an ARPA, spelled as transcripts are"
+        None,
+        description="lines `word<TAB>w o r d |`; by default the words of an ARPA, spelled as transcripts are",
     )
     lm_weight: float = Field(2.0, ge=0, description="of log10 probabilities, as published weights are")
     word_score: float = Field(-1.0, description="added for each word; with a lexicon")
     silence_score: float = Field(0.0, description="added for each frame of the space between words")
     beam_size: int = Field(500, ge=1)
-    beam_tokens: int | None = Field(None, ge=1, description="symbols tried in each frame, the likeliest; all by default")
+    beam_tokens: int | None = Field(
+        None, ge=1, description="symbols tried in each frame, the likeliest; all by default"
+    )
     beam_threshold: float = Field(25.0, gt=0, description="what scores less than the best by more is dropped")
     nbest: int = Field(1, ge=1, description="texts given for each utterance, at most")
-    processes: int = Field(1, ge=1, description="more than one search beside the encoder, each with its own language model")
+    processes: int = Field(
+        1, ge=1, description="more than one search beside the encoder, each with its own language model"
+    )
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.method == "greedy" and (self.lm or self.lexicon or self.nbest > 1):
-            raise ValueError('a language model, a lexicon and nbest are for beam search; give method = "beam"')
+            raise ValueError(
+                'a language model, a lexicon and nbest are for beam search; give method = "beam"'
+            )
         if self.lm_of == "symbols" and (self.lm is None or self.lexicon is not None):
             raise ValueError('lm_of = "symbols" needs an `lm` of symbols, and no lexicon')
         if self.nbest > self.beam_size:
@@ -105,7 +126,13 @@ class Decoder:
         elif config.lm is not None:
             # Class 0, the blank, is never scored; an entry keeps the numbers those of the classes.
             self.lm = LanguageModel(config.lm, ["<blank>", *vocabulary.symbols])
-            self._require_known(self.lm, [*vocabulary.symbols], np.arange(1, len(vocabulary)), known, "symbols of the vocabulary")
+            self._require_known(
+                self.lm,
+                [*vocabulary.symbols],
+                np.arange(1, len(vocabulary)),
+                known,
+                "symbols of the vocabulary",
+            )
         _ = self._flashlight  # which must be installed
 
     def _use_lexicon(self, lexicon: Lexicon, known: set[str] | None) -> None:
@@ -124,7 +151,9 @@ class Decoder:
         self.writes_words = self.vocabulary.spelling == "phones"
         if self.config.lm is not None:
             self.lm = LanguageModel(self.config.lm, self._words)
-            self._require_known(self.lm, self._words, np.arange(len(self._words)), known, f"words of {lexicon.source}")
+            self._require_known(
+                self.lm, self._words, np.arange(len(self._words)), known, f"words of {lexicon.source}"
+            )
         unigrams = np.zeros(len(self._words)) if self.lm is None else self.lm.unigrams()
         entries = [(entry.classes.tolist(), numbers[entry.word]) for entry in lexicon.entries]
         space = self.vocabulary.space
@@ -136,7 +165,9 @@ class Decoder:
         decoder = self._flashlight
         self._trie = decoder.Trie(len(self.vocabulary), space)
         alike: Counter[tuple[int, ...]] = Counter()
-        distinct = dict.fromkeys((tuple(classes), word) for classes, word in entries)  # a line twice would count twice
+        distinct = dict.fromkeys(
+            (tuple(classes), word) for classes, word in entries
+        )  # a line twice would count twice
         for spelling, word in sorted(distinct, key=lambda entry: -unigrams[entry[1]]):
             alike[spelling] += 1
             if alike[spelling] <= MAX_WORDS_SPELLED_ALIKE:
@@ -149,7 +180,7 @@ class Decoder:
 
     def _require_known(
         self, lm: LanguageModel, names: list[str], numbers: np.ndarray, known: set[str] | None, what: str
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Say how many of `names` the model does not know; none at all is the wrong model."""
         found = lm.knows()[numbers] if known is None else np.array([name in known for name in names])
         strange = [name for name, is_known in zip(names, found.tolist(), strict=True) if not is_known]
@@ -159,7 +190,9 @@ class Decoder:
                 f"decoding.lm: {lm.path} knows none of the {len(names)} {what}, such as {shown}; is it of another language or case?"
             )
         if strange:
-            self.notes.append(f"{len(strange)} {what} are not in {lm.path} and score as <unk>, such as {shown}")
+            self.notes.append(
+                f"{len(strange)} {what} are not in {lm.path} and score as <unk>, such as {shown}"
+            )
 
     @cached_property
     def _flashlight(self) -> Any:
@@ -198,9 +231,14 @@ class Decoder:
     def _symbols(self, emissions: np.ndarray) -> list[Hypothesis]:
         config, decoder = self.config, self._flashlight
         options = decoder.LexiconFreeDecoderOptions(
-            config.beam_size, self._tokens, config.beam_threshold, config.lm_weight, config.silence_score, True,
+            config.beam_size,
+            self._tokens,
+            config.beam_threshold,
+            config.lm_weight,
+            config.silence_score,
+            True,
             decoder.CriterionType.CTC,
-        )  # fmt: skip
+        )
         # The number of a space that there is not: no class is ever equal to it.
         space = -1 if self.vocabulary.space is None else self.vocabulary.space
         model = decoder.ZeroLM() if self.lm is None else self.lm.kenlm
@@ -212,15 +250,24 @@ class Decoder:
             asked = classes[1:] if classes and found.tokens[1] == space else classes
             lm_score = None if self.lm is None else self.lm.score(asked)
             ctc_score = found.score - config.lm_weight * (lm_score or 0.0)
-            readings.append(Hypothesis(self.vocabulary.decode(classes), found.score, ctc_score, lm_score, tuple(classes)))
+            readings.append(
+                Hypothesis(self.vocabulary.decode(classes), found.score, ctc_score, lm_score, tuple(classes))
+            )
         return readings
 
     def _words_with_space(self, emissions: np.ndarray, space: int) -> list[Hypothesis]:
         config, decoder = self.config, self._flashlight
         options = decoder.LexiconDecoderOptions(
-            config.beam_size, self._tokens, config.beam_threshold, config.lm_weight, config.word_score, -math.inf,
-            config.silence_score, True, decoder.CriterionType.CTC,
-        )  # fmt: skip
+            config.beam_size,
+            self._tokens,
+            config.beam_threshold,
+            config.lm_weight,
+            config.word_score,
+            -math.inf,
+            config.silence_score,
+            True,
+            decoder.CriterionType.CTC,
+        )
         # A word counts when the space behind it is heard, and transcripts do not end with one: a last frame that is surely a space.
         # Every path through the utterance's own frames that ends with a word goes on through it in exactly one way, and no other does.
         after = np.full((1, emissions.shape[1]), IMPOSSIBLE, np.float32)
@@ -231,7 +278,10 @@ class Decoder:
         found = search.decode(emissions.ctypes.data, *emissions.shape)
         whole = [one for one in found if one.score > IMPOSSIBLE / 2]
         if whole:
-            return [self._reading(tuple(w for w in one.words if w >= 0), one.score - config.silence_score) for one in whole]
+            return [
+                self._reading(tuple(w for w in one.words if w >= 0), one.score - config.silence_score)
+                for one in whole
+            ]
         # Every hypothesis in the beam ends inside a word: what was said before it, with the score of all.
         return [
             self._reading(
@@ -244,16 +294,26 @@ class Decoder:
     def _words_without_space(self, emissions: np.ndarray) -> list[Hypothesis]:
         config = self.config
         found = prefix_search(
-            emissions, self._root, self.lm, lm_weight=config.lm_weight, word_score=config.word_score, beam_size=config.beam_size,
-            beam_tokens=config.beam_tokens, beam_threshold=config.beam_threshold,
-        )  # fmt: skip
+            emissions,
+            self._root,
+            self.lm,
+            lm_weight=config.lm_weight,
+            word_score=config.word_score,
+            beam_size=config.beam_size,
+            beam_tokens=config.beam_tokens,
+            beam_threshold=config.beam_threshold,
+        )
         return [self._reading(words, score, summed=True) for words, score in found]
 
     def _reading(self, words: tuple[int, ...], score: float, *, summed: bool = False) -> Hypothesis:
         """Word numbers as a hypothesis, from its whole score or, where `summed`, from CTC's alone."""
         lm_score = None if self.lm is None else self.lm.score(words)
         guided = self.config.lm_weight * (lm_score or 0.0) + self.config.word_score * len(words)
-        between = "" if self.vocabulary.spelling in ("characters", "jamo") and self.vocabulary.space is None else " "
+        between = (
+            ""
+            if self.vocabulary.spelling in ("characters", "jamo") and self.vocabulary.space is None
+            else " "
+        )
         classes: list[int] = []
         places = []
         for word in words:

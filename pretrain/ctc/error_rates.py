@@ -52,12 +52,17 @@ class Confusions(NamedTuple):
 
 
 def count_edits(
-    references: Sequence[str], hypotheses: Sequence[str], counted: Counted = "words", confusions: Confusions | None = None
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    counted: Counted = "words",
+    confusions: Confusions | None = None,
 ) -> Edits:
     """The edits of each pair of texts, and into `confusions` of what; spaces are characters, too."""
     counts = np.zeros((4, len(references)), np.int64)
     for number, (reference, hypothesis) in enumerate(zip(references, hypotheses, strict=True)):
-        wanted, got = (reference, hypothesis) if counted == "characters" else (reference.split(), hypothesis.split())
+        wanted, got = (
+            (reference, hypothesis) if counted == "characters" else (reference.split(), hypothesis.split())
+        )
         substitutions = deletions = insertions = 0
         for edit in Levenshtein.editops(wanted, got):
             if edit.tag == "replace":
@@ -87,7 +92,9 @@ def resample(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
     at_once = max(1, CELLS // len(values))
     sizes = [min(at_once, draws - start) for start in range(0, draws, at_once)]
     shares = counts / counts.sum()
-    return np.concatenate([rng.multinomial(len(columns), shares, size) @ values.astype(np.float64) for size in sizes])
+    return np.concatenate(
+        [rng.multinomial(len(columns), shares, size) @ values.astype(np.float64) for size in sizes]
+    )
 
 
 def interval(
@@ -98,7 +105,9 @@ def interval(
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
         found = statistic(resample(columns, draws, seed))
-    low, high = np.percentile(found[np.isfinite(found)], (2.5, 97.5))  # not finite: a draw of empty references alone
+    low, high = np.percentile(
+        found[np.isfinite(found)], (2.5, 97.5)
+    )  # not finite: a draw of empty references alone
     return float(low), float(high)
 
 
@@ -117,9 +126,15 @@ def drawable_speakers(speakers: Sequence[str | None]) -> list[str] | None:
 
 
 def error_rates(
-    ids: Sequence[str], speakers: Sequence[str | None], references: Sequence[str | None], hypotheses: Sequence[str], *,
-    counted: Literal["words", "phones"] = "words", draws: int = 1000, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    ids: Sequence[str],
+    speakers: Sequence[str | None],
+    references: Sequence[str | None],
+    hypotheses: Sequence[str],
+    *,
+    counted: Literal["words", "phones"] = "words",
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
     """What summary.json tells of a transcript (docs/formats.md); empty where no reference has a word.
 
     A reference of None is not known and not scored; an empty one says that nothing was said, and all words of its hypothesis are
@@ -142,9 +157,13 @@ def error_rates(
         summary[rate] = _rate(columns.sum(axis=0))
         summary[f"{rate}_interval"] = _listed(interval(columns, _rate, draws, seed))
         if drawable is not None:
-            summary[f"{rate}_interval_speakers"] = _listed(interval(sum_by(drawable, columns)[1], _rate, draws, seed))
+            summary[f"{rate}_interval_speakers"] = _listed(
+                interval(sum_by(drawable, columns)[1], _rate, draws, seed)
+            )
     words = edits["wer"]
-    summary |= {name: int(getattr(words, name).sum()) for name in ("hits", "substitutions", "insertions", "deletions")}
+    summary |= {
+        name: int(getattr(words, name).sum()) for name in ("hits", "substitutions", "insertions", "deletions")
+    }
     summary |= {
         "reference_words": int(words.reference.sum()),
         "hypothesis_words": int((words.hits + words.substitutions + words.insertions).sum()),
@@ -184,27 +203,38 @@ def _by_speaker(speakers: Sequence[str | None], edits: dict[str, Edits]) -> dict
     for name, sums in zip(*sum_by(names, np.stack(columns, axis=1)[rows]), strict=True):
         utterances, reference, substitutions, insertions, deletions, *characters = sums.tolist()
         table[name] = {
-            "utterances": utterances, "reference_words": reference,
+            "utterances": utterances,
+            "reference_words": reference,
             "wer": (substitutions + insertions + deletions) / reference if reference else None,
             **({"cer": characters[0] / characters[1] if characters[1] else None} if characters else {}),
-            "substitutions": substitutions, "insertions": insertions, "deletions": deletions,
-        }  # fmt: skip
+            "substitutions": substitutions,
+            "insertions": insertions,
+            "deletions": deletions,
+        }
     return table
 
 
 def _worst(
-    ids: Sequence[str], speakers: Sequence[str | None], references: Sequence[str], hypotheses: Sequence[str], edits: Edits
+    ids: Sequence[str],
+    speakers: Sequence[str | None],
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    edits: Edits,
 ) -> list[dict[str, Any]]:
     """Those with the most edits, of equals the shorter reference first."""
     total, words = edits.total, edits.reference
     order = sorted(np.flatnonzero(total).tolist(), key=lambda row: (-total[row], words[row], ids[row]))
     return [
         {
-            "id": ids[row], "speaker": speakers[row], "edits": int(total[row]), "reference_words": int(words[row]),
-            "reference": references[row], "hypothesis": hypotheses[row],
+            "id": ids[row],
+            "speaker": speakers[row],
+            "edits": int(total[row]),
+            "reference_words": int(words[row]),
+            "reference": references[row],
+            "hypothesis": hypotheses[row],
         }
         for row in order[:NUM_WORST]
-    ]  # fmt: skip
+    ]
 
 
 def _commonest(counts: Counter[Any]) -> list[tuple[Any, int]]:
@@ -228,8 +258,17 @@ def _rate_rows(summary: dict[str, Any]) -> list[list[str]]:
         if rate in summary:
             about = format_interval(summary[f"{rate}_interval"])
             over = summary.get(f"{rate}_interval_speakers")
-            rows.append([name, f"{summary[rate]:.2%}", about + (f"; over speakers {format_interval(over)}" if over else "")])
-    counts = ", ".join(f"{summary[kind]} {past}" for kind, past in zip(_KINDS, ("substituted", "inserted", "deleted"), strict=True))
+            rows.append(
+                [
+                    name,
+                    f"{summary[rate]:.2%}",
+                    about + (f"; over speakers {format_interval(over)}" if over else ""),
+                ]
+            )
+    counts = ", ".join(
+        f"{summary[kind]} {past}"
+        for kind, past in zip(_KINDS, ("substituted", "inserted", "deleted"), strict=True)
+    )
     of = f"of {summary['reference_words']} {summary['counted']} in {summary['scored_utterances']} utterances"
     return [*rows, ["edits", str(sum(summary[kind] for kind in _KINDS)), f"{counts}, {of}"]]
 
@@ -237,8 +276,15 @@ def _rate_rows(summary: dict[str, Any]) -> list[list[str]]:
 def _plain_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Single values that the rows of the rates do not tell; counts of nothing are left out."""
     told = {"wer", "cer", "counted", "hits", *_KINDS, "reference_words", "scored_utterances"}
-    plain = {name: value for name, value in summary.items() if name not in told and isinstance(value, int | float | str) and value}
-    return [[name, f"{value:.4g}" if isinstance(value, float) else str(value), ""] for name, value in plain.items()]
+    plain = {
+        name: value
+        for name, value in summary.items()
+        if name not in told and isinstance(value, int | float | str) and value
+    }
+    return [
+        [name, f"{value:.4g}" if isinstance(value, float) else str(value), ""]
+        for name, value in plain.items()
+    ]
 
 
 def _tables(summary: dict[str, Any]) -> list[str]:
@@ -246,7 +292,12 @@ def _tables(summary: dict[str, Any]) -> list[str]:
     speakers = sorted(summary["by_speaker"].items(), key=lambda item: -(item[1]["wer"] or 0.0))
     if len(speakers) > 1:
         more = f", the worst 10 of {len(speakers)}" if len(speakers) > 10 else ""
-        header = [f"speaker{more}", "PER" if summary["counted"] == "phones" else "WER", summary["counted"], *_KINDS]
+        header = [
+            f"speaker{more}",
+            "PER" if summary["counted"] == "phones" else "WER",
+            summary["counted"],
+            *_KINDS,
+        ]
         rows = [
             [
                 name,
@@ -267,7 +318,9 @@ def _tables(summary: dict[str, Any]) -> list[str]:
             )
         ]
         parts.append(format_columns(rows))
-    if confused := [f"{wanted} → {got} ({count})" for wanted, got, count in summary["confusions"]["substitutions"][:10]]:
+    if confused := [
+        f"{wanted} → {got} ({count})" for wanted, got, count in summary["confusions"]["substitutions"][:10]
+    ]:
         parts.append("confused: " + ", ".join(confused))
     return parts
 

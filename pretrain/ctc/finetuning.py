@@ -13,9 +13,6 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from pretrain.artefact import atomic_path, require_absent
-from pretrain.audio import SAMPLE_RATE
-from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.config import Config, PathStr, Seed, Split, parse_config
 from pretrain.ctc.model import LoadedRecognizer, Recognizer, load_recognizer
 from pretrain.ctc.subsets import (
@@ -33,19 +30,24 @@ from pretrain.ctc.task import CTCConfig, CTCTask
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig, load_encoder
-from pretrain.engine import train
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.batches import BatchConfig, SpeechBatches
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest
+from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.model.streaming import StreamingConfig
 from pretrain.progress import console
-from pretrain.streaming import StreamingConfig
-from pretrain.task import OptimizerConfig, TrainingConfig
+from pretrain.store.artefact import atomic_path, require_absent
+from pretrain.training.engine import train
+from pretrain.training.task import OptimizerConfig, TrainingConfig
 
 
 class CTCBatchConfig(BatchConfig):
     """How much audio goes together. Nothing is cropped in fine-tuning: a transcript is of the whole utterance."""
 
-    crop_seconds: float = Field(30.0, ge=0.025, description="longer utterances are left out of training (counted)")
+    crop_seconds: float = Field(
+        30.0, ge=0.025, description="longer utterances are left out of training (counted)"
+    )
 
 
 class CTCOptimizerConfig(OptimizerConfig):
@@ -75,20 +77,30 @@ class FinetuneConfig(Config):
         description='judges checkpoints; without being asked for, none where there is no such split (said in the summary); "": none, '
         "or all of valid_manifest",
     )
-    budget: Budget = Field("all", description="labelled audio that is used: 90s, 10min, 1h, 25% or all; a seeded draw")
+    budget: Budget = Field(
+        "all", description="labelled audio that is used: 90s, 10min, 1h, 25% or all; a seeded draw"
+    )
     budget_at_least: Budget | None = Field(
-        None, description="where less than the budget is transcribed, but as much as this: all of it; without this key an error"
+        None,
+        description="where less than the budget is transcribed, but as much as this: all of it; without this key an error",
     )
     budget_seed: Seed = Field(0, description="of the draw; equal seeds give nested budgets")
-    bad_transcripts: Literal["error", "quarantine"] = Field("error", description="quarantine: leave them out, listed")
+    bad_transcripts: Literal["error", "quarantine"] = Field(
+        "error", description="quarantine: leave them out, listed"
+    )
     encoder: PathStr | None = Field(None, description="a pretraining run, or a recogniser to go on from")
     initialization: Literal["pretrained", "recognizer", "random"] = Field(
-        "pretrained", description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh weights"
+        "pretrained",
+        description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh weights",
     )
-    streaming: StreamingConfig | None = Field(None, description="chunked attention; by default as `encoder` has it")
+    streaming: StreamingConfig | None = Field(
+        None, description="chunked attention; by default as `encoder` has it"
+    )
     labels: PathStr | None = Field(None, description="units to read in place of audio; instead of an encoder")
     units: UnitConfig = UnitConfig()
-    unit_encoder: EncoderConfig | None = Field(None, description="with labels: the encoder over them; by default a small one")
+    unit_encoder: EncoderConfig | None = Field(
+        None, description="with labels: the encoder over them; by default a small one"
+    )
     characters: str | None = Field(
         None, description="the vocabulary; taken from the transcripts of split and valid_split when not given"
     )
@@ -104,7 +116,9 @@ class FinetuneConfig(Config):
         """What an `architecture` fills in gives way to what units need; what is asked for by name must agree with it."""
         for key, only in (("front_end", "units"), ("normalize_waveform", False)):
             if isinstance(given, dict) and given.get(key, only) != only:
-                raise ValueError(f"{key} = {json.dumps(given[key])}: it reads `labels` and no audio; leave the key out")
+                raise ValueError(
+                    f"{key} = {json.dumps(given[key])}: it reads `labels` and no audio; leave the key out"
+                )
         return given
 
     @model_validator(mode="after")
@@ -113,7 +127,11 @@ class FinetuneConfig(Config):
             raise ValueError("give `encoder`, for audio, or `labels`, for units: one of them")
         if self.labels is None and (given := sorted(self.model_fields_set & {"unit_encoder", "units"})):
             raise ValueError(f"{' and '.join(given)} are about `labels`, which are not given")
-        if self.labels is not None and "initialization" in self.model_fields_set and self.initialization != "random":
+        if (
+            self.labels is not None
+            and "initialization" in self.model_fields_set
+            and self.initialization != "random"
+        ):
             raise ValueError(
                 f"initialization = {self.initialization!r}: an encoder over `labels` begins with random weights; leave it out"
             )
@@ -149,7 +167,9 @@ class Transcripts(NamedTuple):
 
 def require_transcripts(config: FinetuneConfig) -> None:
     """ValueError where the manifest has too few transcripts for the budget or none that can be used; reads no audio and no encoder."""
-    if config.labels is None and config.initialization != "recognizer":  # else labels and vocabulary are those of earlier stages
+    if (
+        config.labels is None and config.initialization != "recognizer"
+    ):  # else labels and vocabulary are those of earlier stages
         _choose(config, _splits(config), None)
 
 
@@ -158,13 +178,19 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     require_absent(config.out)
     manifest, seed = Manifest(config.manifest), config.training.seed
     labels = Labels(config.labels) if config.labels else None
-    known = load_recognizer(config.encoder) if config.encoder and config.initialization == "recognizer" else None
+    known = (
+        load_recognizer(config.encoder) if config.encoder and config.initialization == "recognizer" else None
+    )
     chosen, valid, vocabulary, _ = splits = _splits(config, known)
     model, parents = _model(config, vocabulary, labels, known)
     source, drawn, judges, notes = _choose(config, splits, labels)
 
     def batches(rows: Manifest, limits: BatchConfig) -> SpeechBatches:
-        return LabelBatches(rows, labels, limits, seed, config.units) if labels else SpeechBatches(rows, limits, seed, crop=False)
+        return (
+            LabelBatches(rows, labels, limits, seed, config.units)
+            if labels
+            else SpeechBatches(rows, limits, seed, crop=False)
+        )
 
     labelled = chosen.take(drawn)
     train_set, valid_set, problems = batches(labelled, config.batches), None, source.problems
@@ -172,27 +198,41 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         judging = valid.take(judges.rows)
         valid_set, problems = batches(judging, _whole(config)), problems + judges.problems
         if seen := len({*judging.ids}.intersection(labelled.ids)):
-            notes.append(f"{seen} of the {len(judging)} utterances of the validation are trained on (by their ids)")
+            notes.append(
+                f"{seen} of the {len(judging)} utterances of the validation are trained on (by their ids)"
+            )
     frozen_phases = config.initialization != "random" and labels is None
     if frozen_phases and config.ctc.freeze_steps >= config.training.max_steps:
         notes.append(
             f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, training.max_steps = {config.training.max_steps}"
         )
-    task = CTCTask(model, config.ctc, config.text, train_set, valid_set, frozen_phases=frozen_phases, seed=seed)
+    task = CTCTask(
+        model, config.ctc, config.text, train_set, valid_set, frozen_phases=frozen_phases, seed=seed
+    )
     if os.environ.get("RANK", "0") == "0":
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
-        write_subset(Path(config.out) / "subset", chosen, drawn, budget=config.budget, seed=config.budget_seed)
+        write_subset(
+            Path(config.out) / "subset", chosen, drawn, budget=config.budget, seed=config.budget_seed
+        )
         _write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
     minutes = float(labelled.lengths.sum() / SAMPLE_RATE / 60)
     summary = train(
-        task, out=config.out, kind="recognizer", training=config.training, optimizer=config.optimizer, config=config.resolved(),
-        parents={"manifest": manifest.fingerprint, **parents}, monitor=("valid_wer", "valid_loss"),
+        task,
+        out=config.out,
+        kind="recognizer",
+        training=config.training,
+        optimizer=config.optimizer,
+        config=config.resolved(),
+        parents={"manifest": manifest.fingerprint, **parents},
+        monitor=("valid_wer", "valid_loss"),
         extra={
-            "vocabulary": vocabulary.to_meta(), "config_encoder": model.encoder.config.resolved(),
-            "codebook": labels.codebook if labels else None, "label_minutes": minutes,
+            "vocabulary": vocabulary.to_meta(),
+            "config_encoder": model.encoder.config.resolved(),
+            "codebook": labels.codebook if labels else None,
+            "label_minutes": minutes,
         },
-    )  # fmt: skip
+    )
     return {
         **summary,
         "label_minutes": minutes,
@@ -210,7 +250,12 @@ def _splits(config: FinetuneConfig, known: LoadedRecognizer | None = None) -> Sp
     manifest = Manifest(config.manifest)
     chosen = manifest.select(config.split)
     valid, note = _validation(config, manifest)
-    return Splits(chosen, valid, _vocabulary(config, [chosen, *([valid] if valid else [])], known), [note] if note else [])
+    return Splits(
+        chosen,
+        valid,
+        _vocabulary(config, [chosen, *([valid] if valid else [])], known),
+        [note] if note else [],
+    )
 
 
 def _choose(config: FinetuneConfig, splits: Splits, labels: Labels | None) -> Transcripts:
@@ -218,16 +263,25 @@ def _choose(config: FinetuneConfig, splits: Splits, labels: Labels | None) -> Tr
     chosen, valid, vocabulary, notes = splits
     source = _usable(chosen, config, config.batches, vocabulary, labels)
     # In the order of the file, as they are in OUT/subset: training on that, with this vocabulary, is the same run.
-    drawn = np.sort(draw_subset(chosen, source.rows, config.budget, config.budget_seed, config.budget_at_least))
+    drawn = np.sort(
+        draw_subset(chosen, source.rows, config.budget, config.budget_seed, config.budget_at_least)
+    )
     minutes, (wanted, unit) = chosen.take(drawn).lengths.sum() / (60 * SAMPLE_RATE), amount(config.budget)
     if unit == "s" and minutes * 60 < wanted:
-        notes = [*notes, f"budget = {config.budget!r}: {minutes:.2f} minutes are transcribed, and all of them are used"]
+        notes = [
+            *notes,
+            f"budget = {config.budget!r}: {minutes:.2f} minutes are transcribed, and all of them are used",
+        ]
     if valid is None:
         return Transcripts(source, drawn, None, notes)
     try:
         return Transcripts(source, drawn, _usable(valid, config, _whole(config), vocabulary, labels), notes)
     except ValueError as error:
-        if config.bad_transcripts == "error" or config.valid_manifest or "valid_split" in config.model_fields_set:
+        if (
+            config.bad_transcripts == "error"
+            or config.valid_manifest
+            or "valid_split" in config.model_fields_set
+        ):
             raise
         return Transcripts(source, drawn, None, [*notes, f"no validation: {error}"])
 
@@ -253,7 +307,9 @@ def _validation(config: FinetuneConfig, manifest: Manifest) -> tuple[Manifest | 
     except ValueError as error:
         if config.valid_manifest:
             raise
-        raise ValueError(f"{error}; where this is a labelled subset, name the corpus as valid_manifest") from None
+        raise ValueError(
+            f"{error}; where this is a labelled subset, name the corpus as valid_manifest"
+        ) from None
     if len(transcribed(valid, config.text)):
         return valid, None
     lack = f"no utterance of valid_split = {split!r} has {_targets(config.text)}"
@@ -270,8 +326,12 @@ def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecog
     """The characters that are given, or those of the recogniser to go on from, or of all transcripts."""
     if known is not None:
         ours, theirs = (text.resolved() | {"tokenizer": None} for text in (config.text, known.text))
-        if differing := [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in ours if ours[key] != theirs[key]]:
-            raise ValueError(f"text: {config.encoder} was fine-tuned with another `text` ({'; '.join(differing)}); give the same")
+        if differing := [
+            f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in ours if ours[key] != theirs[key]
+        ]:
+            raise ValueError(
+                f"text: {config.encoder} was fine-tuned with another `text` ({'; '.join(differing)}); give the same"
+            )
     if config.characters is not None:
         vocabulary = Vocabulary.given(config.characters, config.text)
     elif known is not None and config.text.tokenizer is None:
@@ -281,10 +341,16 @@ def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecog
         said = (target for rows in sets for _, block in targets(rows, config.text) for target in block)
         vocabulary = Vocabulary.of((target for target in said if target), config.text)
     if known is not None and known.vocabulary != vocabulary:
-        lacking, surplus = (sorted(set(a) - set(b)) for a, b in (
-            (vocabulary.symbols, known.vocabulary.symbols), (known.vocabulary.symbols, vocabulary.symbols)
-        ))  # fmt: skip
-        parts = [f"without {_some(lacking)}"] * bool(lacking) + [f"with {_some(surplus)} that are not here"] * bool(surplus)
+        lacking, surplus = (
+            sorted(set(a) - set(b))
+            for a, b in (
+                (vocabulary.symbols, known.vocabulary.symbols),
+                (known.vocabulary.symbols, vocabulary.symbols),
+            )
+        )
+        parts = [f"without {_some(lacking)}"] * bool(lacking) + [
+            f"with {_some(surplus)} that are not here"
+        ] * bool(surplus)
         raise ValueError(
             f"encoder: {config.encoder} was fine-tuned with another vocabulary of {len(known.vocabulary)} classes "
             f"({', '.join(parts) or 'in another order'}); leave `characters` out to go on "
@@ -306,13 +372,17 @@ def _model(
         streaming = {"streaming": config.streaming.resolved()} if config.streaming is not None else {}
         architecture = parse_config(EncoderConfig, {**tree, **config.ctc.of_encoder, **streaming}, source)
         torch.manual_seed(config.training.seed)
-        return Recognizer(architecture, vocabulary, final_dropout=config.ctc.final_dropout, layers=config.ctc.layers)
+        return Recognizer(
+            architecture, vocabulary, final_dropout=config.ctc.final_dropout, layers=config.ctc.layers
+        )
 
     if labels is not None:
         tree = config.unit_encoder.resolved() if config.unit_encoder else {"architecture": "small"}
         num_units = config.units.num_embeddings(labels)
         if (asked := config.unit_encoder and config.unit_encoder.num_units) and asked != num_units:
-            raise ValueError(f"unit_encoder.num_units = {asked}, but {labels.folder} has {num_units} to read; leave the key out")
+            raise ValueError(
+                f"unit_encoder.num_units = {asked}, but {labels.folder} has {num_units} to read; leave the key out"
+            )
         over_units = {"front_end": "units", "num_units": num_units, "normalize_waveform": False}
         return build({**tree, **over_units}, "unit_encoder"), {"labels": labels.fingerprint}
     assert config.encoder is not None
@@ -325,7 +395,9 @@ def _model(
     else:
         encoder, fingerprint = load_encoder(config.encoder)
     if encoder.config.front_end == "units":
-        raise ValueError(f"encoder: {config.encoder} reads units and not audio; give the `labels` in its place")
+        raise ValueError(
+            f"encoder: {config.encoder} reads units and not audio; give the `labels` in its place"
+        )
     model = build(encoder.config.resolved(), "ctc")
     if known is not None:
         model.load_state_dict(known.model.state_dict())
@@ -335,12 +407,18 @@ def _model(
 
 
 def _usable(
-    manifest: Manifest, config: FinetuneConfig, limits: BatchConfig, vocabulary: Vocabulary, labels: Labels | None
+    manifest: Manifest,
+    config: FinetuneConfig,
+    limits: BatchConfig,
+    vocabulary: Vocabulary,
+    labels: Labels | None,
 ) -> Source:
     """Rows that can be learned from or judged by. What is wrong with transcripts is an error that names them, where the config says so."""
     known = transcribed(manifest, config.text)
     if not len(known):
-        raise ValueError(f"{manifest.folder}: no utterance of {config.split!r} has {_targets(config.text)}; `finetune` needs some")
+        raise ValueError(
+            f"{manifest.folder}: no utterance of {config.split!r} has {_targets(config.text)}; `finetune` needs some"
+        )
     rows = np.intersect1d(known, SpeechBatches(manifest, limits, 0, crop=False).items, assume_unique=True)
     if not len(rows):
         raise ValueError(
@@ -363,6 +441,8 @@ def _write_quarantine(path: Path, problems: list[dict[str, str]]) -> None:
     """A line for each transcript that was left out; no file where there is none."""
     if problems:
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in problems), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in problems), encoding="utf-8"
+            )
     else:
         path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pretrain.ctc.text import SPACE, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.plain_text import LONGEST_MARK, UTF_8_MARK, decode_line, raw_lines, wide_encoding
+from pretrain.store.plain_text import LONGEST_MARK, UTF_8_MARK, decode_line, raw_lines, wide_encoding
 
 UNKNOWN = "<unk>"
 MARKERS = ("<s>", "</s>", UNKNOWN)  # entries of an ARPA that are no words
@@ -54,11 +54,17 @@ def read_lexicon(path: str, vocabulary: Vocabulary, text: TextConfig) -> Lexicon
             for number, line in enumerate(file, start=1):
                 parts = _parts(line)
                 if len(parts) == 1:
-                    raise ValueError(f"decoding.lexicon: {path}, line {number}: {line.strip()[:80]!r} has no spelling; {LINE}")
+                    raise ValueError(
+                        f"decoding.lexicon: {path}, line {number}: {line.strip()[:80]!r} has no spelling; {LINE}"
+                    )
                 if not parts:
                     continue
                 word, *symbols = parts
-                yield word, text.normalize(word), symbols[:-1] if symbols[-1] == SPACE and len(symbols) > 1 else symbols
+                yield (
+                    word,
+                    text.normalize(word),
+                    symbols[:-1] if symbols[-1] == SPACE and len(symbols) > 1 else symbols,
+                )
 
     numbers = {symbol: number for number, symbol in enumerate(vocabulary.symbols, start=1)}
 
@@ -68,7 +74,9 @@ def read_lexicon(path: str, vocabulary: Vocabulary, text: TextConfig) -> Lexicon
             "jamo",
         ):  # as a transcript would be: the case and form of the lexicon do not matter
             return spelled("".join(symbols), vocabulary, text)
-        return np.array([numbers[s] for s in symbols], np.int64) if all(s in numbers for s in symbols) else None
+        return (
+            np.array([numbers[s] for s in symbols], np.int64) if all(s in numbers for s in symbols) else None
+        )
 
     return _lexicon(((word, written, spell(symbols)) for word, written, symbols in lines()), path, vocabulary)
 
@@ -79,7 +87,9 @@ def lexicon_of(words: Iterable[str], source: str, vocabulary: Vocabulary, text: 
         raise ValueError(
             f"decoding: {source} knows words and the recogniser writes phones; give a `lexicon` that spells words in phones"
         )
-    return _lexicon(((word, text.normalize(word), spelled(word, vocabulary, text)) for word in words), source, vocabulary)
+    return _lexicon(
+        ((word, text.normalize(word), spelled(word, vocabulary, text)) for word in words), source, vocabulary
+    )
 
 
 def spelled(word: str, vocabulary: Vocabulary, text: TextConfig) -> np.ndarray | None:
@@ -88,7 +98,9 @@ def spelled(word: str, vocabulary: Vocabulary, text: TextConfig) -> np.ndarray |
     return vocabulary.encode(normal) if normal and not vocabulary.unknown(normal) else None
 
 
-def _lexicon(lines: Iterable[tuple[str, str, np.ndarray | None]], source: str, vocabulary: Vocabulary) -> Lexicon:
+def _lexicon(
+    lines: Iterable[tuple[str, str, np.ndarray | None]], source: str, vocabulary: Vocabulary
+) -> Lexicon:
     entries: list[Entry] = []
     left_out: dict[str, None] = {}
     for word, written, classes in lines:
@@ -106,7 +118,9 @@ def _lexicon(lines: Iterable[tuple[str, str, np.ndarray | None]], source: str, v
 
 
 def _parts(line: str) -> list[str]:
-    return [part for part in re.split("[ \t\r\n]+", line) if part]  # not at every white space of Unicode, which may be in words
+    return [
+        part for part in re.split("[ \t\r\n]+", line) if part
+    ]  # not at every white space of Unicode, which may be in words
 
 
 def is_binary(path: str) -> bool:
@@ -129,7 +143,9 @@ def arpa_words(path: str) -> list[str]:
                 inside = parts == ["\\1-grams:"]
             elif inside and parts:
                 if len(parts) not in (2, 3):
-                    raise ValueError(f"decoding.lm: {path} has {line[:80]!r} among its 1-grams; it is no ARPA file")
+                    raise ValueError(
+                        f"decoding.lm: {path} has {line[:80]!r} among its 1-grams; it is no ARPA file"
+                    )
                 if parts[1] not in MARKERS:
                     words.append(parts[1])
     end = "ends among its 1-grams" if inside else "has no \\1-grams:"
@@ -161,7 +177,9 @@ def _opened(path: str, key: str) -> Iterator[Iterator[str]]:
             numbered = enumerate(raw_lines(cast(BinaryIO, file), origin), start=1)
             yield (decode_line(raw, f"{origin} line {number}") for number, raw in numbered)
     except (EOFError, gzip.BadGzipFile, OSError, zlib.error) as error:
-        raise ValueError(f"decoding.{key}: {path} cannot be read ({error}); it is damaged or something else") from None
+        raise ValueError(
+            f"decoding.{key}: {path} cannot be read ({error}); it is damaged or something else"
+        ) from None
 
 
 class LanguageModel:
@@ -179,9 +197,18 @@ class LanguageModel:
             try:
                 with _standard_error_to(said.fileno()):  # a bar of its progress, otherwise
                     self.kenlm: Any = KenLM(path, Dictionary([*words, UNKNOWN]))
-            except (RuntimeError, UnicodeDecodeError) as error:  # the latter: a message that quotes bytes of the file
-                reason = "it is no text" if isinstance(error, UnicodeDecodeError) else str(error).split("\n", 1)[-1].strip()
-                raise ValueError(f"decoding.lm: {path} is no language model that KenLM reads ({reason})") from None
+            except (
+                RuntimeError,
+                UnicodeDecodeError,
+            ) as error:  # the latter: a message that quotes bytes of the file
+                reason = (
+                    "it is no text"
+                    if isinstance(error, UnicodeDecodeError)
+                    else str(error).split("\n", 1)[-1].strip()
+                )
+                raise ValueError(
+                    f"decoding.lm: {path} is no language model that KenLM reads ({reason})"
+                ) from None
 
     def start(self) -> Any:
         return self.kenlm.start(False)
@@ -204,7 +231,9 @@ class LanguageModel:
         return total + float(self.kenlm.finish(state)[1])
 
 
-MISSING_LIBRARY = "decoding: beam search needs flashlight-text; pip install 'wordless[lm]', or in a checkout '.[lm]'"
+MISSING_LIBRARY = (
+    "decoding: beam search needs flashlight-text; pip install 'wordless[lm]', or in a checkout '.[lm]'"
+)
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
 
-from pretrain.checkpoint import load_weights
 from pretrain.config import parse_config
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import BLANK, Vocabulary, collapse
-from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.kernels import dropout
-from pretrain.packing import Layout
-from pretrain.task import Loss
+from pretrain.data.packing import Layout
+from pretrain.model.cpu_kernels import dropout
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.training.checkpoint import load_weights
+from pretrain.training.task import Loss
 
 Layers = Literal["last", "weighted"]
 
@@ -34,10 +34,14 @@ class CTCBatch(NamedTuple):
     num_targets: tuple[int, ...]  # of each utterance
     mask: Tensor | None = None  # (frames,) bool
     channel_mask: Tensor | None = None  # (batch, dim) bool
-    totals: dict[str, Tensor] | None = None  # of the utterance, where these are windows of one (pretrain/totals.py)
+    totals: dict[str, Tensor] | None = (
+        None  # of the utterance, where these are windows of one (pretrain/model/totals.py)
+    )
 
     @classmethod
-    def untranscribed(cls, inputs: Tensor, layout: Layout, totals: dict[str, Tensor] | None = None) -> "CTCBatch":
+    def untranscribed(
+        cls, inputs: Tensor, layout: Layout, totals: dict[str, Tensor] | None = None
+    ) -> "CTCBatch":
         return cls(inputs, layout, torch.zeros(0, dtype=torch.int64), (), totals=totals)
 
 
@@ -48,23 +52,36 @@ class Recognizer(nn.Module):
     normalised without parameters (SUPERB's, arXiv 2105.01051, section 3.2), in place of the last output.
     """
 
-    def __init__(self, encoder: EncoderConfig, vocabulary: Vocabulary, *, final_dropout: float = 0.0, layers: Layers = "last"):
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        vocabulary: Vocabulary,
+        *,
+        final_dropout: float = 0.0,
+        layers: Layers = "last",
+    ):
         super().__init__()
         self.encoder = Encoder(encoder)
         self.vocabulary, self.final_dropout = vocabulary, final_dropout
-        self.layer_weights = nn.Parameter(torch.zeros(encoder.num_layers + 1)) if layers == "weighted" else None
+        self.layer_weights = (
+            nn.Parameter(torch.zeros(encoder.num_layers + 1)) if layers == "weighted" else None
+        )
         self.head = nn.Linear(encoder.dim, len(vocabulary))
 
     def logits(self, batch: CTCBatch) -> Tensor:  # (batch, frames, classes)
         features = self.encoder.feature_norm(self.encoder.features(batch.inputs, batch.layout, batch.totals))
         outputs: list[Tensor] = []  # of every layer, (frames, dim) each
-        x = self.encoder.contextualize(features, batch.layout, batch.mask, batch.channel_mask, outputs=outputs)
+        x = self.encoder.contextualize(
+            features, batch.layout, batch.mask, batch.channel_mask, outputs=outputs
+        )
         return batch.layout.pad(self.classify(x, outputs))
 
     def classify(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """The logits (frames, classes) of the encoder's last output (frames, dim), or of its `outputs`."""
         if self.layer_weights is not None:
-            normed = torch.stack([F.layer_norm(output, output.shape[1:]) for output in outputs])  # (layers + 1, frames, dim)
+            normed = torch.stack(
+                [F.layer_norm(output, output.shape[1:]) for output in outputs]
+            )  # (layers + 1, frames, dim)
             x = torch.tensordot(self.layer_weights.softmax(0).to(normed.dtype), normed, 1)
         logits: Tensor = self.head(dropout(x, self.final_dropout, self.training))
         return logits
@@ -73,7 +90,10 @@ class Recognizer(nn.Module):
         """The loss; outside training also the error rates of greedy decoding, in words (`wer`; of phones, each is one) and, but of
         phones, in characters (`cer`): edits over the corpus's words and characters, as jiwer counts them."""
         log_probs = self.logits(batch).float().log_softmax(2)  # (batch, frames, classes)
-        lengths = (torch.tensor(batch.layout.num_frames), torch.tensor(batch.num_targets))  # on the CPU, where they are needed
+        lengths = (
+            torch.tensor(batch.layout.num_frames),
+            torch.tensor(batch.num_targets),
+        )  # on the CPU, where they are needed
         total = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, *lengths, blank=BLANK, reduction="sum")
         metrics = {} if self.training else self._error_rates(log_probs, batch)
         return Loss(total, total.new_full((), sum(batch.num_targets)), metrics)
@@ -81,7 +101,9 @@ class Recognizer(nn.Module):
     def _error_rates(self, log_probs: Tensor, batch: CTCBatch) -> dict[str, tuple[Tensor, Tensor]]:
         said = greedy(log_probs, batch.layout.num_frames, self.vocabulary)
         targets = batch.targets.tolist()
-        wanted = [self.vocabulary.decode(row[:count]) for row, count in zip(targets, batch.num_targets, strict=True)]
+        wanted = [
+            self.vocabulary.decode(row[:count]) for row, count in zip(targets, batch.num_targets, strict=True)
+        ]
         pairs: dict[str, list[tuple[Sequence[str], Sequence[str]]]] = {
             "wer": [(a.split(), b.split()) for a, b in zip(wanted, said, strict=True)]
         }
@@ -99,7 +121,10 @@ class Recognizer(nn.Module):
 def greedy(log_probs: Tensor, num_frames: Sequence[int], vocabulary: Vocabulary) -> list[str]:
     """Texts of the best path of each row of (batch, frames, classes)."""
     paths = log_probs.argmax(2).cpu().numpy()
-    return [vocabulary.decode(collapse(path[:frames]).tolist()) for path, frames in zip(paths, num_frames, strict=True)]
+    return [
+        vocabulary.decode(collapse(path[:frames]).tolist())
+        for path, frames in zip(paths, num_frames, strict=True)
+    ]
 
 
 class LoadedRecognizer(NamedTuple):
@@ -122,15 +147,21 @@ def load_recognizer(run: str | Path, checkpoint: Literal["best", "last"] = "best
     return recognizer_of(run, *load_weights(run, best=checkpoint == "best"))
 
 
-def recognizer_of(run: str | Path, weights: dict[str, Tensor], meta: dict[str, Any], fingerprint: str) -> LoadedRecognizer:
+def recognizer_of(
+    run: str | Path, weights: dict[str, Tensor], meta: dict[str, Any], fingerprint: str
+) -> LoadedRecognizer:
     """The model of what `load_weights` read in `run`; ValueError where that is no `finetune` run."""
     if "vocabulary" not in meta:
         raise ValueError(f"{run}: a {meta['kind']!r} run has no vocabulary; give a `finetune` run")
     if not isinstance(meta["vocabulary"], dict):
-        raise ValueError(f"{run}: was fine-tuned by an earlier wordless, whose vocabularies are not read; fine-tune again")
+        raise ValueError(
+            f"{run}: was fine-tuned by an earlier wordless, whose vocabularies are not read; fine-tune again"
+        )
     vocabulary = Vocabulary.from_meta(meta["vocabulary"])
     source = f"{run}/meta.json"
     layers: Layers = "weighted" if "layer_weights" in weights else "last"
     model = Recognizer(parse_config(EncoderConfig, meta["config_encoder"], source), vocabulary, layers=layers)
     model.load_state_dict(weights)
-    return LoadedRecognizer(model.eval(), vocabulary, parse_config(TextConfig, meta["config"]["text"], source), meta, fingerprint)
+    return LoadedRecognizer(
+        model.eval(), vocabulary, parse_config(TextConfig, meta["config"]["text"], source), meta, fingerprint
+    )

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.audio import HOP, SAMPLE_RATE
 from pretrain.ctc.model import Recognizer
 from pretrain.ctc.vocabulary import BLANK
-from pretrain.online import OnlineEncoder
+from pretrain.data.audio import HOP, SAMPLE_RATE
+from pretrain.model.online import OnlineEncoder
 
 PIECE_SAMPLES = 1600  # what a sound card gives at a time, about
 
@@ -64,10 +64,14 @@ class OnlineRecognizer:
         config = self.model.encoder.config
         if config.front_end == "units":
             if samples.ndim not in (1, 2) or samples.dtype.kind not in "iu":
-                raise ValueError(f"units are integers (frames,) or (frames, levels); got {samples.dtype} {samples.shape}")
+                raise ValueError(
+                    f"units are integers (frames,) or (frames, levels); got {samples.dtype} {samples.shape}"
+                )
             assert config.num_units is not None
             if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < config.num_units:
-                raise ValueError(f"this recogniser reads units 0 to {config.num_units - 1}; got {samples.min()} to {samples.max()}")
+                raise ValueError(
+                    f"this recogniser reads units 0 to {config.num_units - 1}; got {samples.min()} to {samples.max()}"
+                )
             return torch.from_numpy(samples.astype(np.int64))
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise ValueError(
@@ -75,7 +79,9 @@ class OnlineRecognizer:
                 "samples are divided by 32768)"
             )
         if not np.isfinite(samples).all():  # one would stay in the statistics for good
-            raise ValueError(f"sample {int(np.flatnonzero(~np.isfinite(samples))[0])} of this piece is not a finite number")
+            raise ValueError(
+                f"sample {int(np.flatnonzero(~np.isfinite(samples))[0])} of this piece is not a finite number"
+            )
         return torch.from_numpy(samples.copy())  # np.frombuffer's cannot be written to, and torch warns
 
     @torch.no_grad()
@@ -102,7 +108,9 @@ class OnlineRecognizer:
         if self.vocabulary.spelling == "phones":
             return len(self._pending)
         if self.vocabulary.space is not None:
-            return len(self._pending) - ([*reversed(self._pending), self.vocabulary.space].index(self.vocabulary.space))
+            return len(self._pending) - (
+                [*reversed(self._pending), self.vocabulary.space].index(self.vocabulary.space)
+            )
         words = self.vocabulary.words(self._pending)  # of which a piece may have two
         return max((first for (_, _, end), (_, first, _) in pairwise(words) if end <= first), default=0)
 
@@ -133,7 +141,9 @@ class Latency:
         }
 
 
-def recognize_online(recognizer: OnlineRecognizer, inputs: np.ndarray, latency: Latency) -> tuple[str, Tensor]:
+def recognize_online(
+    recognizer: OnlineRecognizer, inputs: np.ndarray, latency: Latency
+) -> tuple[str, Tensor]:
     """One utterance, samples (samples,) or units (frames,), in pieces as if it were spoken: its text and its log probabilities
     (frames, classes) float32."""
     units = recognizer.model.encoder.config.front_end == "units"

@@ -65,9 +65,16 @@ class History:
 
 
 def prefix_search(
-    log_probs: np.ndarray, root: Node, lm: LanguageModel | None, *, lm_weight: float, word_score: float, beam_size: int,
-    beam_tokens: int | None, beam_threshold: float,
-) -> Iterator[tuple[tuple[int, ...], float]]:  # fmt: skip
+    log_probs: np.ndarray,
+    root: Node,
+    lm: LanguageModel | None,
+    *,
+    lm_weight: float,
+    word_score: float,
+    beam_size: int,
+    beam_tokens: int | None,
+    beam_threshold: float,
+) -> Iterator[tuple[tuple[int, ...], float]]:
     """Word numbers and natural log of the probability of (frames, classes), summed over alignments, in no order.
 
     What ends inside a word is dropped; if everything does, the words before it are given.
@@ -80,18 +87,30 @@ def prefix_search(
         return lm_weight * (history.lm_score + ahead) + word_score * history.num_words
 
     start = History(None, -1, None if lm is None else lm.start(), 0.0)
-    beam: dict[tuple[History, Node, int], list[float]] = {(start, root, BLANK): [0.0, NEVER]}  # ending in a blank, and not
+    beam: dict[tuple[History, Node, int], list[float]] = {
+        (start, root, BLANK): [0.0, NEVER]
+    }  # ending in a blank, and not
     for frame in log_probs:
-        allowed = range(len(frame)) if beam_tokens is None else np.argsort(-frame, kind="stable")[:beam_tokens].tolist()
+        allowed = (
+            range(len(frame))
+            if beam_tokens is None
+            else np.argsort(-frame, kind="stable")[:beam_tokens].tolist()
+        )
         emission, chosen = frame.tolist(), set(allowed)
         following: dict[tuple[History, Node, int], list[float]] = {}
 
-        def add(key: tuple[History, Node, int], place: int, score: float, into: dict[Any, list[float]] = following) -> None:
+        def add(
+            key: tuple[History, Node, int], place: int, score: float, into: dict[Any, list[float]] = following
+        ) -> None:
             scores = into.setdefault(key, [NEVER, NEVER])
             scores[place] = _log_add(scores[place], score)
 
         # What is far below the best of the hypotheses that only go on is not worth a place: most symbols in most frames.
-        least = max(_log_add(*scores) + bonus(*key[:2]) for key, scores in beam.items()) + emission[BLANK] - beam_threshold
+        least = (
+            max(_log_add(*scores) + bonus(*key[:2]) for key, scores in beam.items())
+            + emission[BLANK]
+            - beam_threshold
+        )
         for key, (blank, symbol) in beam.items():
             history, node, last = key
             total = _log_add(blank, symbol)
@@ -109,9 +128,15 @@ def prefix_search(
                     longer = history.then(word, lm)
                     if score + bonus(longer, root) >= least:
                         add((longer, root, after), 1, score)
-        ranked = [(_log_add(*scores) + bonus(*key[:2]), number) for number, (key, scores) in enumerate(following.items())]
+        ranked = [
+            (_log_add(*scores) + bonus(*key[:2]), number)
+            for number, (key, scores) in enumerate(following.items())
+        ]
         least = max(ranked)[0] - beam_threshold
-        kept = {number for _, number in heapq.nlargest(beam_size, (entry for entry in ranked if entry[0] >= least))}
+        kept = {
+            number
+            for _, number in heapq.nlargest(beam_size, (entry for entry in ranked if entry[0] >= least))
+        }
         beam = {key: scores for number, (key, scores) in enumerate(following.items()) if number in kept}
     complete = [key for key in beam if key[1] is root]
     found: dict[History, float] = {}

@@ -18,7 +18,7 @@ from pretrain.ctc.decoding import Decoder, DecodingConfig, Hypothesis
 from pretrain.ctc.model import LoadedRecognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.interrupts import process_pool
+from pretrain.store.interrupts import process_pool
 
 T = TypeVar("T")
 Weights = tuple[float, float] | None  # lm_weight and word_score in place of the config's
@@ -76,7 +76,10 @@ def _decode(decoder: Decoder, log_probs: Tensor, weights: Weights) -> Decoded:
 
 
 def decoded(
-    outputs: Iterator[tuple[int, Tensor]], search: Search, weights: Weights, finish: Callable[[int, Tensor, list[Hypothesis]], T]
+    outputs: Iterator[tuple[int, Tensor]],
+    search: Search,
+    weights: Weights,
+    finish: Callable[[int, Tensor, list[Hypothesis]], T],
 ) -> Iterator[tuple[int, T]]:
     """`finish` of each utterance's row number, log probabilities and hypotheses, in order; few wait, so that memory stays bounded."""
     waiting: deque[tuple[int, Tensor, Future[Decoded]]] = deque()

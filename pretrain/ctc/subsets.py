@@ -18,11 +18,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import AfterValidator
 
-from pretrain.artefact import disagreements, is_complete, read_meta
-from pretrain.audio import SAMPLE_RATE
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.manifest import Manifest, copy_manifest
+from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.manifest import Manifest, copy_manifest
+from pretrain.store.artefact import disagreements, is_complete, read_meta
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(s|min|h|%)", re.ASCII)
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -55,16 +55,23 @@ def targets(manifest: Manifest, text: TextConfig) -> Iterator[tuple[np.ndarray, 
         if text.spelling != "phones":
             yield rows, [None if value is None else text.normalize(value) for value in column.to_pylist()]
             continue
-        phones = column.flatten().field("phone").to_pylist()  # a struct for each phone would take ten times as long
+        phones = (
+            column.flatten().field("phone").to_pylist()
+        )  # a struct for each phone would take ten times as long
         ends = np.cumsum(column.value_lengths().fill_null(0).to_numpy()).tolist()
         known = column.is_valid().to_pylist()
         spans = zip([0, *ends], ends, known, strict=False)
-        yield rows, [text.join_phones(phones[first:last]) if is_known else None for first, last, is_known in spans]
+        yield (
+            rows,
+            [text.join_phones(phones[first:last]) if is_known else None for first, last, is_known in spans],
+        )
 
 
 def transcribed(manifest: Manifest, text: TextConfig) -> np.ndarray:
     """Numbers of the rows that have a transcript (or phones), if only an empty one; ascending, int64."""
-    chosen = [rows[table[text.column].is_valid().to_numpy()] for rows, table in manifest.blocks([text.column])]
+    chosen = [
+        rows[table[text.column].is_valid().to_numpy()] for rows, table in manifest.blocks([text.column])
+    ]
     return np.sort(np.concatenate([np.zeros(0, np.int64), *chosen]))
 
 
@@ -90,15 +97,25 @@ def examine(
 def _problem(target: str | None, vocabulary: Vocabulary, num_frames: int) -> tuple[str, str] | None:
     """The kind of problem and what it is, or None."""
     if not target:
-        return "empty", "no transcript" if target is None else "nothing is left of the transcript once it is normalised"
+        return (
+            "empty",
+            "no transcript" if target is None else "nothing is left of the transcript once it is normalised",
+        )
     if unknown := vocabulary.unknown(target):
         return "not in the vocabulary", f"{_short(target)} has {sorted(unknown)}, not in the vocabulary"
     classes = vocabulary.encode(target)
     if vocabulary.spelling == "tokenizer" and (written := vocabulary.decode(classes)) != target:
         return "changed by the tokenizer", f"{_short(target)} is {_short(written)} to the tokenizer"
-    needed = len(classes) if 2 * len(classes) <= num_frames else len(classes) + int((classes[1:] == classes[:-1]).sum())
+    needed = (
+        len(classes)
+        if 2 * len(classes) <= num_frames
+        else len(classes) + int((classes[1:] == classes[:-1]).sum())
+    )
     if needed > num_frames:
-        return "too long", f"{len(classes)} symbols need {needed} frames, it has {num_frames}: {_short(target)}"
+        return (
+            "too long",
+            f"{len(classes)} symbols need {needed} frames, it has {num_frames}: {_short(target)}",
+        )
     return None
 
 
@@ -120,7 +137,9 @@ def problems_message(manifest: Manifest, problems: Sequence[dict[str, str]], sho
     return "\n  ".join([f"{manifest.folder}: {len(problems)} transcripts cannot be used ({counts}):", *lines])
 
 
-def draw_subset(manifest: Manifest, rows: np.ndarray, budget: str, seed: int, at_least: str | None = None) -> np.ndarray:
+def draw_subset(
+    manifest: Manifest, rows: np.ndarray, budget: str, seed: int, at_least: str | None = None
+) -> np.ndarray:
     """Of `rows`, as drawn, the first that together have the budget: it ends with the utterance that reaches it, at most that much over.
 
     A share is of the audio of `rows`. Speakers have equal audio to within an utterance, as far as theirs goes; rows without a speaker
@@ -180,7 +199,9 @@ def _speakers(manifest: Manifest) -> tuple[list[str | None], np.ndarray]:
     return names, np.concatenate([np.zeros(0, np.int64), *numbers])
 
 
-def write_subset(folder: str | Path, manifest: Manifest, rows: np.ndarray, *, budget: str = "all", seed: int = 0) -> Manifest:
+def write_subset(
+    folder: str | Path, manifest: Manifest, rows: np.ndarray, *, budget: str = "all", seed: int = 0
+) -> Manifest:
     """`rows` of a manifest as one of its own, to report and to use again: same ids, audio, splits and alignments, in the file's order.
 
     meta.json has the `budget` and `seed` they were drawn with, their `minutes` and `minutes_by_speaker` ("" for rows without one). Where
@@ -190,9 +211,15 @@ def write_subset(folder: str | Path, manifest: Manifest, rows: np.ndarray, *, bu
     plan = {"manifest": manifest.fingerprint, "budget": budget, "seed": seed, "utterances": len(chosen)}
     if is_complete(folder):
         meta = read_meta(folder, "manifest")
-        there = {"manifest": meta["parents"].get("manifest"), **meta["config"], "utterances": meta["num_utterances"]}
+        there = {
+            "manifest": meta["parents"].get("manifest"),
+            **meta["config"],
+            "utterances": meta["num_utterances"],
+        }
         if differing := disagreements({key: there.get(key) for key in plan}, plan):
-            raise ValueError(f"{folder}: holds another labelled subset ({differing}); remove it or change `out`")
+            raise ValueError(
+                f"{folder}: holds another labelled subset ({differing}); remove it or change `out`"
+            )
         subset = Manifest(folder)
         if subset.column("id").combine_chunks() != chosen.column("id").combine_chunks():
             raise ValueError(
@@ -205,7 +232,13 @@ def write_subset(folder: str | Path, manifest: Manifest, rows: np.ndarray, *, bu
     for name, amount in zip(names, minutes, strict=True):
         by_speaker[name or ""] += amount
     copy_manifest(
-        folder, chosen, {"budget": budget, "seed": seed}, {"manifest": manifest.fingerprint},
-        budget=budget, budget_seed=seed, minutes=sum(minutes), minutes_by_speaker=by_speaker,
-    )  # fmt: skip
+        folder,
+        chosen,
+        {"budget": budget, "seed": seed},
+        {"manifest": manifest.fingerprint},
+        budget=budget,
+        budget_seed=seed,
+        minutes=sum(minutes),
+        minutes_by_speaker=by_speaker,
+    )
     return Manifest(folder)

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from pretrain.batches import SpeechBatches, SpeechTask, pad
 from pretrain.config import Config
 from pretrain.ctc.model import CTCBatch, Layers, Recognizer
 from pretrain.ctc.text import TextConfig
-from pretrain.masking import span_mask
+from pretrain.data.batches import SpeechBatches, SpeechTask, pad
+from pretrain.objectives.masking import span_mask
 
 
 class CTCConfig(Config):
     """What is frozen, dropped and masked in fine-tuning. Dropout rates and LayerDrop that are not given stay the encoder's."""
 
-    layers: Layers = Field("last", description="what the head reads; weighted: a learned average of all layers")
+    layers: Layers = Field(
+        "last", description="what the head reads; weighted: a learned average of all layers"
+    )
     freeze_steps: int = Field(0, ge=0, description="steps during which only the head learns")
     freeze_front_end: bool = True
     head_lr_scale: float = Field(1.0, gt=0, description="the head's learning rate over optimizer.lr")
@@ -30,7 +32,9 @@ class CTCConfig(Config):
     activation_dropout: float | None = Field(None, ge=0, lt=1)
     input_dropout: float | None = Field(None, ge=0, lt=1)
     layer_drop: float | None = Field(None, ge=0, lt=1)
-    warp: float | None = Field(None, ge=0, lt=0.5, description="of an encoder on filterbanks: vocal tract length perturbation")
+    warp: float | None = Field(
+        None, ge=0, lt=0.5, description="of an encoder on filterbanks: vocal tract length perturbation"
+    )
     mask_start_probability: float = Field(0.05, ge=0, lt=1)
     mask_length: int = Field(10, ge=1)
     mask_channel_probability: float = Field(0.0016, ge=0, lt=1)
@@ -49,9 +53,15 @@ class CTCTask(SpeechTask):
     model: Recognizer
 
     def __init__(
-        self, model: Recognizer, config: CTCConfig, text: TextConfig,
-        train_set: SpeechBatches, valid_set: SpeechBatches | None, frozen_phases: bool, seed: int,
-    ):  # fmt: skip
+        self,
+        model: Recognizer,
+        config: CTCConfig,
+        text: TextConfig,
+        train_set: SpeechBatches,
+        valid_set: SpeechBatches | None,
+        frozen_phases: bool,
+        seed: int,
+    ):
         self.model, self.config, self.text, self.seed = model, config, text, seed
         self.train_set, self.valid_set, self.frozen_phases = train_set, valid_set, frozen_phases
 
@@ -62,10 +72,16 @@ class CTCTask(SpeechTask):
         frames = batch.layout.num_frames
         mask = channel_mask = None
         if config.mask_start_probability > 0:
-            masks = [span_mask(n, config.mask_start_probability, config.mask_length, r) for n, r in zip(frames, rngs, strict=True)]
+            masks = [
+                span_mask(n, config.mask_start_probability, config.mask_length, r)
+                for n, r in zip(frames, rngs, strict=True)
+            ]
             mask = torch.from_numpy(np.concatenate(masks))
         if config.mask_channel_probability > 0:
-            spans = [span_mask(dim, config.mask_channel_probability, config.mask_channel_length, r, min_spans=0) for r in rngs]
+            spans = [
+                span_mask(dim, config.mask_channel_probability, config.mask_channel_length, r, min_spans=0)
+                for r in rngs
+            ]
             channel_mask = pad(spans, False)
         return batch._replace(mask=mask, channel_mask=channel_mask)
 
@@ -111,5 +127,7 @@ class CTCTask(SpeechTask):
         for own, scale in ((False, 1.0), (True, self.config.head_lr_scale)):
             chosen = [p for name, p in self.model.named_parameters() if name.startswith("encoder.") != own]
             groups.append({"params": [p for p in chosen if p.ndim > 1], "lr_scale": scale})
-            groups.append({"params": [p for p in chosen if p.ndim <= 1], "lr_scale": scale, "weight_decay": 0.0})
+            groups.append(
+                {"params": [p for p in chosen if p.ndim <= 1], "lr_scale": scale, "weight_decay": 0.0}
+            )
         return groups

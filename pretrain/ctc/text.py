@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr
-from pretrain.manifest import Utterance
+from pretrain.data.manifest import Utterance
 
 SPACE = "|"  # how the space between words is spelled in a vocabulary
 
@@ -23,22 +23,31 @@ Spelling = Literal["characters", "jamo", "phones", "tokenizer"]
 class TextConfig(Config):
     """What the targets are, and how transcripts are normalised. Of phones, only `silence` is looked at."""
 
-    spelling: Spelling = Field("characters", description="jamo: Hangul syllables taken apart; phones: of the manifest's alignments")
+    spelling: Spelling = Field(
+        "characters", description="jamo: Hangul syllables taken apart; phones: of the manifest's alignments"
+    )
     case: Literal["lower", "upper", "keep"] = Field(
         "lower", description="Unicode's, of no language: I is i in Turkish, too; ß is SS"
     )
     punctuation: Literal["remove", "keep"] = Field(
-        "remove", description="remove: hyphens and the like part words; apostrophes that touch a word stay, and · ׳ ״ inside one"
+        "remove",
+        description="remove: hyphens and the like part words; apostrophes that touch a word stay, and · ׳ ״ inside one",
     )
-    tokenizer: PathStr | None = Field(None, description="with spelling = tokenizer: a Hugging Face tokenizer.json")
-    silence: tuple[str, ...] = Field(("", "SIL", "sil", "SPN", "spn", "sp", "<eps>"), description="phones that are no targets")
+    tokenizer: PathStr | None = Field(
+        None, description="with spelling = tokenizer: a Hugging Face tokenizer.json"
+    )
+    silence: tuple[str, ...] = Field(
+        ("", "SIL", "sil", "SPN", "spn", "sp", "<eps>"), description="phones that are no targets"
+    )
 
     @model_validator(mode="after")
     def _names_a_tokenizer_where_one_is_used(self) -> Self:
         if self.spelling == "tokenizer" and self.tokenizer is None:
             raise ValueError('spelling = "tokenizer" needs `tokenizer`, the tokenizer.json to spell with')
         if self.spelling != "tokenizer" and self.tokenizer is not None:
-            raise ValueError(f'a tokenizer is given but spelling is {self.spelling!r}; set spelling = "tokenizer" or drop it')
+            raise ValueError(
+                f'a tokenizer is given but spelling is {self.spelling!r}; set spelling = "tokenizer" or drop it'
+            )
         return self
 
     @property
@@ -48,8 +57,12 @@ class TextConfig(Config):
 
     def normalize(self, text: str) -> str:
         """`text` as it is trained on and scored; normalising twice changes nothing more."""
-        text = _UNSEEN.sub("", text.replace(SPACE, " "))  # first: one may stand between a letter and its accent
-        text = unicodedata.normalize("NFC", text)  # before the case, which makes a letter of Greek's iota below
+        text = _UNSEEN.sub(
+            "", text.replace(SPACE, " ")
+        )  # first: one may stand between a letter and its accent
+        text = unicodedata.normalize(
+            "NFC", text
+        )  # before the case, which makes a letter of Greek's iota below
         text = {"lower": text.lower(), "upper": text.upper(), "keep": text}[self.case]
         text = unicodedata.normalize("NFC", text)  # and after it, which can take characters apart
         if self.punctuation == "remove":
@@ -67,7 +80,11 @@ class TextConfig(Config):
 
     def join_phones(self, phones: list[str]) -> str:
         """The target of an utterance of `phones`: without silences, NFC, a space between two. A space inside a phone becomes _."""
-        return " ".join("_".join(unicodedata.normalize("NFC", phone).split()) for phone in phones if phone not in self.silence)
+        return " ".join(
+            "_".join(unicodedata.normalize("NFC", phone).split())
+            for phone in phones
+            if phone not in self.silence
+        )
 
 
 class _Punctuation(dict[int, str]):
@@ -82,7 +99,9 @@ class _Punctuation(dict[int, str]):
 _INNER = "'·׳״"  # Catalan's l·l, Hebrew's geresh and gershayim
 _WORD = rf"[^\s{_INNER}]"
 _LOOSE = re.compile(rf"'(?<!{_WORD}')(?!{_WORD})|[·׳״](?:(?<!{_WORD}[·׳״])|(?!{_WORD}))")
-_QUOTED = re.compile(r"‘((?:[^‘’]|’(?=\w))*)’")  # ‘so’: the last of them is no apostrophe; 'so' cannot be told
+_QUOTED = re.compile(
+    r"‘((?:[^‘’]|’(?=\w))*)’"
+)  # ‘so’: the last of them is no apostrophe; 'so' cannot be told
 _PUNCTUATION = _Punctuation()
 _APOSTROPHES = re.compile("[’ʼ＇]")
 _UNSEEN = re.compile(  # controls but white space, soft hyphen, marks of direction and of order, zero-width spaces

@@ -21,9 +21,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pretrain.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.audio import MIN_SAMPLES, SAMPLE_RATE
-from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.config import Config, PathStr, Split
 from pretrain.ctc.alignment import forced_alignment, stretch, word_times, write_alignments
 from pretrain.ctc.decoding import Decoder, DecodingConfig, Hypothesis
@@ -35,28 +32,52 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches, unit_batches
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.ctc.windows import in_windows
-from pretrain.engine import autocast
-from pretrain.manifest import Manifest, Utterance, Word
-from pretrain.parallel import resolve_device
+from pretrain.data.audio import MIN_SAMPLES, SAMPLE_RATE
+from pretrain.data.batches import BatchConfig, SpeechBatches
+from pretrain.data.manifest import Manifest, Utterance, Word
+from pretrain.model.totals import utterance_totals
 from pretrain.progress import progress
-from pretrain.totals import utterance_totals
+from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
+from pretrain.training.engine import autocast
+from pretrain.training.parallel import resolve_device
 
 __all__ = ["TranscribeConfig", "TuneConfig", "as_text", "transcribe"]
 
-SCHEMA = pa.schema([
-    ("id", pa.string()), ("speaker", pa.string()), ("text", pa.string()), ("hypothesis", pa.string()), ("score", pa.float64()),
-    ("nbest", pa.list_(pa.struct([
-        ("text", pa.string()), ("score", pa.float64()), ("ctc_score", pa.float64()), ("lm_score", pa.float64()),
-    ]))),
-    ("words", pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("word", pa.string())]))),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("speaker", pa.string()),
+        ("text", pa.string()),
+        ("hypothesis", pa.string()),
+        ("score", pa.float64()),
+        (
+            "nbest",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("text", pa.string()),
+                        ("score", pa.float64()),
+                        ("ctc_score", pa.float64()),
+                        ("lm_score", pa.float64()),
+                    ]
+                )
+            ),
+        ),
+        (
+            "words",
+            pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("word", pa.string())])),
+        ),
+    ]
+)
 
 
 class TuneConfig(Config):
     """Weights of the language model that are tried on this split, every one with every other; the best by WER are used."""
 
     lm_weight: tuple[Annotated[float, Field(ge=0)], ...] = Field(min_length=1)
-    word_score: tuple[float, ...] | None = Field(None, min_length=1, description="by default decoding.word_score alone")
+    word_score: tuple[float, ...] | None = Field(
+        None, min_length=1, description="by default decoding.word_score alone"
+    )
 
 
 class TranscribeConfig(Config):
@@ -69,22 +90,32 @@ class TranscribeConfig(Config):
     checkpoint: Literal["best", "last"] = Field("best", description="best: by dev WER, where one was kept")
     labels: PathStr | None = Field(None, description="the units to read, for a recogniser of units")
     decoding: DecodingConfig = DecodingConfig()
-    tune: TuneConfig | None = Field(None, description="find decoding.lm_weight and word_score on this split: give a dev split")
+    tune: TuneConfig | None = Field(
+        None, description="find decoding.lm_weight and word_score on this split: give a dev split"
+    )
     words: bool = Field(False, description="times of the words, or phones, of each text")
     align: Literal["text"] | None = Field(
         None, description="text: times of the transcripts, as alignments.jsonl, which `index` reads"
     )
-    max_seconds: float = Field(30.0, ge=1, description="longer recordings go through the encoder in windows of this length")
-    online: bool = Field(False, description="for a streaming recogniser: utterances one by one as if spoken; measures latency")
+    max_seconds: float = Field(
+        30.0, ge=1, description="longer recordings go through the encoder in windows of this length"
+    )
+    online: bool = Field(
+        False, description="for a streaming recogniser: utterances one by one as if spoken; measures latency"
+    )
     batch_seconds: float = Field(60.0, gt=0, description="audio that goes through the encoder together")
     workers: int = Field(2, ge=1, description="threads that decode audio ahead")
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU that has it")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU that has it"
+    )
 
     @model_validator(mode="after")
     def _tunes_a_beam_search(self) -> Self:
         if self.tune is not None and self.decoding.lm is None:
-            raise ValueError('tune: finds the weights of a language model; give decoding = {method = "beam", lm = ...}')
+            raise ValueError(
+                'tune: finds the weights of a language model; give decoding = {method = "beam", lm = ...}'
+            )
         return self
 
 
@@ -135,7 +166,9 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "utterances": len(rows),
         "too_short": too_short,
-        "cut_in_windows": 0 if latency else int((manifest.lengths[source.items] > _longest(config, recognizer)).sum()),
+        "cut_in_windows": 0
+        if latency
+        else int((manifest.lengths[source.items] > _longest(config, recognizer)).sum()),
         "audio_seconds": seconds,
         "audio_seconds_per_second": seconds / clock.elapsed,
         "encoder_audio_seconds_per_second": seconds / max(clock.encoded, 1e-9),
@@ -146,9 +179,13 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
         summary["latency"] = latency.summary()
     if best is not None:
         summary |= {"lm_weight": best[0], "word_score": best[1], "tuning": table}
-    counted: Literal["words", "phones"] = "phones" if _writes_phones(recognizer.vocabulary, decoder) else "words"
+    counted: Literal["words", "phones"] = (
+        "phones" if _writes_phones(recognizer.vocabulary, decoder) else "words"
+    )
     texts = [one.hypotheses[0].text for one in results]
-    summary |= error_rates([row.id for row in rows], [row.speaker for row in rows], references, texts, counted=counted)
+    summary |= error_rates(
+        [row.id for row in rows], [row.speaker for row in rows], references, texts, counted=counted
+    )
     files = _write(config, rows, references, results, summary, recognizer.vocabulary)
     parents = {"manifest": manifest.fingerprint, "recognizer": recognizer.fingerprint}
     if isinstance(source, LabelBatches):
@@ -162,15 +199,21 @@ def _check(config: TranscribeConfig, recognizer: LoadedRecognizer) -> None:
         what = "units; give their `labels`" if config.labels is None else "audio; remove `labels`"
         raise ValueError(f"labels: {config.recognizer} reads {what}")
     if config.online and not _streams(recognizer):
-        raise ValueError(f"online: {config.recognizer} attends whole utterances; give one that was fine-tuned with `streaming`")
-    if (config.words or config.align or config.online) and recognizer.meta["config"].get("units", {}).get("deduplicate", False):
+        raise ValueError(
+            f"online: {config.recognizer} attends whole utterances; give one that was fine-tuned with `streaming`"
+        )
+    if (config.words or config.align or config.online) and recognizer.meta["config"].get("units", {}).get(
+        "deduplicate", False
+    ):
         raise ValueError(
             f"words, align, online: {config.recognizer} reads units without repeats, which do not tell the time; remove them"
         )
 
 
 def _source(config: TranscribeConfig, recognizer: LoadedRecognizer, manifest: Manifest) -> SpeechBatches:
-    batches = BatchConfig(batch_seconds=config.batch_seconds, crop_seconds=1e9, min_seconds=MIN_SAMPLES / SAMPLE_RATE)
+    batches = BatchConfig(
+        batch_seconds=config.batch_seconds, crop_seconds=1e9, min_seconds=MIN_SAMPLES / SAMPLE_RATE
+    )
     if config.labels is not None:
         return unit_batches(recognizer, config.labels, manifest, batches)
     return SpeechBatches(manifest, batches, 0, crop=False)
@@ -203,7 +246,11 @@ def _references(rows: list[Utterance], text: TextConfig, decoder: Decoder) -> li
 
 @torch.inference_mode()
 def _log_probs(
-    config: TranscribeConfig, recognizer: LoadedRecognizer, source: SpeechBatches, device: torch.device, latency: Latency | None
+    config: TranscribeConfig,
+    recognizer: LoadedRecognizer,
+    source: SpeechBatches,
+    device: torch.device,
+    latency: Latency | None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Row numbers and their log probabilities (frames, classes) float32 on the CPU, the shortest first."""
     longest = _longest(config, recognizer)
@@ -222,7 +269,10 @@ def _log_probs(
     def load(items: np.ndarray) -> list[np.ndarray]:
         return [source.load(item, source.rng(item, -1))[0] for item in items.tolist()]
 
-    with progress("transcribe", source.seconds(items), "s audio") as advance, ThreadPoolExecutor(config.workers) as pool:
+    with (
+        progress("transcribe", source.seconds(items), "s audio") as advance,
+        ThreadPoolExecutor(config.workers) as pool,
+    ):
         waiting: deque[Future[list[np.ndarray]]] = deque()
         ahead = iter(plan)
         for batch in plan:
@@ -275,7 +325,9 @@ def _tune(
     """The WER of every pair of weights over the rows with a reference, and the pair with the lowest; of equals the first."""
     wanted = {item: reference for item in outputs if (reference := references[item]) is not None}
     if not any(wanted.values()):
-        raise ValueError("tune: no utterance of this split has a transcript with words; give one whose utterances do")
+        raise ValueError(
+            "tune: no utterance of this split has a transcript with words; give one whose utterances do"
+        )
     table = []
     assert config.tune is not None
     for weights in product(config.tune.lm_weight, config.tune.word_score or (config.decoding.word_score,)):
@@ -311,7 +363,9 @@ def _times_of_text(row: Utterance, log_probs: Tensor, recognizer: LoadedRecogniz
         return f"has {sorted(unknown)}, not in the vocabulary"
     classes = recognizer.vocabulary.encode(target)
     try:
-        return word_times(forced_alignment(log_probs, classes), classes, recognizer.vocabulary, len(log_probs))
+        return word_times(
+            forced_alignment(log_probs, classes), classes, recognizer.vocabulary, len(log_probs)
+        )
     except ValueError as error:
         return str(error)
 
@@ -320,9 +374,13 @@ def _times_of_text(row: Utterance, log_probs: Tensor, recognizer: LoadedRecogniz
 
 
 def _write(
-    config: TranscribeConfig, rows: list[Utterance], references: list[str | None], results: list[Said], summary: dict[str, Any],
+    config: TranscribeConfig,
+    rows: list[Utterance],
+    references: list[str | None],
+    results: list[Said],
+    summary: dict[str, Any],
     vocabulary: Vocabulary,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Write the table, the summary and the alignments; the names of the files. What could not be aligned is added to the summary."""
     folder, files = Path(config.out), ["transcripts.parquet", "summary.json"]
     is_beam = config.decoding.method == "beam"
@@ -332,19 +390,29 @@ def _write(
         "text": references,
         "hypothesis": [one.hypotheses[0].text for one in results],
         "score": [one.hypotheses[0].score for one in results],
-        "nbest": [[_columns(hypothesis) for hypothesis in one.hypotheses] if is_beam else None for one in results],
+        "nbest": [
+            [_columns(hypothesis) for hypothesis in one.hypotheses] if is_beam else None for one in results
+        ],
         "words": [None if one.words is None else [word._asdict() for word in one.words] for one in results],
     }
     with atomic_path(folder / "transcripts.parquet") as temporary:
         pq.write_table(pa.table(table, schema=SCHEMA), temporary)
     if config.align is not None:
-        aligned = [(row.id, one.aligned) for row, one in zip(rows, results, strict=True) if isinstance(one.aligned, list)]
+        aligned = [
+            (row.id, one.aligned)
+            for row, one in zip(rows, results, strict=True)
+            if isinstance(one.aligned, list)
+        ]
         write_alignments(folder / "alignments.jsonl", aligned, vocabulary)
         failed = [
-            {"id": row.id, "reason": one.aligned} for row, one in zip(rows, results, strict=True) if isinstance(one.aligned, str)
+            {"id": row.id, "reason": one.aligned}
+            for row, one in zip(rows, results, strict=True)
+            if isinstance(one.aligned, str)
         ]
         with atomic_path(folder / "not_aligned.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed), encoding="utf-8"
+            )
         summary |= {"aligned": len(aligned), "not_aligned": len(failed)}
         files += ["alignments.jsonl", "not_aligned.jsonl"]
     write_json(folder / "summary.json", summary)

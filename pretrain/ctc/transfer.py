@@ -18,21 +18,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from pretrain.artefact import atomic_path, commit, is_complete, known_by, read_meta, require_absent, write_json
-from pretrain.checkpoint import load_weights
 from pretrain.config import Config, PathStr, Seed, differences, parse_config, part_of, share
 from pretrain.ctc.curve import as_text, summarize, write_curve
 from pretrain.ctc.finetuning import FinetuneConfig, finetune
 from pretrain.ctc.subsets import Budget, amount, draw_subset, transcribed
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
-from pretrain.labels import Labels
-from pretrain.lock import locked
-from pretrain.manifest import Manifest
-from pretrain.parallel import resolve_device
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest
 from pretrain.progress import console
-from pretrain.stopping import answer_late
-from pretrain.task import NEUTRAL
+from pretrain.store.artefact import (
+    atomic_path,
+    commit,
+    is_complete,
+    known_by,
+    read_meta,
+    require_absent,
+    write_json,
+)
+from pretrain.store.lock import locked
+from pretrain.training.checkpoint import load_weights
+from pretrain.training.parallel import resolve_device
+from pretrain.training.stopping import answer_late
+from pretrain.training.task import NEUTRAL
 
 __all__ = ["TransferConfig", "as_text", "transfer"]
 
@@ -41,14 +49,26 @@ PRETRAINED, SCRATCH = "pretrained", "scratch"  # the two systems that `encoder` 
 HOW = {*NEUTRAL, "out", "device", "batch_seconds", "workers", "decoding.processes"}
 NAME = re.compile(r"[\w.-]+")  # of what becomes part of a folder's name
 
-SCHEMA = pa.schema([
-    *((name, pa.string()) for name in ("budget", "system")), ("seed", pa.int64()), ("initialization", pa.string()),
-    ("label_minutes", pa.float64()), ("steps", pa.int64()), ("best_step", pa.int64()), ("best_valid_wer", pa.float64()),
-    ("train_seconds", pa.float64()), ("test", pa.string()), ("counted", pa.string()),
-    *((f"{rate}{bound}", pa.float64()) for rate in ("wer", "cer") for bound in ("", "_low", "_high")),
-    *((name, pa.int64()) for name in ("substitutions", "insertions", "deletions", "reference_words", "scored_utterances")),
-    ("transcripts", pa.string()),
-])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("budget", "system")),
+        ("seed", pa.int64()),
+        ("initialization", pa.string()),
+        ("label_minutes", pa.float64()),
+        ("steps", pa.int64()),
+        ("best_step", pa.int64()),
+        ("best_valid_wer", pa.float64()),
+        ("train_seconds", pa.float64()),
+        ("test", pa.string()),
+        ("counted", pa.string()),
+        *((f"{rate}{bound}", pa.float64()) for rate in ("wer", "cer") for bound in ("", "_low", "_high")),
+        *(
+            (name, pa.int64())
+            for name in ("substitutions", "insertions", "deletions", "reference_words", "scored_utterances")
+        ),
+        ("transcripts", pa.string()),
+    ]
+)
 
 
 class TransferConfig(Config):
@@ -57,66 +77,98 @@ class TransferConfig(Config):
     out: PathStr
     manifest: PathStr
     encoder: PathStr | None = Field(
-        None, description="a pretraining run: it is the system `pretrained`, and `scratch` its architecture with fresh weights"
+        None,
+        description="a pretraining run: it is the system `pretrained`, and `scratch` its architecture with fresh weights",
     )
     systems: dict[str, dict[str, Any]] = Field(
-        {}, description="name -> keys of `finetune` for it alone: more systems (encoder or labels), or other settings of those two"
+        {},
+        description="name -> keys of `finetune` for it alone: more systems (encoder or labels), or other settings of those two",
     )
     budgets: tuple[Budget, ...] = Field(("10min", "1h", "10h"), min_length=1)
     seeds: tuple[Seed, ...] = Field(
-        (0,), min_length=1, description="of training, and of the draw of labels where finetune.budget_seed is not given"
+        (0,),
+        min_length=1,
+        description="of training, and of the draw of labels where finetune.budget_seed is not given",
     )
-    finetune: dict[str, Any] = Field(description="keys of `finetune` for all cells: ctc, batches, optimizer, training, text …")
+    finetune: dict[str, Any] = Field(
+        description="keys of `finetune` for all cells: ctc, batches, optimizer, training, text …"
+    )
     by_budget: dict[Budget, dict[str, Any]] = Field(
         {},
         description="budget -> keys of `finetune` that differ (systems' own go over them), and a table `transcribe` of those of it",
     )
     tests: dict[str, dict[str, Any]] = Field(
-        {"test": {}}, min_length=1,
+        {"test": {}},
+        min_length=1,
         description="name -> keys of `transcribe`; without manifest and split, the split of that name. The first one is drawn",
-    )  # fmt: skip
+    )
     transcribe: dict[str, Any] = Field({}, description="keys of `transcribe` for all tests: decoding …")
-    baseline: str | None = Field(None, description="the system that others are compared with: scratch, or else the last")
+    baseline: str | None = Field(
+        None, description="the system that others are compared with: scratch, or else the last"
+    )
     part: Annotated[str | None, part_of('"2/8" for the second of eight shares')] = Field(
-        None, description='"2/8": the second of eight shares of the cells, for job arrays; the last writes the table'
+        None,
+        description='"2/8": the second of eight shares of the cells, for job arrays; the last writes the table',
     )
 
     @model_validator(mode="after")
     def _every_cell_is_valid(self) -> Self:
         """Every mistake in the settings of any cell, each told once, with the first cell that has it."""
         reserved = {"out", "manifest", "budget"}
-        problems = [f"{key}: {name!r} is no name for a folder; letters, digits and . _ - are" for key in ("systems", "tests")
-                    for name in getattr(self, key) if not NAME.fullmatch(name)]  # fmt: skip
+        problems = [
+            f"{key}: {name!r} is no name for a folder; letters, digits and . _ - are"
+            for key in ("systems", "tests")
+            for name in getattr(self, key)
+            if not NAME.fullmatch(name)
+        ]
         if "recognizer" in self.tests:
-            problems.append("tests: 'recognizer' is the name of the folder beside the tests'; call it otherwise")
-        for where, table in (("finetune", self.finetune), *((f"by_budget.{k}", v) for k, v in self.by_budget.items()),
-                             *((f"systems.{k}", v) for k, v in self.systems.items())):  # fmt: skip
+            problems.append(
+                "tests: 'recognizer' is the name of the folder beside the tests'; call it otherwise"
+            )
+        for where, table in (
+            ("finetune", self.finetune),
+            *((f"by_budget.{k}", v) for k, v in self.by_budget.items()),
+            *((f"systems.{k}", v) for k, v in self.systems.items()),
+        ):
             problems += [
-                f"{where}.{key}: is set for each cell by `transfer`; leave it out" for key in sorted(reserved & table.keys())
+                f"{where}.{key}: is set for each cell by `transfer`; leave it out"
+                for key in sorted(reserved & table.keys())
             ]
             if "seed" in (training if isinstance(training := table.get("training"), dict) else {}):
                 problems.append(f"{where}.training.seed: the seeds are those of `seeds`; leave it out")
-        for where, table in (("transcribe", self.transcribe), *((f"tests.{k}", v) for k, v in self.tests.items()),
-                             *((f"by_budget.{k}.transcribe", v.get("transcribe", {})) for k, v in self.by_budget.items())):  # fmt: skip
+        for where, table in (
+            ("transcribe", self.transcribe),
+            *((f"tests.{k}", v) for k, v in self.tests.items()),
+            *((f"by_budget.{k}.transcribe", v.get("transcribe", {})) for k, v in self.by_budget.items()),
+        ):
             if not isinstance(table, dict):
                 problems.append(f"{where}: a table of keys of `transcribe`, not {table!r}")
                 continue
             problems += [
-                f"{where}.{key}: is set for each cell by `transfer`; leave it out" for key in ("out", "recognizer") if key in table
+                f"{where}.{key}: is set for each cell by `transfer`; leave it out"
+                for key in ("out", "recognizer")
+                if key in table
             ]
         if not self.all_systems:
             problems.append("encoder: give a pretraining run, or `systems` of your own")
         elif self.baseline is not None and self.baseline not in self.all_systems:
-            problems.append(f"baseline: {self.baseline!r} is none of the systems {', '.join(self.all_systems)}")
+            problems.append(
+                f"baseline: {self.baseline!r} is none of the systems {', '.join(self.all_systems)}"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             problems.append(f"seeds: each once, not {list(self.seeds)}")
         amounts = [amount(budget) for budget in self.budgets]
-        if equal := [budget for budget, asked in zip(self.budgets, amounts, strict=True) if amounts.count(asked) > 1]:
+        if equal := [
+            budget for budget, asked in zip(self.budgets, amounts, strict=True) if amounts.count(asked) > 1
+        ]:
             problems.append(f"budgets: each once, but there are equal ones in {', '.join(equal)}")
         if not problems:
             told: dict[str, str] = {}
             for cell in cells(self):
-                settings: list[Callable[[], Config]] = [cell.finetuning, *(partial(cell.transcribing, test) for test in self.tests)]
+                settings: list[Callable[[], Config]] = [
+                    cell.finetuning,
+                    *(partial(cell.transcribing, test) for test in self.tests),
+                ]
                 for parse in settings:
                     try:
                         parse()
@@ -133,7 +185,10 @@ class TransferConfig(Config):
         """Name -> keys of `finetune`, those of `encoder` among them."""
         known: dict[str, dict[str, Any]] = {}
         if self.encoder is not None:
-            known = {PRETRAINED: {"encoder": self.encoder}, SCRATCH: {"encoder": self.encoder, "initialization": "random"}}
+            known = {
+                PRETRAINED: {"encoder": self.encoder},
+                SCRATCH: {"encoder": self.encoder, "initialization": "random"},
+            }
         return {name: known.get(name, {}) | self.systems.get(name, {}) for name in {**known, **self.systems}}
 
     @property
@@ -165,12 +220,16 @@ class Cell(NamedTuple):
     def finetuning(self) -> FinetuneConfig:
         """The config of this cell's `finetune`; ValueError for a mistake in it."""
         config = self.config
-        of_budget = {key: value for key, value in config.by_budget.get(self.budget, {}).items() if key != "transcribe"}
+        of_budget = {
+            key: value for key, value in config.by_budget.get(self.budget, {}).items() if key != "transcribe"
+        }
         tree = merged(merged(config.finetune, of_budget), config.all_systems[self.system])
         given = tree.get("training", {})
         seeds = {"training": {**given, "seed": self.seed} if isinstance(given, dict) else given}
         fixed = {"out": str(self.recognizer), "manifest": config.manifest, "budget": self.budget}
-        return parse_config(FinetuneConfig, {"budget_seed": self.seed, **tree, **seeds, **fixed}, f"finetune ({self.name})")
+        return parse_config(
+            FinetuneConfig, {"budget_seed": self.seed, **tree, **seeds, **fixed}, f"finetune ({self.name})"
+        )
 
     def transcribing(self, test: str) -> TranscribeConfig:
         """The config of this cell's `transcribe` of a test; ValueError for a mistake in it."""
@@ -199,7 +258,10 @@ class Cell(NamedTuple):
 
     def stands(self) -> bool:
         """Whether everything of it is there."""
-        return all(is_complete(folder) for folder in (self.recognizer, *(self.transcripts(test) for test in self.config.tests)))
+        return all(
+            is_complete(folder)
+            for folder in (self.recognizer, *(self.transcripts(test) for test in self.config.tests))
+        )
 
     def fingerprints(self) -> dict[str, str]:
         """Of the recogniser and of each test's transcripts."""
@@ -216,29 +278,51 @@ class Cell(NamedTuple):
         config, trained = self.finetuning(), read_json(self.recognizer / "summary.json")
         run = read_meta(self.recognizer, "recognizer")
         known = {
-            "budget": self.budget, "system": self.system, "seed": self.seed,
+            "budget": self.budget,
+            "system": self.system,
+            "seed": self.seed,
             "initialization": "random" if config.labels else config.initialization,
-            "label_minutes": run["label_minutes"], "steps": trained["steps"], "best_step": trained.get("best_step"),
-            "best_valid_wer": trained.get("best_valid_wer"), "train_seconds": trained.get("seconds"),
-        }  # fmt: skip
+            "label_minutes": run["label_minutes"],
+            "steps": trained["steps"],
+            "best_step": trained.get("best_step"),
+            "best_valid_wer": trained.get("best_valid_wer"),
+            "train_seconds": trained.get("seconds"),
+        }
         rows = []
         for test in self.config.tests:
             scores = read_json(self.transcripts(test) / "summary.json")
             if "wer" not in scores:
-                raise ValueError(f"{self.transcripts(test)}: no utterance of this test has a transcript; without, there is no WER")
+                raise ValueError(
+                    f"{self.transcripts(test)}: no utterance of this test has a transcript; without, there is no WER"
+                )
             bounds = {rate: scores.get(f"{rate}_interval") or (None, None) for rate in ("wer", "cer")}
-            rates = {key: value for rate, (low, high) in bounds.items()
-                     for key, value in ((rate, scores.get(rate)), (f"{rate}_low", low), (f"{rate}_high", high))}  # fmt: skip
-            counts = ("counted", "substitutions", "insertions", "deletions", "reference_words", "scored_utterances")
+            rates = {
+                key: value
+                for rate, (low, high) in bounds.items()
+                for key, value in ((rate, scores.get(rate)), (f"{rate}_low", low), (f"{rate}_high", high))
+            }
+            counts = (
+                "counted",
+                "substitutions",
+                "insertions",
+                "deletions",
+                "reference_words",
+                "scored_utterances",
+            )
             place = str(self.transcripts(test).relative_to(self.config.out))
-            rows.append({**known, "test": test, **{key: scores[key] for key in counts}, **rates, "transcripts": place})
+            rows.append(
+                {**known, "test": test, **{key: scores[key] for key in counts}, **rates, "transcripts": place}
+            )
         return rows
 
 
 def cells(config: TransferConfig) -> list[Cell]:
     """Every cell, the systems of one budget beside each other."""
     return [
-        Cell(config, budget, system, seed) for budget in config.budgets for seed in config.seeds for system in config.all_systems
+        Cell(config, budget, system, seed)
+        for budget in config.budgets
+        for seed in config.seeds
+        for system in config.all_systems
     ]
 
 
@@ -267,7 +351,9 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     mine = every[share(config.part)]
     left = [cell for cell in mine if not cell.stands()]
     if unused := [budget for budget in config.by_budget if budget not in config.budgets]:
-        say(f"by_budget: settings of {', '.join(unused)} are not used; budgets are {', '.join(config.budgets)}")
+        say(
+            f"by_budget: settings of {', '.join(unused)} are not used; budgets are {', '.join(config.budgets)}"
+        )
     names = ", ".join(cell.name for cell in left) or "none"
     say(f"{len(mine) - len(left)} of {len(mine)} cells stand; left: {names}")
     require_inputs(left)
@@ -288,7 +374,9 @@ def transfer(config: TransferConfig) -> dict[str, Any]:
     rows = [row for cell in every for row in cell.rows()]
     summary = {"cells": rows, **summarize(rows, out, config.compared_with)}
     parents = {"manifest": Manifest(config.manifest).fingerprint}
-    parents |= {f"{c.name}/{name}": fingerprint for c in every for name, fingerprint in c.fingerprints().items()}
+    parents |= {
+        f"{c.name}/{name}": fingerprint for c in every for name, fingerprint in c.fingerprints().items()
+    }
     encoders = {f for c in every if c.finetuning().encoder == config.encoder for f in c.encoder_fingerprint()}
     if len(encoders) > 1:
         raise ValueError(
@@ -335,7 +423,9 @@ def _require_split(manifest: str, split: str | None) -> None:
     Manifest(manifest).select(split)
 
 
-def _require_labelled(manifest: str, split: str | None, text: TextConfig, budget: str, at_least: str | None) -> None:
+def _require_labelled(
+    manifest: str, split: str | None, text: TextConfig, budget: str, at_least: str | None
+) -> None:
     """ValueError for a budget above the transcribed audio. (`finetune` says what of it cannot be used.)"""
     chosen = Manifest(manifest).select(split)
     if len(rows := transcribed(chosen, text)):
@@ -358,7 +448,11 @@ def is_made(config: FinetuneConfig | TranscribeConfig, kind: str) -> bool:
     if not is_complete(config.out):
         return False
     meta, now = read_meta(config.out, kind), config.resolved()
-    changed = {key: f"{key}: {old!r} -> {new!r}" for key, old, new in differences(meta["config"], now) if key not in HOW}
+    changed = {
+        key: f"{key}: {old!r} -> {new!r}"
+        for key, old, new in differences(meta["config"], now)
+        if key not in HOW
+    }
     for name, fingerprint in meta["parents"].items():
         folder = now.get(name)
         if isinstance(folder, str) and (known := known_by(folder)):
@@ -369,14 +463,18 @@ def is_made(config: FinetuneConfig | TranscribeConfig, kind: str) -> bool:
             changed.pop(name, None)  # the same thing in another place
     if changed:
         listed = "; ".join(changed.values())
-        raise ValueError(f"{config.out}: stands with other settings ({listed}); restore them, or remove it to make it again")
+        raise ValueError(
+            f"{config.out}: stands with other settings ({listed}); restore them, or remove it to make it again"
+        )
     return True
 
 
 def merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`tree` with the values of `over`, table by table."""
     both = {
-        key: merged(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+        key: merged(tree[key], value)
+        if isinstance(value, dict) and isinstance(tree.get(key), dict)
+        else value
         for key, value in over.items()
     }
     return {**tree, **both}

@@ -9,20 +9,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pretrain.audio import HOP, MIN_SAMPLES
-from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.config import Config, parse_config
 from pretrain.ctc.model import LoadedRecognizer
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest
-from pretrain.packing import Layout
+from pretrain.data.audio import HOP, MIN_SAMPLES
+from pretrain.data.batches import BatchConfig, SpeechBatches
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest
+from pretrain.data.packing import Layout
 
 
 class UnitConfig(Config):
     """What a recogniser reads of labels."""
 
-    levels: int = Field(1, ge=1, description="of residual labels the first so many; their embeddings are added")
-    deduplicate: bool = Field(False, description="runs of a unit read once: shorter, without the durations, and without word times")
+    levels: int = Field(
+        1, ge=1, description="of residual labels the first so many; their embeddings are added"
+    )
+    deduplicate: bool = Field(
+        False, description="runs of a unit read once: shorter, without the durations, and without word times"
+    )
 
     def num_embeddings(self, labels: Labels) -> int:
         """Classes of all levels read; ValueError where `labels` have not that many levels."""
@@ -53,7 +57,14 @@ class UnitConfig(Config):
 class LabelBatches(SpeechBatches):
     """Whole utterances of `manifest`, planned by their audio and read from `labels`; what has none is an error that names it."""
 
-    def __init__(self, manifest: Manifest, labels: Labels, config: BatchConfig, seed: int, units: UnitConfig | None = None):
+    def __init__(
+        self,
+        manifest: Manifest,
+        labels: Labels,
+        config: BatchConfig,
+        seed: int,
+        units: UnitConfig | None = None,
+    ):
         super().__init__(manifest, config, seed, crop=False)
         self.labels, self.units = labels, units or UnitConfig()
         self.units.num_embeddings(labels)
@@ -72,7 +83,9 @@ class LabelBatches(SpeechBatches):
         return torch.from_numpy(np.concatenate(loaded)), layout
 
 
-def unit_batches(recognizer: LoadedRecognizer, labels: str, manifest: Manifest, config: BatchConfig) -> LabelBatches:
+def unit_batches(
+    recognizer: LoadedRecognizer, labels: str, manifest: Manifest, config: BatchConfig
+) -> LabelBatches:
     """Batches of `manifest` for a recogniser of units, read as it learned to; ValueError where `labels` are of another codebook."""
     found = Labels(labels)
     if found.codebook != recognizer.codebook:

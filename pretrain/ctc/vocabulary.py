@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.ctc.text import SPACE, Spelling, TextConfig
-from pretrain.plain_text import read_text
+from pretrain.store.plain_text import read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,7 +35,9 @@ class Vocabulary:
     (array([1, 2, 3, 2]), 'ab b', [('ab', 0, 2), ('b', 3, 4)])
     """
 
-    def __init__(self, symbols: Sequence[str], spelling: Spelling = "characters", tokenizer: str | None = None):
+    def __init__(
+        self, symbols: Sequence[str], spelling: Spelling = "characters", tokenizer: str | None = None
+    ):
         assert (spelling == "tokenizer") == (tokenizer is not None)
         self.symbols, self.spelling, self.tokenizer = list(symbols), spelling, tokenizer
         self._numbers = {symbol: number for number, symbol in enumerate(self.symbols, start=1)}
@@ -63,7 +65,11 @@ class Vocabulary:
             raise ValueError("characters: the tokenizer's pieces are the vocabulary; drop `characters`")
         phones = text.spelling == "phones"
         characters = unicodedata.normalize("NFC", characters)
-        symbols = characters.split() if phones else list(" ".join(f"-{characters}-".replace(SPACE, " ").split())[1:-1])
+        symbols = (
+            characters.split()
+            if phones
+            else list(" ".join(f"-{characters}-".replace(SPACE, " ").split())[1:-1])
+        )
         if not symbols:
             raise ValueError("characters: is empty; leave it out to take those of the transcripts")
         if phones:
@@ -121,7 +127,9 @@ class Vocabulary:
         """What in a normalised text cannot be spelled: characters or phones, or with a tokenizer stretches of the text."""
         if self.spelling == "tokenizer":
             return self._unknown_to_tokenizer(text)
-        return {" " if symbol == SPACE else symbol for symbol in set(self._split(text)) - self._numbers.keys()}
+        return {
+            " " if symbol == SPACE else symbol for symbol in set(self._split(text)) - self._numbers.keys()
+        }
 
     def encode(self, text: str) -> np.ndarray:
         """A normalised text as classes (n,) int64; KeyError for what is `unknown`."""
@@ -135,7 +143,9 @@ class Vocabulary:
     def decode(self, classes: Iterable[int]) -> str:
         """Classes without blanks and repeats back to a text, NFC with single spaces; the inverse of `encode`."""
         if self.spelling == "tokenizer":
-            text = self._pieces.decode([self._ids[number - 1] for number in classes], skip_special_tokens=False)
+            text = self._pieces.decode(
+                [self._ids[number - 1] for number in classes], skip_special_tokens=False
+            )
         elif self.spelling == "phones":
             return " ".join(self.symbols[number - 1] for number in classes)
         else:
@@ -201,7 +211,10 @@ class Vocabulary:
         text, done, ends, begun = self.decode(numbers), 0, [0], [False]
         for count in range(1, len(numbers) + 1):
             so_far = self.decode(numbers[:count])
-            agreeing = next((i for i, (a, b) in enumerate(zip(so_far, text, strict=False)) if a != b), min(len(so_far), len(text)))
+            agreeing = next(
+                (i for i, (a, b) in enumerate(zip(so_far, text, strict=False)) if a != b),
+                min(len(so_far), len(text)),
+            )
             done = max(done, agreeing)  # a decoder may tidy up once more follows
             ends.append(done)
             begun.append(len(so_far) > agreeing)  # the first bytes of a character

@@ -1,7 +1,7 @@
 """Recordings too long for one attention: windows that overlap by a third, and of each overlap the outer halves dropped.
 
 Attention sees a window only, so that what is found can differ from what the whole would give. What is normalised over time (the
-waveform, BASE's group norm, mel bands) is normalised by the statistics of the whole recording (pretrain/totals.py).
+waveform, BASE's group norm, mel bands) is normalised by the statistics of the whole recording (pretrain/model/totals.py).
 """
 
 from collections.abc import Callable
@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, num_frames
+from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, num_frames
 
 CONTEXT = 1 / 6  # of a window, on each side, that is seen and dropped; transformers' pipeline has the same
 
 
 def in_windows(
-    loaded: np.ndarray, max_seconds: float, batch_seconds: float, forward: Callable[[list[np.ndarray]], list[Tensor]]
+    loaded: np.ndarray,
+    max_seconds: float,
+    batch_seconds: float,
+    forward: Callable[[list[np.ndarray]], list[Tensor]],
 ) -> Tensor:
     """The log probabilities (frames, classes) of one long recording, from windows of at most `max_seconds`.
 
@@ -35,7 +38,10 @@ def in_windows(
             stop = len(loaded) if last == frames else (last - 1) * HOP + MIN_SAMPLES
             cut.append(loaded[first * HOP : stop] if is_audio else loaded[first:last])
         found = forward(cut)
-        parts += [part[begin - first : end - first] for part, (first, _, begin, end) in zip(found, batch, strict=True)]
+        parts += [
+            part[begin - first : end - first]
+            for part, (first, _, begin, end) in zip(found, batch, strict=True)
+        ]
     return torch.cat(parts)
 
 

@@ -4,7 +4,7 @@ The card's checkpoint becomes what a run of `wordless import` would hold, in mem
 fingerprint, by which codebooks and labels know their encoder. fairseq2 itself finds cards and downloads (FAIRSEQ2_ASSET_DIR,
 FAIRSEQ2_USER_ASSET_DIR or ~/.config/fairseq2/assets, FAIRSEQ2_CACHE_DIR).
 
-Light to import: fairseq2, torch and pretrain.weights come when a card is read. The last must: it reads runs by pretrain.checkpoint,
+Light to import: fairseq2, torch and pretrain.weights come when a card is read. The last must: it reads runs by pretrain.training.checkpoint,
 which reads `fairseq2:NAME` by this module.
 """
 
@@ -41,7 +41,7 @@ def asset_name(run: str | Path) -> str | None:
 
 
 def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
-    """Weights, meta data and fingerprint of the model of a card, as pretrain.checkpoint.load_weights has them of a run.
+    """Weights, meta data and fingerprint of the model of a card, as pretrain.training.checkpoint.load_weights has them of a run.
 
     ValueError: fairseq2 is missing, no such card, a family or an architecture that is no encoder of ours, a damaged checkpoint.
     """
@@ -58,7 +58,10 @@ def current_fingerprint(name: str) -> str | None:
     try:
         return load_asset(name)[2]
     except ValueError as error:
-        print(f"{PREFIX}{name}: cannot be compared with the model that was used before ({error})", file=sys.stderr)
+        print(
+            f"{PREFIX}{name}: cannot be compared with the model that was used before ({error})",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -138,20 +141,32 @@ def find_card(name: str) -> "Card":
         downloads = get_dependency_resolver().resolve(AssetDownloadManager)
         checkpoint = _download(card, "checkpoint", downloads.download_model)
         if checkpoint is None:
-            raise ValueError(f"{source}: its card has no checkpoint (a gated model?); add one to a card of your own")
+            raise ValueError(
+                f"{source}: its card has no checkpoint (a gated model?); add one to a card of your own"
+            )
         if (inside := card.maybe_get_field("checkpoint_path")) is not None:
             checkpoint = checkpoint / inside.as_(str)
         extra = card.maybe_get_field("wordless")
         held = dict(extra.value) if extra is not None and isinstance(extra.value, Mapping) else {}
-        tokenizer = _tokenizer(card, store, downloads) if family == "wav2vec2_asr" and "vocabulary" not in held else None
+        tokenizer = (
+            _tokenizer(card, store, downloads)
+            if family == "wav2vec2_asr" and "vocabulary" not in held
+            else None
+        )
     except (AssetCardError, AssetMetadataError, AssetSourceNotFoundError) as error:
-        hint = "; a package that brings its architecture may have to be installed" if "architecture" in str(error) else ""
+        hint = (
+            "; a package that brings its architecture may have to be installed"
+            if "architecture" in str(error)
+            else ""
+        )
         reasons, cause = [str(error)], error.__cause__
         while cause is not None:  # of which one names the key, and one what is wrong with its value
             reasons, cause = [*reasons, str(cause)], cause.__cause__
         if any("recursion" in reason for reason in reasons):
             hint = "; is a card its own base?"
-        raise ValueError(f"{source}: {': '.join(reason.removesuffix('.') for reason in reasons)}{hint}") from None
+        raise ValueError(
+            f"{source}: {': '.join(reason.removesuffix('.') for reason in reasons)}{hint}"
+        ) from None
     except RecursionError:
         raise ValueError(f"{source}: maximum recursion depth exceeded; is a card its own base?") from None
     except UnicodeDecodeError as error:
@@ -181,14 +196,19 @@ def _tokenizer(card: Any, store: Any, downloads: Any) -> Path | None:
     card = resolve_tokenizer_reference(store, card)
     kind = card.maybe_get_field("tokenizer_family")
     return (
-        _download(card, "tokenizer", downloads.download_tokenizer) if kind is not None and kind.value == "char_tokenizer" else None
+        _download(card, "tokenizer", downloads.download_tokenizer)
+        if kind is not None and kind.value == "char_tokenizer"
+        else None
     )
 
 
 def _not_utf8() -> list[Path]:
     """The cards on the user's paths that fairseq2, which reads them all, cannot decode and does not name."""
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    folders = [os.environ.get("FAIRSEQ2_ASSET_DIR"), os.environ.get("FAIRSEQ2_USER_ASSET_DIR") or Path(home, "fairseq2/assets")]
+    folders = [
+        os.environ.get("FAIRSEQ2_ASSET_DIR"),
+        os.environ.get("FAIRSEQ2_USER_ASSET_DIR") or Path(home, "fairseq2/assets"),
+    ]
     found = []
     for path in sorted(path for folder in folders if folder for path in Path(folder).rglob("*.y*ml")):
         try:

@@ -20,4 +20,6 @@ def require_fairseq2(what: str) -> None:
     try:
         import fairseq2  # noqa: F401  # its C++ library is found and fits torch, or not, here
     except (ImportError, OSError, RuntimeError) as error:  # the last for another torch
-        raise ValueError(f"{what} needs fairseq2 {SERIES}; fairseq2 {found} does not load here ({error}); {REMEDY}") from None
+        raise ValueError(
+            f"{what} needs fairseq2 {SERIES}; fairseq2 {found} does not load here ({error}); {REMEDY}"
+        ) from None

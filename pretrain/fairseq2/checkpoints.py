@@ -13,17 +13,25 @@ import torch
 from fairseq2.checkpoint import StandardCheckpointManager
 from fairseq2.file_system import GlobalFileSystem
 from fairseq2.gang import Gangs
-from fairseq2.io import CorruptFileError, TensorFileDumper, TensorFileDumpOptions, TensorFileLoader, TensorFileLoadOptions
+from fairseq2.io import (
+    CorruptFileError,
+    TensorFileDumper,
+    TensorFileDumpOptions,
+    TensorFileLoader,
+    TensorFileLoadOptions,
+)
 from fairseq2.utils.rng import RngBag
 from fairseq2.utils.threading import ThreadPool
 
-from pretrain.artefact import telling_full_disk
+from pretrain.store.artefact import telling_full_disk
 
 
 class Dumper(TensorFileDumper):  # type: ignore[misc]
     """torch.save, flushed to the disk, in the pickle protocol that `weights_only` reads."""
 
-    def dump(self, data: Mapping[str, object], file: Path, options: TensorFileDumpOptions | None = None) -> None:
+    def dump(
+        self, data: Mapping[str, object], file: Path, options: TensorFileDumpOptions | None = None
+    ) -> None:
         with telling_full_disk(file, 0), open(file, "wb") as stream:
             torch.save(data, stream, pickle_protocol=2)
             stream.flush()
@@ -64,12 +72,18 @@ class Pool(ThreadPool):  # type: ignore[misc]
 
 def checkpoint_manager(folder: Path, gangs: Gangs) -> StandardCheckpointManager:
     """The manager of the checkpoints in `folder/checkpoints`."""
-    return StandardCheckpointManager(folder, gangs, GlobalFileSystem(), Loader(gangs.device), Dumper(), Pool())
+    return StandardCheckpointManager(
+        folder, gangs, GlobalFileSystem(), Loader(gangs.device), Dumper(), Pool()
+    )
 
 
 def last_step(folder: Path) -> int | None:
     """The newest step of which `folder/checkpoints` holds a whole checkpoint, as the manager would find it."""
-    steps = [int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/trainer") if path.parent.name[5:].isdigit()]
+    steps = [
+        int(path.parent.name[5:])
+        for path in folder.glob("checkpoints/step_*/trainer")
+        if path.parent.name[5:].isdigit()
+    ]
     return max(steps, default=None)
 
 

@@ -1,7 +1,7 @@
 """fairseq2's C++ reader and decoder in place of soundfile's calls: files are mapped, and decoded without holding Python's lock.
 
 For whole wav and flac recordings at 16 kHz, in files or tars. Everything else, and whatever does not come out exactly as the manifest says, goes to
-`pretrain.audio.load_audio`, which reads parts, resamples, and tells what is wrong: fairseq2 takes a wav that was cut short, or
+`pretrain.data.audio.load_audio`, which reads parts, resamples, and tells what is wrong: fairseq2 takes a wav that was cut short, or
 one that holds NaN, as it comes.
 """
 
@@ -13,8 +13,8 @@ import torch
 from fairseq2.data.audio import AudioDecoder
 from fairseq2.data.data_pipeline import FileMapper
 
-from pretrain.audio import MIN_SAMPLES, SAMPLE_RATE, load_audio
-from pretrain.manifest import Utterance
+from pretrain.data.audio import MIN_SAMPLES, SAMPLE_RATE, load_audio
+from pretrain.data.manifest import Utterance
 
 _OPEN_FILES = 100  # mapped at a time, as in fairseq2's recipes
 # libsndfile's numbers of how samples are coded: integers of 8 to 32 bits (also flac's), and float32. The lossy ones come out of another
@@ -54,6 +54,8 @@ def _decoded(utterance: Utterance) -> np.ndarray | None:
     wave: np.ndarray = audio["waveform"].numpy()  # (samples,) or (samples, channels)
     if audio["sample_rate"] != SAMPLE_RATE or len(wave) != utterance.length:
         return None
-    if (coded := audio["format"] & _SUBTYPE) not in _EXACT or (coded == _FLOAT and not np.isfinite(wave).all()):
+    if (coded := audio["format"] & _SUBTYPE) not in _EXACT or (
+        coded == _FLOAT and not np.isfinite(wave).all()
+    ):
         return None
     return wave if wave.ndim == 1 else wave.mean(axis=1)

@@ -44,15 +44,24 @@ def _register_families(container: Any) -> None:
             ConfigRegistrar(container, config)(arch)(partial(config, encoder={"architecture": arch}))
 
 
-def register_family(container: Any, name: str, config: Any, model: type[nn.Module], converter: Any = None) -> None:
+def register_family(
+    container: Any, name: str, config: Any, model: type[nn.Module], converter: Any = None
+) -> None:
     """Register a family whose configs have `build`, and its models an `encoder` or a `decoder` with `layers`.
 
     Our modules draw their own weights and have tables that no checkpoint holds, so they are not made on the meta device.
     """
     register_model_family(
-        container, name, model, config, factory=_build, supports_meta=False, state_dict_converter=converter,
-        fsdp_applier=shard_layers, layerwise_ac_applier=recompute_layers,
-    )  # fmt: skip
+        container,
+        name,
+        model,
+        config,
+        factory=_build,
+        supports_meta=False,
+        state_dict_converter=converter,
+        fsdp_applier=shard_layers,
+        layerwise_ac_applier=recompute_layers,
+    )
 
 
 def _build(config: Any) -> nn.Module:
@@ -91,9 +100,11 @@ class RunLoader(ModelCheckpointLoader):  # type: ignore[misc]  # fairseq2 has no
     def supports_path(self, path: Path) -> bool:
         return any(path.glob("step_*/state.json"))
 
-    def lazy_load(self, path: Path, shard_dims: Mapping[str, int], options: Any = None) -> Iterator[tuple[str, Tensor]]:
+    def lazy_load(
+        self, path: Path, shard_dims: Mapping[str, int], options: Any = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of the run, float32 on the CPU, as `options.state_dict_converter` has them."""
-        from pretrain.checkpoint import load_weights
+        from pretrain.training.checkpoint import load_weights
 
         if options is not None and options.gangs is not None and options.gangs.tp.size > 1:
             raise NotSupportedError("models of wordless are not split by tensor parallelism; use FSDP")

@@ -17,9 +17,9 @@ from pretrain.ctc.model import Recognizer
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import ARCHITECTURES, Encoder, EncoderConfig
-from pretrain.hubert import Hubert, HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.model.encoder import ARCHITECTURES, Encoder, EncoderConfig
+from pretrain.objectives.hubert import Hubert, HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 
 ENGLISH = [*"|abcdefghijklmnopqrstuvwxyz'"]
 Tree = dict[str, object]  # what fairseq2 can read from YAML; None is its null
@@ -72,7 +72,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class EncoderModelConfig(ModelConfig):
-    """Of `wordless_encoder`: pretrain.encoder.EncoderConfig. Whatever else a checkpoint holds is passed over."""
+    """Of `wordless_encoder`: pretrain.model.encoder.EncoderConfig. Whatever else a checkpoint holds is passed over."""
 
     encoder: Tree = field(default_factory=_base)
 
@@ -88,7 +88,7 @@ class EncoderModelConfig(ModelConfig):
 
 @dataclass(kw_only=True)
 class HubertModelConfig(EncoderModelConfig):
-    """Of `wordless_hubert`: pretrain.hubert.HubertConfig, and the number of classes."""
+    """Of `wordless_hubert`: pretrain.objectives.hubert.HubertConfig, and the number of classes."""
 
     hubert: Tree = field(default_factory=dict)
     num_classes: int = 500
@@ -98,7 +98,9 @@ class HubertModelConfig(EncoderModelConfig):
 
     def parsed(self) -> dict[str, Any]:
         if self.num_classes < 1:
-            raise ValueError(f"model_config.num_classes: {self.num_classes}; the rows of class_embeddings are needed")
+            raise ValueError(
+                f"model_config.num_classes: {self.num_classes}; the rows of class_embeddings are needed"
+            )
         return {**super().parsed(), "hubert": self._hubert().resolved(), "num_classes": self.num_classes}
 
     def _hubert(self) -> HubertConfig:
@@ -107,7 +109,7 @@ class HubertModelConfig(EncoderModelConfig):
 
 @dataclass(kw_only=True)
 class Wav2Vec2ModelConfig(EncoderModelConfig):
-    """Of `wordless_wav2vec2`: pretrain.wav2vec2.Wav2Vec2Config."""
+    """Of `wordless_wav2vec2`: pretrain.objectives.wav2vec2.Wav2Vec2Config."""
 
     wav2vec2: Tree = field(default_factory=dict)
 
@@ -132,7 +134,9 @@ class RecognizerModelConfig(EncoderModelConfig):
 
     def build(self) -> nn.Module:
         ctc = self._ctc()
-        return Recognizer(self._encoder(), self._vocabulary(), final_dropout=ctc.final_dropout, layers=ctc.layers)
+        return Recognizer(
+            self._encoder(), self._vocabulary(), final_dropout=ctc.final_dropout, layers=ctc.layers
+        )
 
     def parsed(self) -> dict[str, Any]:
         text = parse_config(TextConfig, self.text, "model_config.text")
@@ -148,10 +152,18 @@ class RecognizerModelConfig(EncoderModelConfig):
 
     def _vocabulary(self) -> Vocabulary:
         symbols, spelling = self.vocabulary.get("symbols"), self.vocabulary.get("spelling", "characters")
-        if not isinstance(symbols, list) or not symbols or not all(isinstance(symbol, str) for symbol in symbols):
-            raise ValueError("model_config.vocabulary.symbols: a list of the symbols is needed, class 1 first (0 is the blank)")
+        if (
+            not isinstance(symbols, list)
+            or not symbols
+            or not all(isinstance(symbol, str) for symbol in symbols)
+        ):
+            raise ValueError(
+                "model_config.vocabulary.symbols: a list of the symbols is needed, class 1 first (0 is the blank)"
+            )
         spellings = ("characters", "jamo", "phones", "tokenizer")
-        if spelling not in spellings or (spelling == "tokenizer") != (self.vocabulary.get("tokenizer") is not None):
+        if spelling not in spellings or (spelling == "tokenizer") != (
+            self.vocabulary.get("tokenizer") is not None
+        ):
             raise ValueError(
                 f"model_config.vocabulary.spelling: one of {', '.join(spellings)} is needed, the last with `tokenizer`, the JSON of "
                 f"one, and no other with it; got {spelling!r}"
@@ -160,7 +172,9 @@ class RecognizerModelConfig(EncoderModelConfig):
             raise ValueError(
                 f"model_config.vocabulary.symbols: {', '.join(map(repr, twice[:5]))} more than once; each is one class"
             )
-        if spelling == "tokenizer" and (lacking := sorted(set(symbols) - _pieces(self.vocabulary["tokenizer"]))):
+        if spelling == "tokenizer" and (
+            lacking := sorted(set(symbols) - _pieces(self.vocabulary["tokenizer"]))
+        ):
             raise ValueError(
                 f"model_config.vocabulary.symbols: {', '.join(map(repr, lacking[:5]))}: no pieces of vocabulary.tokenizer"
             )
@@ -174,7 +188,9 @@ def _pieces(definition: Any) -> set[str]:
     try:
         return set(Tokenizer.from_str(definition).get_vocab(with_added_tokens=True))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"model_config.vocabulary.tokenizer: not the JSON of a Hugging Face tokenizer ({error})") from None
+        raise ValueError(
+            f"model_config.vocabulary.tokenizer: not the JSON of a Hugging Face tokenizer ({error})"
+        ) from None
 
 
 class Family(NamedTuple):

@@ -7,14 +7,21 @@ from pathlib import Path
 import torch.distributed as dist
 from fairseq2.checkpoint import CheckpointError, CheckpointNotFoundError
 from fairseq2.error import OperationalError
-from fairseq2.gang import FakeGang, GangError, Gangs, ProcessGroupGang, create_fsdp_gangs, create_parallel_gangs
+from fairseq2.gang import (
+    FakeGang,
+    GangError,
+    Gangs,
+    ProcessGroupGang,
+    create_fsdp_gangs,
+    create_parallel_gangs,
+)
 from fairseq2.nn.ddp import to_ddp
 from fairseq2.nn.fsdp import to_fsdp2
 from torch import nn
 
 from pretrain.fairseq2.checkpoints import checkpoint_folder
-from pretrain.parallel import World, is_loss_of_a_rank
-from pretrain.task import Task
+from pretrain.training.parallel import World, is_loss_of_a_rank
+from pretrain.training.task import Task
 
 
 class _OpenGang(ProcessGroupGang):  # type: ignore[misc]

@@ -7,10 +7,10 @@ from typing import Any, Self
 import torch
 from fairseq2.datasets import DataReader
 
-from pretrain.engine import to_device
-from pretrain.loading import load_ahead
-from pretrain.parallel import World
-from pretrain.task import Task, TrainingConfig
+from pretrain.training.engine import to_device
+from pretrain.training.loading import load_ahead
+from pretrain.training.parallel import World
+from pretrain.training.task import Task, TrainingConfig
 
 
 class MicroBatch:
@@ -73,7 +73,9 @@ class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fai
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         epoch, batch, seconds = state_dict["epoch"], state_dict["batch"], state_dict["seconds"]
         if not isinstance(epoch, int) or not isinstance(batch, int) or not isinstance(seconds, float):
-            raise ValueError(f"not a position in a plan: epoch {epoch!r}, batch {batch!r}, after {seconds!r} seconds")
+            raise ValueError(
+                f"not a position in a plan: epoch {epoch!r}, batch {batch!r}, after {seconds!r} seconds"
+            )
         self.position = epoch, batch
         self._began = time.monotonic() - seconds
 

@@ -16,8 +16,8 @@ from fairseq2.metrics.recorders import (
 from torch import Tensor
 from torcheval.metrics import Metric
 
-from pretrain.runlog import RunLog
-from pretrain.task import Loss
+from pretrain.training.runlog import RunLog
+from pretrain.training.task import Loss
 
 
 class Sums(Metric[dict[str, Tensor]]):  # type: ignore[misc]
@@ -45,7 +45,10 @@ class Sums(Metric[dict[str, Tensor]]):  # type: ignore[misc]
 
     def compute(self) -> dict[str, Tensor]:
         names = sorted(key.removesuffix("/total") for key in self.sums if key.endswith("/total"))
-        return {name: (self.sums[f"{name}/total"] / self.sums[f"{name}/count"].clamp(min=1e-12)).cpu() for name in names}
+        return {
+            name: (self.sums[f"{name}/total"] / self.sums[f"{name}/count"].clamp(min=1e-12)).cpu()
+            for name in names
+        }
 
     def merge_state(self, metrics: Iterable[Self]) -> Self:
         for metric in metrics:
@@ -60,7 +63,9 @@ class Trained(MetricRecorder):  # type: ignore[misc]
     def __init__(self, recorders: Sequence[MetricRecorder]):
         self._recorders = recorders
 
-    def record_metric_values(self, category: str, values: Mapping[str, object], step_nr: int | None = None) -> None:
+    def record_metric_values(
+        self, category: str, values: Mapping[str, object], step_nr: int | None = None
+    ) -> None:
         if category != "train" or "loss" in values:
             for recorder in self._recorders:
                 recorder.record_metric_values(category, values, step_nr)
@@ -79,10 +84,14 @@ class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
     def __init__(self, log: RunLog):
         self._log = log
 
-    def record_metric_values(self, category: str, values: Mapping[str, object], step_nr: int | None = None) -> None:
+    def record_metric_values(
+        self, category: str, values: Mapping[str, object], step_nr: int | None = None
+    ) -> None:
         if category == "valid":
             assert step_nr is not None
-            self._log.write(step_nr, {name: value for name, value in values.items() if isinstance(value, (int, float))})
+            self._log.write(
+                step_nr, {name: value for name, value in values.items() if isinstance(value, (int, float))}
+            )
 
     def close(self) -> None:
         self._log.close()
@@ -91,5 +100,8 @@ class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
 def recorder(folder: Path, log: RunLog) -> MetricRecorder:
     """fairseq2's own recorders, JSON lines and TensorBoard in `folder` and its log, with ours."""
     descriptors = MetricDescriptorRegistry([])
-    theirs = [JsonlMetricRecorder(folder, GlobalFileSystem(), descriptors), TensorBoardRecorder(folder, descriptors)]
+    theirs = [
+        JsonlMetricRecorder(folder, GlobalFileSystem(), descriptors),
+        TensorBoardRecorder(folder, descriptors),
+    ]
     return Trained([RunLogRecorder(log), *theirs, LogMetricRecorder(descriptors)])

@@ -1,6 +1,6 @@
 """The second engine: a task under fairseq2's trainer, its gangs (DDP, FSDP2), mixed precision, checkpoint manager and metric recorders.
 
-What a step computes is ours and the same as in pretrain/engine.py: the plan, the micro-batches, the seeds, the losses divided by
+What a step computes is ours and the same as in pretrain/training/engine.py: the plan, the micro-batches, the seeds, the losses divided by
 their count over all ranks, clipping, AdamW, its schedule. What happens around it is fairseq2's, in `RUN/fairseq2`:
 
     checkpoints/step_N/    its checkpoint manager's, written while training goes on; what a run goes on from
@@ -46,9 +46,20 @@ from fairseq2.validator import NOOP_VALIDATOR, Validator
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from pretrain.artefact import require_absent
-from pretrain.checkpoint import Best, remove_old_checkpoints, save_checkpoint
-from pretrain.engine import (
+from pretrain.fairseq2.checkpoints import (
+    checkpoint_manager,
+    last_step,
+    newest_checkpoint,
+    require_fitting_shards,
+)
+from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
+from pretrain.fairseq2.reader import MicroBatch, TaskReader
+from pretrain.fairseq2.recording import Sums, recorder
+from pretrain.model.cpu_kernels import keep_freed_memory
+from pretrain.progress import progress
+from pretrain.store.artefact import require_absent
+from pretrain.training.checkpoint import Best, remove_old_checkpoints, save_checkpoint
+from pretrain.training.engine import (
     autocast_dtype,
     conclude,
     make_optimizer,
@@ -60,21 +71,10 @@ from pretrain.engine import (
     validate,
     weighted,
 )
-from pretrain.fairseq2.checkpoints import (
-    checkpoint_manager,
-    last_step,
-    newest_checkpoint,
-    require_fitting_shards,
-)
-from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
-from pretrain.fairseq2.reader import MicroBatch, TaskReader
-from pretrain.fairseq2.recording import Sums, recorder
-from pretrain.kernels import keep_freed_memory
-from pretrain.parallel import World, scale_and_clip
-from pretrain.progress import progress
-from pretrain.runlog import RunLog
-from pretrain.stopping import Stop, lost_ranks_told
-from pretrain.task import OptimizerConfig, Task, TrainingConfig
+from pretrain.training.parallel import World, scale_and_clip
+from pretrain.training.runlog import RunLog
+from pretrain.training.stopping import Stop, lost_ranks_told
+from pretrain.training.task import OptimizerConfig, Task, TrainingConfig
 
 
 def train_with_fairseq2(
@@ -89,7 +89,7 @@ def train_with_fairseq2(
     extra: dict[str, Any] | None = None,
     monitor: Sequence[str] = ("valid_loss",),
 ) -> dict[str, Any]:
-    """`pretrain.engine.train` under fairseq2's trainer: the same arguments, summary and errors."""
+    """`pretrain.training.engine.train` under fairseq2's trainer: the same arguments, summary and errors."""
     run, extra = Path(out), extra or {}
     require_absent(run)
     world = World.join(training.device, training.collective_timeout_seconds)
@@ -124,10 +124,24 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
     """The steps of a run, as fairseq2's trainer asks for them, and what lies between two."""
 
     def __init__(
-        self, task: Task, run: Path, training: TrainingConfig, optimizer: OptimizerConfig, world: World, max_steps: int,
-        best: Best, first: int, stored: dict[str, Any],
-    ):  # fmt: skip
-        self.task, self.run, self.folder, self.training, self.optimizer = task, run, run / "fairseq2", training, optimizer
+        self,
+        task: Task,
+        run: Path,
+        training: TrainingConfig,
+        optimizer: OptimizerConfig,
+        world: World,
+        max_steps: int,
+        best: Best,
+        first: int,
+        stored: dict[str, Any],
+    ):
+        self.task, self.run, self.folder, self.training, self.optimizer = (
+            task,
+            run,
+            run / "fairseq2",
+            training,
+            optimizer,
+        )
         self.world, self.max_steps, self.best, self.stored = world, max_steps, best, stored
         self.first = self.done = first
         self.window_began = time.monotonic()
@@ -145,7 +159,11 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
 
     def _recall(self) -> None:
         """What validations before `first` have said, from the log."""
-        lines = [] if self.log is None else [line for line in self.log.lines if any(key.startswith("valid_") for key in line)]
+        lines = (
+            []
+            if self.log is None
+            else [line for line in self.log.lines if any(key.startswith("valid_") for key in line)]
+        )
         for line in self.world.from_first(lines):
             self.judge(line["step"], line)
         said, self.best = self.best.to_state(), Best(self.best.monitor)
@@ -156,7 +174,13 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         """Run the trainer to the end of training, or until a signal."""
         training, task, world = self.training, self.task, self.world
         self.manager = checkpoint_manager(self.folder, gangs)
-        self.placed = wrapped(task, gangs, sharded, task.phase(self.max_steps - 1) != task.phase(0), task.phase(self.max_steps - 1))
+        self.placed = wrapped(
+            task,
+            gangs,
+            sharded,
+            task.phase(self.max_steps - 1) != task.phase(0),
+            task.phase(self.max_steps - 1),
+        )
         self.adamw = make_optimizer(task, self.optimizer)
         for group in self.adamw.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
@@ -175,16 +199,33 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
             self.stop.check(wait=True)
             dtype = autocast_dtype(training.precision, world.device)
             self.trainer = Trainer(
-                model=self.placed, unit=self, data_reader=self.reader, gangs=gangs, amp=dtype != torch.float32, amp_dtype=dtype,
-                optimizer=self.adamw, lr_scheduler=schedule, fp16_loss_scaler=NOOP_FP16_LOSS_SCALER, validator=self.validator,
+                model=self.placed,
+                unit=self,
+                data_reader=self.reader,
+                gangs=gangs,
+                amp=dtype != torch.float32,
+                amp_dtype=dtype,
+                optimizer=self.adamw,
+                lr_scheduler=schedule,
+                fp16_loss_scaler=NOOP_FP16_LOSS_SCALER,
+                validator=self.validator,
                 early_stopper=_Patience(self) if training.patience is not None else NOOP_EARLY_STOPPER,
-                checkpoint_manager=self.manager, hg_exporter=NOOP_HG_EXPORTER, metric_recorder=metrics,
-                garbage_collector=NOOP_GARBAGE_COLLECTOR, profiler=NOOP_PROFILER, device_stat_tracker=NOOP_DEVICE_STAT_TRACKER,
-                wall_watch=wall, progress_reporter=NOOP_PROGRESS_REPORTER, seed=training.seed % 2**31,
-                no_sync_grad_accumulation=not sharded, max_grad_norm=self.optimizer.clip_norm or None,
-                validate_every_n_steps=training.validate_every or None, publish_metrics_every_n_steps=self.publish_every,
-                checkpoint_every_n_steps=training.checkpoint_every, keep_last_n_checkpoints=max(training.keep_checkpoints, 2),
-            )  # fmt: skip
+                checkpoint_manager=self.manager,
+                hg_exporter=NOOP_HG_EXPORTER,
+                metric_recorder=metrics,
+                garbage_collector=NOOP_GARBAGE_COLLECTOR,
+                profiler=NOOP_PROFILER,
+                device_stat_tracker=NOOP_DEVICE_STAT_TRACKER,
+                wall_watch=wall,
+                progress_reporter=NOOP_PROGRESS_REPORTER,
+                seed=training.seed % 2**31,
+                no_sync_grad_accumulation=not sharded,
+                max_grad_norm=self.optimizer.clip_norm or None,
+                validate_every_n_steps=training.validate_every or None,
+                publish_metrics_every_n_steps=self.publish_every,
+                checkpoint_every_n_steps=training.checkpoint_every,
+                keep_last_n_checkpoints=max(training.keep_checkpoints, 2),
+            )
             with suppress(TaskStopException):  # how it ends when it was asked to
                 self.trainer.run()
             self.reader.close()
@@ -286,7 +327,9 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
 
     def examine(self, metrics: dict[str, float]) -> None:
         """On the first rank: whether the run must not go on."""
-        reason = not_finite(metrics, None, self.training, self.optimizer) or self.task.alarm(metrics, self.done)
+        reason = not_finite(metrics, None, self.training, self.optimizer) or self.task.alarm(
+            metrics, self.done
+        )
         self.refusal = self.refusal or reason
 
     def require_sound(self) -> None:
@@ -297,7 +340,9 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self.manager.maybe_complete_save_operation(blocking=True)
         self.manager.delete_checkpoint(self.done)
         kept = newest_checkpoint(self.folder) or "none yet"
-        raise ValueError(f"{self.run}: stopped at step {self.done}: {reason.removesuffix('.')}. The last good checkpoint: {kept}")
+        raise ValueError(
+            f"{self.run}: stopped at step {self.done}: {reason.removesuffix('.')}. The last good checkpoint: {kept}"
+        )
 
     def judge(self, step: int, metrics: dict[str, float]) -> float | None:
         """Take down a validation on every rank; the score of `keep_best`, of which fairseq2 wants the higher, or None."""
@@ -305,7 +350,9 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         if not self.training.keep_best or any(name not in metrics for name in self.best.monitor):
             return None
         values = self.world.from_first([metrics[name] for name in self.best.monitor])
-        self.best_due = self.best.judge(step, values, counts=self.task.phase(step - 1) == self.task.phase(self.max_steps - 1))
+        self.best_due = self.best.judge(
+            step, values, counts=self.task.phase(step - 1) == self.task.phase(self.max_steps - 1)
+        )
         return -float(values[0])
 
     def save(self) -> None:
@@ -364,7 +411,9 @@ class _TaskValidator(Validator):  # type: ignore[misc]
         if steps.log is not None:
             self._metrics.record_metric_values("valid", values, train_step_nr)
             steps.examine(steps.log.lines[-1])
-        steps.window_began = time.monotonic()  # a line has just been written: the next tells the rate of training alone
+        steps.window_began = (
+            time.monotonic()
+        )  # a line has just been written: the next tells the rate of training alone
         return steps.judge(train_step_nr, values)
 
     def reset(self) -> None: ...

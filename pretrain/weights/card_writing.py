@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE
-from pretrain.encoder import EncoderConfig
-from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
-from pretrain.hubert import HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2Config
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
+from pretrain.objectives.hubert import HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 from pretrain.weights.card_config import CONTRASTIVE_KEYS, COUNTER, DEFAULTS, ENCODER_KEYS
 from pretrain.weights.cards import CARD
 from pretrain.weights.foreign import CTCHead, Foreign
@@ -63,15 +63,25 @@ def write_card(folder: Path, name: str, run: Foreign) -> str:
     notes = run.notes
     card: dict[str, Any]
     if why := why_own_family(run):
-        notes.append(f"{why}: the card is of {own_family(run)}, which fairseq2 knows where wordless is installed beside it")
+        notes.append(
+            f"{why}: the card is of {own_family(run)}, which fairseq2 knows where wordless is installed beside it"
+        )
         card, tensors = _own_card(run), dict(run.tensors)
     else:
         card, tensors = _their_card(folder, run)
         if run.encoder.normalize_waveform:
-            notes.append("fairseq2's models take waveforms as they are: give them normalised, as this one was trained")
+            notes.append(
+                "fairseq2's models take waveforms as they are: give them normalised, as this one was trained"
+            )
     card = {"name": name, "model_family": card.pop("model_family"), "checkpoint": TENSORS, **card}
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CARD).write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        folder / TENSORS,
+        metadata={"format": "pt"},
+    )
+    (folder / CARD).write_text(
+        yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
+    )
     return str(card["model_family"])
 
 
@@ -84,7 +94,11 @@ def _own_card(run: Foreign) -> dict[str, Any]:
     if run.recognizer is not None:
         vocabulary, text, ctc = run.recognizer
         layers = "weighted" if "layer_weights" in run.tensors else "last"
-        config |= {"vocabulary": vocabulary.to_meta(), "text": text.resolved(), "ctc": {**ctc.resolved(), "layers": layers}}
+        config |= {
+            "vocabulary": vocabulary.to_meta(),
+            "text": text.resolved(),
+            "ctc": {**ctc.resolved(), "layers": layers},
+        }
     extra = {"objective": run.family, "codebook": run.codebook}
     return {"model_family": own_family(run), "model_config": config, "wordless": extra}
 
@@ -107,16 +121,28 @@ def _their_card(folder: Path, run: Foreign) -> tuple[dict[str, Any], dict[str, T
             notes.append(
                 f"the weights of the losses are settings of fairseq2's recipes: diversity {head.diversity_weight}, penalty {head.feature_penalty}"
             )
-        return {"model_family": "wav2vec2", "model_config": config, "wordless": {**extra, "wav2vec2": head.resolved()}}, tensors
+        return {
+            "model_family": "wav2vec2",
+            "model_config": config,
+            "wordless": {**extra, "wav2vec2": head.resolved()},
+        }, tensors
     assert recognizer is not None
     tensors = to_theirs(run.tensors, parameters("fairseq2", run.encoder, None, ctc=True))
-    config = {**DEFAULTS["wav2vec2_asr"], "encoder_config": told, **_ctc_config(recognizer.ctc, run.encoder.dim, notes)}
+    config = {
+        **DEFAULTS["wav2vec2_asr"],
+        "encoder_config": told,
+        **_ctc_config(recognizer.ctc, run.encoder.dim, notes),
+    }
     if not config["use_masking"]:
         del tensors["masker.temporal_mask_embed"]
         notes.append("the mask embedding is left out: fairseq2 has none where no time is masked")
     if run.family == "hubert":
         notes.append("written as wav2vec 2.0, whose encoder is HuBERT's")
-    extra |= {"vocabulary": recognizer.vocabulary.to_meta(), "text": recognizer.text.resolved(), "ctc": recognizer.ctc.resolved()}
+    extra |= {
+        "vocabulary": recognizer.vocabulary.to_meta(),
+        "text": recognizer.text.resolved(),
+        "ctc": recognizer.ctc.resolved(),
+    }
     card = {"model_family": "wav2vec2_asr", "model_config": config, "wordless": extra}
     card |= _write_tokenizer(folder, recognizer, tensors, notes)
     extra["unknown_class"] = "tokenizer" in card and "<unk>" not in recognizer.vocabulary.symbols
@@ -125,17 +151,24 @@ def _their_card(folder: Path, run: Foreign) -> tuple[dict[str, Any], dict[str, T
 
 
 def _encoder_config(encoder: EncoderConfig, notes: list[str]) -> dict[str, Any]:
-    told = {**DEFAULTS["wav2vec2"]["encoder_config"], **{theirs: getattr(encoder, ours) for ours, theirs in ENCODER_KEYS.items()}}
+    told = {
+        **DEFAULTS["wav2vec2"]["encoder_config"],
+        **{theirs: getattr(encoder, ours) for ours, theirs in ENCODER_KEYS.items()},
+    }
     if not 0 < encoder.feature_gradient_scale <= 1:
         told["feature_grad_scale"] = 1.0
         notes.append(
             f"feature_gradient_scale = {encoder.feature_gradient_scale} is written as 1: fairseq2 takes more than 0, up to 1"
         )
-    shapes = [[encoder.conv_dim, kernel, stride] for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True)]
+    shapes = [
+        [encoder.conv_dim, kernel, stride] for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True)
+    ]
     return told | {
-        "feature_extractor_layer_descs": shapes, "feature_extractor_layer_norm_convs": encoder.conv_norm == "layer",
-        "norm_order": "PRE" if encoder.norm_first else "POST", "layer_norm_features": not encoder.norm_first,
-    }  # fmt: skip
+        "feature_extractor_layer_descs": shapes,
+        "feature_extractor_layer_norm_convs": encoder.conv_norm == "layer",
+        "norm_order": "PRE" if encoder.norm_first else "POST",
+        "layer_norm_features": not encoder.norm_first,
+    }
 
 
 def _contrastive_config(head: Wav2Vec2Config) -> dict[str, Any]:
@@ -147,10 +180,15 @@ def _contrastive_config(head: Wav2Vec2Config) -> dict[str, Any]:
 
 def _ctc_config(ctc: CTCConfig, dim: int, notes: list[str]) -> dict[str, Any]:
     """fairseq2 raises where an utterance has room for fewer spans than its least number, so that is 0 here: it is then not masked."""
-    told: dict[str, Any] = {"final_dropout_p": ctc.final_dropout, "use_masking": ctc.mask_start_probability > 0}
+    told: dict[str, Any] = {
+        "final_dropout_p": ctc.final_dropout,
+        "use_masking": ctc.mask_start_probability > 0,
+    }
     if not told["use_masking"]:
         if ctc.mask_channel_probability > 0:
-            notes.append("fairseq2 masks no channels where it masks no time: mask_channel_probability is not written")
+            notes.append(
+                "fairseq2 masks no channels where it masks no time: mask_channel_probability is not written"
+            )
         return told
     channels = ctc.mask_channel_probability
     # fairseq2 raises for spans as long as the width, and rounds less than one span down to none
@@ -170,7 +208,9 @@ def _ctc_config(ctc: CTCConfig, dim: int, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor], notes: list[str]) -> Mapping[str, str]:
+def _write_tokenizer(
+    folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor], notes: list[str]
+) -> Mapping[str, str]:
     """A SentencePiece model of characters with our classes in our order; its fields for the card.
 
     SentencePiece needs a piece for unknown characters. Where the vocabulary has none it is one more class, which never wins.
@@ -178,7 +218,11 @@ def _write_tokenizer(folder: Path, recognizer: CTCHead, tensors: dict[str, Tenso
     vocabulary = recognizer.vocabulary
     symbols = [SPACE_PIECE if symbol == SPACE else symbol for symbol in vocabulary.symbols]
     plain = [symbol for symbol in symbols if not (symbol.startswith("<") and symbol.endswith(">"))]
-    if vocabulary.spelling not in ("characters", "jamo") or len(set(symbols)) < len(symbols) or max(map(len, plain), default=1) > 1:
+    if (
+        vocabulary.spelling not in ("characters", "jamo")
+        or len(set(symbols)) < len(symbols)
+        or max(map(len, plain), default=1) > 1
+    ):
         notes.append(
             "there is no tokenizer for fairseq2, which has one of characters; the classes are in the card's wordless.vocabulary"
         )

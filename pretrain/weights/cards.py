@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.artefact import sha256_file
-from pretrain.checkpoint import load_weights
 from pretrain.fairseq2.families import FAMILIES
-from pretrain.plain_text import read_text
+from pretrain.store.artefact import sha256_file
+from pretrain.store.plain_text import read_text
+from pretrain.training.checkpoint import load_weights
 from pretrain.weights.card_config import DEFAULTS, complete_config
 from pretrain.weights.foreign import load_pickle, load_safetensors
 
@@ -73,7 +73,9 @@ def read_card(source: Path) -> Card:
     config = dict(given) if family in OWN_FAMILIES else complete_config(family, given, str(file))
     if step is None:
         if not isinstance(card.get("checkpoint"), str):
-            raise ValueError(f"{file}: has no checkpoint; give a card with one, or the folder with fairseq2's checkpoints")
+            raise ValueError(
+                f"{file}: has no checkpoint; give a card with one, or the folder with fairseq2's checkpoints"
+            )
         if not isinstance(inside := card.get("checkpoint_path", "."), str):
             raise ValueError(f"{file}: checkpoint_path = {inside!r}: a path inside `checkpoint` is expected")
         step = local_path(card["checkpoint"], file) / inside
@@ -83,7 +85,11 @@ def read_card(source: Path) -> Card:
     return Card(str(file), family, config, step, tokenizer, dict(card.get("wordless") or {}))
 
 
-CONFIG_KEYS = ("model_config_overrides", "model_config_override", "model_config")  # as fairseq2 looks for them
+CONFIG_KEYS = (
+    "model_config_overrides",
+    "model_config_override",
+    "model_config",
+)  # as fairseq2 looks for them
 
 
 def require_family(family: str, source: str) -> None:
@@ -97,7 +103,9 @@ def require_family(family: str, source: str) -> None:
 
 def is_card(source: Path) -> bool:
     """Whether `source` is, or seems to be, a card, a folder with one, or a folder of fairseq2's trainer."""
-    return bool(_files(source)) or (source.is_dir() and (source.parent / TRAINER_CARD).is_file() and (source / "model").is_dir())
+    return bool(_files(source)) or (
+        source.is_dir() and (source.parent / TRAINER_CARD).is_file() and (source / "model").is_dir()
+    )
 
 
 def read_yaml(path: Path) -> list[dict[str, Any]]:
@@ -128,22 +136,33 @@ def local_path(text: str, card: Path) -> Path:
     """The file of a `checkpoint` or `tokenizer` of a card; ValueError where it names none or would have to be downloaded."""
     require_path(text, str(card))
     if "://" in text and not text.startswith("file://"):
-        raise ValueError(f"{card}: {text} is not on this machine; fairseq2 downloads it: say fairseq2:NAME where it is installed")
+        raise ValueError(
+            f"{card}: {text} is not on this machine; fairseq2 downloads it: say fairseq2:NAME where it is installed"
+        )
     return card.parent / text.removeprefix("file://")
 
 
 def require_path(text: str, source: str) -> None:
     """ValueError for a field of a card that names nothing but the card's own folder."""
     if Path(text.removeprefix("file://")) == Path():
-        raise ValueError(f"{source}: {text!r} stands for the folder of the card; name a file, or a folder with one checkpoint")
+        raise ValueError(
+            f"{source}: {text!r} stands for the folder of the card; name a file, or a folder with one checkpoint"
+        )
 
 
 def load_checkpoint(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
     """The tensors of a checkpoint under their own names, and the SHA-256 of its files; of a run of ours the run's fingerprint."""
     try:
         path.stat()
-    except (OSError, ValueError) as error:  # not there, of a name that no file can have, in a folder that is closed
-        reason = error.strerror if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else None
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # not there, of a name that no file can have, in a folder that is closed
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            else None
+        )
         raise ValueError(f"{str(path)[:200]}: no such checkpoint{f' ({reason})' if reason else ''}") from None
     if path.is_dir() and (path / "pp_00").is_dir():
         return _load_shards(path, allow_pickle)
@@ -152,7 +171,9 @@ def load_checkpoint(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], 
         return weights, fingerprint
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{path}: {'has no safetensors and no pp_00 in it' if path.is_dir() else 'no such checkpoint'}")
+        raise ValueError(
+            f"{path}: {'has no safetensors and no pp_00 in it' if path.is_dir() else 'no such checkpoint'}"
+        )
     state: dict[str, Any] = {}
     for file in files:
         state |= load_safetensors(file) if file.suffix == ".safetensors" else load_pickle(file, allow_pickle)
@@ -164,7 +185,9 @@ def tensors_of(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     inside = state.get("model")
     state = inside if isinstance(inside, Mapping) else state
     if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
-        raise ValueError(f"{source}: {strange!r} is a {type(state[strange]).__name__}; a state dict holds tensors alone")
+        raise ValueError(
+            f"{source}: {strange!r} is a {type(state[strange]).__name__}; a state dict holds tensors alone"
+        )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -186,7 +209,9 @@ def _load_shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str
             whole[name] = torch.cat(parts) if first.ndim and len(parts) > 1 else first
         except RuntimeError:
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise ValueError(f"{path}: the parts of {name!r} in its files do not fit together: {shapes}") from None
+            raise ValueError(
+                f"{path}: the parts of {name!r} in its files do not fit together: {shapes}"
+            ) from None
     return whole, _sha256(files)
 
 
@@ -197,11 +222,15 @@ def _sha256(files: list[Path]) -> str:
 
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
-        return sorted(path for path in source.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
+        return sorted(
+            path for path in source.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file()
+        )
     return [source] if source.suffix in (".yaml", ".yml") and source.is_file() else []
 
 
 def _steps(folder: Path) -> list[Path]:
     """The finished steps of fairseq2's trainer, in their order."""
-    steps = [path for path in folder.glob("step_*") if path.name[5:].isdecimal() and (path / "model").is_dir()]
+    steps = [
+        path for path in folder.glob("step_*") if path.name[5:].isdecimal() and (path / "model").is_dir()
+    ]
     return sorted(steps, key=lambda path: int(path.name[5:]))

@@ -14,7 +14,14 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from pretrain.artefact import (
+from pretrain.config import Config, PathStr, parse_config, without_none
+from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
+from pretrain.ctc.task import CTCConfig
+from pretrain.fairseq2.assets import asset_name, find_card
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.objectives.hubert import Hubert, HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.store.artefact import (
     atomic_folder,
     atomic_path,
     commit,
@@ -24,19 +31,19 @@ from pretrain.artefact import (
     sha256_file,
     write_json,
 )
-from pretrain.checkpoint import latest_checkpoint, load_weights, save_checkpoint
-from pretrain.config import Config, PathStr, parse_config, without_none
-from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
-from pretrain.ctc.task import CTCConfig
-from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.fairseq2.assets import asset_name, find_card
-from pretrain.hubert import Hubert, HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.training.checkpoint import latest_checkpoint, load_weights, save_checkpoint
 from pretrain.weights.card_writing import write_card
 from pretrain.weights.cards import is_card
 from pretrain.weights.fairseq import read_fairseq, write_fairseq
 from pretrain.weights.fairseq2 import objective_of, read_asset, read_folder, read_weights
-from pretrain.weights.foreign import NUM_HEADS, CTCHead, Foreign, load_pickle, load_safetensors, weights_only_hole
+from pretrain.weights.foreign import (
+    NUM_HEADS,
+    CTCHead,
+    Foreign,
+    load_pickle,
+    load_safetensors,
+    weights_only_hole,
+)
 from pretrain.weights.huggingface import HEADS_FILE, read_huggingface, write_huggingface
 from pretrain.weights.naming import (
     ENCODER_NAMES,
@@ -67,7 +74,10 @@ class ImportConfig(Config):
 def read_foreign(config: ImportConfig) -> Foreign:
     """Find out what `config.source` is and read it."""
     vocabulary = Path(config.vocabulary) if config.vocabulary else None
-    source, options = Path(config.source), {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform}
+    source, options = (
+        Path(config.source),
+        {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform},
+    )
     if (name := asset_name(config.source)) is not None:
         return read_asset(name, vocabulary, options, config.allow_pickle)
     if not (source / "config.json").is_file() and is_card(source):
@@ -75,16 +85,27 @@ def read_foreign(config: ImportConfig) -> Foreign:
     if source.is_dir():
         return read_huggingface(source, options, config.allow_pickle, vocabulary)
     if not source.is_file():
-        raise ValueError(f"{source}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model")
-    state = load_safetensors(source) if source.suffix == ".safetensors" else load_pickle(source, config.allow_pickle)
+        raise ValueError(
+            f"{source}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model"
+        )
+    state = (
+        load_safetensors(source)
+        if source.suffix == ".safetensors"
+        else load_pickle(source, config.allow_pickle)
+    )
     inside = state["model"] if isinstance(state.get("model"), Mapping) else state
     if any(str(name).removeprefix("module.").startswith("encoder_frontend.") for name in inside):
         return read_weights(source, state, sha256_file(source), options, vocabulary)
     if isinstance(state.get("model"), Mapping):
         return read_fairseq(source, state, options, config.num_classes, vocabulary)
     if all(isinstance(tensor, Tensor) for tensor in state.values()):
-        if any(name.startswith(("wav2vec2.encoder.layers.", "hubert.encoder.layers.", "feature_projection.")) for name in state):
-            raise ValueError(f"{source}: weights of transformers; give the folder that holds them and config.json")
+        if any(
+            name.startswith(("wav2vec2.encoder.layers.", "hubert.encoder.layers.", "feature_projection."))
+            for name in state
+        ):
+            raise ValueError(
+                f"{source}: weights of transformers; give the folder that holds them and config.json"
+            )
         if any("post_extract_proj." in name for name in state):
             return read_fairseq(source, {"model": state}, options, config.num_classes, vocabulary)
         return read_torchaudio(source, state, options, vocabulary)
@@ -103,8 +124,12 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
     if not (standing := next(path for path in (run, *run.parents) if path.exists())).is_dir():
         raise ValueError(f"{standing}: is a file; give another name for the run's folder")
     foreign = read_foreign(config)
-    if config.num_classes is not None and (foreign.form != "fairseq" or not isinstance(foreign.head, HubertConfig)):
-        raise ValueError(f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of special words")
+    if config.num_classes is not None and (
+        foreign.form != "fairseq" or not isinstance(foreign.head, HubertConfig)
+    ):
+        raise ValueError(
+            f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of special words"
+        )
     if config.vocabulary is not None and foreign.recognizer is None:
         raise ValueError(f"{source}: has no CTC head; --vocabulary is for models that have one")
     weights, meta = in_memory(foreign, str(source))
@@ -122,11 +147,18 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
     stored = {"epoch": 0, "batch": 0, "seconds": 0.0, "kind": kind, "extra": extra, "config": resolved}
     save_checkpoint(run, 0, model, torch.optim.AdamW(model.parameters()), stored)
     summary = {
-        "format": foreign.form, "kind": kind, "objective": foreign.family, "heads": foreign.head is not None,
-        "parameters": sum(tensor.numel() for tensor in weights.values()), "layers": foreign.encoder.num_layers,
-        "dim": foreign.encoder.dim, "num_heads": foreign.encoder.num_heads, "steps": 0,
-        "normalize_waveform": foreign.encoder.normalize_waveform, "notes": notes,
-    }  # fmt: skip
+        "format": foreign.form,
+        "kind": kind,
+        "objective": foreign.family,
+        "heads": foreign.head is not None,
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "layers": foreign.encoder.num_layers,
+        "dim": foreign.encoder.dim,
+        "num_heads": foreign.encoder.num_heads,
+        "steps": 0,
+        "normalize_waveform": foreign.encoder.normalize_waveform,
+        "notes": notes,
+    }
     if recognizer is not None:
         summary["vocabulary"] = len(recognizer.vocabulary)
     write_json(run / "summary.json", summary)
@@ -152,11 +184,18 @@ def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Te
             model = _skeleton(foreign)
     except RuntimeError as error:  # sizes that no tensor can have
         raise ValueError(f"{source}: no model can be that large ({str(error).splitlines()[0]})") from None
-    weights = _ours(foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, source, notes)
+    weights = _ours(
+        foreign, {name: tensor.shape for name, tensor in model.state_dict().items()}, source, notes
+    )
     table = {str(foreign.family): foreign.head.resolved()} if foreign.head is not None else {}
     config = {"objective": foreign.family, "encoder": foreign.encoder.resolved(), **table}
     origin = {"format": foreign.form, "name": Path(source).name, "sha256": foreign.sha256}
-    meta: dict[str, Any] = {"kind": "encoder", "config": config, "objective": foreign.family, "heads": foreign.head is not None}
+    meta: dict[str, Any] = {
+        "kind": "encoder",
+        "config": config,
+        "objective": foreign.family,
+        "heads": foreign.head is not None,
+    }
     meta |= {"source": origin, "notes": notes}
     if (recognizer := foreign.recognizer) is not None:
         meta["kind"] = "recognizer"
@@ -169,7 +208,9 @@ def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Te
     return weights, meta
 
 
-def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only: bool = False) -> dict[str, Any]:
+def export_weights(
+    run: str | Path, out: str | Path, form: Format, encoder_only: bool = False
+) -> dict[str, Any]:
     """Run the verb `export`: a run's weights as a folder (huggingface, fairseq2) or a file (fairseq, torchaudio) named `out`.
 
     They are the best that it kept (`keep_best`), else the newest; of a recogniser with its head where `form` has a place for one.
@@ -180,7 +221,9 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
     weights, meta, fingerprint = load_weights(run)
     tree = meta.get("config_encoder") or meta["config"].get("encoder")
     if tree is None:
-        raise ValueError(f"{run}: a {meta['kind']!r} run holds no encoder; give a pretraining or fine-tuning run")
+        raise ValueError(
+            f"{run}: a {meta['kind']!r} run holds no encoder; give a pretraining or fine-tuning run"
+        )
     encoder = parse_config(EncoderConfig, tree, f"{run}/meta.json")
     objective = _objective_of(weights)
     named = objective or _pretrained_with(meta)
@@ -190,7 +233,9 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
     _refuse_inexpressible(encoder, form, str(run))
     notes = []
     if named is None and form != "torchaudio":
-        notes.append("the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written as wav2vec 2.0")
+        notes.append(
+            "the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written as wav2vec 2.0"
+        )
     recognizer: CTCHead | None = None
     if meta["kind"] == "recognizer" and form == "huggingface" and not encoder_only:
         recognizer = _recognizer(recognizer_of(run, weights, meta, fingerprint), notes)
@@ -198,12 +243,16 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
         why = "as --encoder-only says" if encoder_only else "--format huggingface has it, too"
         notes.append(f"the CTC head is left out: the encoder alone is exported; {why}")
     if objective and (encoder_only or (form, objective) not in HEAD_NAMES):
-        why = "as --encoder-only says" if encoder_only else f"{form} has no model with the heads of {objective}"
+        why = (
+            "as --encoder-only says" if encoder_only else f"{form} has no model with the heads of {objective}"
+        )
         notes.append(f"the pretraining heads are left out: {why}")
         objective = None
     head: HubertConfig | Wav2Vec2Config | None = None
     if objective:
-        kind: type[HubertConfig] | type[Wav2Vec2Config] = HubertConfig if objective == "hubert" else Wav2Vec2Config
+        kind: type[HubertConfig] | type[Wav2Vec2Config] = (
+            HubertConfig if objective == "hubert" else Wav2Vec2Config
+        )
         head = parse_config(kind, meta["config"][objective], f"{run}/meta.json")
     if form == "torchaudio" and objective is None:
         notes.append("the mask embedding is left out: torchaudio's Wav2Vec2Model has none")
@@ -238,33 +287,51 @@ def export_weights(run: str | Path, out: str | Path, form: Format, encoder_only:
 
 
 def _export_card(
-    run: str, out: Path, encoder: EncoderConfig, loaded: tuple[dict[str, Tensor], dict[str, Any], str], named: Objective | None,
+    run: str,
+    out: Path,
+    encoder: EncoderConfig,
+    loaded: tuple[dict[str, Tensor], dict[str, Any], str],
+    named: Objective | None,
     encoder_only: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`export_weights` to fairseq2: a card with everything the run has, of fairseq2's own families or of ours."""
     if "@" in out.name or not out.name.strip():
-        raise ValueError(f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without @")
+        raise ValueError(
+            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without @"
+        )
     weights, meta, fingerprint = loaded
     notes: list[str] = []
     objective, head, recognizer = _objective_of(weights), None, None
     if meta["kind"] == "recognizer" and not encoder_only:
         found = recognizer_of(run, weights, meta, fingerprint)
         recognizer = CTCHead(
-            found.vocabulary, found.text, parse_config(CTCConfig, meta["config"].get("ctc", {}), f"{run}/meta.json")
+            found.vocabulary,
+            found.text,
+            parse_config(CTCConfig, meta["config"].get("ctc", {}), f"{run}/meta.json"),
         )
     elif objective and not encoder_only:
-        kind: type[HubertConfig] | type[Wav2Vec2Config] = HubertConfig if objective == "hubert" else Wav2Vec2Config
+        kind: type[HubertConfig] | type[Wav2Vec2Config] = (
+            HubertConfig if objective == "hubert" else Wav2Vec2Config
+        )
         head = parse_config(kind, meta["config"][objective], f"{run}/meta.json")
     elif encoder_only:
         weights = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
         notes.append("the heads are left out: as --encoder-only says")
-    foreign = Foreign("wordless", weights, encoder, named, head, fingerprint, notes, recognizer, run, meta.get("codebook"))
+    foreign = Foreign(
+        "wordless", weights, encoder, named, head, fingerprint, notes, recognizer, run, meta.get("codebook")
+    )
     with atomic_folder(out) as temporary:
         family = write_card(temporary, out.name, foreign)
     return {
-        "out": str(out), "format": "fairseq2", "family": family, "objective": named, "heads": head is not None,
-        "recognizer": recognizer is not None, "weights": fingerprint, "notes": notes,
-    }  # fmt: skip
+        "out": str(out),
+        "format": "fairseq2",
+        "family": family,
+        "objective": named,
+        "heads": head is not None,
+        "recognizer": recognizer is not None,
+        "weights": fingerprint,
+        "notes": notes,
+    }
 
 
 def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
@@ -275,9 +342,13 @@ def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
             "--encoder-only exports its encoder"
         )
     if loaded.vocabulary.spelling == "jamo":
-        notes.append("transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the syllables together")
+        notes.append(
+            "transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the syllables together"
+        )
     if loaded.vocabulary.spelling == "phones":
-        notes.append("the tokenizer is of phones: it spells phones with spaces between them, not words (do_phonemize = false)")
+        notes.append(
+            "the tokenizer is of phones: it spells phones with spaces between them, not words (do_phonemize = false)"
+        )
     ctc = parse_config(CTCConfig, loaded.meta["config"].get("ctc", {}), "meta.json: ctc")
     return CTCHead(loaded.vocabulary, loaded.text, ctc)
 
@@ -285,17 +356,25 @@ def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
 def _skeleton(foreign: Foreign) -> nn.Module:
     """The model of a run with these weights: the encoder with its heads, or alone."""
     if foreign.recognizer is not None:
-        layers: Layers = "weighted" if foreign.form == "wordless" and "layer_weights" in foreign.tensors else "last"
+        layers: Layers = (
+            "weighted" if foreign.form == "wordless" and "layer_weights" in foreign.tensors else "last"
+        )
         return Recognizer(foreign.encoder, foreign.recognizer.vocabulary, layers=layers)
     if isinstance(foreign.head, Wav2Vec2Config):
         return Wav2Vec2(foreign.encoder, foreign.head)
     if isinstance(foreign.head, HubertConfig):
-        name = "class_embeddings" if foreign.form == "wordless" else HEAD_NAMES[foreign.form, "hubert"]["class_embeddings"]
+        name = (
+            "class_embeddings"
+            if foreign.form == "wordless"
+            else HEAD_NAMES[foreign.form, "hubert"]["class_embeddings"]
+        )
         return Hubert(foreign.encoder, foreign.head, len(foreign.tensors[name]))
     return nn.ModuleDict({"encoder": Encoder(foreign.encoder)})
 
 
-def _ours(foreign: Foreign, shapes: Mapping[str, torch.Size], source: str, notes: list[str]) -> dict[str, Tensor]:
+def _ours(
+    foreign: Foreign, shapes: Mapping[str, torch.Size], source: str, notes: list[str]
+) -> dict[str, Tensor]:
     """The tensors of a foreign model under our names; a mask embedding that is not there is zero."""
     if foreign.form == "wordless":
         same = [Parameter(name, (name,)) for name in shapes]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.artefact import sha256_file
 from pretrain.config import parse_config
-from pretrain.encoder import EncoderConfig
-from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
-from pretrain.hubert import HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2Config
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
+from pretrain.objectives.hubert import HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2Config
+from pretrain.store.artefact import sha256_file
 from pretrain.weights.foreign import FairseqDictionary, Foreign, infer_encoder, leave_out, make_encoder
 from pretrain.weights.naming import Objective, canonical, head_in
 from pretrain.weights.recognizer import read_head
@@ -56,7 +56,11 @@ FAIRSEQ_FIXED = (
 
 
 def read_fairseq(
-    source: Path, state: Mapping[str, Any], options: dict[str, Any], num_classes: int | None, vocabulary: Path | None = None
+    source: Path,
+    state: Mapping[str, Any],
+    options: dict[str, Any],
+    num_classes: int | None,
+    vocabulary: Path | None = None,
 ) -> Foreign:
     """Read a loaded checkpoint; `state` has at least `model`. `options` win over what it says.
 
@@ -66,14 +70,20 @@ def read_fairseq(
     notes: list[str] = []
     tensors = canonical(state["model"], "w2v_encoder.w2v_model.", str(source))
     recognizer = read_head(tensors, "fairseq", vocabulary, _dictionary_symbols(state), notes, str(source))
-    if "final_proj.weight" not in tensors:  # fairseq's fine-tuning removes the projection and not the embeddings
+    if (
+        "final_proj.weight" not in tensors
+    ):  # fairseq's fine-tuning removes the projection and not the embeddings
         leave_out(tensors, "label_embs_concat", "a table of label embeddings without its projection", notes)
     objective = head_in(tensors, "fairseq")
     if model:
         for key, value, description in FAIRSEQ_FIXED:
             if model.get(key, value) != value:
-                raise ValueError(f"{source}: {key} = {model[key]!r}: a model with {description} is not supported")
-        keys: dict[str, Any] = {ours: model.get(theirs, default) for ours, (theirs, default) in FAIRSEQ_KEYS.items()}
+                raise ValueError(
+                    f"{source}: {key} = {model[key]!r}: a model with {description} is not supported"
+                )
+        keys: dict[str, Any] = {
+            ours: model.get(theirs, default) for ours, (theirs, default) in FAIRSEQ_KEYS.items()
+        }
         keys["conv_norm"] = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
         keys["conv_dim"] = _conv_width(str(model.get("conv_feature_layers", CONV_LAYERS)), source)
         keys["normalize_waveform"] = bool(task.get("normalize", False))
@@ -90,29 +100,48 @@ def read_fairseq(
     if objective == "wav2vec2":
         codes = tensors.get("quantizer.vars")
         groups = model.get("latent_groups", 2)
-        code_dim = groups * (codes.shape[-1] if codes is not None else 128)  # a missing tensor is reported with all others
+        code_dim = groups * (
+            codes.shape[-1] if codes is not None else 128
+        )  # a missing tensor is reported with all others
         final = len(tensors.get("project_q.weight", [None] * 256))
-        tree |= {"num_groups": groups, "num_entries": model.get("latent_vars", 320), "code_dim": code_dim, "final_dim": final}
+        tree |= {
+            "num_groups": groups,
+            "num_entries": model.get("latent_vars", 320),
+            "code_dim": code_dim,
+            "final_dim": final,
+        }
         tree["num_distractors"] = model.get("num_negatives", 100)
         tree |= {"feature_dropout": model.get("dropout_features", 0.0)} if model else {}
         first, last, decay = _temperatures(model.get("latent_temp", (2, 0.5, 0.999995)), source)
         tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
         tree |= dict(zip(("diversity_weight", "feature_penalty"), weights, strict=False))
         head = parse_config(Wav2Vec2Config, tree, str(source))
-        others = [key for key in ("negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives") if model.get(key)]
-        notes += [f"{key} = {model[key]!r} is not carried on: distractors are other masked frames" for key in others]
+        others = [
+            key
+            for key in ("negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives")
+            if model.get(key)
+        ]
+        notes += [
+            f"{key} = {model[key]!r} is not carried on: distractors are other masked frames" for key in others
+        ]
     elif objective == "hubert":
         _keep_classes(tensors, source, state, num_classes, notes)
         tree["final_dim"] = tensors["label_embs_concat"].shape[1]
         tree |= dict(zip(("feature_penalty",), weights, strict=False))
-        tree["unmasked_weight"] = criterion.get("pred_nomask_weight", 0.0) / (criterion.get("pred_masked_weight", 1.0) or 1.0)
+        tree["unmasked_weight"] = criterion.get("pred_nomask_weight", 0.0) / (
+            criterion.get("pred_masked_weight", 1.0) or 1.0
+        )
         head = parse_config(HubertConfig, tree, str(source))
     named = model.get("_name", model.get("arch"))
-    family: Objective | None = objective or ("hubert" if named and "hubert" in named else "wav2vec2" if named else None)
+    family: Objective | None = objective or (
+        "hubert" if named and "hubert" in named else "wav2vec2" if named else None
+    )
     return Foreign("fairseq", tensors, encoder, family, head, sha256_file(source), notes, recognizer)
 
 
-def _fairseq_settings(source: Path, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _fairseq_settings(
+    source: Path, state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The settings of model, task and criterion; all empty where the file has none."""
     cfg, args = state.get("cfg"), state.get("args")
     if not cfg and args is None:
@@ -125,13 +154,20 @@ def _fairseq_settings(source: Path, state: Mapping[str, Any]) -> tuple[dict[str,
         raise ValueError(f"{source}: cfg.model, cfg.task and cfg.criterion must be plain dicts")
     if inner := model.get("w2v_args"):  # of a fine-tuned model: those of the encoder within
         inner = vars(inner) if isinstance(inner, argparse.Namespace) else inner
-        model, task = inner.get("model") or inner, inner.get("task") if isinstance(inner.get("task"), dict) else task
+        model, task = (
+            inner.get("model") or inner,
+            inner.get("task") if isinstance(inner.get("task"), dict) else task,
+        )
         model = vars(model) if isinstance(model, argparse.Namespace) else model
     return model, task or {}, criterion
 
 
 def _keep_classes(
-    tensors: dict[str, Tensor], source: Path, state: Mapping[str, Any], num_classes: int | None, notes: list[str]
+    tensors: dict[str, Tensor],
+    source: Path,
+    state: Mapping[str, Any],
+    num_classes: int | None,
+    notes: list[str],
 ) -> None:
     """Bring `label_embs_concat` to a row per class, in the order of the labels: fairseq's dictionary puts four specials first."""
     rows = len(tensors["label_embs_concat"])
@@ -152,7 +188,9 @@ def _keep_classes(
         order, told = [numbered[label] for label in range(len(numbered))], "the file's dictionary"
         sure = True
         if num_classes not in (None, len(order)):
-            raise ValueError(f"{source}: --num-classes {num_classes}, but its dictionary has {len(order)} numbers")
+            raise ValueError(
+                f"{source}: --num-classes {num_classes}, but its dictionary has {len(order)} numbers"
+            )
     else:
         kept, told = _count_classes(rows, num_classes, source)
         order, sure = list(range(rows - kept, rows)), num_classes is not None
@@ -162,7 +200,9 @@ def _keep_classes(
             f"of {rows} label embeddings {rows - len(order)} are fairseq's special words, left out ({told}): K = {len(order)}"
         )
     elif not sure:
-        notes.append(f"{rows} label embeddings, none taken for fairseq's special words: K = {rows}; --num-classes says otherwise")
+        notes.append(
+            f"{rows} label embeddings, none taken for fairseq's special words: K = {rows}; --num-classes says otherwise"
+        )
 
 
 def _count_classes(rows: int, num_classes: int | None, source: Path) -> tuple[int, str]:
@@ -172,7 +212,11 @@ def _count_classes(rows: int, num_classes: int | None, source: Path) -> tuple[in
                 f"{source}: {rows} label embeddings; --num-classes {num_classes} would be {num_classes} or {num_classes + 4}"
             )
         return num_classes, "--num-classes"
-    usual = [count for count in (rows, rows - NUM_SPECIALS) if count >= 32 and (count % 50 == 0 or count.bit_count() == 1)]
+    usual = [
+        count
+        for count in (rows, rows - NUM_SPECIALS)
+        if count >= 32 and (count % 50 == 0 or count.bit_count() == 1)
+    ]
     if len(usual) != 1:
         raise ValueError(
             f"{source}: {rows} label embeddings: K = {rows}, or K = {rows - NUM_SPECIALS} and fairseq's four special words? Say "
@@ -186,7 +230,10 @@ def _dictionary_symbols(state: Mapping[str, Any]) -> list[list[str]]:
     if "symbols" in state:
         return list(state["symbols"])
     held = [value for key, value in (state.get("task_state") or {}).items() if "dictionar" in key and value]
-    groups = [value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value] for value in held]
+    groups = [
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for value in held
+    ]
     flat = [item for group in groups for item in group]
     return [item.symbols for item in flat if isinstance(item, FairseqDictionary)]
 
@@ -194,7 +241,9 @@ def _dictionary_symbols(state: Mapping[str, Any]) -> list[list[str]]:
 def _temperatures(value: Any, source: Path) -> tuple[float, float, float]:
     """fairseq's latent_temp (first, last, decay), a sequence or its text."""
     try:
-        first, last, decay = (float(x) for x in (ast.literal_eval(value) if isinstance(value, str) else value))
+        first, last, decay = (
+            float(x) for x in (ast.literal_eval(value) if isinstance(value, str) else value)
+        )
     except (SyntaxError, TypeError, ValueError):
         raise ValueError(f"{source}: latent_temp = {value!r}: three numbers are expected") from None
     return first, last, decay
@@ -207,7 +256,9 @@ def _conv_width(text: str, source: Path) -> int:
         widths = {width for width, _, _ in layers}
         shape = [(kernel, stride) for _, kernel, stride in layers]
     except (SyntaxError, TypeError, ValueError):
-        raise ValueError(f"{source}: conv_feature_layers = {text!r}: not a list of (width, kernel, stride)") from None
+        raise ValueError(
+            f"{source}: conv_feature_layers = {text!r}: not a list of (width, kernel, stride)"
+        ) from None
     if shape != list(zip(CONV_KERNELS, CONV_STRIDES, strict=True)) or len(widths) != 1:
         raise ValueError(
             f"{source}: conv_feature_layers = {text!r}: only kernels {CONV_KERNELS} and strides {CONV_STRIDES} are supported"
@@ -238,19 +289,37 @@ def write_fairseq(
     head: HubertConfig | Wav2Vec2Config | None,
 ) -> None:
     """Write canonical `tensors` as a checkpoint of plain dicts. HuBERT's classes get rows for fairseq's special words before."""
-    model: dict[str, Any] = {"_name": family, **{theirs: getattr(encoder, ours) for ours, (theirs, _) in FAIRSEQ_KEYS.items()}}
-    model |= {"extractor_mode": "layer_norm" if encoder.conv_norm == "layer" else "default", "activation_fn": "gelu"}
+    model: dict[str, Any] = {
+        "_name": family,
+        **{theirs: getattr(encoder, ours) for ours, (theirs, _) in FAIRSEQ_KEYS.items()},
+    }
+    model |= {
+        "extractor_mode": "layer_norm" if encoder.conv_norm == "layer" else "default",
+        "activation_fn": "gelu",
+    }
     layers = zip([encoder.conv_dim] * len(CONV_KERNELS), CONV_KERNELS, CONV_STRIDES, strict=True)
     model["conv_feature_layers"] = str(list(layers))
     task: dict[str, Any] = {"data": ".", "sample_rate": 16000, "normalize": encoder.normalize_waveform}
     criterion: dict[str, Any] = {"_name": family}
     state: dict[str, Any] = {}
     if head is not None:
-        model |= {"final_dim": head.final_dim, "logit_temp": head.temperature, "mask_length": head.mask_length}
+        model |= {
+            "final_dim": head.final_dim,
+            "logit_temp": head.temperature,
+            "mask_length": head.mask_length,
+        }
         model["mask_prob"] = round(head.mask_start_probability * head.mask_length, 12)
     if isinstance(head, Wav2Vec2Config):
-        model |= {"quantize_targets": True, "num_negatives": head.num_distractors, "latent_groups": head.num_groups}
-        model |= {"latent_vars": head.num_entries, "latent_dim": head.code_dim, "dropout_features": head.feature_dropout}
+        model |= {
+            "quantize_targets": True,
+            "num_negatives": head.num_distractors,
+            "latent_groups": head.num_groups,
+        }
+        model |= {
+            "latent_vars": head.num_entries,
+            "latent_dim": head.code_dim,
+            "dropout_features": head.feature_dropout,
+        }
         model["latent_temp"] = [*head.gumbel_temperature, head.gumbel_decay]
         criterion |= {"infonce": True, "loss_weights": [head.diversity_weight, head.feature_penalty]}
     elif isinstance(head, HubertConfig):
@@ -258,7 +327,11 @@ def write_fairseq(
         # No label names these rows, so they are only ever wrong answers: they point away from all classes.
         specials = -classes.mean(0, keepdim=True).expand(NUM_SPECIALS, -1)
         tensors = {**tensors, "label_embs_concat": torch.cat([specials, classes])}
-        criterion |= {"pred_masked_weight": 1.0, "pred_nomask_weight": head.unmasked_weight, "loss_weights": [head.feature_penalty]}
+        criterion |= {
+            "pred_masked_weight": 1.0,
+            "pred_nomask_weight": head.unmasked_weight,
+            "loss_weights": [head.feature_penalty],
+        }
         words = ["<s>", "<pad>", "</s>", "<unk>", *map(str, range(len(classes)))]
         state["symbols"] = [words]
     if family == "hubert":
@@ -268,6 +341,13 @@ def write_fairseq(
         task |= {"_name": "audio_pretraining"}
     # What fairseq's loader looks for beside the weights.
     history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
-    state |= {"args": None, "cfg": {"_name": None, "model": model, "task": task, "criterion": criterion}, "model": tensors}
-    state |= {"optimizer_history": [history], "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}}
+    state |= {
+        "args": None,
+        "cfg": {"_name": None, "model": model, "task": task, "criterion": criterion},
+        "model": tensors,
+    }
+    state |= {
+        "optimizer_history": [history],
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+    }
     torch.save(state, path)

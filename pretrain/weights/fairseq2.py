@@ -20,12 +20,12 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig
 from pretrain.fairseq2.assets import find_card
 from pretrain.fairseq2.families import FAMILIES, EncoderModelConfig, RecognizerModelConfig
-from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
-from pretrain.hubert import HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2Config
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
+from pretrain.objectives.hubert import HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 from pretrain.weights.card_config import (
     COMPUTED_KEYS,
     CONTRASTIVE_KEYS,
@@ -37,7 +37,15 @@ from pretrain.weights.card_config import (
     told_with,
 )
 from pretrain.weights.cards import OWN_FAMILIES, Card, load_checkpoint, read_card, tensors_of
-from pretrain.weights.foreign import CTCHead, Foreign, infer_encoder, leave_out, make_encoder, normalization_note, weights_only_hole
+from pretrain.weights.foreign import (
+    CTCHead,
+    Foreign,
+    infer_encoder,
+    leave_out,
+    make_encoder,
+    normalization_note,
+    weights_only_hole,
+)
 from pretrain.weights.naming import CTC_HEADS, Format, Objective, canonical, head_in
 from pretrain.weights.recognizer import Classes, of_symbols, read_vocabulary, take_rows
 from pretrain.weights.sentencepiece import SPACE_PIECE, Pieces, read_pieces
@@ -53,7 +61,10 @@ NO_OPTIONS: dict[str, Any] = {"num_heads": None, "normalize_waveform": None}
 
 
 def read_asset(
-    name: str, vocabulary: Path | None = None, options: Mapping[str, Any] = NO_OPTIONS, allow_pickle: bool = True
+    name: str,
+    vocabulary: Path | None = None,
+    options: Mapping[str, Any] = NO_OPTIONS,
+    allow_pickle: bool = True,
 ) -> Foreign:
     """The model of the asset card `name` (with or without `fairseq2:`), found and downloaded by fairseq2.
 
@@ -64,12 +75,16 @@ def read_asset(
     return read_model(card, vocabulary, options, allow_pickle, card.source)
 
 
-def read_folder(source: Path, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool) -> Foreign:
+def read_folder(
+    source: Path, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool
+) -> Foreign:
     """The model of a card in a file or a folder, or of a folder of fairseq2's trainer."""
     return read_model(read_card(source), vocabulary, options, allow_pickle, str(source))
 
 
-def read_model(card: Card, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool, source: str) -> Foreign:
+def read_model(
+    card: Card, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool, source: str
+) -> Foreign:
     """The model that a card describes. `options` (of `import`) win over it, `vocabulary` over its tokenizer."""
     state, sha256 = load_checkpoint(card.checkpoint, allow_pickle)
     notes: list[str] = []
@@ -89,7 +104,9 @@ def read_model(card: Card, vocabulary: Path | None, options: Mapping[str, Any], 
             notes.append(normalization_note("fairseq2's configs do not say", keys["normalize_waveform"]))
     with told_with({ours: f"encoder_config.{theirs}" for ours, theirs in ENCODER_KEYS.items()}, card.source):
         encoder = make_encoder(keys, dict(options), card.source)
-    of_fairseq = any(name.endswith("mask_emb") for name in state)  # fairseq2 converts fairseq's own checkpoints where it reads them
+    of_fairseq = any(
+        name.endswith("mask_emb") for name in state
+    )  # fairseq2 converts fairseq's own checkpoints where it reads them
     form: Format = "fairseq" if of_fairseq else "fairseq2"
     tensors = canonical(state, "w2v_encoder.w2v_model." if of_fairseq else "", str(card.checkpoint))
     tensors.pop(COUNTER, None)
@@ -107,11 +124,15 @@ def objective_of(card: Card) -> Objective | None:
         return "wav2vec2"
     if card.family == "wordless_hubert":
         return "hubert"
-    told: Objective | None = next((known for known in get_args(Objective) if known == card.extra.get("objective")), None)
+    told: Objective | None = next(
+        (known for known in get_args(Objective) if known == card.extra.get("objective")), None
+    )
     return told or ("wav2vec2" if card.family == "wav2vec2_asr" else None)
 
 
-def read_weights(source: Path, state: Mapping[str, Any], sha256: str, options: dict[str, Any], vocabulary: Path | None) -> Foreign:
+def read_weights(
+    source: Path, state: Mapping[str, Any], sha256: str, options: dict[str, Any], vocabulary: Path | None
+) -> Foreign:
     """A loaded file of fairseq2's tensors alone: its shapes tell the architecture."""
     notes: list[str] = []
     tensors = canonical(tensors_of(state, str(source)), "", str(source))
@@ -123,10 +144,17 @@ def read_weights(source: Path, state: Mapping[str, Any], sha256: str, options: d
         recognizer = _with_classes(tensors, "fairseq2", classes, CTCConfig(), notes, str(source))
     encoder = infer_encoder(source, tensors, "fairseq2", options, notes)
     head = None
-    if objective == "wav2vec2" and (codes := tensors.get("quantizer.entries")) is not None and codes.ndim == 3:
+    if (
+        objective == "wav2vec2"
+        and (codes := tensors.get("quantizer.entries")) is not None
+        and codes.ndim == 3
+    ):
         groups, final = 2, len(tensors.get("final_proj.weight", [None] * 256))
         head = Wav2Vec2Config(
-            num_groups=groups, num_entries=codes.shape[1] // groups, code_dim=groups * codes.shape[2], final_dim=final
+            num_groups=groups,
+            num_entries=codes.shape[1] // groups,
+            code_dim=groups * codes.shape[2],
+            final_dim=final,
         )
         notes.append(
             f"no config in the file: its {codes.shape[1]} codes are taken for {groups} groups; losses and masks as published"
@@ -140,10 +168,15 @@ def _encoder_keys(told: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, value, description in FIXED:
         if told[key] != value:
             raise ValueError(f"{where}.{key} = {told[key]!r}: a model with {description} is not supported")
-    layers = [tuple(layer) if isinstance(layer, list | tuple) else layer for layer in told["feature_extractor_layer_descs"]]
+    layers = [
+        tuple(layer) if isinstance(layer, list | tuple) else layer
+        for layer in told["feature_extractor_layer_descs"]
+    ]
     expected = [(told["feature_dim"], *shape) for shape in zip(CONV_KERNELS, CONV_STRIDES, strict=True)]
     if layers != expected:
-        raise ValueError(f"{where}.feature_extractor_layer_descs = {layers}: only {expected} (width, kernel, stride) are supported")
+        raise ValueError(
+            f"{where}.feature_extractor_layer_descs = {layers}: only {expected} (width, kernel, stride) are supported"
+        )
     order = str(told["norm_order"]).upper()
     if order not in ("PRE", "POST"):
         raise ValueError(f"{where}.norm_order = {told['norm_order']!r}: only PRE and POST are supported")
@@ -153,37 +186,55 @@ def _encoder_keys(told: Mapping[str, Any], source: str) -> dict[str, Any]:
             "are supported, as in published models"
         )
     if told["feature_dim"] == told["model_dim"]:
-        raise ValueError(f"{where}.feature_dim = {told['feature_dim']} = model_dim: a model without a projection is not supported")
+        raise ValueError(
+            f"{where}.feature_dim = {told['feature_dim']} = model_dim: a model without a projection is not supported"
+        )
     keys = {ours: told[theirs] for ours, theirs in ENCODER_KEYS.items()}
     keys["front_end"] = "waveform"  # which an architecture may say otherwise
-    return {**keys, "norm_first": order == "PRE", "conv_norm": "layer" if told["feature_extractor_layer_norm_convs"] else "group"}
+    return {
+        **keys,
+        "norm_first": order == "PRE",
+        "conv_norm": "layer" if told["feature_extractor_layer_norm_convs"] else "group",
+    }
 
 
 def _contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
     """Our config of wav2vec 2.0's heads and losses."""
     told = card.config
     if not told["final_proj_bias"]:
-        raise ValueError(f"{card.source}: final_proj_bias = False: a projection without a bias is not supported")
+        raise ValueError(
+            f"{card.source}: final_proj_bias = False: a projection without a bias is not supported"
+        )
     temperatures = told["codebook_sampling_temperature"]
     if len(temperatures) != 3:
-        raise ValueError(f"{card.source}: codebook_sampling_temperature = {temperatures}: first, last and decay are expected")
+        raise ValueError(
+            f"{card.source}: codebook_sampling_temperature = {temperatures}: first, last and decay are expected"
+        )
     first, last, decay = temperatures
     held = _held(card, "wav2vec2")
     tree = {"feature_dropout": told["encoder_config"]["first_pass_dropout_p"], **held}
     tree |= {ours: told[theirs] for ours, theirs in CONTRASTIVE_KEYS.items()}
     tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
-    tree["mask_start_probability"] = round(told["max_temporal_mask_prob"] / max(1, told["temporal_mask_span_len"]), 12)
+    tree["mask_start_probability"] = round(
+        told["max_temporal_mask_prob"] / max(1, told["temporal_mask_span_len"]), 12
+    )
     _note_least_spans(card, notes)
     if told["max_spatial_mask_prob"]:
         notes.append("max_spatial_mask_prob is not carried on: wav2vec 2.0 here masks time alone")
     if not told["quantizer_encoder_grad"]:
-        notes.append("quantizer_encoder_grad = False is not carried on: the quantizer's gradient reaches the front end here")
+        notes.append(
+            "quantizer_encoder_grad = False is not carried on: the quantizer's gradient reaches the front end here"
+        )
     if not held:
-        notes.append("fairseq2's configs do not hold the weights of its losses: diversity 0.1, feature penalty 10, as its default")
+        notes.append(
+            "fairseq2's configs do not hold the weights of its losses: diversity 0.1, feature penalty 10, as its default"
+        )
     return tree
 
 
-def _recognizer(tensors: dict[str, Tensor], card: Card, form: Format, vocabulary: Path | None, notes: list[str]) -> CTCHead | None:
+def _recognizer(
+    tensors: dict[str, Tensor], card: Card, form: Format, vocabulary: Path | None, notes: list[str]
+) -> CTCHead | None:
     """The CTC head of a model; None, and the head left out of `tensors`, where nothing says what its classes are."""
     rows, told = card.config["target_vocab_size"], card.config
     if (weight := tensors.get(name := f"{CTC_HEADS[form]}.weight")) is None:
@@ -193,10 +244,18 @@ def _recognizer(tensors: dict[str, Tensor], card: Card, form: Format, vocabulary
     tree = {"mask_channel_probability": 0.0, **_held(card, "ctc")}
     tree |= {"final_dropout": told["final_dropout_p"], "mask_start_probability": 0.0}
     if told["use_masking"]:  # else fairseq2's lengths are of nothing
-        for start, ours, theirs in (("mask_start", "mask", "temporal"), ("mask_channel", "mask_channel", "spatial")):
+        for start, ours, theirs in (
+            ("mask_start", "mask", "temporal"),
+            ("mask_channel", "mask_channel", "spatial"),
+        ):
             length, probability = told[f"{theirs}_mask_span_len"], told[f"max_{theirs}_mask_prob"]
-            if theirs == "temporal" or probability:  # else fairseq2 has no such mask, and an exported card says which was ours
-                tree |= {f"{ours}_length": length, f"{start}_probability": round(probability / max(1, length), 12)}
+            if (
+                theirs == "temporal" or probability
+            ):  # else fairseq2 has no such mask, and an exported card says which was ours
+                tree |= {
+                    f"{ours}_length": length,
+                    f"{start}_probability": round(probability / max(1, length), 12),
+                }
         _note_least_spans(card, notes)
     classes = _given_classes(vocabulary, rows, notes) if vocabulary else _held_classes(card, rows, notes)
     with told_with(CTC_KEYS | COMPUTED_KEYS, card.source):
@@ -216,11 +275,18 @@ def _note_least_spans(card: Card, notes: list[str]) -> None:
 
 
 def _with_classes(
-    tensors: dict[str, Tensor], form: Format, classes: Classes | None, ctc: CTCConfig, notes: list[str], source: str
+    tensors: dict[str, Tensor],
+    form: Format,
+    classes: Classes | None,
+    ctc: CTCConfig,
+    notes: list[str],
+    source: str,
 ) -> CTCHead | None:
     if classes is None:
         leave_out(tensors, f"{CTC_HEADS[form]}.", "a CTC head", notes)
-        notes.append("nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or dict.ltr.txt) does")
+        notes.append(
+            "nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or dict.ltr.txt) does"
+        )
         return None
     take_rows(tensors, CTC_HEADS[form], classes.rows, source)
     return CTCHead(classes.vocabulary, classes.text, ctc)
@@ -231,9 +297,13 @@ def _given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
     if path.suffix == ".model":
         pieces = read_pieces(path)
         if not pieces.of_characters:
-            raise ValueError(f"{path}: is no SentencePiece model of characters; a recogniser of pieces is not supported")
+            raise ValueError(
+                f"{path}: is no SentencePiece model of characters; a recogniser of pieces is not supported"
+            )
         if len(pieces.names) > rows:
-            raise ValueError(f"{path}: has {len(pieces.names)} pieces, but the CTC head {rows} classes; is it of this model?")
+            raise ValueError(
+                f"{path}: has {len(pieces.names)} pieces, but the CTC head {rows} classes; is it of this model?"
+            )
         return _of_pieces(pieces, rows, notes, str(path))
     classes = read_vocabulary(path, rows, notes)
     if classes.rows[0] != 0:
@@ -245,9 +315,13 @@ def _held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
     """The classes that a card tells: an exported one itself, others by their tokenizer. None where it is none of characters."""
     if meta := _held(card, "vocabulary"):
         text = parse_config(TextConfig, _held(card, "text"), f"{card.source}: wordless.text")
-        vocabulary = Vocabulary.from_meta(_parsed(card, RecognizerModelConfig, {"vocabulary": meta}, "wordless")["vocabulary"])
+        vocabulary = Vocabulary.from_meta(
+            _parsed(card, RecognizerModelConfig, {"vocabulary": meta}, "wordless")["vocabulary"]
+        )
         if len(vocabulary) > rows:
-            raise ValueError(f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is {rows}")
+            raise ValueError(
+                f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is {rows}"
+            )
         if len(vocabulary) == rows or card.extra.get("unknown_class"):
             return Classes(vocabulary, text, list(range(len(vocabulary))))
     if card.tokenizer is None:
@@ -279,12 +353,16 @@ def _held(card: Card, key: str) -> dict[str, Any]:
     return dict(held)
 
 
-def _parsed(card: Card, kind: type[EncoderModelConfig], told: Mapping[str, Any], where: str = "model_config") -> dict[str, Any]:
+def _parsed(
+    card: Card, kind: type[EncoderModelConfig], told: Mapping[str, Any], where: str = "model_config"
+) -> dict[str, Any]:
     """Tables of one of our families as fairseq2 would have them; ValueError that names the card for keys and values that are not of it."""
     known = {field.name: field.type for field in fields(kind)}
     for key, value in told.items():
         if key not in known:
-            raise ValueError(f"{card.source}: {where}.{key}: no key of a {card.family}{near_names(str(key), known)}")
+            raise ValueError(
+                f"{card.source}: {where}.{key}: no key of a {card.family}{near_names(str(key), known)}"
+            )
         if not isinstance(value, int if known[key] is int else Mapping):
             expected = "a whole number" if known[key] is int else "a table"
             raise ValueError(f"{card.source}: {where}.{key} = {value!r}: {expected} is expected")
@@ -295,7 +373,14 @@ def _parsed(card: Card, kind: type[EncoderModelConfig], told: Mapping[str, Any],
         raise ValueError("\n".join(f"{card.source}: {line}" for line in lines)) from None
 
 
-def _own(card: Card, state: dict[str, Tensor], sha256: str, options: Mapping[str, Any], notes: list[str], source: str) -> Foreign:
+def _own(
+    card: Card,
+    state: dict[str, Tensor],
+    sha256: str,
+    options: Mapping[str, Any],
+    notes: list[str],
+    source: str,
+) -> Foreign:
     """A model of one of our families: our tensors and configs, which need no conversion."""
     told = _parsed(card, FAMILIES[card.family].config, card.config)
     given = {key: value for key, value in options.items() if value is not None}
@@ -305,17 +390,33 @@ def _own(card: Card, state: dict[str, Tensor], sha256: str, options: Mapping[str
     if card.family == "wordless_hubert":
         head, classes = parse_config(HubertConfig, told["hubert"], card.source), state.get("class_embeddings")
         if classes is None:
-            raise ValueError(f"{card.checkpoint}: has no class_embeddings, so it is no checkpoint of {card.family}")
+            raise ValueError(
+                f"{card.checkpoint}: has no class_embeddings, so it is no checkpoint of {card.family}"
+            )
         if classes.shape[:1] != (told["num_classes"],):
-            raise ValueError(f"{card.source}: num_classes = {told['num_classes']}, but class_embeddings is {tuple(classes.shape)}")
+            raise ValueError(
+                f"{card.source}: num_classes = {told['num_classes']}, but class_embeddings is {tuple(classes.shape)}"
+            )
     elif card.family == "wordless_wav2vec2":
         head = parse_config(Wav2Vec2Config, told["wav2vec2"], card.source)
     elif card.family == "wordless_encoder":  # of any run
         state = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     elif card.family == "wordless_recognizer":
-        text, ctc = parse_config(TextConfig, told["text"], card.source), parse_config(CTCConfig, told["ctc"], card.source)
+        text, ctc = (
+            parse_config(TextConfig, told["text"], card.source),
+            parse_config(CTCConfig, told["ctc"], card.source),
+        )
         recognizer = CTCHead(Vocabulary.from_meta(told["vocabulary"]), text, ctc)
     codebook = card.extra.get("codebook")
     return Foreign(
-        "wordless", state, encoder, objective_of(card), head, sha256, notes, recognizer, source, codebook and str(codebook)
+        "wordless",
+        state,
+        encoder,
+        objective_of(card),
+        head,
+        sha256,
+        notes,
+        recognizer,
+        source,
+        codebook and str(codebook),
     )

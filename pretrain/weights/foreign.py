@@ -25,10 +25,10 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig
-from pretrain.hubert import HubertConfig
-from pretrain.plain_text import read_text
-from pretrain.wav2vec2 import Wav2Vec2Config
+from pretrain.model.encoder import EncoderConfig
+from pretrain.objectives.hubert import HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2Config
+from pretrain.store.plain_text import read_text
 from pretrain.weights.naming import ENCODER_NAMES, LAYER_NAMES, Format, Objective
 
 LARGEST_TUPLE = 10_000  # values in all; a tensor's take a dozen, a random generator's state 627
@@ -47,14 +47,18 @@ class CTCHead(NamedTuple):
 class Foreign:
     """A model of another library: its tensors under the names of pretrain/weights/naming.py, and what is known about it."""
 
-    form: Format | Literal["wordless"]  # the latter: our own tensors, which a card holds or a run that is exported
+    form: (
+        Format | Literal["wordless"]
+    )  # the latter: our own tensors, which a card holds or a run that is exported
     tensors: dict[str, Tensor]
     encoder: EncoderConfig
     family: Objective | None  # None: a bare encoder of a file that does not say
     head: HubertConfig | Wav2Vec2Config | None
     sha256: str  # of the file with the weights; of the first shard's of several
     notes: list[str] = field(default_factory=list)
-    recognizer: CTCHead | None = None  # of a model with a CTC head; its tensors lie in the order of our classes
+    recognizer: CTCHead | None = (
+        None  # of a model with a CTC head; its tensors lie in the order of our classes
+    )
     source: str = ""  # where it was read, for messages; where empty, who reads it knows
     codebook: str | None = None  # of the units that a recogniser of ours reads
 
@@ -72,7 +76,9 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); was it downloaded whole?") from None
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); was it downloaded whole?"
+        ) from None
 
 
 def load_pickle(path: Path, allowed: bool) -> dict[str, Any]:
@@ -94,7 +100,9 @@ def load_torch(path: Path, allowed: bool, remedy: str | None = None) -> Any:
     if not start:
         raise ValueError(f"{path}: is empty (0 bytes); was it downloaded whole?")
     if not start.startswith((b"PK", b"\x80")):  # a zip, and a pickle as torch wrote them before 1.6
-        raise ValueError(f"{path}: not a file that torch can load; it begins with {start!r}. Was it downloaded whole?")
+        raise ValueError(
+            f"{path}: not a file that torch can load; it begins with {start!r}. Was it downloaded whole?"
+        )
     if not allowed:
         hole = f" ({told})" if (told := weights_only_hole()) else ""
         raise ValueError(
@@ -150,7 +158,9 @@ def _require_stored(path: Path) -> None:
         raise ValueError(f"{path}: not a file that torch can load ({error})") from None
     packed = next((member for member in members if member.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None:
-        raise ValueError(f"{path}: {packed.filename} in it is compressed, as torch writes none; it is not read")
+        raise ValueError(
+            f"{path}: {packed.filename} in it is compressed, as torch writes none; it is not read"
+        )
     if (total := sum(member.file_size for member in members)) > (size := path.stat().st_size):
         raise ValueError(f"{path}: claims {total} bytes of contents and has {size}; it is not read")
 
@@ -167,9 +177,13 @@ def _require_small_tuples(path: Path) -> None:
                             _weigh_tuples(member)
         else:
             with open(path, "rb") as file:
-                all(_weigh_tuples(file) for _ in range(5))  # before torch 1.6: magic, version, system, contents, names of storages
+                all(
+                    _weigh_tuples(file) for _ in range(5)
+                )  # before torch 1.6: magic, version, system, contents, names of storages
     except (ValueError, LookupError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: not a file that torch can load ({error or type(error).__name__})") from None
+        raise ValueError(
+            f"{path}: not a file that torch can load ({error or type(error).__name__})"
+        ) from None
 
 
 def _weigh_tuples(file: IO[bytes]) -> bool:
@@ -209,7 +223,9 @@ def _weigh_tuples(file: IO[bytes]) -> bool:
             case name:
                 return name == "STOP"
         if stack and stack[-1] > LARGEST_TUPLE:
-            raise ValueError(f"a tuple of more than {LARGEST_TUPLE:,} values, counted with those of the tuples in it")
+            raise ValueError(
+                f"a tuple of more than {LARGEST_TUPLE:,} values, counted with those of the tuples in it"
+            )
     return False
 
 
@@ -223,11 +239,21 @@ def _require_dense(value: Any, path: Path, sizes: set[int] | None) -> None:
         value = waiting.pop()
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-                kind = "quantized" if value.is_quantized else str(value.layout if value.device.type == "cpu" else value.device)
-                raise ValueError(f"{path}: holds a tensor that is {kind.removeprefix('torch.')}; plain ones are read")
+                kind = (
+                    "quantized"
+                    if value.is_quantized
+                    else str(value.layout if value.device.type == "cpu" else value.device)
+                )
+                raise ValueError(
+                    f"{path}: holds a tensor that is {kind.removeprefix('torch.')}; plain ones are read"
+                )
             if sizes is not None and (claimed := value.untyped_storage().nbytes()) not in sizes:
-                raise ValueError(f"{path}: not a file that torch can load (no member of it has the {claimed} bytes of a storage)")
-            if (needed := value.numel() * value.element_size()) > (stored := value.untyped_storage().nbytes()):
+                raise ValueError(
+                    f"{path}: not a file that torch can load (no member of it has the {claimed} bytes of a storage)"
+                )
+            if (needed := value.numel() * value.element_size()) > (
+                stored := value.untyped_storage().nbytes()
+            ):
                 raise ValueError(
                     f"{path}: holds a tensor {tuple(value.shape)}, {needed} bytes, over {stored} stored bytes; copy it"
                 )
@@ -275,7 +301,10 @@ def infer_encoder(
 ) -> EncoderConfig:
     """The architecture that the shapes tell. Norms go together as in every published model: group and post, layer and pre."""
     names = ENCODER_NAMES[form]
-    first, ffn = f"{names['conv'].format(0)}.weight", f"{names['layer'].format(0)}.{LAYER_NAMES[form]['ffn_in']}.weight"
+    first, ffn = (
+        f"{names['conv'].format(0)}.weight",
+        f"{names['layer'].format(0)}.{LAYER_NAMES[form]['ffn_in']}.weight",
+    )
     position = f"{names['positional']}.weight_v"
     axes = {first: 3, ffn: 2, position: 3}
     if absent := [name for name in axes if name not in tensors]:
@@ -283,21 +312,36 @@ def infer_encoder(
             f"{source}: not a wav2vec 2.0 or HuBERT state dict of {form}: no {absent[0]!r}; it begins with "
             f"{', '.join(map(repr, list(tensors)[:4]))}"
         )
-    if strange := next((name for name, count in axes.items() if tensors[name].ndim != count or 0 in tensors[name].shape), None):
+    if strange := next(
+        (name for name, count in axes.items() if tensors[name].ndim != count or 0 in tensors[name].shape),
+        None,
+    ):
         raise ValueError(
             f"{source}: {strange!r} is {tuple(tensors[strange].shape)}; {axes[strange]} axes, none empty, are expected"
         )
     dim, group, kernel = tensors[position].shape
     layer_norm = f"{names['layer_norm'].format(1)}.weight" in tensors
-    numbers = [re.fullmatch(names["layer"].replace(".", r"\.").replace("{}", r"(\d+)") + r"\..*", name) for name in tensors]
+    numbers = [
+        re.fullmatch(names["layer"].replace(".", r"\.").replace("{}", r"(\d+)") + r"\..*", name)
+        for name in tensors
+    ]
     if dim not in NUM_HEADS and options["num_heads"] is None:
-        raise ValueError(f"{source}: the number of attention heads does not show in the weights; say --num-heads N (width {dim})")
+        raise ValueError(
+            f"{source}: the number of attention heads does not show in the weights; say --num-heads N (width {dim})"
+        )
     keys = {
-        "dim": dim, "num_layers": 1 + max(int(match[1]) for match in numbers if match), "num_heads": NUM_HEADS.get(dim),
-        "ffn_dim": len(tensors[ffn]), "norm_first": layer_norm, "conv_norm": "layer" if layer_norm else "group",
-        "conv_bias": f"{names['conv'].format(0)}.bias" in tensors, "conv_dim": len(tensors[first]), "pos_kernel": kernel,
-        "pos_groups": dim // group, "normalize_waveform": layer_norm,
-    }  # fmt: skip
+        "dim": dim,
+        "num_layers": 1 + max(int(match[1]) for match in numbers if match),
+        "num_heads": NUM_HEADS.get(dim),
+        "ffn_dim": len(tensors[ffn]),
+        "norm_first": layer_norm,
+        "conv_norm": "layer" if layer_norm else "group",
+        "conv_bias": f"{names['conv'].format(0)}.bias" in tensors,
+        "conv_dim": len(tensors[first]),
+        "pos_kernel": kernel,
+        "pos_groups": dim // group,
+        "normalize_waveform": layer_norm,
+    }
     encoder = make_encoder(keys, options, str(source))
     notes.append(
         f"no config in the file: inferred {encoder.num_layers} layers of width {dim}, {encoder.num_heads} heads, "
@@ -314,13 +358,17 @@ def make_encoder(keys: dict[str, Any], options: dict[str, Any], source: str) -> 
         raise ValueError(f"{source}: conv_bias with a group norm is not supported; no published model has it")
     widths = {768: "base", 1024: "large", 1280: "xlarge"}
     given = {name: value for name, value in options.items() if value is not None}
-    return parse_config(EncoderConfig, {"architecture": widths.get(keys["dim"], "base"), **keys, **given}, source)
+    return parse_config(
+        EncoderConfig, {"architecture": widths.get(keys["dim"], "base"), **keys, **given}, source
+    )
 
 
 def normalization_note(why: str, normalize: bool) -> str:
     """What to tell where nothing says whether waveforms are normalised."""
     flag, is_what = ("--no-normalize-waveform", "are") if normalize else ("--normalize-waveform", "are not")
-    return f"{why}: waveforms {is_what} normalised, as in published models of this kind; {flag} says otherwise"
+    return (
+        f"{why}: waveforms {is_what} normalised, as in published models of this kind; {flag} says otherwise"
+    )
 
 
 def leave_out(tensors: dict[str, Tensor], prefix: str, what: str, notes: list[str]) -> None:

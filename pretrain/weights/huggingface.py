@@ -13,12 +13,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.artefact import sha256_file
 from pretrain.config import parse_config
-from pretrain.encoder import EncoderConfig
-from pretrain.frontend import CONV_KERNELS, CONV_STRIDES
-from pretrain.hubert import HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2Config
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
+from pretrain.objectives.hubert import HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2Config
+from pretrain.store.artefact import sha256_file
 from pretrain.weights.foreign import (
     CTCHead,
     Foreign,
@@ -78,7 +78,9 @@ HUGGINGFACE_FIXED = (
 )
 
 
-def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool, vocabulary: Path | None = None) -> Foreign:
+def read_huggingface(
+    folder: Path, options: dict[str, Any], allow_pickle: bool, vocabulary: Path | None = None
+) -> Foreign:
     """Read a folder with config.json. `options` win over what it says; `allow_pickle`: its weights may be pickles.
 
     `vocabulary`: what the classes of its CTC head are, where the folder has no tokenizer.
@@ -88,10 +90,14 @@ def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool, 
     config = read_json(folder / "config.json", "a transformers model has one")
     kind = config.get("model_type")
     if kind not in ("wav2vec2", "hubert"):
-        raise ValueError(f"{folder}/config.json: model_type {kind!r} is not supported; 'wav2vec2' and 'hubert' are")
+        raise ValueError(
+            f"{folder}/config.json: model_type {kind!r} is not supported; 'wav2vec2' and 'hubert' are"
+        )
     for key, value, description in HUGGINGFACE_FIXED:
         if config.get(key, value) != value:
-            raise ValueError(f"{folder}/config.json: {key} = {config[key]!r}: a model with {description} is not supported")
+            raise ValueError(
+                f"{folder}/config.json: {key} = {config[key]!r}: a model with {description} is not supported"
+            )
     state, sha256 = _huggingface_tensors(folder, allow_pickle)
     notes = []
     widths = set(config.get("conv_dim", [512]))
@@ -99,24 +105,36 @@ def read_huggingface(folder: Path, options: dict[str, Any], allow_pickle: bool, 
         raise ValueError(
             f"{folder}/config.json: conv_dim = {config['conv_dim']}: convolutions of different widths are not supported"
         )
-    keys: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in HUGGINGFACE_KEYS.items()}
+    keys: dict[str, Any] = {
+        ours: config.get(theirs, default) for ours, (theirs, default) in HUGGINGFACE_KEYS.items()
+    }
     if (processor := _feature_extractor(folder)) is not None:
         keys["normalize_waveform"] = bool(processor.get("do_normalize", True))
     else:
         keys["normalize_waveform"] = keys["conv_norm"] == "layer"
         if options["normalize_waveform"] is None:
-            notes.append(normalization_note("there is no preprocessor_config.json", keys["normalize_waveform"]))
+            notes.append(
+                normalization_note("there is no preprocessor_config.json", keys["normalize_waveform"])
+            )
     tensors = canonical(state, f"{kind}.", str(folder))
     recognizer = None
     if (head_weight := tensors.get(f"{CTC_HEADS['huggingface']}.weight")) is not None:
         rows = len(head_weight)
-        classes = read_vocabulary(vocabulary, rows, notes) if vocabulary else read_classes(folder, config, rows, notes)
+        classes = (
+            read_vocabulary(vocabulary, rows, notes)
+            if vocabulary
+            else read_classes(folder, config, rows, notes)
+        )
         if classes is None:
             leave_out(tensors, "lm_head.", "a CTC head", notes)
-            notes.append("no vocab.json says what the classes of the CTC head are; --vocabulary FILE does, and keeps it")
+            notes.append(
+                "no vocab.json says what the classes of the CTC head are; --vocabulary FILE does, and keeps it"
+            )
         else:
             take_rows(tensors, CTC_HEADS["huggingface"], classes.rows, str(folder))
-            recognizer = CTCHead(classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json"))
+            recognizer = CTCHead(
+                classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json")
+            )
     if (folder / HEADS_FILE).is_file():
         tensors |= load_safetensors(folder / HEADS_FILE)
     encoder = make_encoder({**keys, "conv_dim": widths.pop()}, options, f"{folder}/config.json")
@@ -147,8 +165,14 @@ def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Te
         files = [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
             parts = read_json(index).get("weight_map")
-            if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
-                raise ValueError(f"{index}: no `weight_map` from the tensors' names to the files that hold them; download it again")
+            if (
+                not isinstance(parts, dict)
+                or not parts
+                or not all(isinstance(part, str) for part in parts.values())
+            ):
+                raise ValueError(
+                    f"{index}: no `weight_map` from the tensors' names to the files that hold them; download it again"
+                )
             files = [folder / part for part in sorted(set(parts.values()))]
         if not all(path.is_file() for path in files):
             if len(files) > 1:
@@ -157,7 +181,9 @@ def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Te
             continue
         tensors: dict[str, Tensor] = {}
         for path in files:
-            tensors |= load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path, allow_pickle)
+            tensors |= (
+                load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path, allow_pickle)
+            )
         return tensors, sha256_file(files[0])
     raise ValueError(f"{folder}: no model.safetensors and no pytorch_model.bin beside config.json")
 
@@ -181,21 +207,35 @@ def write_huggingface(
     config: dict[str, Any] = {"model_type": family, "architectures": [name], "torch_dtype": "float32"}
     config |= {theirs: getattr(encoder, ours) for ours, (theirs, _) in HUGGINGFACE_KEYS.items()}
     config |= {
-        key: value for key, value, _ in HUGGINGFACE_FIXED if key not in (WAV2VEC2_ONLY if family == "hubert" else HUBERT_ONLY)
+        key: value
+        for key, value, _ in HUGGINGFACE_FIXED
+        if key not in (WAV2VEC2_ONLY if family == "hubert" else HUBERT_ONLY)
     }
-    config |= {"conv_dim": [encoder.conv_dim] * len(CONV_KERNELS), "num_feat_extract_layers": len(CONV_KERNELS)}
+    config |= {
+        "conv_dim": [encoder.conv_dim] * len(CONV_KERNELS),
+        "num_feat_extract_layers": len(CONV_KERNELS),
+    }
     if contrastive:
         config |= {theirs: getattr(contrastive, ours) for ours, (theirs, _) in CONTRASTIVE_KEYS.items()}
     processor = {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "sampling_rate": 16000, "padding_side": "right",
-        "padding_value": 0.0, "do_normalize": encoder.normalize_waveform, "return_attention_mask": encoder.conv_norm == "layer",
-    }  # fmt: skip
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": 16000,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "do_normalize": encoder.normalize_waveform,
+        "return_attention_mask": encoder.conv_norm == "layer",
+    }
     if recognizer:
         tensors = dict(tensors)
         config |= write_head(folder, recognizer, tensors)
         processor["processor_class"] = "Wav2Vec2Processor"
     heads = {part for names in (HEAD_NAMES["huggingface", "hubert"],) for part in names.values()}
-    apart = {key: tensor for key, tensor in tensors.items() if key.removesuffix(".weight").removesuffix(".bias") in heads}
+    apart = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key.removesuffix(".weight").removesuffix(".bias") in heads
+    }
     prefix = f"{family}." if contrastive or recognizer else ""
     inside = {*HEAD_NAMES["huggingface", "wav2vec2"].values(), CTC_HEADS["huggingface"]}
     written = {}

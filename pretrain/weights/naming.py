@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pretrain.encoder import EncoderConfig
-from pretrain.frontend import CONV_KERNELS
+from pretrain.model.encoder import EncoderConfig
+from pretrain.model.frontend import CONV_KERNELS
 
 Format = Literal["huggingface", "fairseq", "fairseq2", "torchaudio"]
 Objective = Literal["hubert", "wav2vec2"]
@@ -127,8 +127,11 @@ HEAD_NAMES: dict[tuple[Format, Objective], dict[str, str]] = {
     },
 }
 CTC_HEADS: dict[Format, str] = {
-    "huggingface": "lm_head", "fairseq": "w2v_encoder.proj", "fairseq2": "final_proj", "torchaudio": "aux",
-}  # fmt: skip
+    "huggingface": "lm_head",
+    "fairseq": "w2v_encoder.proj",
+    "fairseq2": "final_proj",
+    "torchaudio": "aux",
+}
 # A sign in a tensor's name, and what it says the model is.
 UNSUPPORTED = {
     r"rel_attn_embed|gru_rel_pos|grep_linear|relative_attention_bias": "WavLM (gated relative positions)",
@@ -153,7 +156,12 @@ class Parameter:
 
 
 def parameters(
-    form: Format, encoder: EncoderConfig, objective: Objective | None, num_groups: int = 1, *, ctc: bool = False
+    form: Format,
+    encoder: EncoderConfig,
+    objective: Objective | None,
+    num_groups: int = 1,
+    *,
+    ctc: bool = False,
 ) -> list[Parameter]:
     """Every tensor of an encoder, named `encoder.…`, and of the heads of `objective` (None: no heads), or of a CTC head.
 
@@ -163,28 +171,48 @@ def parameters(
     found = []
     for number in range(len(CONV_KERNELS)):
         conv = names["conv"].format(number)
-        found.append(Parameter(f"encoder.front_end.weights.{number}", (f"{conv}.weight",), _taps_first, _taps_last))
+        found.append(
+            Parameter(f"encoder.front_end.weights.{number}", (f"{conv}.weight",), _taps_first, _taps_last)
+        )
         if encoder.conv_bias:
             found.append(Parameter(f"encoder.front_end.biases.{number}", (f"{conv}.bias",)))
         if encoder.conv_norm == "layer" or number == 0:
-            found += _affine(f"encoder.front_end.norms.{number}", names[f"{encoder.conv_norm}_norm"].format(number))
-    found += _affine("encoder.feature_norm", names["feature_norm"]) + _affine("encoder.project", names["project"])
+            found += _affine(
+                f"encoder.front_end.norms.{number}", names[f"{encoder.conv_norm}_norm"].format(number)
+            )
+    found += _affine("encoder.feature_norm", names["feature_norm"]) + _affine(
+        "encoder.project", names["project"]
+    )
     found.append(Parameter("encoder.mask_embedding", (names["mask_embedding"],)))
     for ours, theirs in (("magnitude", "weight_g"), ("direction", "weight_v"), ("bias", "bias")):
         found.append(Parameter(f"encoder.positional.{ours}", (f"{names['positional']}.{theirs}",)))
-    found += _affine("encoder.norm", names["norm"] if encoder.norm_first else names.get("first_norm", names["norm"]))
+    found += _affine(
+        "encoder.norm", names["norm"] if encoder.norm_first else names.get("first_norm", names["norm"])
+    )
     for number in range(encoder.num_layers):
         ours, theirs = f"encoder.layers.{number}", names["layer"].format(number)
         attention = f"{theirs}.{layer_names['attention']}"
         for kind in ("weight", "bias"):
             parts = tuple(f"{attention}.{letter}_proj.{kind}" for letter in "qkv")
-            found.append(Parameter(f"{ours}.qkv.{kind}", parts, lambda rows: torch.cat(list(rows)), lambda rows: rows.chunk(3)))
+            found.append(
+                Parameter(
+                    f"{ours}.qkv.{kind}",
+                    parts,
+                    lambda rows: torch.cat(list(rows)),
+                    lambda rows: rows.chunk(3),
+                )
+            )
         for part in ("attention_out", "attention_norm", "ffn_in", "ffn_out", "ffn_norm"):
             found += _affine(f"{ours}.{part}", f"{theirs}.{layer_names[part]}")
     for ours, theirs in HEAD_NAMES[form, objective].items() if objective else ():
         if ours == "quantizer.codes":  # theirs are (1, groups · entries, dim)
             found.append(
-                Parameter(ours, (theirs,), lambda x: x[0][0].unflatten(0, (num_groups, -1)), lambda x: (x.flatten(0, 1)[None],))
+                Parameter(
+                    ours,
+                    (theirs,),
+                    lambda x: x[0][0].unflatten(0, (num_groups, -1)),
+                    lambda x: (x.flatten(0, 1)[None],),
+                )
             )
         else:
             found += [Parameter(ours, (theirs,))] if ours == "class_embeddings" else _affine(ours, theirs)
@@ -219,7 +247,9 @@ def canonical(state: Mapping[str, Tensor], prefix: str, source: str) -> dict[str
     renamed = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{source}: {name!r} is a {type(tensor).__name__}; a state dict holds tensors alone")
+            raise ValueError(
+                f"{source}: {name!r} is a {type(tensor).__name__}; a state dict holds tensors alone"
+            )
         for pattern, description in UNSUPPORTED.items():
             if re.search(pattern, name):
                 raise ValueError(f"{source}: holds {name!r}, so it is {description}, which is not supported")
@@ -254,12 +284,17 @@ def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Parameter]) -> dict[st
     written = {}
     for parameter in table:
         for name, part in zip(parameter.theirs, parameter.write(ours[parameter.ours]), strict=True):
-            written[name] = part.contiguous().clone()  # parts of one tensor must not share its storage in the file
+            written[name] = (
+                part.contiguous().clone()
+            )  # parts of one tensor must not share its storage in the file
     return written
 
 
 def _compare(theirs: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: str) -> None:
-    missing, surplus = [name for name in expected if name not in theirs], [name for name in theirs if name not in expected]
+    missing, surplus = (
+        [name for name in expected if name not in theirs],
+        [name for name in theirs if name not in expected],
+    )
     strange = [name for name in expected if name in theirs and not theirs[name].is_floating_point()]
     misshaped = [name for name, shape in expected.items() if name in theirs and theirs[name].shape != shape]
     problems = []
@@ -268,10 +303,27 @@ def _compare(theirs: Mapping[str, Tensor], expected: Mapping[str, torch.Size], s
         problems.append(f"missing: {name}" + (f" (there is {near[0]!r})" if near else ""))
     for name in surplus[:SHOWN]:
         near = difflib.get_close_matches(name, missing or list(expected), n=1)
-        problems.append(f"not expected: {name}" + (f" (the nearest known name is {near[0]!r})" if near else ""))
-    problems += [f"{name}: is {tuple(theirs[name].shape)}; {tuple(expected[name])} is expected" for name in misshaped[:SHOWN]]
-    problems += [f"{name}: holds {type_name(theirs[name])}; floating-point numbers are expected" for name in strange[:SHOWN]]
-    kinds = (("missing", missing), ("not expected", surplus), ("of another shape", misshaped), ("of another type", strange))
-    problems += [f"{len(names)} tensors are {kind}, of which {SHOWN} are named here" for kind, names in kinds if len(names) > SHOWN]
+        problems.append(
+            f"not expected: {name}" + (f" (the nearest known name is {near[0]!r})" if near else "")
+        )
+    problems += [
+        f"{name}: is {tuple(theirs[name].shape)}; {tuple(expected[name])} is expected"
+        for name in misshaped[:SHOWN]
+    ]
+    problems += [
+        f"{name}: holds {type_name(theirs[name])}; floating-point numbers are expected"
+        for name in strange[:SHOWN]
+    ]
+    kinds = (
+        ("missing", missing),
+        ("not expected", surplus),
+        ("of another shape", misshaped),
+        ("of another type", strange),
+    )
+    problems += [
+        f"{len(names)} tensors are {kind}, of which {SHOWN} are named here"
+        for kind, names in kinds
+        if len(names) > SHOWN
+    ]
     if problems:
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))

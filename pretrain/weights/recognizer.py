@@ -24,18 +24,24 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE, Spelling, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.plain_text import read_text
+from pretrain.store.plain_text import read_text
 from pretrain.weights.foreign import CTCHead, leave_out, read_json
 from pretrain.weights.naming import CTC_HEADS, Format
 
-FILLER_BIAS = -1e4  # of a class that is none of ours: its probability is 0 in float32, and half precision can say it
+FILLER_BIAS = (
+    -1e4
+)  # of a class that is none of ours: its probability is 0 in float32, and half precision can say it
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # the first is the blank
 OVERWRITE = " #fairseq:overwrite"  # ends the line of a word that is to replace one of the same name
 CHARACTERS, PHONES = "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer"
 READ_AS: dict[str | None, Spelling] = {
-    None: "characters", CHARACTERS: "characters", "Wav2Vec2Tokenizer": "characters", PHONES: "phones",
-    "PreTrainedTokenizerFast": "tokenizer", "TokenizersBackend": "tokenizer",
-}  # fmt: skip
+    None: "characters",
+    CHARACTERS: "characters",
+    "Wav2Vec2Tokenizer": "characters",
+    PHONES: "phones",
+    "PreTrainedTokenizerFast": "tokenizer",
+    "TokenizersBackend": "tokenizer",
+}
 
 
 class Classes(NamedTuple):
@@ -64,7 +70,11 @@ def take_rows(tensors: dict[str, Tensor], name: str, rows: Sequence[int], source
 
 def name_blank(symbols: Collection[str]) -> str:
     """A name for the blank that none of `symbols` has."""
-    return next(name for name in chain(("<pad>", "<blank>"), map("<blank {}>".format, count(2))) if name not in symbols)
+    return next(
+        name
+        for name in chain(("<pad>", "<blank>"), map("<blank {}>".format, count(2)))
+        if name not in symbols
+    )
 
 
 def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: list[str]) -> Classes | None:
@@ -76,11 +86,15 @@ def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: 
         return None
     if kind not in READ_AS:
         known = ", ".join(str(name) for name in READ_AS if name)
-        raise ValueError(f"{folder}/tokenizer_config.json: tokenizer_class {kind!r} is not supported; {known} are")
+        raise ValueError(
+            f"{folder}/tokenizer_config.json: tokenizer_class {kind!r} is not supported; {known} are"
+        )
     if (folder / "language_model").is_dir():
         notes.append("its n-gram model (language_model/) is left out: give its file to `transcribe`")
     if settings.get("clean_up_tokenization_spaces"):
-        notes.append("its texts keep the spaces before marks and 's that transformers takes out (clean_up_tokenization_spaces)")
+        notes.append(
+            "its texts keep the spaces before marks and 's that transformers takes out (clean_up_tokenization_spaces)"
+        )
     blank = _token({**_optional(folder / "special_tokens_map.json"), **settings}, "pad_token", "<pad>")
     if pieces:
         return _pieces(folder, config, blank, num_rows, notes)
@@ -89,11 +103,18 @@ def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: 
     symbols = _symbols(names, rows, notes)
     if READ_AS[kind] == "phones":
         if (delimiter := settings.get("word_delimiter_token")) in symbols:
-            raise ValueError(f"{folder}/vocab.json: phones with marks between words ({delimiter!r}) are not supported")
+            raise ValueError(
+                f"{folder}/vocab.json: phones with marks between words ({delimiter!r}) are not supported"
+            )
         return Classes(Vocabulary(symbols, "phones"), TextConfig(spelling="phones"), rows)
-    delimiter, space = _token(settings, "word_delimiter_token", SPACE), settings.get("replace_word_delimiter_char", " ")
+    delimiter, space = (
+        _token(settings, "word_delimiter_token", SPACE),
+        settings.get("replace_word_delimiter_char", " "),
+    )
     if space != " ":
-        raise ValueError(f"{folder}/tokenizer_config.json: replace_word_delimiter_char = {space!r}; only a space is supported")
+        raise ValueError(
+            f"{folder}/tokenizer_config.json: replace_word_delimiter_char = {space!r}; only a space is supported"
+        )
     if delimiter != SPACE and SPACE in symbols:
         raise ValueError(
             f"{folder}/vocab.json: {SPACE!r} is a character here and not the space, as it is in every vocabulary of ours"
@@ -120,12 +141,19 @@ def of_symbols(symbols: list[str], rows: list[int], notes: list[str]) -> Classes
         if any(unicodedata.category(c) == "Po" and c not in plain.normalize(f"q{c}q") for c in letters)
         else "remove",
     )
-    notes.append(f"transcripts are normalised as its vocabulary tells: case = {text.case!r}, punctuation = {text.punctuation!r}")
+    notes.append(
+        f"transcripts are normalised as its vocabulary tells: case = {text.case!r}, punctuation = {text.punctuation!r}"
+    )
     return Classes(Vocabulary(symbols, text.spelling), text, rows)
 
 
 def read_head(
-    tensors: dict[str, Tensor], form: Format, given: Path | None, held: Sequence[Sequence[str]], notes: list[str], source: str
+    tensors: dict[str, Tensor],
+    form: Format,
+    given: Path | None,
+    held: Sequence[Sequence[str]],
+    notes: list[str],
+    source: str,
 ) -> CTCHead | None:
     """The CTC head of a fairseq or torchaudio model, its rows brought to our order in place; None where there is none.
 
@@ -139,7 +167,9 @@ def read_head(
     fitting = [words for words in held if len(words) == rows]
     if given is None and not fitting:
         leave_out(tensors, f"{name}.", "a CTC head", notes)
-        notes.append("nothing says what the classes of the CTC head are; --vocabulary dict.ltr.txt does, and keeps it")
+        notes.append(
+            "nothing says what the classes of the CTC head are; --vocabulary dict.ltr.txt does, and keeps it"
+        )
         return None
     classes = read_vocabulary(given, rows, notes) if given else of_dictionary(fitting[0], rows, notes, source)
     take_rows(tensors, name, classes.rows, source)
@@ -156,7 +186,9 @@ def read_vocabulary(path: Path, num_rows: int, notes: list[str]) -> Classes:
             raise ValueError(
                 f"{path}: has a token of number {last}, but the CTC head has {num_rows} classes; is it the vocabulary of this model?"
             )
-        blank = next((token for token in ("<pad>", "[PAD]", "<blank>", "-") if token in names.values()), "<pad>")
+        blank = next(
+            (token for token in ("<pad>", "[PAD]", "<blank>", "-") if token in names.values()), "<pad>"
+        )
         rows = _blank_first(str(path), names, blank, None, num_rows)
         symbols = _symbols(names, rows, notes)
         if SPACE not in symbols:
@@ -166,7 +198,9 @@ def read_vocabulary(path: Path, num_rows: int, notes: list[str]) -> Classes:
         lines = [line.rstrip().removesuffix(OVERWRITE) for line in read_text(path).splitlines()]
         words = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
     except ValueError as error:
-        raise ValueError(f"{path}: not a text file ({error}); give the dict.ltr.txt or the vocab.json of the model") from None
+        raise ValueError(
+            f"{path}: not a text file ({error}); give the dict.ltr.txt or the vocab.json of the model"
+        ) from None
     return of_dictionary(words, num_rows, notes, str(path))
 
 
@@ -220,37 +254,61 @@ def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) ->
     settings, rows = write(folder, vocabulary)
     take_rows(tensors, "lm_head", rows, str(folder))
     blank = settings["pad_token"]
-    settings |= {"clean_up_tokenization_spaces": False, "processor_class": "Wav2Vec2Processor"}  # " ." stays " ."
+    settings |= {
+        "clean_up_tokenization_spaces": False,
+        "processor_class": "Wav2Vec2Processor",
+    }  # " ." stays " ."
     special = {
-        key: value for key, value in settings.items() if key in ("pad_token", "unk_token", "bos_token", "eos_token") and value
+        key: value
+        for key, value in settings.items()
+        if key in ("pad_token", "unk_token", "bos_token", "eos_token") and value
     }
     _write(folder / "tokenizer_config.json", settings)
     _write(folder / "special_tokens_map.json", special)
     names = [blank, *vocabulary.symbols] if vocabulary.spelling != "tokenizer" else []
-    ids = {key: names.index(token) if (token := settings[key]) in names else None for key in ("bos_token", "eos_token")}
+    ids = {
+        key: names.index(token) if (token := settings[key]) in names else None
+        for key in ("bos_token", "eos_token")
+    }
     masks = ctc.mask_start_probability > 0 or ctc.mask_channel_probability > 0
     told = {
-        "mask_time_prob": round(ctc.mask_start_probability * ctc.mask_length, 12), "mask_time_length": ctc.mask_length,
+        "mask_time_prob": round(ctc.mask_start_probability * ctc.mask_length, 12),
+        "mask_time_length": ctc.mask_length,
         "mask_feature_prob": round(ctc.mask_channel_probability * ctc.mask_channel_length, 12),
-        "mask_feature_length": ctc.mask_channel_length, "mask_time_min_masks": 2, "mask_feature_min_masks": 0,
-    }  # fmt: skip
+        "mask_feature_length": ctc.mask_channel_length,
+        "mask_time_min_masks": 2,
+        "mask_feature_min_masks": 0,
+    }
     return {
-        "vocab_size": len(rows), "pad_token_id": rows.index(0), **{f"{key}_id": value for key, value in ids.items()},
-        "ctc_loss_reduction": "mean", "ctc_zero_infinity": False, "final_dropout": ctc.final_dropout, "apply_spec_augment": masks,
+        "vocab_size": len(rows),
+        "pad_token_id": rows.index(0),
+        **{f"{key}_id": value for key, value in ids.items()},
+        "ctc_loss_reduction": "mean",
+        "ctc_zero_infinity": False,
+        "final_dropout": ctc.final_dropout,
+        "apply_spec_augment": masks,
         **(told if masks else {}),
-    }  # fmt: skip
+    }
 
 
 def _write_vocab(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
     """vocab.json with our classes in our order. There is a token for unknown characters only where there is a class for them."""
     blank = name_blank(vocabulary.symbols)
-    _write(folder / "vocab.json", {blank: 0, **{symbol: number for number, symbol in enumerate(vocabulary.symbols, start=1)}})
+    _write(
+        folder / "vocab.json",
+        {blank: 0, **{symbol: number for number, symbol in enumerate(vocabulary.symbols, start=1)}},
+    )
     unknown = next((name for name in ("<unk>", "[UNK]", "[unk]") if name in vocabulary.symbols), "<unk>")
-    ends = {key: name if name in vocabulary.symbols else None for key, name in (("bos_token", "<s>"), ("eos_token", "</s>"))}
+    ends = {
+        key: name if name in vocabulary.symbols else None
+        for key, name in (("bos_token", "<s>"), ("eos_token", "</s>"))
+    }
     settings: dict[str, Any] = {"pad_token": blank, "unk_token": unknown, **ends}
     if vocabulary.spelling == "phones":
         delimiters = {"phone_delimiter_token": " ", "word_delimiter_token": None}
-        return {"tokenizer_class": PHONES, **settings, **delimiters, "do_phonemize": False}, [*range(len(vocabulary))]
+        return {"tokenizer_class": PHONES, **settings, **delimiters, "do_phonemize": False}, [
+            *range(len(vocabulary))
+        ]
     settings |= {"word_delimiter_token": SPACE, "replace_word_delimiter_char": " ", "do_lower_case": False}
     return {"tokenizer_class": CHARACTERS, **settings}, [*range(len(vocabulary))]
 
@@ -261,9 +319,15 @@ def _write_pieces(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any],
     tree, numbers = json.loads(vocabulary.tokenizer), _numbers(vocabulary.tokenizer)
     blank, last = name_blank(numbers), 1 + max(numbers.values())
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tree["added_tokens"] = [*tree.get("added_tokens", []), {"id": last, "content": blank, **plain, "special": True}]
+    tree["added_tokens"] = [
+        *tree.get("added_tokens", []),
+        {"id": last, "content": blank, **plain, "special": True},
+    ]
     ctc = {"type": "CTC", "pad_token": blank, "word_delimiter_token": SPACE, "cleanup": False}
-    tree["decoder"] = {"type": "Sequence", "decoders": [ctc, *([tree["decoder"]] if tree.get("decoder") else [])]}
+    tree["decoder"] = {
+        "type": "Sequence",
+        "decoders": [ctc, *([tree["decoder"]] if tree.get("decoder") else [])],
+    }
     tree["post_processor"] = None  # which may put special tokens around a transcript
     _write(folder / "tokenizer.json", tree)
     rows = [-1] * last + [0]
@@ -280,9 +344,13 @@ def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, 
     decoder = tree.get("decoder") or {}
     steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
     if not steps or steps[0].get("type") != "CTC":
-        raise ValueError(f"{path}: its decoder does not begin with CTC, which merges repeats and drops the blank; not supported")
+        raise ValueError(
+            f"{path}: its decoder does not begin with CTC, which merges repeats and drops the blank; not supported"
+        )
     rest = steps[1:]
-    tree["decoder"] = None if not rest else rest[0] if len(rest) == 1 else {"type": "Sequence", "decoders": rest}
+    tree["decoder"] = (
+        None if not rest else rest[0] if len(rest) == 1 else {"type": "Sequence", "decoders": rest}
+    )
     added = [token for token in tree.get("added_tokens", []) if token["content"] != blank]
     with TemporaryDirectory() as plain:
         _write(Path(plain, path.name), {**tree, "added_tokens": added})
@@ -296,7 +364,11 @@ def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, 
         raise ValueError(f"{path}: has {1 + max(kept)} tokens, but the CTC head {num_rows} classes")
     if len(kept) < num_rows:
         notes.append(f"the classes of special tokens are left out ({num_rows - len(kept)})")
-    return Classes(vocabulary, TextConfig(spelling="tokenizer", tokenizer=str(path), case="keep", punctuation="keep"), kept)
+    return Classes(
+        vocabulary,
+        TextConfig(spelling="tokenizer", tokenizer=str(path), case="keep", punctuation="keep"),
+        kept,
+    )
 
 
 def _numbers(definition: str) -> dict[str, int]:
@@ -307,7 +379,9 @@ def _numbers(definition: str) -> dict[str, int]:
     return numbers
 
 
-def _blank_first(source: str, names: Mapping[int, str], blank: str, told: int | None, num_rows: int) -> list[int]:
+def _blank_first(
+    source: str, names: Mapping[int, str], blank: str, told: int | None, num_rows: int
+) -> list[int]:
     """All rows, the blank's first."""
     found = [number for number, name in names.items() if name == blank]
     if not found or found[0] >= num_rows:
@@ -322,11 +396,19 @@ def _blank_first(source: str, names: Mapping[int, str], blank: str, told: int | 
 
 def _names(folder: Path, settings: Mapping[str, Any]) -> dict[int, str]:
     """The tokens of a Wav2Vec2 tokenizer by number; those of vocab.json before those that were added to it."""
-    added = {token: number for token, number in _optional(folder / "added_tokens.json").items() if isinstance(number, int)}
+    added = {
+        token: number
+        for token, number in _optional(folder / "added_tokens.json").items()
+        if isinstance(number, int)
+    }
     decoder = settings.get("added_tokens_decoder") or {}
-    late = {int(number): _content(token) for number, token in decoder.items()} | {number: token for token, number in added.items()}
+    late = {int(number): _content(token) for number, token in decoder.items()} | {
+        number: token for token, number in added.items()
+    }
     if settings.get("target_lang") is not None:
-        raise ValueError(f"{folder}/tokenizer_config.json: target_lang: vocabularies of several languages (MMS) are not supported")
+        raise ValueError(
+            f"{folder}/tokenizer_config.json: target_lang: vocabularies of several languages (MMS) are not supported"
+        )
     return late | _ids(folder / "vocab.json")
 
 
@@ -334,7 +416,9 @@ def _ids(path: Path) -> dict[int, str]:
     table = read_json(path)
     if any(isinstance(value, dict) for value in table.values()):
         raise ValueError(f"{path}: vocabularies of several languages (MMS) are not supported")
-    if not all(isinstance(value, int) and value >= 0 for value in table.values()) or len(set(table.values())) < len(table):
+    if not all(isinstance(value, int) and value >= 0 for value in table.values()) or len(
+        set(table.values())
+    ) < len(table):
         raise ValueError(f"{path}: each token needs a number of its own")
     return {number: token for token, number in table.items()}
 

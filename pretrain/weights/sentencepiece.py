@@ -42,7 +42,9 @@ def read_pieces(path: Path) -> Pieces:
         raise ValueError(f"{path}: not a SentencePiece model (or a damaged one)") from None
     if not names or "" in names:
         raise ValueError(
-            f"{path}: not a SentencePiece model: it has no pieces" if not names else f"{path}: has a piece without a name"
+            f"{path}: not a SentencePiece model: it has no pieces"
+            if not names
+            else f"{path}: has a piece without a name"
         )
     return Pieces(names, types, kind == CHARACTERS)
 
@@ -58,9 +60,13 @@ def write_pieces(path: Path, blank: str, symbols: Sequence[str], unknown: str) -
     whole = b""
     for number, name in enumerate(names):
         type_ = CONTROL if number == 0 or (name.startswith("<") and len(name) > 1) else NORMAL
-        piece = _text(1, name) + _tag(2, FIXED32) + bytes(4) + _integer(3, UNKNOWN if number == place else type_)
+        piece = (
+            _text(1, name) + _tag(2, FIXED32) + bytes(4) + _integer(3, UNKNOWN if number == place else type_)
+        )
         whole += _bytes(1, piece)
-    ends = {number: names.index(name) if name in names else -1 for number, name in ((41, "<s>"), (42, "</s>"))}
+    ends = {
+        number: names.index(name) if name in names else -1 for number, name in ((41, "<s>"), (42, "</s>"))
+    }
     trained = _integer(3, CHARACTERS) + _integer(4, len(names)) + _integer(40, place)
     trained += b"".join(_integer(number, where) for number, where in ends.items()) + _integer(43, 0)
     trained += _text(45, unknown) + _text(48, blank)

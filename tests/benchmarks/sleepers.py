@@ -8,7 +8,13 @@ from typing import Any
 
 from benchmarks.command import argument_parser, run_main
 
-SECONDS = {"ours": 0.05, "quick": 0.1, "slow": 0.5, "deaf": 0.05, "frail": 0.05}  # far apart: a busy machine oversleeps
+SECONDS = {
+    "ours": 0.05,
+    "quick": 0.1,
+    "slow": 0.5,
+    "deaf": 0.05,
+    "frail": 0.05,
+}  # far apart: a busy machine oversleeps
 
 
 class Sleeper:
@@ -44,4 +50,8 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Sleeper:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("tests.benchmarks.sleepers", argument_parser(None, ["quick"]), None, build, lambda _: {}, str))
+    sys.exit(
+        run_main(
+            "tests.benchmarks.sleepers", argument_parser(None, ["quick"]), None, build, lambda _: {}, str
+        )
+    )

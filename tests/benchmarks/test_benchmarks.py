@@ -15,22 +15,44 @@ from benchmarks.command import add_model_arguments, argument_parser, command, ta
 from benchmarks.flops import forward_flops
 from benchmarks.measure import contest, try_out
 from benchmarks.training_peers import PEERS, transformers_config
-from pretrain.audio import load_audio
-from pretrain.encoder import EncoderConfig
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest, write_manifest
+from pretrain.data.audio import load_audio
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.model.encoder import EncoderConfig
 
 SLEEPERS = "tests.benchmarks.sleepers"
-SETTINGS = {"device": "cpu", "precision": "float32", "threads": 1, "rounds": 3, "warmup": 1, "gemm_size": 64, "peak_tflops": 2.0}
+SETTINGS = {
+    "device": "cpu",
+    "precision": "float32",
+    "threads": 1,
+    "rounds": 3,
+    "warmup": 1,
+    "gemm_size": 64,
+    "peak_tflops": 2.0,
+}
 KEYS = set(
     "name unit ours peer ratio ours_peak_gb peer_peak_gb memory_ratio limit share_of_limit gemm_tflops rounds ours_rounds peer_rounds "
     "peer_name settings machine date corpus".split()
 )
-TINY = ["--architecture", "tiny", "--seconds", "1", "--batch", "2", "--rounds", "1", "--threads", "1", "--json"]
+TINY = [
+    "--architecture",
+    "tiny",
+    "--seconds",
+    "1",
+    "--batch",
+    "2",
+    "--rounds",
+    "1",
+    "--threads",
+    "1",
+    "--json",
+]
 
 
 @pytest.mark.slow
-def test_contenders_take_turns_and_the_fastest_variant_is_the_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_take_turns_and_the_fastest_variant_is_the_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # of the parent: must reach nobody
     result = contest(SLEEPERS, ["slow", "quick"], tmp_path, SETTINGS, 1e6, peer_python=None)
     turns = [line.split() for line in (tmp_path / "turns.txt").read_text().splitlines()]
@@ -44,7 +66,12 @@ def test_contenders_take_turns_and_the_fastest_variant_is_the_peer(tmp_path: Pat
     assert max(result["ours_rounds"]) <= 2 / 0.02 and max(result["peer_rounds"]) <= 2 / 0.02
     assert max(result["peer_rounds_default"]) <= 2 / 0.1
     assert result["ours"] == sorted(result["ours_rounds"])[1]  # the median of three, without the warm-up
-    assert result["ratio"] == result["ours"] / result["peer"] < result["ratio_default"] == result["ours"] / result["peer_default"]
+    assert (
+        result["ratio"]
+        == result["ours"] / result["peer"]
+        < result["ratio_default"]
+        == result["ours"] / result["peer_default"]
+    )
     assert result["limit"] == pytest.approx(1e12 * result["gemm_tflops"] / 1e6)
     assert result["mfu"] == pytest.approx(result["ours"] * 1e6 / 2e12)
     assert result["share_of_limit"] == result["ours"] / result["limit"]
@@ -65,11 +92,15 @@ def test_a_result_is_written_once_more_not_over_and_says_what_to_type(tmp_path: 
     parser = argument_parser(None, ["quick"])
     add_model_arguments(parser)
     given = ["--threads", "1", "--peer-python", "/somewhere/python", "--out", str(tmp_path), "--json"]
-    assert command("benchmarks.x", parser, parser.parse_args(given)) == "python -m benchmarks.x --threads 1 --peer-python PYTHON"
+    assert (
+        command("benchmarks.x", parser, parser.parse_args(given))
+        == "python -m benchmarks.x --threads 1 --peer-python PYTHON"
+    )
     result = {"name": "x base", "date": "2026-01-02", "peer_name": "quick-kept", "ratio": 2.0}
     assert [write_result(result, tmp_path / "new").name for _ in range(2)] == [
-        "2026-01-02-x-base-quick-kept.json", "2026-01-02-x-base-quick-kept-2.json",
-    ]  # fmt: skip
+        "2026-01-02-x-base-quick-kept.json",
+        "2026-01-02-x-base-quick-kept-2.json",
+    ]
     assert json.loads((tmp_path / "new/2026-01-02-x-base-quick-kept.json").read_text()) == result
 
 
@@ -87,7 +118,11 @@ def test_a_peer_that_is_not_installed_is_named_with_the_remedy(tmp_path: Path) -
 def test_ours_and_a_peer_read_the_same_samples_and_labels(tmp_path: Path) -> None:
     lengths = corpus.draw_lengths("mixed", 10.0, 20.0, seed=1)
     corpus.write_corpus(tmp_path, lengths, 50, seed=1)
-    audio, manifest, labels = corpus.read_corpus(tmp_path), Manifest(tmp_path / "manifest"), Labels(tmp_path / "labels")
+    audio, manifest, labels = (
+        corpus.read_corpus(tmp_path),
+        Manifest(tmp_path / "manifest"),
+        Labels(tmp_path / "labels"),
+    )
     assert len(audio.waveforms) == len(manifest) == len(lengths)
     for number, utterance in enumerate(manifest):
         np.testing.assert_array_equal(load_audio(utterance), audio.waveforms[number])
@@ -120,12 +155,16 @@ def test_operations_of_base_are_those_known() -> None:
 def test_operations_are_those_that_torch_counts_in_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = EncoderConfig(architecture="tiny", front_end="waveform").resolved()
-    known = {key: value for key, value in transformers_config(sizes).items() if key != "feat_quantizer_dropout"}
+    known = {
+        key: value for key, value in transformers_config(sizes).items() if key != "feat_quantizer_dropout"
+    }
     model = transformers.HubertModel(transformers.HubertConfig(**known, attn_implementation="eager")).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(2, 48000))
     # the positional convolution computes one frame more than it keeps
-    assert forward_flops(sizes, np.array([48000, 48000]), sizes["num_layers"]) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert forward_flops(sizes, np.array([48000, 48000]), sizes["num_layers"]) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 def last_line(out: str) -> dict[str, Any]:
@@ -146,7 +185,10 @@ def test_pretrain_ends_with_one_json_line(objective: str, capsys: pytest.Capture
     assert pretrain.main(["--objective", objective, "--attention", "sdpa", *TINY]) == 0
     result = last_line(capsys.readouterr().out)
     check(result)
-    assert result["peer_name"] in ("transformers-sdpa", "transformers-sdpa-kept") and result["settings"]["objective"] == objective
+    assert (
+        result["peer_name"] in ("transformers-sdpa", "transformers-sdpa-kept")
+        and result["settings"]["objective"] == objective
+    )
     assert result["settings"]["sizes"]["layer_drop"] == 0
     if objective == "hubert":  # the very same model, so nothing is left out on either side
         assert result["ours_about"]["parameters"] == result["peer_about"]["parameters"]
@@ -167,7 +209,9 @@ def test_features_end_with_one_json_line_and_every_way_of_the_peer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setitem(features.VARIANTS, "transformers", ["transformers-cut-batched", "transformers-whole-single"])
+    monkeypatch.setitem(
+        features.VARIANTS, "transformers", ["transformers-cut-batched", "transformers-whole-single"]
+    )
     assert features.main(["--layer", "1", "--lengths", "mixed", "--total-seconds", "10", *TINY]) == 0
     result = last_line(capsys.readouterr().out)
     check(result)
@@ -181,37 +225,63 @@ def test_every_way_of_transformers_gives_the_same_features(tmp_path: Path) -> No
     pytest.importorskip("transformers")
     corpus.write_corpus(tmp_path, np.array([16000, 16000]), 5, seed=0)
     sizes = EncoderConfig(architecture="tiny", front_end="waveform", norm_first=False).resolved()
-    settings = {"sizes": sizes, "layer": 1, "device": "cpu", "precision": "float32", "batch_seconds": 2.0, "seed": 0}
+    settings = {
+        "sizes": sizes,
+        "layer": 1,
+        "device": "cpu",
+        "precision": "float32",
+        "batch_seconds": 2.0,
+        "seed": 0,
+    }
     waves = torch.from_numpy(np.stack(corpus.read_corpus(tmp_path).waveforms))
     with torch.inference_mode():
         cut, whole = (
-            features.TransformersPeer(settings, tmp_path, way).features(waves, None) for way in ("cut-batched", "whole-batched")
+            features.TransformersPeer(settings, tmp_path, way).features(waves, None)
+            for way in ("cut-batched", "whole-batched")
         )
     torch.testing.assert_close(cut, whole, rtol=0, atol=0)  # the same operations on the same numbers
 
 
 def test_label_agreement_counts_the_frames_that_keep_their_class(tmp_path: Path) -> None:
     exact = np.random.default_rng(0).standard_normal((148, 8)).astype(np.float32)
-    assert features.compare_features(exact, exact.copy(), 0) == {"label_agreement": 1.0, "label_classes": 37, "feature_error": 0.0}
+    assert features.compare_features(exact, exact.copy(), 0) == {
+        "label_agreement": 1.0,
+        "label_classes": 37,
+        "feature_error": 0.0,
+    }
     assert features.compare_features(exact, -exact, 0)["label_agreement"] < 0.5
-    assert features.compare_features(exact, 1.1 * exact, 0)["feature_error"] == pytest.approx(0.1, rel=0.1)  # its mean is near 0
+    assert features.compare_features(exact, 1.1 * exact, 0)["feature_error"] == pytest.approx(
+        0.1, rel=0.1
+    )  # its mean is near 0
 
 
 def test_agreement_compares_the_same_weights_on_the_same_utterances(tmp_path: Path) -> None:
     corpus.write_corpus(tmp_path, np.array([32000, 16000]), 5, seed=0)
     sizes = EncoderConfig(architecture="tiny", front_end="waveform").resolved()
     settings = {
-        "sizes": sizes, "layer": 1, "device": "cpu", "precision": "bfloat16", "threads": 1, "seed": 0, "ours_batch_seconds": None,
-    }  # fmt: skip
+        "sizes": sizes,
+        "layer": 1,
+        "device": "cpu",
+        "precision": "bfloat16",
+        "threads": 1,
+        "seed": 0,
+        "ours_batch_seconds": None,
+    }
     about = features.Agreement(settings, tmp_path).about()
     assert about["label_classes"] == (99 + 49) // 4
-    assert 0 < about["feature_error"] < 0.05 and about["label_agreement"] > 0.9  # bfloat16 keeps 8 bits: 0.4 % an operation
+    assert (
+        0 < about["feature_error"] < 0.05 and about["label_agreement"] > 0.9
+    )  # bfloat16 keeps 8 bits: 0.4 % an operation
 
 
 @pytest.mark.parametrize(
     ("run", "given", "message"),
     [
-        (pretrain.main, ["--peer", "torchaudio"], "torchaudio: does not pretrain wav2vec2; those that do: fairseq2, transformers"),
+        (
+            pretrain.main,
+            ["--peer", "torchaudio"],
+            "torchaudio: does not pretrain wav2vec2; those that do: fairseq2, transformers",
+        ),
         (pretrain.main, ["--batch", "0"], "--batch 0"),
         (pretrain.main, ["--rounds", "0"], "--rounds 0"),
         (loader.main, ["--rounds", "0"], "--rounds 0"),
@@ -219,7 +289,7 @@ def test_agreement_compares_the_same_weights_on_the_same_utterances(tmp_path: Pa
         (manifest.main, ["--rows", "0"], "--rows 0"),
         (features.main, ["--layer", "13"], "--layer 13: base has layers 1 to 12"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_ends_with_status_2_and_says_what_to_do(
     run: Any, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,12 +308,23 @@ def test_every_peer_of_the_command_line_pretrains_something() -> None:
 
 
 @pytest.mark.slow
-def test_manifest_ends_with_one_json_line_and_the_seconds_of_each_part(capsys: pytest.CaptureFixture[str]) -> None:
+def test_manifest_ends_with_one_json_line_and_the_seconds_of_each_part(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert manifest.main(["--rows", "3000", "--read", "20", "--rounds", "1", "--threads", "1", "--json"]) == 0
     result = last_line(capsys.readouterr().out)
-    assert result["ratio"] == result["ours"] / result["peer"] and 0 < result["start_gb"] <= result["ours_peak_gb"]
-    assert result["ours_parts"].keys() == result["peer_parts"].keys() == {"open_seconds", "plan_seconds", "read_seconds"}
-    assert 3000 / sum(result["ours_parts"].values()) == pytest.approx(result["ours"], rel=0.05)  # the parts are the whole
+    assert (
+        result["ratio"] == result["ours"] / result["peer"]
+        and 0 < result["start_gb"] <= result["ours_peak_gb"]
+    )
+    assert (
+        result["ours_parts"].keys()
+        == result["peer_parts"].keys()
+        == {"open_seconds", "plan_seconds", "read_seconds"}
+    )
+    assert 3000 / sum(result["ours_parts"].values()) == pytest.approx(
+        result["ours"], rel=0.05
+    )  # the parts are the whole
 
 
 def test_both_readers_of_a_manifest_plan_and_read_the_same(tmp_path: Path) -> None:

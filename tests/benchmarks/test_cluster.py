@@ -41,31 +41,44 @@ def test_the_drawn_points_come_from_the_seed_alone_and_look_like_features(tmp_pa
     lengths = np.linalg.norm(centred, axis=1)
     assert lengths.max() > 5 * np.median(lengths)  # heavy tails
     # Silence: many more points near the densest one than a 400th part, which is what a component has on average.
-    near = np.linalg.norm(one[:, None] - one[None, :60], axis=2) < 3  # (points, 60); 12 of 60 are expected to be silence
+    near = (
+        np.linalg.norm(one[:, None] - one[None, :60], axis=2) < 3
+    )  # (points, 60); 12 of 60 are expected to be silence
     assert 0.15 < near.mean(axis=0).max() < 0.3
 
 
 def test_the_oracle_is_the_mean_of_each_points_smallest_squared_distance() -> None:
     rng = np.random.default_rng(0)
-    points = (rng.standard_normal((cluster.ROWS + 7, 5)) + 1000).astype(np.float32)  # float32 would lose half its digits here
+    points = (rng.standard_normal((cluster.ROWS + 7, 5)) + 1000).astype(
+        np.float32
+    )  # float32 would lose half its digits here
     centroids = points[:9].astype(np.float64)
     expected = np.square(points[:, None].astype(np.float64) - centroids).sum(axis=2).min(axis=1).mean()
-    assert cluster.mean_squared_distance(points, centroids) == pytest.approx(expected, rel=1e-12)  # the same sums in another order
+    assert cluster.mean_squared_distance(points, centroids) == pytest.approx(
+        expected, rel=1e-12
+    )  # the same sums in another order
 
 
 @pytest.mark.parametrize("name", ["ours", *cluster.VARIANTS["sklearn"], *cluster.VARIANTS["faiss"]])
-def test_every_contender_leaves_centroids_that_fit_and_ours_the_same_ones_again(name: str, folder: Path) -> None:
+def test_every_contender_leaves_centroids_that_fit_and_ours_the_same_ones_again(
+    name: str, folder: Path
+) -> None:
     contender = cluster.build(name, settings_of(folder), folder)
     points = np.load(folder / "points.npy")
     spread = cluster.mean_squared_distance(points, points.mean(axis=0, keepdims=True))
     for _ in range(2):
         contender.run()
     centroids = np.load(folder / f"{name}.npy")
-    assert centroids.shape == (12, 48)  # in the points' own coordinates: relative to the mean they would lie far away
+    assert centroids.shape == (
+        12,
+        48,
+    )  # in the points' own coordinates: relative to the mean they would lie far away
     assert cluster.mean_squared_distance(points, centroids) < 0.75 * spread
     found = cluster.figures(name, [Measurement([0.5, 0.25], 1.5, {})], points, folder)
     assert found["rounds"] == [2.0, 4.0] and found["seconds"] == 3.0 and found["peak_gb"] == 1.5
-    assert found["iterations"] >= 1 and found["distinct_codebooks"] in ({1} if name == "ours" else {1, 2})  # peers add in any order
+    assert found["iterations"] >= 1 and found["distinct_codebooks"] in (
+        {1} if name == "ours" else {1, 2}
+    )  # peers add in any order
 
 
 def test_our_own_inertia_is_the_oracles(folder: Path) -> None:
@@ -80,14 +93,22 @@ def test_our_own_inertia_is_the_oracles(folder: Path) -> None:
 def test_the_peers_settings_are_the_published_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     real = sklearn.cluster.MiniBatchKMeans
-    monkeypatch.setattr(sklearn.cluster, "MiniBatchKMeans", lambda **given: used.append(given) or real(**given))
+    monkeypatch.setattr(
+        sklearn.cluster, "MiniBatchKMeans", lambda **given: used.append(given) or real(**given)
+    )
     for name in cluster.VARIANTS["sklearn"]:
         cluster.build(name, settings_of(folder), folder).run()
     # fairseq examples/hubert/simple_kmeans/learn_kmeans.py
     published = {
-        "init": "k-means++", "max_iter": 100, "batch_size": 10000, "tol": 0.0, "max_no_improvement": 100, "n_init": 20,
-        "reassignment_ratio": 0.0, "compute_labels": False,
-    }  # fmt: skip
+        "init": "k-means++",
+        "max_iter": 100,
+        "batch_size": 10000,
+        "tol": 0.0,
+        "max_no_improvement": 100,
+        "n_init": 20,
+        "reassignment_ratio": 0.0,
+        "compute_labels": False,
+    }
     assert used[0] == published | {"n_clusters": 12, "random_state": 0}
     assert used[1] == used[0] | {"n_init": 1}
 
@@ -102,12 +123,19 @@ def test_assignment_counts_the_products_of_every_point_with_every_centroid(folde
 def test_the_headline_is_against_the_published_setting_and_the_fastest_stands_beside_it() -> None:
     fit = {"rounds": [1.0], "peak_gb": 2.0, "iterations": 3, "distinct_codebooks": 1}
     found = {
-        "ours": {**fit, "seconds": 2.0, "inertia": 5.0}, "published": {**fit, "seconds": 40.0, "inertia": 6.0, "peak_gb": 3.0},
-        "cheap": {**fit, "seconds": 8.0, "inertia": 7.0}, "assignment": {"rate": 3e11}, "gemm": {"rate": 4e11},
-    }  # fmt: skip
+        "ours": {**fit, "seconds": 2.0, "inertia": 5.0},
+        "published": {**fit, "seconds": 40.0, "inertia": 6.0, "peak_gb": 3.0},
+        "cheap": {**fit, "seconds": 8.0, "inertia": 7.0},
+        "assignment": {"rate": 3e11},
+        "gemm": {"rate": 4e11},
+    }
     sides = cluster.sides(found, ["published", "cheap"])
     assert (sides["ours"], sides["peer"], sides["ratio"]) == (2.0, 40.0, 20.0)
-    assert (sides["peer_name"], sides["peer_name_fastest"], sides["ratio_fastest"]) == ("published", "cheap", 4.0)
+    assert (sides["peer_name"], sides["peer_name_fastest"], sides["ratio_fastest"]) == (
+        "published",
+        "cheap",
+        4.0,
+    )
     assert (sides["ours_inertia"], sides["peer_inertia"], sides["memory_ratio"]) == (5.0, 6.0, 1.5)
     assert sides["peer_variants"]["cheap"]["ratio"] == 4.0
     assert (sides["limit"], sides["assignment_tflops"], sides["share_of_limit"]) == (0.4, 0.3, 0.75)
@@ -140,28 +168,49 @@ def test_features_that_cannot_be_used_are_a_mistake_with_its_remedy(
         (["--features", "nowhere.npy"], "nowhere.npy: cannot be read"),
     ],
 )
-def test_a_mistake_ends_with_status_2(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_ends_with_status_2(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cluster.main(given) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_cluster_ends_with_one_json_line_whose_inertias_are_the_oracles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_ends_with_one_json_line_whose_inertias_are_the_oracles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cluster.draw_points(tmp_path / "own.npy", 3000, 32, seed=3)
-    given = ["--features", str(tmp_path / "own.npy"), "--classes", "20", "--rounds", "2", "--threads", "1", "--json"]
+    given = [
+        "--features",
+        str(tmp_path / "own.npy"),
+        "--classes",
+        "20",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--json",
+    ]
     assert cluster.main(given) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert result.keys() >= DESIGN_KEYS
     assert result["unit"] == "seconds" and result["ratio"] == result["peer"] / result["ours"] > 0
-    assert set(result["peer_variants"]) == set(cluster.VARIANTS["sklearn"]) and result["peer_name"] == "sklearn-hubert"
-    assert len(result["ours_rounds"]) == 2 and len(result["peer_rounds"]) == 1  # one before the peers and one after them
+    assert (
+        set(result["peer_variants"]) == set(cluster.VARIANTS["sklearn"])
+        and result["peer_name"] == "sklearn-hubert"
+    )
+    assert (
+        len(result["ours_rounds"]) == 2 and len(result["peer_rounds"]) == 1
+    )  # one before the peers and one after them
     assert result["ours_distinct_codebooks"] == 1
     from quantize.kmeans import kmeans
 
     points = np.load(tmp_path / "own.npy")
     fit = kmeans(points, 20, seed=0)
-    assert result["ours_inertia"] == cluster.mean_squared_distance(points, fit.centroids[0].astype(np.float64) + fit.mean)
+    assert result["ours_inertia"] == cluster.mean_squared_distance(
+        points, fit.centroids[0].astype(np.float64) + fit.mean
+    )
     assert result["share_of_limit"] == pytest.approx(result["assignment_tflops"] / result["limit"])
     assert 0 < result["peer_peak_gb"] < 10 and "own.npy" in result["settings"]["points_file"]
     assert str(tmp_path) not in json.dumps(result["settings"])

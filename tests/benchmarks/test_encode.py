@@ -11,14 +11,21 @@ import torch
 
 from benchmarks import corpus, encode
 from benchmarks.measure import contest
-from pretrain.encoder import EncoderConfig
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest
+from pretrain.model.encoder import EncoderConfig
 
 SIZES = EncoderConfig(architecture="tiny", front_end="waveform", norm_first=False).resolved()
 SETTINGS = {
-    "sizes": SIZES, "layer": 1, "classes": 8, "device": "cpu", "precision": "float32", "threads": 1, "seed": 0, "ours_batch_seconds": None,
-}  # fmt: skip
+    "sizes": SIZES,
+    "layer": 1,
+    "classes": 8,
+    "device": "cpu",
+    "precision": "float32",
+    "threads": 1,
+    "seed": 0,
+    "ours_batch_seconds": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,9 @@ def test_every_way_of_the_peer_reads_the_same_files_and_gives_our_labels(variant
     assert ours.about() == peer.about()
     peer.run()
     assert ours.amount == peer.amount == 3.0
-    found = encode.compare_labels(folder, encode.labels_folder(folder, "ours", 0), folder / f"{variant}.km", SETTINGS)
+    found = encode.compare_labels(
+        folder, encode.labels_folder(folder, "ours", 0), folder / f"{variant}.km", SETTINGS
+    )
     # float32 on both sides, in another order: a label may turn where two centroids are equally far to six digits
     assert found["labels_differ"] <= 1 and found["largest_margin"] < 1e-5
     assert len(np.unique(np.concatenate(lines_of(folder)))) > 4  # of eight: agreement that means something
@@ -60,8 +69,9 @@ def test_every_way_of_the_peer_reads_the_same_files_and_gives_our_labels(variant
 def test_labels_that_differ_are_counted_and_weighed(folder: Path, tmp_path: Path) -> None:
     lines, ours = lines_of(folder), encode.labels_folder(folder, "ours", 0)
     assert encode.compare_labels(folder, ours, write_lines(tmp_path / "same", lines), SETTINGS) == {
-        "labels_differ": 0, "largest_margin": 0.0,
-    }  # fmt: skip
+        "labels_differ": 0,
+        "largest_margin": 0.0,
+    }
     lines[1][3] = (lines[1][3] + 1) % 8
     lines[2][0] = (lines[2][0] + 1) % 8
     found = encode.compare_labels(folder, ours, write_lines(tmp_path / "other", lines), SETTINGS)
@@ -105,7 +115,9 @@ def test_usage_says_how_many_classes_there_are(folder: Path) -> None:
     found = encode.usage(encode.labels_folder(folder, "ours", 0))
     counts = np.bincount(np.concatenate(lines))
     shares = counts[counts > 0] / counts.sum()
-    assert found["frames"] == counts.sum() == 74 + 49 + 24 and found["classes_used"] == np.count_nonzero(counts)
+    assert found["frames"] == counts.sum() == 74 + 49 + 24 and found["classes_used"] == np.count_nonzero(
+        counts
+    )
     assert found["perplexity"] == pytest.approx(np.prod(shares**-shares))
 
 
@@ -117,7 +129,9 @@ def test_usage_says_how_many_classes_there_are(folder: Path) -> None:
         (["--rounds", "0"], "--rounds 0"),
     ],
 )
-def test_a_mistake_ends_with_status_2(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_ends_with_status_2(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert encode.main(given) == 2
     assert message in capsys.readouterr().err
 
@@ -125,31 +139,55 @@ def test_a_mistake_ends_with_status_2(given: list[str], message: str, capsys: py
 @pytest.mark.slow
 def test_the_usual_way_takes_part_even_where_it_is_the_slowest(tmp_path: Path) -> None:
     settings = {
-        "device": "cpu", "precision": "float32", "threads": 1, "rounds": 1, "warmup": 0, "gemm_size": 64, "peak_tflops": None,
-    }  # fmt: skip
+        "device": "cpu",
+        "precision": "float32",
+        "threads": 1,
+        "rounds": 1,
+        "warmup": 0,
+        "gemm_size": 64,
+        "peak_tflops": None,
+    }
     result = contest(
-        "tests.benchmarks.sleepers", ["slow", "quick"], tmp_path, settings, 1e6, peer_python=sys.executable, usual="slow"
+        "tests.benchmarks.sleepers",
+        ["slow", "quick"],
+        tmp_path,
+        settings,
+        1e6,
+        peer_python=sys.executable,
+        usual="slow",
     )
     turns = [line.split()[0] for line in (tmp_path / "turns.txt").read_text().splitlines()]
-    assert turns[4:] == ["ours", "quick", "quick", "slow"]  # after the four trials: the fastest, the fastest default, the usual
+    assert turns[4:] == [
+        "ours",
+        "quick",
+        "quick",
+        "slow",
+    ]  # after the four trials: the fastest, the fastest default, the usual
     assert result["peer_name"] == "quick-kept" and result["peer_name_usual"] == "slow"
     assert result["ratio_usual"] == result["ours"] / result["peer_usual"] > result["ratio"]
 
 
 @pytest.mark.slow
-def test_encode_ends_with_one_json_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encode_ends_with_one_json_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setitem(encode.VARIANTS, "transformers", [encode.USUAL, "transformers-cut-torch"])
-    given = (
-        "--architecture tiny --layer 1 --classes 8 --total-seconds 6 --rounds 2 --threads 1 --check-memory --precision int8 --json"
-    )
+    given = "--architecture tiny --layer 1 --classes 8 --total-seconds 6 --rounds 2 --threads 1 --check-memory --precision int8 --json"
     assert encode.main(given.split()) == 0
     printed = capsys.readouterr().out
     result: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    assert result["ratio"] == result["ours"] / result["peer"] and result["ratio_usual"] == result["ours"] / result["peer_usual"]
+    assert (
+        result["ratio"] == result["ours"] / result["peer"]
+        and result["ratio_usual"] == result["ours"] / result["peer_usual"]
+    )
     assert result["peer_name_usual"] == encode.USUAL and result["unit"] == "audio seconds per second"
     assert result["ours_about"]["inputs_sha256"] == result["peer_about"]["inputs_sha256"]
-    assert result["labels_differ"] == result["peer_labels"][encode.USUAL]["labels_differ"] <= 0.1 * result["frames"]  # of int8
+    assert (
+        result["labels_differ"]
+        == result["peer_labels"][encode.USUAL]["labels_differ"]
+        <= 0.1 * result["frames"]
+    )  # of int8
     assert result["rounds_agree"] and 0.5 < result["label_agreement"] <= 1
     assert 0.5 < result["ours_rss_flat"] < 1.5  # at this size imports are nearly all of it
     assert 0 < result["share_of_limit"] < 1 and result["limit"] > 0

@@ -12,9 +12,13 @@ from benchmarks.measure import Measurement
 TINY = "--architecture tiny --batch-seconds 4 --total-seconds 30 --rounds 1 --warmup 0 --steps 20 --threads 1 --json".split()
 
 
-def test_the_clock_counts_from_the_end_of_the_tenth_update_to_that_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_counts_from_the_end_of_the_tenth_update_to_that_of_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     times = iter([100.0, 107.0])
-    monkeypatch.setattr("benchmarks.engine.time.perf_counter", lambda: next(times))  # asked twice, and no more
+    monkeypatch.setattr(
+        "benchmarks.engine.time.perf_counter", lambda: next(times)
+    )  # asked twice, and no more
     clock = engine.Clock(20, "cpu")
     hook: Callable[[], None] = register_optimizer_step_post_hook(clock).remove
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -34,14 +38,23 @@ def test_a_pair_of_engines_is_reported_in_milliseconds_and_with_the_largest_rank
     assert (found["ours_peak_gb"], found["peer_peak_gb"], found["peer_loss"]) == (0.5, 0.6, 3.0)
     assert engine.figures(ours, None)["peer_ms_per_step"] is None
     shown = engine.show({"tasks": {"lm 2": found, "lm 1": engine.figures(ours, None)}})
-    assert "lm                 2        10.00        20.00    2.00" in shown and "10.00            -       -" in shown
+    assert (
+        "lm                 2        10.00        20.00    2.00" in shown
+        and "10.00            -       -" in shown
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["--steps", "10"], "--steps 10"), (["--steps", "25"], "--steps 25"), (["--processes", "0"], "--processes")],
+    [
+        (["--steps", "10"], "--steps 10"),
+        (["--steps", "25"], "--steps 25"),
+        (["--processes", "0"], "--processes"),
+    ],
 )
-def test_a_mistake_ends_with_status_2(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_ends_with_status_2(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert engine.main(given) == 2
     assert message in capsys.readouterr().err
 
@@ -67,4 +80,6 @@ def test_both_engines_have_the_same_loss(processes: str, capsys: pytest.CaptureF
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for found in result["tasks"].values():
         assert found["ratio"] == found["ours"] / found["peer"] > 0
-        assert found["peer_loss"] == pytest.approx(found["ours_loss"], rel=1e-5)  # what tests/fairseq2/test_engine.py allows
+        assert found["peer_loss"] == pytest.approx(
+            found["ours_loss"], rel=1e-5
+        )  # what tests/fairseq2/test_engine.py allows

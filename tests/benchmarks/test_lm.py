@@ -7,14 +7,30 @@ import pytest
 import torch
 
 from benchmarks import lm, lm_peer
-from units.generation import CompactDecoder
-from units.model import DecoderConfig
+from units.lm.generation import CompactDecoder
+from units.lm.model import DecoderConfig
 
 SETTINGS: dict[str, Any] = {
-    "sizes": DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=48, context=40, dropout=0.0).resolved(),
-    "classes": 20, "steps": 3, "rows": 2, "tokens": 24, "prompt_tokens": 5, "new_tokens": 7, "batch": 3, "device": "cpu", "threads": 1,
-    "rounds": 1, "warmup": 0, "seed": 0, "precision": "float32", "clip_norm": 1.0, "job": "train", "quality_steps": 30,
-}  # fmt: skip
+    "sizes": DecoderConfig(
+        dim=32, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=48, context=40, dropout=0.0
+    ).resolved(),
+    "classes": 20,
+    "steps": 3,
+    "rows": 2,
+    "tokens": 24,
+    "prompt_tokens": 5,
+    "new_tokens": 7,
+    "batch": 3,
+    "device": "cpu",
+    "threads": 1,
+    "rounds": 1,
+    "warmup": 0,
+    "seed": 0,
+    "precision": "float32",
+    "clip_norm": 1.0,
+    "job": "train",
+    "quality_steps": 30,
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +50,9 @@ def test_both_sides_train_on_the_same_tokens_to_the_same_losses(way: str, folder
         contender.run()
     mine, theirs = ours.contender.losses, peer.contender.losses  # type: ignore[attr-defined]
     assert len(mine) == 3 and mine[0] != mine[2]
-    np.testing.assert_allclose(mine, theirs, rtol=1e-5)  # float32 in another order; the updates between them are 1e-5 each
+    np.testing.assert_allclose(
+        mine, theirs, rtol=1e-5
+    )  # float32 in another order; the updates between them are 1e-5 each
 
 
 def test_both_sides_have_the_same_model_to_sample_from(folder: Path) -> None:
@@ -62,10 +80,16 @@ def test_the_source_is_the_chain_it_says(folder: Path) -> None:
     found = source.sequences(rng, 50, 400)
     assert (found[:, 0] == 10).all() and found[:, 1:].max() < 10
     expected = np.zeros((10, 10))
-    np.add.at(expected, (np.repeat(np.arange(10), lm.SUCCESSORS), source.successors.ravel()), source.probabilities.ravel())
+    np.add.at(
+        expected,
+        (np.repeat(np.arange(10), lm.SUCCESSORS), source.successors.ravel()),
+        source.probabilities.ravel(),
+    )
     counts = np.zeros((10, 10))
     np.add.at(counts, (found[:, 1:-1], found[:, 2:]), 1)
-    np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), expected, atol=0.06)  # about 2,000 draws a state
+    np.testing.assert_allclose(
+        counts / counts.sum(1, keepdims=True), expected, atol=0.06
+    )  # about 2,000 draws a state
 
 
 def test_operations_and_bytes_are_counted_from_the_sizes() -> None:
@@ -76,7 +100,10 @@ def test_operations_and_bytes_are_counted_from_the_sizes() -> None:
     assert lm.flops_per_token(sampling) == 2 * lm.matrix_weights(sampling) + 4 * 2 * 32 * 8.5
     per_step = lm.matrix_weights(sampling) + 3 * (2 * 2 * 32 * 8.5 * 4)
     assert lm.memory_limit(sampling, 5.0) == pytest.approx(3 * 5e9 / per_step)
-    short = {**sampling, "precision": "bfloat16"}  # two bytes a weight; keys and values are so short on a GPU only
+    short = {
+        **sampling,
+        "precision": "bfloat16",
+    }  # two bytes a weight; keys and values are so short on a GPU only
     assert lm.memory_limit(short, 5.0) == pytest.approx(3 * 5e9 / (per_step + lm.matrix_weights(short)))
     assert lm.memory_limit({**short, "device": "cuda"}, 5.0) == pytest.approx(
         3 * 5e9 / (2 * lm.matrix_weights(short) + 3 * (2 * 2 * 32 * 8.5 * 2))
@@ -86,7 +113,10 @@ def test_operations_and_bytes_are_counted_from_the_sizes() -> None:
 def test_the_cost_of_a_lower_precision_is_told_on_a_model_that_learned(folder: Path) -> None:
     about = lm.build("quality", SETTINGS, folder).about()
     found = about["perplexity"]
-    assert set(found) == {"float32", "bfloat16", "int8"} and about["perplexity_of_source"] < found["float32"] < 19.5
+    assert (
+        set(found) == {"float32", "bfloat16", "int8"}
+        and about["perplexity_of_source"] < found["float32"] < 19.5
+    )
     for name in ("bfloat16", "int8"):
         assert 0 < abs(found[name] / found["float32"] - 1) < 0.02
 
@@ -99,7 +129,9 @@ def test_the_cost_of_a_lower_precision_is_told_on_a_model_that_learned(folder: P
         (["--rounds", "0"], "--rounds 0"),
     ],
 )
-def test_a_mistake_ends_with_status_2(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_ends_with_status_2(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if "cuda" in given and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert lm.main(given) == 2
@@ -107,7 +139,9 @@ def test_a_mistake_ends_with_status_2(given: list[str], message: str, capsys: py
 
 
 @pytest.mark.slow
-def test_lm_ends_with_one_json_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_ends_with_one_json_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(lm_peer, "variants", lambda job, device: ["transformers-sdpa"])
     given = (
@@ -120,7 +154,8 @@ def test_lm_ends_with_one_json_line(capsys: pytest.CaptureFixture[str], monkeypa
     assert set(result["jobs"]) == set(lm.JOBS) and result["ours"] == result["jobs"]["train"]["ours"]
     for job in result["jobs"].values():
         assert (
-            job["ratio"] == job["ours"] / job["peer"] and job["ours_about"]["inputs_sha256"] == job["peer_about"]["inputs_sha256"]
+            job["ratio"] == job["ours"] / job["peer"]
+            and job["ours_about"]["inputs_sha256"] == job["peer_about"]["inputs_sha256"]
         )
         assert job["unit"] == "tokens per second" and job["share_of_limit"] > 0 and job["limit"] > 0
     sampled = [result["jobs"][name] for name in ("sample", "sample-batch")]

@@ -9,8 +9,8 @@ import torch
 from benchmarks import loader
 from benchmarks.loader_fairseq2 import WAYS, Fairseq2, crop, name
 from benchmarks.measure import Measurement
-from pretrain.audio import load_audio
-from pretrain.manifest import Manifest, Utterance
+from pretrain.data.audio import load_audio
+from pretrain.data.manifest import Manifest, Utterance
 
 SETTINGS = {"batch_seconds": 2.0, "crop_seconds": 30.0, "seed": 0, "threads": 1}
 
@@ -21,7 +21,10 @@ def measurement(rate: float) -> Measurement:
 
 def test_the_contenders_load_the_same_audio(tmp_path: Path) -> None:
     loader.write_formats(tmp_path, np.array([16000, 20000, 4000]), seed=0)
-    waves = [np.concatenate(sorted(map(load_audio, Manifest(tmp_path / name / "manifest")), key=len)) for name in loader.FORMATS]
+    waves = [
+        np.concatenate(sorted(map(load_audio, Manifest(tmp_path / name / "manifest")), key=len))
+        for name in loader.FORMATS
+    ]
     for suffix, wave in zip(loader.FORMATS, waves, strict=True):
         np.testing.assert_array_equal(wave, waves[0])
         for kind in ("ours", "decoding"):
@@ -44,7 +47,9 @@ def test_every_contender_crops_where_ours_does(tmp_path: Path) -> None:
         wave = task.train_set.load(item, task.train_set.rng(item, 0))[0]
         first = crop(task.train_set, item, 0)
         np.testing.assert_array_equal(wave, loader.read_audio(utterance, first, task.train_set.crop_samples))
-    assert loader.build("decoding-flac", settings, tmp_path).amount == task.train_set.seconds(np.arange(4)) < 7
+    assert (
+        loader.build("decoding-flac", settings, tmp_path).amount == task.train_set.seconds(np.arange(4)) < 7
+    )
 
 
 @pytest.mark.parametrize("crop_seconds", [30.0, 1.1])
@@ -66,16 +71,31 @@ def test_every_way_of_fairseq2_delivers_our_batches(tmp_path: Path, suffix: str,
             if way == "joined":
                 torch.testing.assert_close(found, joined, rtol=0, atol=0)
                 continue
-            found = found if isinstance(found, dict) else {"seqs": found, "seq_lens": [found.shape[1]] * len(found)}
+            found = (
+                found
+                if isinstance(found, dict)
+                else {"seqs": found, "seq_lens": [found.shape[1]] * len(found)}
+            )
             assert list(found["seq_lens"]) == [len(wave) for wave in waves]
             rows = (
-                [found["seqs"]] if way == "packed" else [row[: len(wave)] for row, wave in zip(found["seqs"], waves, strict=True)]
+                [found["seqs"]]
+                if way == "packed"
+                else [row[: len(wave)] for row, wave in zip(found["seqs"], waves, strict=True)]
             )
             torch.testing.assert_close(torch.cat(rows)[: len(joined)], joined, rtol=0, atol=0)
 
 
 def test_what_fairseq2_cannot_read_is_told() -> None:
-    sound = Utterance(id="a", path="/a.wav", start=0, num_samples=16000, sample_rate=16000, split="train", speaker=None, text=None)
+    sound = Utterance(
+        id="a",
+        path="/a.wav",
+        start=0,
+        num_samples=16000,
+        sample_rate=16000,
+        split="train",
+        speaker=None,
+        text=None,
+    )
     assert name(sound) == "/a.wav"
     assert name(replace(sound, member_offset=512, member_size=99)) == "/a.wav:512:99"
     for changed in (replace(sound, sample_rate=8000), replace(sound, start=5)):
@@ -88,20 +108,40 @@ def test_what_fairseq2_cannot_read_is_told() -> None:
 def test_a_format_is_reported_with_the_designs_keys() -> None:
     measured = {"ours": measurement(200.0), "decoding": measurement(400.0), "dataloader": measurement(100.0)}
     found = loader.figures(measured)
-    assert (found["ours"], found["peer"], found["ratio"], found["limit"], found["share_of_limit"]) == (200, 100, 2, 400, 0.5)
+    assert (found["ours"], found["peer"], found["ratio"], found["limit"], found["share_of_limit"]) == (
+        200,
+        100,
+        2,
+        400,
+        0.5,
+    )
     assert (found["ours_peak_gb"], found["peer_peak_gb"], found["memory_ratio"]) == (2, 1, 0.5)
     assert loader.figures({name: measured[name] for name in ("ours", "decoding")})["ratio"] is None
 
 
 def test_the_fastest_way_is_the_peer_and_the_fastest_with_the_defaults_is_named() -> None:
-    rates = {"ours": 200.0, "system": 300.0, "decoding": 400.0, "fairseq2-a": 50.0, "fairseq2-b": 100.0, "fairseq2-a-kept": 150.0}
+    rates = {
+        "ours": 200.0,
+        "system": 300.0,
+        "decoding": 400.0,
+        "fairseq2-a": 50.0,
+        "fairseq2-b": 100.0,
+        "fairseq2-a-kept": 150.0,
+    }
     found = loader.figures({name: measurement(rate) for name, rate in rates.items()})
     assert (found["peer_way"], found["peer_way_default"]) == ("fairseq2-a-kept", "fairseq2-b")
-    assert (found["ratio"], found["ratio_default"], found["ratio_system"], found["ours_system"]) == (200 / 150, 2, 2, 300)
+    assert (found["ratio"], found["ratio_default"], found["ratio_system"], found["ours_system"]) == (
+        200 / 150,
+        2,
+        2,
+        300,
+    )
     assert list(found["peer_variants"]) == ["fairseq2-a-kept", "fairseq2-b", "fairseq2-a"]
 
 
-def test_a_round_of_ours_reads_one_epoch_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_of_ours_reads_one_epoch_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader.write_formats(tmp_path, np.array([16000] * 8), seed=0)
     ours = loader.Ours(SETTINGS, tmp_path / "wav")
     read: list[str] = []
@@ -110,14 +150,16 @@ def test_a_round_of_ours_reads_one_epoch_from_nothing(tmp_path: Path, monkeypatc
         read.append(utterance.id)
         return load_audio(utterance)
 
-    monkeypatch.setattr("pretrain.batches.load_audio", load)
+    monkeypatch.setattr("pretrain.data.batches.load_audio", load)
     assert not read  # no head start
     for number in range(2):
         read.clear()
         ours.prepare(number)
         assert not read
         ours.run()
-        assert sorted(read) == sorted(Manifest(tmp_path / "wav/manifest").ids)  # each once, and nothing of the next epoch
+        assert sorted(read) == sorted(
+            Manifest(tmp_path / "wav/manifest").ids
+        )  # each once, and nothing of the next epoch
         assert ours.amount == 8.0
 
 

@@ -18,7 +18,10 @@ def test_the_page_shows_what_the_model_says() -> None:
     assert scale.update(page) == page, "run `python -m benchmarks.scale --update docs/scale.md`"
     shown = {name for _, name, _ in scale.MARK.findall(page)}
     sizes = ("960", "60000", "1000000")
-    assert shown == {*scale.TABLES, *(f"{kind}_{size}" for kind in ("stages", "bottlenecks") for size in sizes)}
+    assert shown == {
+        *scale.TABLES,
+        *(f"{kind}_{size}" for kind in ("stages", "bottlenecks") for size in sizes),
+    }
 
 
 def test_operations_are_those_counted_by_hand() -> None:
@@ -26,7 +29,9 @@ def test_operations_are_those_counted_by_hand() -> None:
     frames = ((16000 * 12) - 400) // 320 + 1
     layer = 2 * frames * (4 * 768**2 + 2 * 768 * 3072 + 2 * frames * 768) / 12
     assert audio_flops("base", 9) - audio_flops("base", 8) == pytest.approx(layer)
-    assert audio_flops("base") == pytest.approx(14e9, rel=0.1)  # as others count: conv stack 4.9, positional 0.5, layers 8.5
+    assert audio_flops("base") == pytest.approx(
+        14e9, rel=0.1
+    )  # as others count: conv stack 4.9, positional 0.5, layers 8.5
     assert audio_flops("base", seconds=15.6) > audio_flops("base", seconds=5)  # attention
 
 
@@ -39,7 +44,9 @@ def test_training_costs_its_recipes_steps_whatever_the_corpus_and_one_pass_at_le
     assert stage(120_000, "HuBERT LARGE").flops == large.flops
     assert stage(1_000_000, "HuBERT LARGE").flops / large.flops == pytest.approx(3.6e9 / heard)
     # A checkpoint is weights and two moments in float32, one every 2,500 steps.
-    assert stage(960, "HuBERT BASE, iteration 2").writes == pytest.approx(400_000 / 2500 * 3 * 4 * num_parameters("base"))
+    assert stage(960, "HuBERT BASE, iteration 2").writes == pytest.approx(
+        400_000 / 2500 * 3 * 4 * num_parameters("base")
+    )
     assert 94e6 < num_parameters("base") < 96e6 and 315e6 < num_parameters("large") < 318e6
 
 
@@ -59,15 +66,31 @@ def test_labels_are_two_bytes_a_frame_and_what_grows_with_the_corpus_grows_with_
 
 def test_a_stage_takes_as_long_as_the_resource_it_waits_for() -> None:
     site = Site("two nodes", costs.H100, 4, 2, 10, 1e12, 1e9, opens=100)
-    work = Stage("work", reads=3.6e12, writes=3.6e12, opens=360_000, flops=989e12 * 3600, core_seconds=72_000, serial_seconds=1800)
+    work = Stage(
+        "work",
+        reads=3.6e12,
+        writes=3.6e12,
+        opens=360_000,
+        flops=989e12 * 3600,
+        core_seconds=72_000,
+        serial_seconds=1800,
+    )
     expected = {"cores": 1.0, "one thread": 0.5, "network": 2.0, "GPU": 0.5, "opening files": 1.0}
     assert work.wall_hours(site, mfu=0.5, files=True) == pytest.approx(expected)
     alone = Stage("alone", flops=989e12 * 3600, core_seconds=72_000, spread=False).wall_hours(site, mfu=0.5)
-    assert alone["cores"] == pytest.approx(2.0) and alone["GPU"] == pytest.approx(2.0)  # one node, and one of its GPUs
+    assert alone["cores"] == pytest.approx(2.0) and alone["GPU"] == pytest.approx(
+        2.0
+    )  # one node, and one of its GPUs
     laboratory = Site("processors", None, 0, 2, 10, 1e12, 1e9)
-    assert Stage("x", flops=1e9 * 72_000, cpu_flops=1e9).wall_hours(laboratory, 0.2)["cores"] == pytest.approx(1.0)
+    assert Stage("x", flops=1e9 * 72_000, cpu_flops=1e9).wall_hours(laboratory, 0.2)[
+        "cores"
+    ] == pytest.approx(1.0)
     held = Stage("x", memory=1e9, trains=True)
-    assert (held.node_memory(SITES[0]), held.node_memory(laboratory), Stage("x", memory=1e9).node_memory(SITES[0])) == (
+    assert (
+        held.node_memory(SITES[0]),
+        held.node_memory(laboratory),
+        Stage("x", memory=1e9).node_memory(SITES[0]),
+    ) == (
         8e9,
         1e9,
         1e9,
@@ -82,14 +105,27 @@ def test_what_does_not_fit_a_node_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("number", "shown"),
-    [(0, "–"), (990, "990 B"), (59_232e6, "59.2 GB"), (999.9e9, "1 TB"), (345.6e6, "346 MB"), (1.2e15, "1.2 PB")],
+    [
+        (0, "–"),
+        (990, "990 B"),
+        (59_232e6, "59.2 GB"),
+        (999.9e9, "1 TB"),
+        (345.6e6, "346 MB"),
+        (1.2e15, "1.2 PB"),
+    ],
 )
 def test_bytes_are_shown_with_three_digits(number: float, shown: str) -> None:
     assert scale.size(number) == shown
 
 
 def test_times_are_shown_in_the_unit_that_people_would_use() -> None:
-    assert [scale.duration(hours) for hours in (0.01, 0.5, 7.5, 100, 5000)] == ["36 s", "30 min", "7.5 h", "4.17 d", "208 d"]
+    assert [scale.duration(hours) for hours in (0.01, 0.5, 7.5, 100, 5000)] == [
+        "36 s",
+        "30 min",
+        "7.5 h",
+        "4.17 d",
+        "208 d",
+    ]
 
 
 def test_the_command_prints_tables_or_json_and_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from pretrain.ctc.finetuning import FinetuneConfig, finetune
-from pretrain.pretraining import PretrainConfig, pretrain
+from pretrain.objectives.pretraining import PretrainConfig, pretrain
 from tests.pretrain.distributed_worker import NOISY, cut, hubert, noisy, stopped
 from tests.pretrain.linear_task import LinearTask, run_linear
-from units.training import TrainLMConfig, train_lm
+from units.lm.training import TrainLMConfig, train_lm
 
 THEIRS: dict[str, Any] = {"engine": "fairseq2"}
 ENGINES = ("wordless", "fairseq2")
@@ -25,11 +25,26 @@ STEPS = 50
 
 def run_task(name: str, corpus: Path, out: Path, engine: str) -> None:
     """50 steps with dropout, masks, LayerDrop (speech), warm-up, clipping, a validation half way; the same global batches for any number of processes."""
-    training = {"max_steps": STEPS, "log_every": 1, "validate_every": 25, "checkpoint_every": 25, "device": "cpu", "engine": engine}
+    training = {
+        "max_steps": STEPS,
+        "log_every": 1,
+        "validate_every": 25,
+        "checkpoint_every": 25,
+        "device": "cpu",
+        "engine": engine,
+    }
     optimizer = {"lr": 2e-3, "warmup_steps": 5, "clip_norm": 1.0}
-    tree: dict[str, Any] = {"out": str(out / f"{name}_{engine}"), "training": training, "optimizer": optimizer}
+    tree: dict[str, Any] = {
+        "out": str(out / f"{name}_{engine}"),
+        "training": training,
+        "optimizer": optimizer,
+    }
     speech = {"manifest": str(corpus / "manifest"), "batches": {"batch_seconds": 3.0, "crop_seconds": 1.0}}
-    encoder = {"architecture": "tiny", "num_mels": 20, **(NOISY if int(os.environ.get("WORLD_SIZE", "1")) == 1 else STILL)}
+    encoder = {
+        "architecture": "tiny",
+        "num_mels": 20,
+        **(NOISY if int(os.environ.get("WORLD_SIZE", "1")) == 1 else STILL),
+    }
     if name in ("wav2vec2", "hubert"):
         tree |= {**speech, "objective": name, "encoder": encoder, "alarm": {"after_steps": 1000}}
         if name == "hubert":
@@ -42,7 +57,15 @@ def run_task(name: str, corpus: Path, out: Path, engine: str) -> None:
         tree |= {**speech, "encoder": str(corpus / "encoder"), "ctc": {**ctc, "mask_channel_length": 8}}
         finetune(FinetuneConfig.model_validate_json(json.dumps(tree)))
     else:
-        model = {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32, "context": 64, "dropout": 0.0}
+        model = {
+            "dim": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "ffn_dim": 32,
+            "context": 64,
+            "dropout": 0.0,
+        }
         tree |= {"corpus": str(corpus / "units"), "model": model, "batch_tokens": 500}
         train_lm(TrainLMConfig.model_validate_json(json.dumps(tree)))
 

@@ -17,9 +17,9 @@ from fairseq2.models import ModelFamily, load_model
 from fairseq2.nn.fsdp import to_fsdp2
 from torch.distributed.tensor import DTensor
 
-from pretrain.audio import num_frames
+from pretrain.data.audio import num_frames
 from pretrain.fairseq2.assets import resolver
-from pretrain.hubert import HubertBatch, hubert_batch
+from pretrain.objectives.hubert import HubertBatch, hubert_batch
 from tests.fairseq2.test_extension import WAVEFORM
 
 
@@ -34,7 +34,9 @@ def batch_of(rank: int) -> HubertBatch:
 def main(run: Path) -> None:
     family = resolver().resolve(ModelFamily, key="wordless_hubert")
     config = {"encoder": WAVEFORM, "num_classes": 9}
-    card = AssetCard("mine", {"model_family": "wordless_hubert", "model_config": config, "checkpoint": str(run)})
+    card = AssetCard(
+        "mine", {"model_family": "wordless_hubert", "model_config": config, "checkpoint": str(run)}
+    )
     dist.init_process_group("gloo")
     rank, gang = dist.get_rank(), ProcessGroupGang(dist.group.WORLD, torch.device("cpu"))
     gangs = create_fsdp_gangs(create_parallel_gangs(gang))
@@ -53,7 +55,10 @@ def main(run: Path) -> None:
         if other == rank:
             torch.testing.assert_close(loss.total.detach(), total.detach(), rtol=0, atol=0)
     expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
-    found = {name.replace("_checkpoint_wrapped_module.", ""): parameter.grad for name, parameter in model.named_parameters()}
+    found = {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+    }
     assert found.keys() == expected.keys() and sum(gradient is not None for gradient in found.values()) > 30
     for name, gradient in found.items():
         if gradient is None:
@@ -61,7 +66,11 @@ def main(run: Path) -> None:
             continue
         # two float32 numbers are added in another order, of which the sums over frames are as large as 100
         torch.testing.assert_close(
-            gradient.full_tensor(), expected[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            gradient.full_tensor(),
+            expected[name],
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
     dist.destroy_process_group()
 

@@ -11,15 +11,15 @@ import torch
 from fairseq2.models.wav2vec2 import get_wav2vec2_model_hub
 from safetensors.torch import save_file
 
-from pretrain.artefact import read_meta
-from pretrain.checkpoint import load_weights
 from pretrain.ctc.finetuning import FinetuneConfig, finetune
 from pretrain.ctc.model import load_recognizer
-from pretrain.encoder import load_encoder
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.fairseq2 import assets
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest, write_manifest
-from pretrain.pretraining import PretrainConfig, pretrain
+from pretrain.model.encoder import load_encoder
+from pretrain.objectives.pretraining import PretrainConfig, pretrain
+from pretrain.store.artefact import read_meta
+from pretrain.training.checkpoint import load_weights
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook
@@ -28,16 +28,27 @@ from quantize.measuring import MeasureConfig, measure
 from tests.parity.peers import scatter
 from tests.pretrain.ctc.tones import save_encoder
 from tests.quantize.conftest import write_corpus
-from wordless import main
+from wordless.cli import main
 
 SMALL: dict[str, Any] = {
-    "quantized_dim": 8, "final_dim": 8, "num_codebook_entries": 4, "num_distractors": 5,
+    "quantized_dim": 8,
+    "final_dim": 8,
+    "num_codebook_entries": 4,
+    "num_distractors": 5,
     "encoder_config": {
-        "model_dim": 32, "feature_dim": 16, "num_encoder_layers": 2, "num_encoder_attn_heads": 2, "ffn_inner_dim": 48,
-        "pos_conv_kernel_size": 8, "num_pos_conv_groups": 2,
-        "feature_extractor_layer_descs": [[16, kernel, stride] for kernel, stride in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True)],
+        "model_dim": 32,
+        "feature_dim": 16,
+        "num_encoder_layers": 2,
+        "num_encoder_attn_heads": 2,
+        "ffn_inner_dim": 48,
+        "pos_conv_kernel_size": 8,
+        "num_pos_conv_groups": 2,
+        "feature_extractor_layer_descs": [
+            [16, kernel, stride]
+            for kernel, stride in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True)
+        ],
     },
-}  # fmt: skip
+}
 NAME = "fairseq2:small"
 
 
@@ -87,19 +98,37 @@ def imported(tmp_path: Path) -> str:
 def fitted(corpus: str, encoder: str, out: Path, **keys: Any) -> Codebook:
     cluster(
         ClusterConfig(
-            manifest=corpus, out=str(out), features="encoder", encoder=encoder, layer=1, num_classes=6, device="cpu", **keys
+            manifest=corpus,
+            out=str(out),
+            features="encoder",
+            encoder=encoder,
+            layer=1,
+            num_classes=6,
+            device="cpu",
+            **keys,
         )
     )
     return Codebook.open(str(out))
 
 
 def labelled(corpus: str, codebook: Codebook, encoder: str, out: Path, **keys: Any) -> dict[str, np.ndarray]:
-    encode(EncodeConfig(manifest=corpus, codebook=str(codebook.folder), out=str(out), encoder=encoder, device="cpu", **keys))
+    encode(
+        EncodeConfig(
+            manifest=corpus,
+            codebook=str(codebook.folder),
+            out=str(out),
+            encoder=encoder,
+            device="cpu",
+            **keys,
+        )
+    )
     labels = Labels(str(out))
     return {name: labels[name] for name in Manifest(corpus).ids}
 
 
-def test_units_cut_from_a_card_are_those_of_importing_it_first(corpus: str, imported: str, tmp_path: Path) -> None:
+def test_units_cut_from_a_card_are_those_of_importing_it_first(
+    corpus: str, imported: str, tmp_path: Path
+) -> None:
     ours, theirs = fitted(corpus, NAME, tmp_path / "a"), fitted(corpus, imported, tmp_path / "b")
     assert ours.source == theirs.source and ours.fingerprint == theirs.fingerprint
     assert ours.source["encoder"] == load_weights(imported)[2] == load_encoder(imported)[1]
@@ -115,14 +144,18 @@ def test_units_cut_from_a_card_are_those_of_importing_it_first(corpus: str, impo
 @pytest.mark.slow
 def test_several_processes_read_the_card_each(corpus: str, tmp_path: Path) -> None:
     codebook = fitted(corpus, NAME, tmp_path / "codebook")
-    one, two = (labelled(corpus, codebook, NAME, tmp_path / f"labels {n}", processes=n, num_shards=4) for n in (1, 2))
+    one, two = (
+        labelled(corpus, codebook, NAME, tmp_path / f"labels {n}", processes=n, num_shards=4) for n in (1, 2)
+    )
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
 def test_what_a_card_gives_is_what_its_imported_run_holds(imported: str) -> None:
     weights, meta, fingerprint = load_weights(NAME)
     stored, told, known = load_weights(imported)
-    assert weights.keys() == stored.keys() and all(torch.equal(tensor, stored[name]) for name, tensor in weights.items())
+    assert weights.keys() == stored.keys() and all(
+        torch.equal(tensor, stored[name]) for name, tensor in weights.items()
+    )
     assert fingerprint == known
     assert meta["kind"] == told["kind"] == "encoder" and meta["objective"] == "wav2vec2"
     assert all(told["config"][key] == value for key, value in meta["config"].items())
@@ -133,15 +166,23 @@ def test_check_reads_a_card(imported: str, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == f"{NAME}: a complete encoder, weights {load_weights(imported)[2]}\n"
 
 
-def test_fine_tuning_a_card_is_fine_tuning_the_imported_run(cards: Path, imported: str, tmp_path: Path, corpus: str) -> None:
+def test_fine_tuning_a_card_is_fine_tuning_the_imported_run(
+    cards: Path, imported: str, tmp_path: Path, corpus: str
+) -> None:
     texts = write_texts(corpus)
     runs = []
     for encoder in (NAME, imported):
         out = tmp_path / f"finetuned {len(runs)}"
         tree = {
-            "out": str(out), "manifest": texts, "split": "", "valid_split": "", "encoder": encoder, "ctc": {"freeze_steps": 1},
-            "batches": {"batch_seconds": 8}, "training": {"max_steps": 2, "log_every": 1, "device": "cpu"},
-        }  # fmt: skip
+            "out": str(out),
+            "manifest": texts,
+            "split": "",
+            "valid_split": "",
+            "encoder": encoder,
+            "ctc": {"freeze_steps": 1},
+            "batches": {"batch_seconds": 8},
+            "training": {"max_steps": 2, "log_every": 1, "device": "cpu"},
+        }
         finetune(FinetuneConfig.model_validate(tree))
         runs.append(load_weights(out))
     (ours, meta, _), (theirs, other, _) = runs
@@ -156,7 +197,17 @@ def test_fine_tuning_a_card_is_fine_tuning_the_imported_run(cards: Path, importe
 def write_texts(corpus: str) -> str:
     """The corpus with transcripts."""
     audio, known = Path(corpus).parent, Manifest(corpus)
-    rows = [{"id": row.id, "path": str(audio / f"{row.id}.wav"), "start": 0, "num_samples": row.length, "sample_rate": 16000, "text": "ab"} for row in known]  # fmt: skip
+    rows = [
+        {
+            "id": row.id,
+            "path": str(audio / f"{row.id}.wav"),
+            "start": 0,
+            "num_samples": row.length,
+            "sample_rate": 16000,
+            "text": "ab",
+        }
+        for row in known
+    ]
     write_manifest(audio / "texts", rows, {}, {})
     return str(audio / "texts")
 
@@ -164,9 +215,14 @@ def write_texts(corpus: str) -> str:
 def test_pretraining_goes_on_from_a_card(corpus: str, imported: str, tmp_path: Path) -> None:
     config = load_weights(NAME)[1]["config"]
     tree = {
-        "manifest": corpus, "valid_split": "dev", "objective": "wav2vec2", "encoder": config["encoder"], "wav2vec2": config["wav2vec2"],
-        "batches": {"batch_seconds": 8}, "training": {"max_steps": 1, "log_every": 1, "device": "cpu"},
-    }  # fmt: skip
+        "manifest": corpus,
+        "valid_split": "dev",
+        "objective": "wav2vec2",
+        "encoder": config["encoder"],
+        "wav2vec2": config["wav2vec2"],
+        "batches": {"batch_seconds": 8},
+        "training": {"max_steps": 1, "log_every": 1, "device": "cpu"},
+    }
     weights = []
     for init in (NAME, imported):
         out = str(tmp_path / f"run {len(weights)}")
@@ -178,9 +234,16 @@ def test_pretraining_goes_on_from_a_card(corpus: str, imported: str, tmp_path: P
 
 def test_layers_of_a_card_are_compared(corpus: str, tmp_path: Path) -> None:
     config = MeasureConfig(
-        manifest=corpus, out=str(tmp_path / "sweep"), encoder=NAME, layers="all", num_classes=4, frames=300, abx=False, probes=False,
+        manifest=corpus,
+        out=str(tmp_path / "sweep"),
+        encoder=NAME,
+        layers="all",
+        num_classes=4,
+        frames=300,
+        abx=False,
+        probes=False,
         device="cpu",
-    )  # fmt: skip
+    )
     summary = measure(config)
     assert [*summary["layers"]] == ["0", "1", "2"]
     assert read_meta(config.out)["parents"]["encoder"] == load_weights(NAME)[2]
@@ -196,12 +259,18 @@ def test_another_checkpoint_under_the_same_card_is_another_encoder(
     start_anew(monkeypatch)
     after = load_weights(NAME)[2]
     assert after != before
-    with pytest.raises(ValueError, match=f"was fitted on encoder {before}, and fairseq2:small is encoder {after}"):
+    with pytest.raises(
+        ValueError, match=f"was fitted on encoder {before}, and fairseq2:small is encoder {after}"
+    ):
         labelled(corpus, codebook, NAME, tmp_path / "labels")
 
 
 def test_a_stage_stands_while_the_card_has_the_same_checkpoint(
-    cards: Path, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cards: Path,
+    corpus: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -231,7 +300,9 @@ encoder = "{NAME}"
     assert main(["run", str(recipe), "--redo"]) == 0
 
 
-def test_a_card_of_ours_is_the_run_that_it_names(cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_of_ours_is_the_run_that_it_names(
+    cards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = save_encoder(tmp_path / "ours")
     fingerprint = load_weights(run)[2]
     export_weights(run, cards / "ours", "fairseq2")
@@ -239,7 +310,9 @@ def test_a_card_of_ours_is_the_run_that_it_names(cards: Path, tmp_path: Path, mo
     found, known = load_encoder("fairseq2:ours")
     expected, _ = load_encoder(run)
     assert known == fingerprint and found.config == expected.config
-    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items()
+    )
 
 
 def test_a_card_of_ours_may_name_a_run_and_change_a_card_below_it(
@@ -261,21 +334,40 @@ def test_a_recogniser_of_ours_is_loaded_by_its_card(
 ) -> None:
     out = tmp_path / "recogniser"
     tree = {
-        "out": str(out), "manifest": write_texts(corpus), "split": "", "valid_split": "", "encoder": imported, "text": {"case": "upper"},
-        "batches": {"batch_seconds": 8}, "ctc": {"layers": "weighted"}, "training": {"max_steps": 1, "log_every": 1, "device": "cpu"},
-    }  # fmt: skip
+        "out": str(out),
+        "manifest": write_texts(corpus),
+        "split": "",
+        "valid_split": "",
+        "encoder": imported,
+        "text": {"case": "upper"},
+        "batches": {"batch_seconds": 8},
+        "ctc": {"layers": "weighted"},
+        "training": {"max_steps": 1, "log_every": 1, "device": "cpu"},
+    }
     finetune(FinetuneConfig.model_validate(tree))
     fingerprint = load_weights(out)[2]
     export_weights(out, cards / "writer", "fairseq2")
     start_anew(monkeypatch)
     found, expected = load_recognizer("fairseq2:writer"), load_recognizer(out)
-    assert found.fingerprint == fingerprint and found.vocabulary == expected.vocabulary and found.text == expected.text
-    assert all(torch.equal(tensor, expected.model.state_dict()[name]) for name, tensor in found.model.state_dict().items())
+    assert (
+        found.fingerprint == fingerprint
+        and found.vocabulary == expected.vocabulary
+        and found.text == expected.text
+    )
+    assert all(
+        torch.equal(tensor, expected.model.state_dict()[name])
+        for name, tensor in found.model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("smal", "near it are .*small"), ("chat", "model_family = 'llama'"), ("conformer", "use_conformer"), ("torn", "torn")],
+    [
+        ("smal", "near it are .*small"),
+        ("chat", "model_family = 'llama'"),
+        ("conformer", "use_conformer"),
+        ("torn", "torn"),
+    ],
 )
 def test_a_card_that_is_no_encoder_of_ours_ends_with_status_2(
     name: str,
@@ -288,7 +380,11 @@ def test_a_card_that_is_no_encoder_of_ours_ends_with_status_2(
 ) -> None:
     write_card(cards, "chat", "llama", {}, "small.safetensors")
     write_card(
-        cards, "conformer", "wav2vec2", {"encoder_config": {**SMALL["encoder_config"], "use_conformer": True}}, "small.safetensors"
+        cards,
+        "conformer",
+        "wav2vec2",
+        {"encoder_config": {**SMALL["encoder_config"], "use_conformer": True}},
+        "small.safetensors",
     )
     write_card(cards, "torn", "wav2vec2", SMALL, "torn.safetensors")
     (cards / "torn.safetensors").write_bytes((cards / "small.safetensors").read_bytes()[:1000])

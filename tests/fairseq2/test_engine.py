@@ -14,20 +14,28 @@ import torch
 from fairseq2.checkpoint import StandardCheckpointManager
 from safetensors.torch import load_file
 
-from pretrain.audio import num_frames
-from pretrain.checkpoint import load_weights
+from pretrain.data.audio import num_frames
+from pretrain.data.manifest import write_manifest
 from pretrain.fairseq2.available import require_fairseq2
-from pretrain.manifest import write_manifest
+from pretrain.training.checkpoint import load_weights
 from tests.fairseq2.engine_worker import ENGINES, STEPS, TASKS, main
 from tests.pretrain.conftest import run_two_processes, write_corpus, write_labels
 from tests.pretrain.ctc.tones import TEXTS, save_encoder, spell
 from tests.pretrain.distributed_worker import noisy
 from tests.pretrain.linear_task import LinearTask, ScoredTask, run_linear
 from tests.pretrain.runs import assert_same_run, curve, lines
-from tests.pretrain.stopping_worker import MONITOR, PATIENT, SCORES, Validated, once_at, random_stops, until_finished
+from tests.pretrain.stopping_worker import (
+    MONITOR,
+    PATIENT,
+    SCORES,
+    Validated,
+    once_at,
+    random_stops,
+    until_finished,
+)
 from tests.units.conftest import NUM_UNITS, planted_documents
-from units.corpus import write_corpus as write_units
-from units.vocabulary import Vocabulary
+from units.corpus.unit_corpus import write_corpus as write_units
+from units.corpus.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 THEIRS = {"engine": "fairseq2"}
@@ -38,16 +46,33 @@ def make_corpus(folder: Path) -> Path:
     waves = [spell(text, seed) for seed, text in enumerate(TEXTS * 2)]
     texts: list[str | None] = [*TEXTS, *TEXTS]
     manifest = write_corpus(folder, waves, texts=texts, splits=["train"] * 6 + ["dev"] * 2)
-    write_labels(folder / "labels", {name: num_frames(len(wave)) for name, wave in zip(manifest.ids, waves, strict=True)})
+    write_labels(
+        folder / "labels",
+        {name: num_frames(len(wave)) for name, wave in zip(manifest.ids, waves, strict=True)},
+    )
     rows = [
-        {"id": u.id, "path": u.path, "start": 0, "num_samples": u.num_samples, "sample_rate": 16000, "split": u.split,
-         "phones": [(0.0, 0.1, "a"), (0.1, 0.2, "b"), (0.2, 1.0, "c")]}
+        {
+            "id": u.id,
+            "path": u.path,
+            "start": 0,
+            "num_samples": u.num_samples,
+            "sample_rate": 16000,
+            "split": u.split,
+            "phones": [(0.0, 0.1, "a"), (0.1, 0.2, "b"), (0.2, 1.0, "c")],
+        }
         for u in manifest
-    ]  # fmt: skip
+    ]
     write_manifest(folder / "aligned", rows, {}, {})
     save_encoder(folder / "encoder")
     settings = {"codebook": "c0de", "frame_rate_hz": 50.0, "deduplicated": True}
-    write_units(folder / "units", planted_documents(60, 0), {}, {}, vocabulary=Vocabulary(num_units=NUM_UNITS), **settings)
+    write_units(
+        folder / "units",
+        planted_documents(60, 0),
+        {},
+        {},
+        vocabulary=Vocabulary(num_units=NUM_UNITS),
+        **settings,
+    )
     return folder
 
 
@@ -56,7 +81,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one/ and two/, each holding a run per scenario."""
     folder = tmp_path_factory.mktemp("engines")
     corpus = make_corpus(folder / "corpus")
-    with run_two_processes(ROOT / "tests/fairseq2/engine_worker.py", corpus, folder / "two", logs=folder / "logs", timeout=400):
+    with run_two_processes(
+        ROOT / "tests/fairseq2/engine_worker.py", corpus, folder / "two", logs=folder / "logs", timeout=400
+    ):
         main(corpus, folder / "one")
     return folder
 
@@ -76,7 +103,9 @@ def test_both_engines_give_the_same_losses_for_fifty_steps(runs: Path, task: str
 
 @pytest.mark.parametrize("processes", ["one", "two"])
 @pytest.mark.parametrize("run", ["accumulated", "noisy", "linear", "single"])
-def test_accumulation_phases_and_ranks_without_items_are_the_same_in_both(runs: Path, run: str, processes: str) -> None:
+def test_accumulation_phases_and_ranks_without_items_are_the_same_in_both(
+    runs: Path, run: str, processes: str
+) -> None:
     ours, theirs = (runs / processes / f"{run}_{whose}" for whose in ("ours", "theirs"))
     for one, other in zip(curve(ours), curve(theirs), strict=True):
         # three micro-batches: the trainer divides each loss by three, and three thirds of a number are not quite the number
@@ -85,10 +114,17 @@ def test_accumulation_phases_and_ranks_without_items_are_the_same_in_both(runs: 
 
 @pytest.mark.parametrize(
     ("run", "reference"),
-    [("cut", "noisy_theirs"), ("stopped", "noisy_theirs"), ("sharded_cut", "sharded"), ("sharded_stopped", "sharded"),
-     ("sharded_recomputed", "sharded")],
-)  # fmt: skip
-def test_two_processes_that_were_cut_or_stopped_become_the_run_that_was_not(runs: Path, run: str, reference: str) -> None:
+    [
+        ("cut", "noisy_theirs"),
+        ("stopped", "noisy_theirs"),
+        ("sharded_cut", "sharded"),
+        ("sharded_stopped", "sharded"),
+        ("sharded_recomputed", "sharded"),
+    ],
+)
+def test_two_processes_that_were_cut_or_stopped_become_the_run_that_was_not(
+    runs: Path, run: str, reference: str
+) -> None:
     one, other = runs / "two" / reference, runs / "two" / run
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert checkpoint_file(one, name).read_bytes() == checkpoint_file(other, name).read_bytes()
@@ -96,7 +132,9 @@ def test_two_processes_that_were_cut_or_stopped_become_the_run_that_was_not(runs
     assert curve(one)[-1] == curve(other)[-1]
 
 
-@pytest.mark.parametrize(("run", "reference"), [("sharded", "noisy_theirs"), ("sharded_accumulated", "accumulated_ours")])
+@pytest.mark.parametrize(
+    ("run", "reference"), [("sharded", "noisy_theirs"), ("sharded_accumulated", "accumulated_ours")]
+)
 def test_fsdp_gives_the_run_of_ddp(runs: Path, run: str, reference: str) -> None:
     one, other = runs / "two" / reference, runs / "two" / run
     for line, same in zip(curve(one), curve(other), strict=True):
@@ -104,14 +142,18 @@ def test_fsdp_gives_the_run_of_ddp(runs: Path, run: str, reference: str) -> None
     first, second = (load_file(checkpoint_file(folder, "model.safetensors")) for folder in (one, other))
     assert first.keys() == second.keys()
     for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-5)  # a weight moves by 1e-3 a step
+        torch.testing.assert_close(
+            second[name], weight, rtol=1e-4, atol=1e-5
+        )  # a weight moves by 1e-3 a step
 
 
 def checkpoint_file(run: Path, name: str) -> Path:
     return sorted(run.glob("step_*"))[-1] / name
 
 
-def test_one_process_goes_on_with_what_two_began_and_two_with_what_one_began(runs: Path, tmp_path: Path) -> None:
+def test_one_process_goes_on_with_what_two_began_and_two_with_what_one_began(
+    runs: Path, tmp_path: Path
+) -> None:
     corpus = runs / "corpus"
     for folder in ("one", "two"):
         copy = unfinished_copy(runs / folder / "noisy_theirs", tmp_path / folder)
@@ -147,7 +189,9 @@ def unfinished_copy(run: Path, copy: Path) -> Path:
     return copy
 
 
-def run_theirs(out: Path, task: LinearTask | None = None, training: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def run_theirs(
+    out: Path, task: LinearTask | None = None, training: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
     return run_linear(out, task, {**(training or {}), **THEIRS}, **more)
 
 
@@ -162,7 +206,9 @@ def test_a_run_stopped_at_random_steps_becomes_the_run_that_was_not(tmp_path: Pa
 
 
 @pytest.mark.parametrize("at", [(), {0}, {3, 4, 5}, {6, 9, 13}])
-def test_best_and_patience_are_those_of_our_engine_also_where_validations_are_broken_off(tmp_path: Path, at: set[int]) -> None:
+def test_best_and_patience_are_those_of_our_engine_also_where_validations_are_broken_off(
+    tmp_path: Path, at: set[int]
+) -> None:
     ours = run_linear(tmp_path / "ours", Validated(SCORES), PATIENT, MONITOR)
     task = Validated(SCORES, at)
     theirs, stops = until_finished(lambda: run_theirs(tmp_path / "theirs", task, PATIENT, monitor=MONITOR))
@@ -176,8 +222,15 @@ def test_best_and_patience_are_those_of_our_engine_also_where_validations_are_br
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_kill_between_a_checkpoint_and_the_validation_after_it_costs_nothing(saves_at_once: None, tmp_path: Path) -> None:
-    run_theirs(tmp_path / "straight", ScoredTask(SCORES), {**PATIENT, "patience": None, "checkpoint_every": 4}, monitor=MONITOR)
+def test_a_kill_between_a_checkpoint_and_the_validation_after_it_costs_nothing(
+    saves_at_once: None, tmp_path: Path
+) -> None:
+    run_theirs(
+        tmp_path / "straight",
+        ScoredTask(SCORES),
+        {**PATIENT, "patience": None, "checkpoint_every": 4},
+        monitor=MONITOR,
+    )
 
     class Killed(ScoredTask):
         def evaluate(self) -> dict[str, float]:
@@ -192,10 +245,15 @@ def test_a_kill_between_a_checkpoint_and_the_validation_after_it_costs_nothing(s
     assert summary["steps_this_time"] == 4 and summary["best_step"] == 6
     assert [line["valid_score"] for line in lines(tmp_path / "killed") if "valid_score" in line] == SCORES
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert checkpoint_file(tmp_path / "straight", name).read_bytes() == checkpoint_file(tmp_path / "killed", name).read_bytes()
+        assert (
+            checkpoint_file(tmp_path / "straight", name).read_bytes()
+            == checkpoint_file(tmp_path / "killed", name).read_bytes()
+        )
 
 
-def test_a_run_that_was_killed_when_only_its_end_was_left_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_killed_when_only_its_end_was_left_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pretrain.fairseq2 import training
 
     with monkeypatch.context() as patched:
@@ -215,14 +273,21 @@ def test_what_is_not_finite_ends_the_run_and_takes_its_checkpoint_with_it(tmp_pa
     assert sorted(path.name for path in (tmp_path / "run/fairseq2/checkpoints").glob("step_*")) == ["step_10"]
 
 
-def test_a_run_in_training_says_that_its_checkpoints_are_not_ours_yet(saves_at_once: None, tmp_path: Path) -> None:
+def test_a_run_in_training_says_that_its_checkpoints_are_not_ours_yet(
+    saves_at_once: None, tmp_path: Path
+) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         run_theirs(tmp_path / "run", LinearTask(on_step=cut_at_9))
-    with pytest.raises(ValueError, match=r"not finished, and was begun with training.engine = .fairseq2.*give its command again"):
+    with pytest.raises(
+        ValueError,
+        match=r"not finished, and was begun with training.engine = .fairseq2.*give its command again",
+    ):
         load_weights(tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_can_be_gone_on_from(saves_at_once: None, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_can_be_gone_on_from(
+    saves_at_once: None, tmp_path: Path
+) -> None:
     def fail(step: int) -> None:
         if step == 9:
             raise RuntimeError("power cut")
@@ -257,7 +322,9 @@ def test_a_pickle_that_would_run_code_is_not_run(saves_at_once: None, tmp_path: 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_run_that_one_engine_has_begun_is_not_gone_on_with_by_the_other(saves_at_once: None, tmp_path: Path) -> None:
+def test_a_run_that_one_engine_has_begun_is_not_gone_on_with_by_the_other(
+    saves_at_once: None, tmp_path: Path
+) -> None:
     for begun, other in (ENGINES, ENGINES[::-1]):
         with pytest.raises(RuntimeError, match="power cut"):
             run_linear(tmp_path / begun, LinearTask(on_step=cut_at_9), {"engine": begun})
@@ -272,7 +339,9 @@ def cut_at_9(step: int) -> None:
 
 def test_a_model_split_over_other_processes_is_refused_with_both_numbers(runs: Path, tmp_path: Path) -> None:
     unfinished_copy(runs / "two" / "sharded", tmp_path / "run")
-    with pytest.raises(ValueError, match=r"holds the model in 2 shards .*this run wants 1.*as many processes"):
+    with pytest.raises(
+        ValueError, match=r"holds the model in 2 shards .*this run wants 1.*as many processes"
+    ):
         noisy(runs / "corpus", tmp_path / "run", sharding="full", **THEIRS)
 
 
@@ -291,8 +360,12 @@ def test_its_recorders_write_beside_our_log(runs: Path) -> None:
     folder = runs / "one" / "ctc_fairseq2" / "fairseq2"
     train = [json.loads(line) for line in (folder / "metrics/train.jsonl").read_text().splitlines()]
     assert [line["Step"] for line in train] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in train] == losses(runs / "one" / "ctc_fairseq2") and "grad_norm" in train[0]
-    assert [json.loads(line)["Step"] for line in (folder / "metrics/valid.jsonl").read_text().splitlines()] == [25, 50]
+    assert [line["loss"] for line in train] == losses(runs / "one" / "ctc_fairseq2") and "grad_norm" in train[
+        0
+    ]
+    assert [
+        json.loads(line)["Step"] for line in (folder / "metrics/valid.jsonl").read_text().splitlines()
+    ] == [25, 50]
     assert list((folder / "tb" / "train").iterdir()) and list((folder / "tb" / "valid").iterdir())
 
 
@@ -314,7 +387,9 @@ def test_ctrl_c_stops_after_the_step_and_the_run_becomes_the_one_that_was_not(tm
     assert not (tmp_path / ".run.lock").exists()
     run_theirs(tmp_path / "run", LinearTask(dropout=0.3))
     run_theirs(tmp_path / "straight", LinearTask(dropout=0.3))
-    weights = [checkpoint_file(tmp_path / name, "model.safetensors").read_bytes() for name in ("straight", "run")]
+    weights = [
+        checkpoint_file(tmp_path / name, "model.safetensors").read_bytes() for name in ("straight", "run")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -326,7 +401,9 @@ def test_patience_begins_with_the_last_phase_as_in_our_engine(tmp_path: Path) ->
     assert [(summary["steps"], summary["best_step"]) for summary in summaries] == [(8, 2)] * 2
     scores = [line["valid_score"] for line in lines(tmp_path / "theirs") if "valid_score" in line]
     assert scores == [1, 2, 2, 2]  # whole numbers, too
-    states = [json.loads((tmp_path / name / "step_00000002/state.json").read_text()) for name in ("ours", "theirs")]
+    states = [
+        json.loads((tmp_path / name / "step_00000002/state.json").read_text()) for name in ("ours", "theirs")
+    ]
     assert [(state["epoch"], state["batch"]) for state in states] == [(0, 2)] * 2
 
 
@@ -343,7 +420,9 @@ def test_an_alarm_of_a_validation_that_a_stop_broke_off_ends_the_run_where_it_st
 
     task = Alarmed(SCORES, {7})  # the second batch of the validation after step 6
     with pytest.raises(ValueError, match=r"stopped at step 6: collapsed\. .*step_4$"):
-        until_finished(lambda: run_theirs(tmp_path / "run", task, {**PATIENT, "checkpoint_every": 4}, monitor=MONITOR))
+        until_finished(
+            lambda: run_theirs(tmp_path / "run", task, {**PATIENT, "checkpoint_every": 4}, monitor=MONITOR)
+        )
     assert task.step == 6
 
 
@@ -363,7 +442,9 @@ def test_a_run_goes_on_on_another_device_and_counts_the_seconds_of_all_sessions(
     summary = run_theirs(tmp_path / "run", task)
     assert summary["steps_this_time"] == 5 and 3600 < summary["seconds"] < 4200
     run_theirs(tmp_path / "straight", LinearTask(dropout=0.3))
-    weights = [checkpoint_file(tmp_path / name, "model.safetensors").read_bytes() for name in ("straight", "run")]
+    weights = [
+        checkpoint_file(tmp_path / name, "model.safetensors").read_bytes() for name in ("straight", "run")
+    ]
     assert weights[0] == weights[1]
 
 

@@ -20,29 +20,35 @@ from fairseq2.models.hub import ModelHub
 from fairseq2.runtime.dependency import DependencyContainer, get_dependency_resolver
 from torch import Tensor, nn
 
-from pretrain.checkpoint import save_checkpoint
 from pretrain.ctc.model import CTCBatch, Recognizer
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import Encoder, EncoderConfig
+from pretrain.data.packing import pack_padded
 from pretrain.fairseq2 import extension
 from pretrain.fairseq2.families import ARCHS, FAMILIES
-from pretrain.hubert import Hubert, HubertConfig
-from pretrain.packing import pack_padded
-from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.objectives.hubert import Hubert, HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.training.checkpoint import save_checkpoint
 from tests.parity.peers import scatter
 from tests.pretrain.conftest import run_two_processes
-from units.fairseq2 import FAMILY as UNIT_LM
-from units.fairseq2 import register as register_units
-from units.language_model import LanguageModel
-from units.model import Decoder, DecoderConfig
-from units.patterns import Pattern
-from units.vocabulary import Vocabulary as Units
-from wordless import main
+from units.corpus.patterns import Pattern
+from units.corpus.vocabulary import Vocabulary as Units
+from units.lm.fairseq2 import FAMILY as UNIT_LM
+from units.lm.fairseq2 import register as register_units
+from units.lm.language_model import LanguageModel
+from units.lm.model import Decoder, DecoderConfig
+from wordless.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 WAVEFORM: dict[str, Any] = {
-    "dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 48, "conv_dim": 16, "pos_kernel": 8, "pos_groups": 2,
-}  # fmt: skip
+    "dim": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "ffn_dim": 48,
+    "conv_dim": 16,
+    "pos_kernel": 8,
+    "pos_groups": 2,
+}
 ENCODER = EncoderConfig(**WAVEFORM)
 VOCABULARY = Vocabulary(["|", "a", "b"])
 
@@ -71,7 +77,10 @@ def save_run(folder: Path, model: nn.Module, kind: str = "encoder", **extra: Any
 
 
 FILTERBANK = EncoderConfig(architecture="tiny")
-UNITS, DECODER = Units(num_units=5, num_levels=2), DecoderConfig(dim=16, num_heads=2, num_kv_heads=1, ffn_dim=24, num_layers=2)
+UNITS, DECODER = (
+    Units(num_units=5, num_levels=2),
+    DecoderConfig(dim=16, num_heads=2, num_kv_heads=1, ffn_dim=24, num_layers=2),
+)
 
 
 def build(family: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -80,17 +89,33 @@ def build(family: str) -> tuple[nn.Module, dict[str, Any]]:
     own, filterbank = {"encoder": ENCODER.resolved()}, {"encoder": FILTERBANK.resolved()}
     match family:
         case "wordless_hubert":
-            return Hubert(ENCODER, HubertConfig(), 9), {"config": {**own, "hubert": HubertConfig().resolved()}}
+            return Hubert(ENCODER, HubertConfig(), 9), {
+                "config": {**own, "hubert": HubertConfig().resolved()}
+            }
         case "wordless_wav2vec2":
-            return Wav2Vec2(FILTERBANK, Wav2Vec2Config()), {"config": {**filterbank, "wav2vec2": Wav2Vec2Config().resolved()}}
+            return Wav2Vec2(FILTERBANK, Wav2Vec2Config()), {
+                "config": {**filterbank, "wav2vec2": Wav2Vec2Config().resolved()}
+            }
         case "wordless_encoder":
             return nn.ModuleDict({"encoder": Encoder(FILTERBANK)}), {"config": filterbank}
         case "wordless_recognizer":
             tree = {"text": {"case": "upper"}, "ctc": {"final_dropout": 0.2}}
-            meta = {"config_encoder": ENCODER.resolved(), "vocabulary": VOCABULARY.to_meta(), "codebook": None}
-            return Recognizer(ENCODER, VOCABULARY, layers="weighted"), {"kind": "recognizer", "config": tree, **meta}
+            meta = {
+                "config_encoder": ENCODER.resolved(),
+                "vocabulary": VOCABULARY.to_meta(),
+                "codebook": None,
+            }
+            return Recognizer(ENCODER, VOCABULARY, layers="weighted"), {
+                "kind": "recognizer",
+                "config": tree,
+                **meta,
+            }
     meta = {"decoder": DECODER.resolved(), "vocabulary": UNITS.model_dump(mode="json"), "pattern": "delay"}
-    return LanguageModel(Decoder(DECODER, Pattern("delay", UNITS.sizes).vocabularies)), {"kind": "unit-lm", "config": {}, **meta}
+    return LanguageModel(Decoder(DECODER, Pattern("delay", UNITS.sizes).vocabularies)), {
+        "kind": "unit-lm",
+        "config": {},
+        **meta,
+    }
 
 
 def make_run(folder: Path, family: str) -> tuple[Path, Any]:
@@ -131,13 +156,18 @@ def test_fairseq2_loads_a_run_by_its_card_bit_for_bit(tmp_path: Path, family: st
     encoder, own = loaded.encoder, expected.encoder
     assert isinstance(encoder, Encoder) and isinstance(own, Encoder)
     assert torch.equal(encoder(WAVES, SAMPLES), own(WAVES, SAMPLES))
-    for layer, other in zip(encoder.extract_all(WAVES, SAMPLES), own.extract_all(WAVES, SAMPLES), strict=True):
+    for layer, other in zip(
+        encoder.extract_all(WAVES, SAMPLES), own.extract_all(WAVES, SAMPLES), strict=True
+    ):
         assert torch.equal(layer, other)
 
 
 def test_any_run_can_be_loaded_as_an_encoder_alone(tmp_path: Path) -> None:
     run, hubert = make_run(tmp_path, "wordless_hubert")
-    card = AssetCard("mine", {"model_family": "wordless_encoder", "model_config": {"encoder": WAVEFORM}, "checkpoint": str(run)})
+    card = AssetCard(
+        "mine",
+        {"model_family": "wordless_encoder", "model_config": {"encoder": WAVEFORM}, "checkpoint": str(run)},
+    )
     loaded = load_model(card).eval()
     assert all(name.startswith("encoder.") for name in loaded.state_dict())
     assert torch.equal(loaded(WAVES, SAMPLES), hubert.encoder(WAVES, SAMPLES))  # type: ignore[operator]
@@ -169,13 +199,22 @@ def test_architectures_are_ours_and_a_card_changes_single_keys() -> None:
         assert issubclass(found.kls, family.model)
     hubert = families.resolve(ModelFamily, key="wordless_hubert")
     card = AssetCard(
-        "mine", {"model_family": "wordless_hubert", "model_arch": "large", "model_config": {"encoder": {"layer_drop": 0.25}}}
+        "mine",
+        {
+            "model_family": "wordless_hubert",
+            "model_arch": "large",
+            "model_config": {"encoder": {"layer_drop": 0.25}},
+        },
     )
     config = hubert.get_model_config(card)
     assert EncoderConfig(**config.parsed()["encoder"]) == EncoderConfig(architecture="large", layer_drop=0.25)
     assert config.num_classes == 500
-    other = AssetCard("mine", {"model_family": "wordless_hubert", "model_config": {"encoder": {"architecture": "xlarge"}}})
-    assert EncoderConfig(**hubert.get_model_config(other).parsed()["encoder"]) == EncoderConfig(architecture="xlarge")
+    other = AssetCard(
+        "mine", {"model_family": "wordless_hubert", "model_config": {"encoder": {"architecture": "xlarge"}}}
+    )
+    assert EncoderConfig(**hubert.get_model_config(other).parsed()["encoder"]) == EncoderConfig(
+        architecture="xlarge"
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +230,9 @@ def test_architectures_are_ours_and_a_card_changes_single_keys() -> None:
         ("wordless_unit_lm", {"decoder": {"num_heads": 3}}, "model_config.decoder"),
     ],
 )
-def test_a_wrong_config_in_a_card_is_an_error_that_names_the_key(family: str, config: dict[str, Any], message: str) -> None:
+def test_a_wrong_config_in_a_card_is_an_error_that_names_the_key(
+    family: str, config: dict[str, Any], message: str
+) -> None:
     found = get_dependency_resolver().resolve(ModelFamily, key=family)
     with pytest.raises(AssetCardError, match="model_config field of the mine asset card") as caught:
         found.get_model_config(AssetCard("mine", {"model_family": family, "model_config": config}))
@@ -201,7 +242,9 @@ def test_a_wrong_config_in_a_card_is_an_error_that_names_the_key(family: str, co
 def test_a_damaged_run_and_weights_of_another_model_are_errors(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, "wordless_hubert")
     card = card_of(run, tmp_path / "card", checkpoint=str(run))
-    other = AssetCard("mine", {**card.metadata, "model_config": {**card.metadata["model_config"], "num_classes": 10}})  # type: ignore[dict-item]
+    other = AssetCard(
+        "mine", {**card.metadata, "model_config": {**card.metadata["model_config"], "num_classes": 10}}
+    )  # type: ignore[dict-item]
     with pytest.raises(AssetCardError) as caught:
         load_model(other)
     assert "`class_embeddings` has a shape of (9, 256)" in str(caught.value.__cause__.__cause__)  # type: ignore[union-attr]
@@ -227,7 +270,9 @@ def test_layers_are_recomputed_in_backward_and_give_the_same_gradients(tmp_path:
         model.zero_grad()
         model.encoder(WAVES, SAMPLES).square().sum().backward()
         return {
-            name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters() if p.grad is not None
+            name.replace("_checkpoint_wrapped_module.", ""): p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
         }
 
     found, expected = gradients(other), gradients(ours)
@@ -256,11 +301,15 @@ def test_sharding_wraps_each_layer_and_refuses_the_stack() -> None:
 def test_two_processes_load_shard_and_recompute_a_run(tmp_path: Path) -> None:
     """fairseq2's own FSDP2 and activation checkpointing, with the gradients of one process."""
     run, _ = make_run(tmp_path, "wordless_hubert")
-    with run_two_processes(ROOT / "tests/fairseq2/sharding_worker.py", run, logs=tmp_path / "logs", timeout=200):
+    with run_two_processes(
+        ROOT / "tests/fairseq2/sharding_worker.py", run, logs=tmp_path / "logs", timeout=200
+    ):
         pass
 
 
-def test_the_extension_never_breaks_fairseq2(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_extension_never_breaks_fairseq2(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A TypeError of an extension would end fairseq2's start; a room of ours may lack a library."""
 
     def missing(container: Any) -> None:
@@ -273,7 +322,9 @@ def test_the_extension_never_breaks_fairseq2(monkeypatch: pytest.MonkeyPatch, ca
     assert "wordless: its model families are not registered (TypeError: no such argument)" in caplog.text
 
 
-@pytest.mark.parametrize("order", [(extension.register, register_units), (register_units, extension.register)])
+@pytest.mark.parametrize(
+    "order", [(extension.register, register_units), (register_units, extension.register)]
+)
 def test_the_order_of_the_entry_points_and_registering_twice_do_not_matter(order: Any) -> None:
     container = DependencyContainer()
     for each in (*order, *order):
@@ -293,12 +344,16 @@ print([name for name in ("faiss", "quantize", "submitit", "typer", "matplotlib")
 @pytest.mark.slow
 def test_fairseq2_itself_loads_a_run_by_name_through_the_entry_point(tmp_path: Path) -> None:
     """In a process of its own, as a user of fairseq2 has it: no import of ours, the card on FAIRSEQ2_ASSET_DIR."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["fairseq2.extension"]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "fairseq2.extension"
+    ]
     for target in declared.values():
         module, _, name = target.partition(":")
         assert callable(getattr(import_module(module), name))
     search = [str(ROOT)]
-    if not {entry.value for entry in entry_points(group="fairseq2.extension")} >= set(declared.values()):  # not installed here
+    if not {entry.value for entry in entry_points(group="fairseq2.extension")} >= set(
+        declared.values()
+    ):  # not installed here
         info = tmp_path / "site" / "wordless_from_source-0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wordless-from-source\nVersion: 0\n")
@@ -311,7 +366,12 @@ def test_fairseq2_itself_loads_a_run_by_name_through_the_entry_point(tmp_path: P
     environment = {**os.environ, "FAIRSEQ2_ASSET_DIR": str(cards), "PYTHONPATH": os.pathsep.join(search)}
     environment["FAIRSEQ2_EXTENSION_TRACE"] = "1"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["pretrain.hubert 32", "[]"]
+    assert done.stdout.splitlines() == ["pretrain.objectives.hubert 32", "[]"]

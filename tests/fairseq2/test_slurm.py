@@ -12,7 +12,7 @@ from tests.pretrain.runs import curve
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import _cluster, real_slurm  # noqa: F401  # fixtures
 from tests.slurm.test_real_training import BIG, ROOT, STEPS, TWO_NODES, Scene, weights, write_config
-from wordless import main
+from wordless.cli import main
 
 pytestmark = pytest.mark.slow
 THEIRS = "training.engine=fairseq2"
@@ -25,14 +25,24 @@ def scene(real_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Scen
     scene = Scene(tmp_path_factory.mktemp("engine"), real_slurm)
     write_config(scene.folder)
     on_one = Resources(nodelist="n1", cpus_per_task=1, time_minutes=10)
-    scene.submit("preempted", on_one.model_copy(update={"partition": "low", "cpus_per_task": BIG}), THEIRS, NOISY)
+    scene.submit(
+        "preempted", on_one.model_copy(update={"partition": "low", "cpus_per_task": BIG}), THEIRS, NOISY
+    )
     scene.submit("requeued", on_one, THEIRS, NOISY)
     scene.submit("two_requeued", TWO_NODES, THEIRS, "training.sharding=full")
     disturb = {  # as soon as they have done a few steps
-        "preempted": ("sbatch", "--partition=high", "--nodelist=n1", f"--cpus-per-task={2 * BIG}", "--output=/dev/null", "--wrap", "sleep 2"),
+        "preempted": (
+            "sbatch",
+            "--partition=high",
+            "--nodelist=n1",
+            f"--cpus-per-task={2 * BIG}",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 2",
+        ),
         "requeued": ("scontrol", "requeue", scene.jobs["requeued"].job_id),
         "two_requeued": ("scontrol", "requeue", scene.jobs["two_requeued"].job_id),
-    }  # fmt: skip
+    }
 
     def disturb_those_on_their_way() -> bool:
         for name in [name for name in disturb if scene.steps(name) >= 3]:
@@ -65,8 +75,13 @@ def test_two_nodes_train_as_one_process_of_our_engine_does(scene: Scene, name: s
     assert scene.record(name)["NodeList"] == "n[1-2]"
     paths = [scene.run(run) / f"step_{STEPS:08d}" / "model.safetensors" for run in ("still", name)]
     one, two = map(load_file, paths)
-    for key, weight in one.items():  # sums in another order in float32, as in tests/pretrain/test_distributed.py
-        torch.testing.assert_close(two[key], weight, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    for (
+        key,
+        weight,
+    ) in one.items():  # sums in another order in float32, as in tests/pretrain/test_distributed.py
+        torch.testing.assert_close(
+            two[key], weight, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
     assert [line["step"] for line in curve(scene.run(name))] == list(range(1, STEPS + 1))
 
 

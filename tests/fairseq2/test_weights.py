@@ -29,21 +29,27 @@ from fairseq2.nn import BatchLayout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain.artefact import read_meta
-from pretrain.audio import num_frames
-from pretrain.checkpoint import load_weights, save_checkpoint
 from pretrain.ctc.model import Recognizer, load_recognizer
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.data.audio import num_frames
 from pretrain.fairseq2.assets import find_card, plain_config
-from pretrain.hubert import Hubert, HubertConfig
-from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config, draw_distractors, wav2vec2_batch
+from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.objectives.hubert import Hubert, HubertConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config, draw_distractors, wav2vec2_batch
+from pretrain.store.artefact import read_meta
+from pretrain.training.checkpoint import load_weights, save_checkpoint
 from pretrain.weights.card_config import DEFAULTS, complete_config
 from pretrain.weights.card_writing import _ctc_config
 from pretrain.weights.cards import load_checkpoint, read_card
-from pretrain.weights.conversion import ImportConfig, _pretrained_with, export_weights, import_weights, in_memory
+from pretrain.weights.conversion import (
+    ImportConfig,
+    _pretrained_with,
+    export_weights,
+    import_weights,
+    in_memory,
+)
 from pretrain.weights.fairseq2 import _encoder_keys, read_asset
 from pretrain.weights.naming import parameters, to_theirs
 from pretrain.weights.sentencepiece import write_pieces
@@ -53,22 +59,52 @@ KINDS: dict[str, dict[str, Any]] = {
     "base": {},
     "large": {"model_dim": 96, "num_encoder_attn_heads": 6},
     "large_lv60k": {
-        "layer_norm_features": False, "feature_extractor_bias": True, "feature_extractor_layer_norm_convs": True,
+        "layer_norm_features": False,
+        "feature_extractor_bias": True,
+        "feature_extractor_layer_norm_convs": True,
         "norm_order": TransformerNormOrder.PRE,
     },
-}  # fmt: skip
+}
 SMALL: dict[str, Any] = {
-    "model_dim": 64, "num_encoder_layers": 3, "num_encoder_attn_heads": 4, "ffn_inner_dim": 96, "feature_dim": 32,
-    "feature_extractor_layer_descs": [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2, "pos_conv_kernel_size": 16,
-    "num_pos_conv_groups": 4, "dropout_p": 0.0, "attn_dropout_p": 0.0, "layer_drop_p": 0.0, "feature_grad_scale": 0.5,
-}  # fmt: skip
+    "model_dim": 64,
+    "num_encoder_layers": 3,
+    "num_encoder_attn_heads": 4,
+    "ffn_inner_dim": 96,
+    "feature_dim": 32,
+    "feature_extractor_layer_descs": [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2,
+    "pos_conv_kernel_size": 16,
+    "num_pos_conv_groups": 4,
+    "dropout_p": 0.0,
+    "attn_dropout_p": 0.0,
+    "layer_drop_p": 0.0,
+    "feature_grad_scale": 0.5,
+}
 CODES: dict[str, Any] = {
-    "num_codebook_entries": 8, "quantized_dim": 24, "final_dim": 20, "num_distractors": 9, "logit_temp": 0.15,
-    "max_temporal_mask_prob": 0.6, "temporal_mask_span_len": 8, "codebook_sampling_temperature": (0.7, 0.7, 1.0),
-}  # fmt: skip
+    "num_codebook_entries": 8,
+    "quantized_dim": 24,
+    "final_dim": 20,
+    "num_distractors": 9,
+    "logit_temp": 0.15,
+    "max_temporal_mask_prob": 0.6,
+    "temporal_mask_span_len": 8,
+    "codebook_sampling_temperature": (0.7, 0.7, 1.0),
+}
 LETTERS = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "e", "t", "'"]
 
-SYMBOLS = ["|", "e", "t", "'", "=", "1", "n", "~", "é", "한", "😀", "\u0930"]  # some of which YAML takes for something else
+SYMBOLS = [
+    "|",
+    "e",
+    "t",
+    "'",
+    "=",
+    "1",
+    "n",
+    "~",
+    "é",
+    "한",
+    "😀",
+    "\u0930",
+]  # some of which YAML takes for something else
 
 Assets = Callable[..., str]
 
@@ -125,7 +161,9 @@ def draw_waves(lengths: list[int], seed: int = 0) -> Tensor:
 def their_layers(model: Any, waves: Tensor, lengths: list[int]) -> list[Tensor]:
     """The first layer's input, every layer's output and the encoder's, by hooks."""
     outputs: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, y: outputs.append(y)) for layer in model.encoder.layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, y: outputs.append(y)) for layer in model.encoder.layers
+    ]
     x, layout = model.encoder_frontend(waves, BatchLayout.of(waves, lengths))
     outputs.insert(0, x)
     outputs.append(model.encoder(x, layout))
@@ -145,14 +183,19 @@ def assert_equal_layers(ours: Encoder, theirs: Any, lengths: list[int], batched:
     found = our_layers(ours, waves, lengths)
     for row, length in enumerate(lengths):
         one = slice(None) if batched else slice(row, row + 1)
-        reference = their_layers(theirs, waves[one] if batched else waves[one, :length], lengths if batched else [length])
+        reference = their_layers(
+            theirs, waves[one] if batched else waves[one, :length], lengths if batched else [length]
+        )
         assert len(found) == len(reference) == ours.config.num_layers + 2
         for layer, (mine, other) in enumerate(zip(found, reference, strict=True)):
             # float32, the same operations in another order through seven convolutions and the layers, features of order 1 to 5
             torch.testing.assert_close(
-                mine[row, : num_frames(length)], other[row if batched else 0, : num_frames(length)], rtol=1e-5, atol=5e-5,
+                mine[row, : num_frames(length)],
+                other[row if batched else 0, : num_frames(length)],
+                rtol=1e-5,
+                atol=5e-5,
                 msg=lambda text, at=layer: f"layer {at}: {text}",
-            )  # fmt: skip
+            )
 
 
 def imported(name: str, folder: Path, **options: Any) -> dict[str, Any]:
@@ -173,7 +216,9 @@ def test_every_layer_of_an_imported_asset_is_fairseq2s(kind: str, assets: Assets
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_layer_of_an_exported_run_is_ours_where_fairseq2_loads_its_card(kind: str, assets: Assets, tmp_path: Path) -> None:
+def test_every_layer_of_an_exported_run_is_ours_where_fairseq2_loads_its_card(
+    kind: str, assets: Assets, tmp_path: Path
+) -> None:
     run, encoder = our_run(tmp_path / "run", "wav2vec2", kind)
     summary = export_weights(run, tmp_path / "assets" / "mine", "fairseq2")
     assert (summary["family"], summary["heads"]) == ("wav2vec2", True)
@@ -182,18 +227,37 @@ def test_every_layer_of_an_exported_run_is_ours_where_fairseq2_loads_its_card(ki
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
-    "base": {}, "large": {"dim": 96, "num_heads": 6},
+    "base": {},
+    "large": {"dim": 96, "num_heads": 6},
     "large_lv60k": {"norm_first": True, "conv_norm": "layer", "conv_bias": True},
-}  # fmt: skip
+}
 OUR_SMALL: dict[str, Any] = {
-    "dim": 64, "num_layers": 3, "num_heads": 4, "ffn_dim": 96, "conv_dim": 32, "pos_kernel": 16, "pos_groups": 4,
-    "feature_gradient_scale": 0.5, "layer_drop": 0.0, "input_dropout": 0.125,
-}  # fmt: skip
+    "dim": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "ffn_dim": 96,
+    "conv_dim": 32,
+    "pos_kernel": 16,
+    "pos_groups": 4,
+    "feature_gradient_scale": 0.5,
+    "layer_drop": 0.0,
+    "input_dropout": 0.125,
+}
 OUR_CODES = Wav2Vec2Config(
-    mask_start_probability=0.07, mask_length=7, num_distractors=5, num_groups=3, num_entries=8, code_dim=24, final_dim=20,
-    feature_dropout=0.2, temperature=0.2, gumbel_temperature=(2.0, 0.1), gumbel_decay=0.999, diversity_weight=0.3,
+    mask_start_probability=0.07,
+    mask_length=7,
+    num_distractors=5,
+    num_groups=3,
+    num_entries=8,
+    code_dim=24,
+    final_dim=20,
+    feature_dropout=0.2,
+    temperature=0.2,
+    gumbel_temperature=(2.0, 0.1),
+    gumbel_decay=0.999,
+    diversity_weight=0.3,
     feature_penalty=7.0,
-)  # fmt: skip
+)
 
 
 def our_run(run: Path, objective: str, kind: str = "base", **changes: Any) -> tuple[Path, Encoder]:
@@ -211,13 +275,24 @@ def our_run(run: Path, objective: str, kind: str = "base", **changes: Any) -> tu
         vocabulary, text = Vocabulary(SYMBOLS), TextConfig(punctuation="keep")
         model = Recognizer(config, vocabulary)
         ctc = CTCConfig(
-            mask_start_probability=0.065, mask_channel_probability=0.04, mask_channel_length=16, final_dropout=0.2, freeze_steps=3
-        )  # fmt: skip
+            mask_start_probability=0.065,
+            mask_channel_probability=0.04,
+            mask_channel_length=16,
+            final_dropout=0.2,
+            freeze_steps=3,
+        )
         tree |= {"text": text.resolved(), "ctc": ctc.resolved()}
-        extra = {"vocabulary": vocabulary.to_meta(), "config_encoder": config.resolved(), "codebook": None, "objective": "hubert"}
+        extra = {
+            "vocabulary": vocabulary.to_meta(),
+            "config_encoder": config.resolved(),
+            "codebook": None,
+            "objective": "hubert",
+        }
     scatter(model)
     kind = "recognizer" if objective == "ctc" else "encoder"
-    save_checkpoint(run, 1, model, torch.optim.AdamW(model.parameters()), {"kind": kind, "extra": extra, "config": tree})
+    save_checkpoint(
+        run, 1, model, torch.optim.AdamW(model.parameters()), {"kind": kind, "extra": extra, "config": tree}
+    )
     return run, model.encoder.eval()
 
 
@@ -231,9 +306,13 @@ def test_ours_to_fairseq2_to_ours_is_exact(kind: str, objective: str, assets: As
     card = yaml.safe_load((tmp_path / "assets/mine/card.yaml").read_text())
     (tmp_path / "assets/again").mkdir()
     torch.save({"model": model.state_dict()}, tmp_path / "assets/again/saved.pt")
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump({**card, "name": "again", "checkpoint": "assets/again/saved.pt"}))
+    (tmp_path / "again.yaml").write_text(
+        yaml.safe_dump({**card, "name": "again", "checkpoint": "assets/again/saved.pt"})
+    )
     for number, source in enumerate(["fairseq2:mine", tmp_path / "assets/mine", tmp_path / "again.yaml"]):
-        summary = import_weights(ImportConfig(source=str(source), out=str(tmp_path / f"back{number}"), allow_pickle=True))
+        summary = import_weights(
+            ImportConfig(source=str(source), out=str(tmp_path / f"back{number}"), allow_pickle=True)
+        )
         assert not any("normalised, as in published" in note for note in summary["notes"])
         back, found, _ = load_weights(tmp_path / f"back{number}")
         assert back.keys() == weights.keys()
@@ -246,7 +325,8 @@ def test_ours_to_fairseq2_to_ours_is_exact(kind: str, objective: str, assets: As
 
 
 @pytest.mark.parametrize(
-    ("kind", "lengths"), [("base", [9000, 9000, 9000]), ("large", [7040, 7040]), ("large_lv60k", [9000, 5000, 7040])]
+    ("kind", "lengths"),
+    [("base", [9000, 9000, 9000]), ("large", [7040, 7040]), ("large_lv60k", [9000, 5000, 7040])],
 )
 def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
     kind: str, lengths: list[int], assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -264,7 +344,9 @@ def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
 
     monkeypatch.setattr(F, "gumbel_softmax", without_noise)
     monkeypatch.setattr("fairseq2.models.wav2vec2.vector_quantizer.gumbel_softmax", without_noise)
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda function: function)  # it needs a compiler of C++
+    monkeypatch.setattr(
+        torch, "compile", lambda *_, **__: lambda function: function
+    )  # it needs a compiler of C++
     config, theirs = their_model(kind)
     imported(assets("w2v", "wav2vec2", config, theirs), tmp_path / "run")
     equal = len(set(lengths)) == 1
@@ -291,12 +373,16 @@ def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
         return torch.where(padded[..., None], theirs.masker.temporal_mask_embed, seqs), padded
 
     def distractors_given(targets: Tensor) -> Tensor:
-        return torch.stack([row[torch.from_numpy(places)] for row, places in zip(targets, drawn, strict=True)])
+        return torch.stack(
+            [row[torch.from_numpy(places)] for row, places in zip(targets, drawn, strict=True)]
+        )
 
     monkeypatch.setattr(theirs.masker, "forward", mask_given)
     monkeypatch.setattr(theirs, "_sample_distractors", distractors_given)
     theirs.train()
-    loss, output = theirs(waves, BatchLayout.of(waves, lengths), diversity_weight=0.3, features_penalty_weight=penalty)
+    loss, output = theirs(
+        waves, BatchLayout.of(waves, lengths), diversity_weight=0.3, features_penalty_weight=penalty
+    )
     own = [wave[:length].numpy() for wave, length in zip(waves, lengths, strict=True)]
     mine = ours.train()(wav2vec2_batch(own, masks, drawn))
     assert mine.count == output.num_targets == 7 * len(lengths)
@@ -305,7 +391,9 @@ def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
     assert mine.total.item() == pytest.approx(loss.aggregate.item(), rel=1e-5)
     mine.total.backward()
     loss.aggregate.backward()
-    compare_gradients(ours, {name: p.grad for name, p in theirs.named_parameters()}, "fairseq2", "wav2vec2", "")
+    compare_gradients(
+        ours, {name: p.grad for name, p in theirs.named_parameters()}, "fairseq2", "wav2vec2", ""
+    )
     if not equal:  # the statement about padding, in numbers
         raw = output.raw_features.detach()
         shares = [raw[row, : len(mask)].square().mean() for row, mask in enumerate(masks)]
@@ -317,7 +405,9 @@ def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
 @torch.no_grad()
 def test_ctc_logits_of_an_imported_asset_are_fairseq2s(kind: str, assets: Assets, tmp_path: Path) -> None:
     config, theirs = their_recognizer(kind, final_dropout_p=0.3)
-    name = assets("asr", "wav2vec2_asr", config, theirs, tokenizer_family="char_tokenizer", tokenizer="letters.model")
+    name = assets(
+        "asr", "wav2vec2_asr", config, theirs, tokenizer_family="char_tokenizer", tokenizer="letters.model"
+    )
     write_letters(tmp_path / "assets/letters.model")
     summary = imported(name, tmp_path / "run")
     assert (summary["kind"], summary["vocabulary"]) == ("recognizer", 8)
@@ -350,7 +440,9 @@ def test_fairseq2_reads_an_exported_recogniser_with_its_tokenizer(assets: Assets
     logits, _ = theirs(waves, BatchLayout.of(waves, [9000]))
     hidden = ours.model.encoder(waves, torch.tensor([9000]))
     assert logits.shape[2] == len(ours.vocabulary) + 1
-    torch.testing.assert_close(ours.model.head(hidden[0]), logits[0, :, :-1], rtol=1e-5, atol=2e-4)  # as above
+    torch.testing.assert_close(
+        ours.model.head(hidden[0]), logits[0, :, :-1], rtol=1e-5, atol=2e-4
+    )  # as above
     assert logits[..., -1].max() < -9000
     tokenizer = load_tokenizer("mine")
     assert tokenizer.vocab_info.size == logits.shape[2] and tokenizer.vocab_info.pad_idx == 0
@@ -362,11 +454,16 @@ def test_fairseq2_reads_an_exported_recogniser_with_its_tokenizer(assets: Assets
 
 
 @pytest.mark.parametrize(
-    ("channels", "length", "written"), [(0.04, 16, 0.64), (0.001, 16, 0.0), (0.0016, 64, 0.0), (0.5, 64, 0.0), (0.0, 16, 0.0)]
+    ("channels", "length", "written"),
+    [(0.04, 16, 0.64), (0.001, 16, 0.0), (0.0016, 64, 0.0), (0.5, 64, 0.0), (0.0, 16, 0.0)],
 )
-def test_fairseq2_trains_with_the_masks_of_an_exported_recogniser(channels: float, length: int, written: float) -> None:
+def test_fairseq2_trains_with_the_masks_of_an_exported_recogniser(
+    channels: float, length: int, written: float
+) -> None:
     """Of the width 64. With fairseq2's own least numbers of spans a short utterance, and spans of all channels, end the training."""
-    ctc = CTCConfig(mask_start_probability=0.05, mask_channel_probability=channels, mask_channel_length=length)
+    ctc = CTCConfig(
+        mask_start_probability=0.05, mask_channel_probability=channels, mask_channel_length=length
+    )
     notes: list[str] = []
     told = _ctc_config(ctc, 64, notes)
     assert told["max_spatial_mask_prob"] == written
@@ -390,7 +487,9 @@ def test_masks_and_losses_go_to_fairseq2s_config(assets: Assets, tmp_path: Path)
     assert config.max_temporal_mask_prob == 0.49 and config.temporal_mask_span_len == 7
     assert config.codebook_sampling_temperature == (2.0, 0.1, 0.999) and config.logit_temp == 0.2
     assert config.encoder_config.first_pass_dropout_p == 0.125
-    assert any("feature_dropout = 0.2 is not" in note for note in notes) and any("penalty 7.0" in note for note in notes)
+    assert any("feature_dropout = 0.2 is not" in note for note in notes) and any(
+        "penalty 7.0" in note for note in notes
+    )
 
 
 def test_the_defaults_known_here_are_fairseq2s() -> None:
@@ -408,10 +507,14 @@ def test_every_architecture_of_fairseq2_has_our_config(arch: str, assets: Assets
             config.encoder_config.model_dim, config.encoder_config.ffn_inner_dim = width, ffn
             config.encoder_config.num_encoder_attn_heads = 16
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in create_wav2vec2_model(config).state_dict().items()}
+            shapes = {
+                name: tensor.shape for name, tensor in create_wav2vec2_model(config).state_dict().items()
+            }
         encoder = EncoderConfig(**_encoder_keys(plain_config(asdict(config.encoder_config)), arch))
         with torch.device("meta"):
-            ours = Wav2Vec2(encoder, Wav2Vec2Config(code_dim=config.quantized_dim, final_dim=config.final_dim)).state_dict()
+            ours = Wav2Vec2(
+                encoder, Wav2Vec2Config(code_dim=config.quantized_dim, final_dim=config.final_dim)
+            ).state_dict()
         expected = {"quantizer.num_updates": torch.Size([])}
         for parameter in parameters("fairseq2", encoder, "wav2vec2", 2):
             parts = parameter.write(ours[parameter.ours])
@@ -430,7 +533,9 @@ def test_an_asset_in_memory_is_what_its_imported_run_holds(assets: Assets, tmp_p
     assert all(meta["config"][key] == told["config"][key] for key in told["config"])
 
 
-def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(assets: Assets, tmp_path: Path) -> None:
+def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(
+    assets: Assets, tmp_path: Path
+) -> None:
     """`model.yaml` beside steps, whose weights each data-parallel process has a part of; merged as by fairseq2's own loader."""
     config, theirs = their_model("large_lv60k")
     folder = tmp_path / "checkpoints"
@@ -439,7 +544,11 @@ def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(assets
         (folder / f"step_{step}/model/pp_00/tp_00").mkdir(parents=True)
         cut: list[dict[str, Tensor]] = [{} for _ in range(shards)]
         for name, tensor in whole.items():
-            parts = tensor.chunk(shards) if tensor.ndim else [tensor + step if tensor.is_floating_point() else tensor]
+            parts = (
+                tensor.chunk(shards)
+                if tensor.ndim
+                else [tensor + step if tensor.is_floating_point() else tensor]
+            )
             for shard, part in zip(cut, parts, strict=False):
                 shard[name] = (part + step if part.is_floating_point() else part).clone()
         for number, shard in enumerate(cut):
@@ -447,7 +556,9 @@ def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(assets
     card = {"name": "checkpoint", "model_family": "wav2vec2", "model_config": plain_config(asdict(config))}
     (folder / "model.yaml").write_text(yaml.safe_dump(card))
     for number, (source, step) in enumerate([(folder, 10), (folder / "step_2", 2)]):
-        import_weights(ImportConfig(source=str(source), out=str(tmp_path / f"run{number}"), allow_pickle=True))
+        import_weights(
+            ImportConfig(source=str(source), out=str(tmp_path / f"run{number}"), allow_pickle=True)
+        )
         weights, _, _ = load_weights(tmp_path / f"run{number}")
         assert torch.equal(weights["project.weight"], whole["final_proj.weight"] + step)
     from fairseq2.model_checkpoint import ModelCheckpointLoader
@@ -455,29 +566,40 @@ def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(assets
     loader = fairseq2.runtime.dependency.get_dependency_resolver().resolve(ModelCheckpointLoader)
     theirs_read = dict(loader.lazy_load(folder / "step_2/model", {}))
     ours_read, _ = load_checkpoint(folder / "step_2/model", True)
-    assert theirs_read.keys() == ours_read.keys() and all(torch.equal(theirs_read[name], ours_read[name]) for name in ours_read)
+    assert theirs_read.keys() == ours_read.keys() and all(
+        torch.equal(theirs_read[name], ours_read[name]) for name in ours_read
+    )
 
 
-def test_a_run_that_no_family_of_fairseq2_holds_becomes_a_card_of_ours(assets: Assets, tmp_path: Path) -> None:
+def test_a_run_that_no_family_of_fairseq2_holds_becomes_a_card_of_ours(
+    assets: Assets, tmp_path: Path
+) -> None:
     run, _ = our_run(tmp_path / "run", "hubert")
     summary = export_weights(run, tmp_path / "assets/units", "fairseq2")
     assert summary["family"] == "wordless_hubert" and "fairseq2 has no HuBERT" in summary["notes"][0]
     weights, meta, _ = load_weights(run)
     found, told = in_memory(read_asset("fairseq2:units"))
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
-    assert told["config"]["encoder"] == meta["config"]["encoder"] and told["config"]["hubert"] == meta["config"]["hubert"]
+    assert (
+        told["config"]["encoder"] == meta["config"]["encoder"]
+        and told["config"]["hubert"] == meta["config"]["hubert"]
+    )
     assert told["objective"] == "hubert" and told["heads"]
 
 
 def test_an_unknown_card_is_refused_with_the_names_near_it(assets: Assets) -> None:
     assets("my_wav2vec2", "wav2vec2", their_model("base")[0])
-    with pytest.raises(ValueError, match=r"fairseq2:my_wav2vec: fairseq2 has no asset card of that name; near it are my_wav2vec2"):
+    with pytest.raises(
+        ValueError,
+        match=r"fairseq2:my_wav2vec: fairseq2 has no asset card of that name; near it are my_wav2vec2",
+    ):
         read_asset("my_wav2vec")
 
 
 def test_cards_of_other_families_and_of_no_model_are_refused(assets: Assets) -> None:
     with pytest.raises(
-        ValueError, match=r"fairseq2:llama3_2_1b: model_family = 'llama': no speech encoder .* wav2vec2, wav2vec2_asr"
+        ValueError,
+        match=r"fairseq2:llama3_2_1b: model_family = 'llama': no speech encoder .* wav2vec2, wav2vec2_asr",
     ):
         read_asset("llama3_2_1b")
     with pytest.raises(ValueError, match="is the card of something else than a model"):
@@ -487,15 +609,23 @@ def test_cards_of_other_families_and_of_no_model_are_refused(assets: Assets) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_conformer": True, "depthwise_conv_kernel_size": 31}, "use_conformer = True: a model with Conformer blocks"),
+        (
+            {"use_conformer": True, "depthwise_conv_kernel_size": 31},
+            "use_conformer = True: a model with Conformer blocks",
+        ),
         ({"use_fbank": True}, "use_fbank = True: a model with log-mel filterbanks"),
-        ({"pos_encoder_type": "rotary"}, "pos_encoder_type = 'rotary': a model with positions in its attention"),
+        (
+            {"pos_encoder_type": "rotary"},
+            "pos_encoder_type = 'rotary': a model with positions in its attention",
+        ),
         ({"pos_encoder_depth": 5}, "pos_encoder_depth = 5: a model with several positional convolutions"),
         ({"layer_norm_features": False}, "layer_norm_features = False with norm_order = POST"),
         ({"feature_dim": 64}, r"feature_extractor_layer_descs = \[\(32, 10, 5\)"),
     ],
 )
-def test_an_unsupported_architecture_is_refused_by_its_key_and_value(changes: dict[str, Any], message: str, assets: Assets) -> None:
+def test_an_unsupported_architecture_is_refused_by_its_key_and_value(
+    changes: dict[str, Any], message: str, assets: Assets
+) -> None:
     config, theirs = their_model("base")
     for key, value in changes.items():
         setattr(config.encoder_config, key, value)
@@ -507,7 +637,10 @@ def test_an_unsupported_architecture_is_refused_by_its_key_and_value(changes: di
 def test_an_architecture_that_fairseq2_does_not_know_is_refused(assets: Assets) -> None:
     config, theirs = their_model("base")
     assets("omni", "wav2vec2", config, theirs, model_arch="7b")
-    with pytest.raises(ValueError, match=r"fairseq2:omni: .*7b.*a package that brings its architecture may have to be installed"):
+    with pytest.raises(
+        ValueError,
+        match=r"fairseq2:omni: .*7b.*a package that brings its architecture may have to be installed",
+    ):
         read_asset("omni")
 
 
@@ -515,7 +648,10 @@ def test_an_architecture_that_fairseq2_does_not_know_is_refused(assets: Assets) 
     ("changes", "message"),
     [
         ({"model_config": {"lora": 4}}, "fairseq2:odd: model_config field of the odd asset card .*lora"),
-        ({"model_config": {"final_dim": "x"}}, "fairseq2:odd: model_config field of the odd asset card .*final_dim"),
+        (
+            {"model_config": {"final_dim": "x"}},
+            "fairseq2:odd: model_config field of the odd asset card .*final_dim",
+        ),
         ({"checkpoint": "ftp://there/w.pt"}, "fairseq2:odd: .*ftp"),
         ({"checkpoint": 3}, "fairseq2:odd: checkpoint field of the odd asset card"),
         ({"base": "gone"}, "fairseq2:odd: gone base asset"),
@@ -525,7 +661,9 @@ def test_an_architecture_that_fairseq2_does_not_know_is_refused(assets: Assets) 
         ({"wordless": {"encoder": 3}}, "fairseq2:odd: wordless.encoder = 3: a table is expected"),
     ],
 )
-def test_a_card_that_fairseq2_cannot_read_is_refused_by_its_key(changes: dict[str, Any], message: str, assets: Assets) -> None:
+def test_a_card_that_fairseq2_cannot_read_is_refused_by_its_key(
+    changes: dict[str, Any], message: str, assets: Assets
+) -> None:
     assets("odd", "wav2vec2", *their_model("base"), **changes)
     with pytest.raises(ValueError, match=message):
         read_asset("odd")
@@ -583,20 +721,30 @@ def test_importing_an_asset_that_is_a_pickle_needs_the_flag(assets: Assets, tmp_
 
 def test_an_incomplete_config_gets_fairseq2s_defaults(assets: Assets, tmp_path: Path) -> None:
     """What a card leaves out, with and without fairseq2."""
-    (tmp_path / "assets/c.yaml").write_text(yaml.safe_dump({"name": "c", "model_family": "wav2vec2_asr", "model_config": {
-        "encoder_config": {"num_encoder_layers": 2}, "target_vocab_size": 9}}))  # fmt: skip
+    (tmp_path / "assets/c.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "c",
+                "model_family": "wav2vec2_asr",
+                "model_config": {"encoder_config": {"num_encoder_layers": 2}, "target_vocab_size": 9},
+            }
+        )
+    )
     theirs = plain_config(asdict(get_wav2vec2_asr_model_hub().get_model_config("c")))
     given = {"encoder_config": {"num_encoder_layers": 2}, "target_vocab_size": 9}
     assert complete_config("wav2vec2_asr", given, "c") == theirs
 
 
-def test_a_card_over_a_checkpoint_of_fairseqs_is_read_as_fairseq2_converts_it(assets: Assets, tmp_path: Path) -> None:
+def test_a_card_over_a_checkpoint_of_fairseqs_is_read_as_fairseq2_converts_it(
+    assets: Assets, tmp_path: Path
+) -> None:
     """As MMS's are: fairseq's names, which fairseq2 brings to its own when it loads a recogniser."""
     run, _ = our_run(tmp_path / "run", "ctc")
     weights = load_weights(run)[0]
     table = parameters("fairseq", EncoderConfig(**OUR_SMALL), None, ctc=True)
     named = {
-        n if n.startswith("w2v_encoder.proj") else f"w2v_encoder.w2v_model.{n}": t for n, t in to_theirs(weights, table).items()
+        n if n.startswith("w2v_encoder.proj") else f"w2v_encoder.w2v_model.{n}": t
+        for n, t in to_theirs(weights, table).items()
     }
     export_weights(run, tmp_path / "assets/mine", "fairseq2")
     card = yaml.safe_load((tmp_path / "assets/mine/card.yaml").read_text())
@@ -606,10 +754,15 @@ def test_a_card_over_a_checkpoint_of_fairseqs_is_read_as_fairseq2_converts_it(as
     found, _ = in_memory(read_asset("old"))
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
     theirs, ours = load_model("old").state_dict(), load_model("mine").state_dict()
-    assert all(torch.equal(theirs[name], ours[name][:classes] if "final_proj" in name else ours[name]) for name in theirs)
+    assert all(
+        torch.equal(theirs[name], ours[name][:classes] if "final_proj" in name else ours[name])
+        for name in theirs
+    )
 
 
-def test_a_recogniser_without_a_tokenizer_gives_its_encoder_and_says_so(assets: Assets, tmp_path: Path) -> None:
+def test_a_recogniser_without_a_tokenizer_gives_its_encoder_and_says_so(
+    assets: Assets, tmp_path: Path
+) -> None:
     config, theirs = their_recognizer("base")
     assets("asr", "wav2vec2_asr", config, theirs)
     foreign = read_asset("asr")

@@ -36,7 +36,9 @@ def main() -> None:
     features.load_audio = slow  # type: ignore[assignment]
     children = [start() for _ in sys.argv[2:]]
     began = time.monotonic()
-    for when, child in sorted((float(when), child) for when, child in zip(sys.argv[2:], children, strict=True) if when != "never"):
+    for when, child in sorted(
+        (float(when), child) for when, child in zip(sys.argv[2:], children, strict=True) if when != "never"
+    ):
         time.sleep(max(0.0, began + when - time.monotonic()))
         os.kill(child, signal.SIGKILL)
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))

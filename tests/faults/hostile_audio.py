@@ -9,7 +9,9 @@ import soundfile
 TEN_HOURS = 10 * 3600 * 16000
 
 
-def wav(claimed: int, samples: bytes = bytes(1000), rate: int = 16000, channels: int = 1, bits: int = 16) -> bytes:
+def wav(
+    claimed: int, samples: bytes = bytes(1000), rate: int = 16000, channels: int = 1, bits: int = 16
+) -> bytes:
     """A WAV that claims a data chunk of so many bytes."""
     align = channels * bits // 8
     about = struct.pack("<HHIIHH", 1, channels, rate, rate * align % 2**32, align, bits)
@@ -56,7 +58,12 @@ def flac_bomb(num_frames: int, channels: int = 8, block: int = 65535) -> bytes:
     about = (16000 << 44 | (channels - 1) << 41 | 15 << 36 | num_frames * block).to_bytes(8, "big")
     parts = [b"fLaC\x80\0\0\x22" + struct.pack(">HH", block, block) + bytes(6) + about + bytes(16)]
     for number in range(num_frames):
-        head = b"\xff\xf8\x75" + bytes([(channels - 1) << 4 | 8]) + chr(number).encode() + struct.pack(">H", block - 1)
+        head = (
+            b"\xff\xf8\x75"
+            + bytes([(channels - 1) << 4 | 8])
+            + chr(number).encode()
+            + struct.pack(">H", block - 1)
+        )
         frame = head + bytes([_crc(head, 0x07, 8)]) + bytes(3) * channels
         parts.append(frame + struct.pack(">H", _crc(frame, 0x8005, 16)))
     return b"".join(parts)

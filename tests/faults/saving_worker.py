@@ -24,7 +24,7 @@ import torch
 from tensorboard.compat.proto import event_pb2  # noqa: F401  # here, so that no fork pays for it
 from torch.utils.tensorboard import summary  # noqa: F401
 
-from pretrain import checkpoint, engine
+from pretrain.training import checkpoint, engine
 from tests.pretrain.linear_task import LinearTask, Pairs, run_linear
 
 MAX_STEPS, INTERVAL = 200, 2
@@ -69,7 +69,12 @@ def session(run: Path, keep: int, told: int | None = None) -> None:
 
     engine.save_checkpoint = telling
     task = TracedTask(run.with_suffix(".trace"))
-    training = {"max_steps": MAX_STEPS, "checkpoint_every": INTERVAL, "validate_every": 10, "keep_checkpoints": keep}
+    training = {
+        "max_steps": MAX_STEPS,
+        "checkpoint_every": INTERVAL,
+        "validate_every": 10,
+        "keep_checkpoints": keep,
+    }
     run_linear(run, task, training)
 
 
@@ -120,9 +125,17 @@ def kills(folder: Path, seed: int, number: int) -> None:
             break
         done += 1
         newest = checkpoint.latest_checkpoint(run)
-        left = {path.name.rpartition(".")[0][1:].split(".")[0]: sorted(os.listdir(path)) for path in run.glob(".step_*.tmp")}
+        left = {
+            path.name.rpartition(".")[0][1:].split(".")[0]: sorted(os.listdir(path))
+            for path in run.glob(".step_*.tmp")
+        }
         steps = [json.loads(line)[0] for line in run.with_suffix(".trace").read_text().splitlines()]
-        print(json.dumps({"saves": saves, "newest": newest and newest.name, "left": left, "step": steps[-1] + 1}), flush=True)
+        print(
+            json.dumps(
+                {"saves": saves, "newest": newest and newest.name, "left": left, "step": steps[-1] + 1}
+            ),
+            flush=True,
+        )
     if not (run / "meta.json").is_file():
         assert end_of(fork(partial(session, run, 2))) == 0
 

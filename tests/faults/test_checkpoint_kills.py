@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint import latest_checkpoint
+from pretrain.training.checkpoint import latest_checkpoint
 from tests.faults.saving_worker import INTERVAL, MAX_STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,12 @@ KILLS = 50
 def work(*arguments: str | Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.faults.saving_worker", *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -49,20 +54,28 @@ def test_fifty_kills_while_saving_cost_an_interval_each_and_change_nothing(tmp_p
     assert len(inside) >= KILLS // 4 and len(stages) >= 2, "the kills did not fall into the save"
     whole, again = tmp_path / "whole", tmp_path / "killed"
     ends = [latest_checkpoint(run) for run in (whole, again)]
-    assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name == f"step_{MAX_STEPS:08d}"
+    assert (
+        ends[0] is not None
+        and ends[1] is not None
+        and ends[0].name == ends[1].name == f"step_{MAX_STEPS:08d}"
+    )
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
     expected = {step: (items, generator) for step, items, generator in trace(whole)}
     assert sorted(expected) == list(range(MAX_STEPS)) and len(trace(again)) > MAX_STEPS
     for step, items, generator in trace(again):  # those that were lost and done again, too
         assert (items, generator) == expected[step], step
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, again)]
+    logs = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, again)
+    ]
     for lines in logs:
         for line in lines:
             del line["item_per_second"]
     assert logs[0] == logs[1]
     assert (
-        json.loads((whole / "meta.json").read_text())["fingerprint"] == json.loads((again / "meta.json").read_text())["fingerprint"]
+        json.loads((whole / "meta.json").read_text())["fingerprint"]
+        == json.loads((again / "meta.json").read_text())["fingerprint"]
     )
     assert not list(again.glob(".*"))
 
@@ -74,5 +87,7 @@ def test_a_kill_before_any_call_of_a_save_leaves_a_checkpoint_that_is_valid(tmp_
         found = [row for row in rows if row["case"] == case]
         assert len(found) > 8 and [row["status"] for row in found] == [-9] * (len(found) - 1) + [0]
         ends = [(number_of(row["newest"]), row["seconds"]) for row in found]
-        assert ends == sorted(ends) and ends[0] == (before, 1.0) and ends[-1] == (4, 2.0), "the old one, then at one stroke the new"
+        assert ends == sorted(ends) and ends[0] == (before, 1.0) and ends[-1] == (4, 2.0), (
+            "the old one, then at one stroke the new"
+        )
         assert all(row["then"] == ["step_00000006"] for row in found), "the next save clears up"

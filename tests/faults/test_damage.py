@@ -17,15 +17,21 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import artefact
-from pretrain.artefact import CheckedNpy, sha256_blocks
-from pretrain.checkpoint import checkpoint_damage, latest_checkpoint, load_checkpoint, load_weights, save_checkpoint
-from pretrain.labels import Labels, commit_labels, count_classes, shard_fault, write_shard
-from units.bpe import learn
-from units.corpus import Document, UnitCorpus, write_corpus
-from units.sequence import deduplicate
-from units.vocabulary import Vocabulary
-from wordless import main
+from pretrain.data.labels import Labels, commit_labels, count_classes, shard_fault, write_shard
+from pretrain.store import artefact
+from pretrain.store.artefact import CheckedNpy, sha256_blocks
+from pretrain.training.checkpoint import (
+    checkpoint_damage,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from units.corpus.bpe import learn
+from units.corpus.sequence import deduplicate
+from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.vocabulary import Vocabulary
+from wordless.cli import main
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:
@@ -174,7 +180,8 @@ def test_what_is_sound_of_damaged_labels_can_be_read(tmp_path: Path) -> None:
     labels = Labels(tmp_path)
     assert labels["bb"].tolist() == [0, 1, 2, 3]
     with pytest.raises(
-        ValueError, match=r"shard_00001\.npy: damaged: not the bytes that were written \(SHA-256\); restore the file"
+        ValueError,
+        match=r"shard_00001\.npy: damaged: not the bytes that were written \(SHA-256\); restore the file",
     ):
         labels["e"]
 
@@ -211,12 +218,20 @@ def test_any_damage_to_an_unfinished_shard_keeps_it_from_being_finished(tmp_path
 def write_units(folder: Path) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     frames = [np.repeat(rng.integers(0, 5, 30), rng.integers(1, 4, 30)).astype(np.uint16) for _ in range(9)]
-    documents = [Document(f"d{number}", "train", *deduplicate(labels)) for number, labels in enumerate(frames)]
+    documents = [
+        Document(f"d{number}", "train", *deduplicate(labels)) for number, labels in enumerate(frames)
+    ]
     merges = learn((document.units for document in documents), 5, 9, 4, 2, 10_000)
     write_corpus(
-        folder, documents, {}, {}, vocabulary=Vocabulary(num_units=5, merges=merges), codebook="c0de", frame_rate_hz=50.0,
+        folder,
+        documents,
+        {},
+        {},
+        vocabulary=Vocabulary(num_units=5, merges=merges),
+        codebook="c0de",
+        frame_rate_hz=50.0,
         deduplicated=True,
-    )  # fmt: skip
+    )
     return frames
 
 
@@ -238,7 +253,9 @@ def test_any_damage_to_any_file_of_a_corpus_is_told_by_its_name_and_nothing_is_r
             capsys.readouterr()
 
 
-def test_only_blocks_that_are_read_are_compared_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_blocks_that_are_read_are_compared_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(artefact, "BLOCK_BYTES", 64)
     monkeypatch.setattr(artefact, "PIECE_BYTES", 16)
     path, array = tmp_path / "a.npy", np.arange(300, dtype=np.uint16).reshape(-1, 2)

@@ -21,22 +21,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pretrain import artefact
-from pretrain.artefact import DiskFull, atomic_folder, atomic_path, keep_to_plan, read_meta, write_json
-from pretrain.checkpoint import checkpoint_damage, latest_checkpoint
-from pretrain.labels import Labels, shard_stands, write_shard
+from pretrain.data.labels import Labels, shard_stands, write_shard
+from pretrain.store import artefact
+from pretrain.store.artefact import DiskFull, atomic_folder, atomic_path, keep_to_plan, read_meta, write_json
+from pretrain.training.checkpoint import checkpoint_damage, latest_checkpoint
 from quantize.codebook import write_codebook
 from tests.faults.conftest import Disk
 from tests.pretrain.linear_task import LinearTask, run_linear
 from tests.quantize.conftest import write_corpus as write_tones
-from units import corpus as corpus_module
-from units.corpus import Document, UnitCorpus, write_corpus
-from units.vocabulary import Vocabulary
-from wordless import main
+from units.corpus import unit_corpus as corpus_module
+from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.vocabulary import Vocabulary
+from wordless.cli import main
 
-BYTES = (
-    r"needs (more than )?[\d,]+ bytes, [\d,]+ are free\. What stood before is unharmed; make room and run the same command again"
-)
+BYTES = r"needs (more than )?[\d,]+ bytes, [\d,]+ are free\. What stood before is unharmed; make room and run the same command again"
 
 
 def write_sound(path: Path) -> None:
@@ -74,11 +72,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("library", WRITERS)
-def test_whichever_library_writes_a_full_disk_is_told_and_the_old_file_stands(disk: Disk, library: str) -> None:
+def test_whichever_library_writes_a_full_disk_is_told_and_the_old_file_stands(
+    disk: Disk, library: str
+) -> None:
     path = disk.path / "folder" / "file"
     write_json(path, "old")
     disk.leave(200_000)
-    with pytest.raises(DiskFull, match=rf"^{path}: no space left on the disk: {BYTES}$"), atomic_path(path) as temporary:
+    with (
+        pytest.raises(DiskFull, match=rf"^{path}: no space left on the disk: {BYTES}$"),
+        atomic_path(path) as temporary,
+    ):
         WRITERS[library](temporary)
     assert json.loads(path.read_text()) == "old" and not disk.hidden
     with pytest.raises(DiskFull, match=BYTES), atomic_folder(disk.path / "other") as folder:
@@ -93,7 +96,9 @@ def test_whichever_library_writes_a_full_disk_is_told_and_the_old_file_stands(di
 def test_the_bytes_told_are_those_needed_and_free(disk: Disk) -> None:
     disk.leave(3 * 4096)
     needed = 128 + 2 * 50_000
-    with pytest.raises(DiskFull, match=rf"shard_00000\.npy: .*: needs {needed:,} bytes, {3 * 4096:,} are free\."):
+    with pytest.raises(
+        DiskFull, match=rf"shard_00000\.npy: .*: needs {needed:,} bytes, {3 * 4096:,} are free\."
+    ):
         write_shard(disk.path, 0, ["a"], [np.zeros(50_000)])
     with pytest.raises(DiskFull, match=rf"needs more than {3 * 4096:,} bytes, {3 * 4096:,} are free"):
         write_json(disk.path / "a.json", "x" * 50_000)
@@ -131,7 +136,9 @@ def content(run: Path) -> dict[str, bytes]:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines
+    ]
 
 
 class HeavyTask(LinearTask):
@@ -166,7 +173,7 @@ def test_no_room_for_a_log_line_ends_the_run_no_worse_than_for_a_checkpoint(
     filled = HeavyTask(on_step=lambda step: disk.leave(0) if step == 60 else None)
     with monkeypatch.context() as patched:
         if log == "metrics.jsonl":  # or the events, of which there are more, fill the last page first
-            patched.setattr("pretrain.runlog.Board.add_scalars", lambda *_: None)
+            patched.setattr("pretrain.training.runlog.Board.add_scalars", lambda *_: None)
         with pytest.raises(DiskFull, match=rf"^{run}/{log}.*: no space left on the disk: {BYTES}"):
             run_linear(run, filled, training)
     assert "Traceback" not in capfd.readouterr().err
@@ -204,9 +211,14 @@ def test_no_room_for_a_shard_ends_encode_and_the_shards_before_it_stand(
         capfd.readouterr()
         assert main(["encode", str(config), f"out={out}"]) == 2
         said = capfd.readouterr().err
-        assert len(re.findall(rf"wordless: {out}/\S+: no space left on the disk: {BYTES}\n", said)) == 1 and "Traceback" not in said
+        assert (
+            len(re.findall(rf"wordless: {out}/\S+: no space left on the disk: {BYTES}\n", said)) == 1
+            and "Traceback" not in said
+        )
         assert not disk.hidden and not (out / "meta.json").exists()
-        assert [shard_stands(out, shard) for shard in range(6)] == [True] * standing + [False] * (6 - standing)
+        assert [shard_stands(out, shard) for shard in range(6)] == [True] * standing + [False] * (
+            6 - standing
+        )
         disk.make_room()
     assert main(["encode", str(config), f"out={out}"]) == 0
     assert read_meta(out)["fingerprint"] == read_meta(tmp_path / "whole")["fingerprint"]
@@ -218,17 +230,29 @@ def test_no_room_for_a_shard_ends_encode_and_the_shards_before_it_stand(
 
 def documents(count: int = 600) -> list[Document]:
     rng = np.random.default_rng(0)
-    return [Document(f"d{i}", "train", rng.integers(0, 9, 900), rng.integers(1, 5, 900).astype(np.uint16)) for i in range(count)]
+    return [
+        Document(f"d{i}", "train", rng.integers(0, 9, 900), rng.integers(1, 5, 900).astype(np.uint16))
+        for i in range(count)
+    ]
 
 
 def pack(folder: Path) -> dict[str, Any]:
     """About a megabyte of tokens and as much of durations."""
     return write_corpus(
-        folder, documents(), {}, {}, vocabulary=Vocabulary(num_units=9), codebook="c0de", frame_rate_hz=50.0, deduplicated=True
+        folder,
+        documents(),
+        {},
+        {},
+        vocabulary=Vocabulary(num_units=9),
+        codebook="c0de",
+        frame_rate_hz=50.0,
+        deduplicated=True,
     )
 
 
-@pytest.mark.parametrize("record_seconds", [0.0, 1000.0])  # it is recorded how far the files reach all the time, or never
+@pytest.mark.parametrize(
+    "record_seconds", [0.0, 1000.0]
+)  # it is recorded how far the files reach all the time, or never
 @pytest.mark.parametrize("room", [0, 4096, 20_000, 700_000, 2_200_000])
 def test_no_room_for_tokens_ends_pack_and_it_goes_on_to_the_same_bytes(
     disk: Disk, tmp_path: Path, room: int, record_seconds: float, monkeypatch: pytest.MonkeyPatch
@@ -255,6 +279,8 @@ def test_a_folder_for_which_there_is_no_room_is_told(disk: Disk) -> None:
         stack.callback(lambda: [path.unlink() for path in disk.path.glob("inode*")])
         for number in range(inodes):
             (disk.path / f"inode{number}").touch()
-        with pytest.raises(DiskFull, match=r"folder: no space left on the disk \(no inodes: it holds too many files\)"):
+        with pytest.raises(
+            DiskFull, match=r"folder: no space left on the disk \(no inodes: it holds too many files\)"
+        ):
             keep_to_plan(disk.path / "folder", {"a": 1})
         assert artefact.is_complete(disk.path) is False

@@ -16,16 +16,32 @@ import numpy as np
 import pytest
 import soundfile
 
-import wordless
-from pretrain.audio import load_audio
-from pretrain.manifest import Manifest
-from pretrain.probing import Limits, Request, probe_recordings
-from tests.pretrain.test_recordings import FORMATS, encoded, without_xing
+import wordless.cli
+from pretrain.data.audio import load_audio
+from pretrain.data.manifest import Manifest
+from pretrain.data.probing import Limits, Request, probe_recordings
+from tests.pretrain.data.decoding.test_recordings import FORMATS, encoded, without_xing
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("WORDLESS_FUZZ_SEED", "0"))
 SECONDS = 60  # for one command, beyond which it hangs
-NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7FFFF000, 2**63 - 1, 2**64 - 1]
+NUMBERS = [
+    0,
+    1,
+    2,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    0x7FFFF000,
+    2**63 - 1,
+    2**64 - 1,
+]
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +64,9 @@ def damaged(draw: random.Random, data: bytes, head: int) -> bytes:
     """One to three changes, most of them in the first `head` bytes."""
     changed = bytearray(data)
     for _ in range(draw.randint(1, 3)):
-        place = draw.randrange(min(head, len(changed))) if draw.random() < 0.7 else draw.randrange(len(changed))
+        place = (
+            draw.randrange(min(head, len(changed))) if draw.random() < 0.7 else draw.randrange(len(changed))
+        )
         match draw.randrange(7):
             case 0:
                 changed[place] ^= 1 << draw.randrange(8)
@@ -63,7 +81,9 @@ def damaged(draw: random.Random, data: bytes, head: int) -> bytes:
             case 5:
                 changed[place:place] = draw.randbytes(draw.choice([1, 4, 1000]))
             case _:
-                changed += draw.choice([data, data[: len(data) // 2], bytes(500), b"TAG" + bytes(125), draw.randbytes(300)])
+                changed += draw.choice(
+                    [data, data[: len(data) // 2], bytes(500), b"TAG" + bytes(125), draw.randbytes(300)]
+                )
         if not changed:
             return bytes(draw.randbytes(3))
     return bytes(changed)
@@ -83,7 +103,7 @@ def test_any_damage_to_a_recording_is_refused_or_its_parts_are_those_of_the_whol
     requests = [Request(str(path)) for path in paths]
     with in_time("index"):
         answers = dict(probe_recordings(iter(requests), len(requests), 2, Limits(seconds=10)))
-    from pretrain.manifest import Utterance
+    from pretrain.data.manifest import Utterance
 
     num_read = 0
     for number, answer in answers.items():
@@ -118,8 +138,13 @@ def test_every_length_is_that_of_a_second_decoder(tmp_path: Path) -> None:
         channels = 1 if subtype in ("GSM610", "G721_32") else draw.choice([1, 2])
         keys: dict[str, object] = {}
         if form == "MP3":
-            keys = {"bitrate_mode": draw.choice(["CONSTANT", "AVERAGE", "VARIABLE"]), "compression_level": draw.random()}
-        seconds = (1.5 if form == "OGG" else 0.1) + 3 * draw.random()  # FFmpeg does not cut the end of a Vorbis in one page
+            keys = {
+                "bitrate_mode": draw.choice(["CONSTANT", "AVERAGE", "VARIABLE"]),
+                "compression_level": draw.random(),
+            }
+        seconds = (
+            1.5 if form == "OGG" else 0.1
+        ) + 3 * draw.random()  # FFmpeg does not cut the end of a Vorbis in one page
         data = encoded(form, subtype, seconds, draw.choice(rates), channels, **keys)
         if (
             form == "MP3" and draw.random() < 0.5 and (b"Xing" in data[:60] or b"Info" in data[:60])
@@ -128,11 +153,17 @@ def test_every_length_is_that_of_a_second_decoder(tmp_path: Path) -> None:
         if form == "MP3" and draw.random() < 0.3:
             data = b"ID3\x04\0\0\0\0\x02\x01" + bytes(257) + data + b"TAG" + bytes(125)
         if form == "FLAC" and draw.random() < 0.5:  # to a pipe
-            data = data[:18] + (int.from_bytes(data[18:26], "big") & ~(2**36 - 1)).to_bytes(8, "big") + data[26:]
+            data = (
+                data[:18] + (int.from_bytes(data[18:26], "big") & ~(2**36 - 1)).to_bytes(8, "big") + data[26:]
+            )
         if form == "WAV" and subtype != "IMA_ADPCM" and draw.random() < 0.5:
             place = data.index(b"data") + 4
             if place + 4 + int.from_bytes(data[place : place + 4], "little") == len(data):
-                data = data[:place] + struct.pack("<I", draw.choice([0xFFFFFFFF, 0x7FFFF000])) + data[place + 4 :]
+                data = (
+                    data[:place]
+                    + struct.pack("<I", draw.choice([0xFFFFFFFF, 0x7FFFF000]))
+                    + data[place + 4 :]
+                )
         path = tmp_path / f"{number}.{form.lower()}"
         path.write_bytes(data)
         with av.open(str(path)) as container:
@@ -150,7 +181,7 @@ def test_every_length_is_that_of_a_second_decoder(tmp_path: Path) -> None:
 def ends_well(argv: list[str], capsys: pytest.CaptureFixture[str]) -> int:
     """Run a command; its status, which is 0 or 2. Any exception but a ValueError, which a user sees as a message, comes out of it."""
     with in_time(argv):
-        status = wordless.main(argv)
+        status = wordless.cli.main(argv)
     text = capsys.readouterr()
     assert status in (0, 2), (argv, status, text.err)
     assert "Traceback" not in text.err and (status == 0 or text.err.strip()), argv
@@ -172,12 +203,19 @@ def mangled(draw: random.Random, text: str) -> bytes:
                 lines[at] = re.sub(r"-?\b\d[\d.e-]*\b", draw.choice(numbers), lines[at], count=1)
             case 3:
                 lines[at] = re.sub(
-                    r'"[^"]*"', lambda _: draw.choice(['""', '"\\u0000"', '"~"', '"$NOWHERE"', "7", '["x"]', '"@x"']), lines[at]
+                    r'"[^"]*"',
+                    lambda _: draw.choice(['""', '"\\u0000"', '"~"', '"$NOWHERE"', "7", '["x"]', '"@x"']),
+                    lines[at],
                 )
             case 4:
-                lines[at] = lines[at].replace(draw.choice("=_,:[]{}\"'\t "), draw.choice(["", "=", "\t", "ü", "\x00", "{"]), 1)
+                lines[at] = lines[at].replace(
+                    draw.choice("=_,:[]{}\"'\t "), draw.choice(["", "=", "\t", "ü", "\x00", "{"]), 1
+                )
             case 5:
-                lines[at] = draw.choice(["\ufeff", "[x]\n", "x = 1\n", "a.b.c = 'd'\n", "\u2028", '"' * 3]) + lines[at]
+                lines[at] = (
+                    draw.choice(["\ufeff", "[x]\n", "x = 1\n", "a.b.c = 'd'\n", "\u2028", '"' * 3])
+                    + lines[at]
+                )
             case 6:
                 lines[at] = lines[at][: draw.randrange(len(lines[at]) + 1)]
             case _:
@@ -186,7 +224,9 @@ def mangled(draw: random.Random, text: str) -> bytes:
             return b""
     data = "".join(lines).encode("utf-8", "surrogatepass")
     if draw.random() < 0.1:
-        data = data.decode("utf-8", "ignore").encode("utf-16" if draw.random() < 0.5 else "latin-1", "replace")
+        data = data.decode("utf-8", "ignore").encode(
+            "utf-16" if draw.random() < 0.5 else "latin-1", "replace"
+        )
     return data
 
 
@@ -198,7 +238,9 @@ def test_any_config_is_valid_or_a_message(
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.toml"))]
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         texts += [
-            block for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) if "verb =" in block
+            block
+            for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+            if "verb =" in block
         ]
     assert len(texts) > 20
     statuses = []
@@ -207,7 +249,10 @@ def test_any_config_is_valid_or_a_message(
         path.write_bytes(mangled(draw, texts[number % len(texts)]))
         statuses.append(ends_well(["check", str(path)], capsys))
         if number % 8 == 0:
-            verb = next((verb for verb in wordless.VERBS if f'verb = "{verb}"' in texts[number % len(texts)]), None)
+            verb = next(
+                (verb for verb in wordless.cli.VERBS if f'verb = "{verb}"' in texts[number % len(texts)]),
+                None,
+            )
             assert verb is not None
             ends_well([verb, str(path), "--dry-run"], capsys)
             ends_well(["run", str(path), "--dry-run", "run=x"], capsys)
@@ -222,12 +267,21 @@ def sources(folder: Path) -> dict[str, str]:
         (folder / f"{name}.txt").write_text("one two\n", encoding="utf-8")
     rows = [
         {
-            "audio_filepath": f"{name}.wav", "id": name, "text": "one two", "speaker": name, "split": split, "duration": 0.2,
-            "offset": 0.0, "phones": [[0.0, 0.1, "w"], [0.1, 0.2, "ʌ"]], "words": [[0.0, 0.1, "one"], [0.1, 0.2, "two"]],
+            "audio_filepath": f"{name}.wav",
+            "id": name,
+            "text": "one two",
+            "speaker": name,
+            "split": split,
+            "duration": 0.2,
+            "offset": 0.0,
+            "phones": [[0.0, 0.1, "w"], [0.1, 0.2, "ʌ"]],
+            "words": [[0.0, 0.1, "one"], [0.1, 0.2, "two"]],
         }
         for name, split in zip("abc", ("train", "dev", "test"), strict=True)
-    ]  # fmt: skip
-    alignments = "".join(json.dumps({"id": row["id"], "phones": row["phones"]}, ensure_ascii=False) + "\n" for row in rows)
+    ]
+    alignments = "".join(
+        json.dumps({"id": row["id"], "phones": row["phones"]}, ensure_ascii=False) + "\n" for row in rows
+    )
     return {
         "list.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
         "list.tsv": f"{folder}\n" + "".join(f"{name}.wav\t3200\n" for name in "abc"),
@@ -251,7 +305,11 @@ def test_any_list_of_recordings_becomes_a_manifest_or_a_message(
         source = "list.jsonl" if victim in ("list.jsonl", "alignments.jsonl") else "list.tsv"
         more = ["alignments=alignments.jsonl"] if victim == "alignments.jsonl" else []
         out = tmp_path / f"m{number}"
-        statuses.append(ends_well(["index", source, str(out), *more, "max_bad_share=0.7", "verify=header", "workers=1"], capsys))
+        statuses.append(
+            ends_well(
+                ["index", source, str(out), *more, "max_bad_share=0.7", "verify=header", "workers=1"], capsys
+            )
+        )
         if statuses[-1] == 0:
             assert all(len(load_audio(utterance)) == utterance.length for utterance in Manifest(out))
             ends_well(["check", str(out)], capsys)
@@ -284,5 +342,7 @@ def test_any_damage_to_a_manifest_is_a_message_or_does_no_harm(
 
 def test_the_seed_draws_the_same_damage() -> None:
     data = encoded("WAV", "PCM_16", 0.1)
-    twice = [[damaged(draw, data, 50) for _ in range(20)] for draw in (random.Random(SEED), random.Random(SEED))]
+    twice = [
+        [damaged(draw, data, 50) for _ in range(20)] for draw in (random.Random(SEED), random.Random(SEED))
+    ]
     assert twice[0] == twice[1] and len(set(twice[0])) > 10 and io.BytesIO(data).read(4) == b"RIFF"

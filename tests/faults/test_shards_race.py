@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.artefact import read_meta
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest
+from pretrain.store.artefact import read_meta
 from quantize.codebook import write_codebook
 from quantize.encoding import EncodeConfig, encode
 from tests.quantize.conftest import write_corpus
@@ -27,7 +27,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def encode_at_once(config: dict[str, Any], *killed_after: float | str) -> list[int]:
-    command = [sys.executable, "-m", "tests.faults.encoding_worker", json.dumps(config), *map(str, killed_after)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.encoding_worker",
+        json.dumps(config),
+        *map(str, killed_after),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -64,7 +70,9 @@ def test_of_two_workers_on_the_same_shards_one_may_be_killed_at_any_moment(
     assert Labels(out).ids == Manifest(config["manifest"]).ids
 
 
-def test_when_both_are_killed_a_third_goes_on_from_the_shards_that_stand(config: dict[str, Any], tmp_path: Path) -> None:
+def test_when_both_are_killed_a_third_goes_on_from_the_shards_that_stand(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     whole, out = Path(config["codebook"]).parent / "whole", tmp_path / "labels"
     keys = {**config, "out": str(out), "part": "1/1"}
     assert encode_at_once(keys, 0.4, 0.45) == [-9, -9]
@@ -72,4 +80,6 @@ def test_when_both_are_killed_a_third_goes_on_from_the_shards_that_stand(config:
     assert not (out / "meta.json").exists() and standing < 4
     summary = encode(EncodeConfig(**keys))
     assert summary["shards_already_done"] == standing
-    assert contents(out) == contents(whole) and read_meta(out)["fingerprint"] == read_meta(whole)["fingerprint"]
+    assert (
+        contents(out) == contents(whole) and read_meta(out)["fingerprint"] == read_meta(whole)["fingerprint"]
+    )

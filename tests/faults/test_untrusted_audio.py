@@ -14,17 +14,30 @@ import numpy as np
 import pytest
 import soundfile
 
-from pretrain import audio
-from pretrain.audio import Member, load_audio, probe_audio
-from pretrain.indexing import IndexConfig, index
-from pretrain.manifest import Manifest, Utterance
-from pretrain.probing import Limits, Probed, Request, probe_recordings
-from tests.faults.hostile_audio import TEN_HOURS, encoded, flac_bomb, flac_claiming, mp3_claiming, ogg_claiming, wav
+from pretrain.data import audio
+from pretrain.data.audio import Member, load_audio, probe_audio
+from pretrain.data.indexing import IndexConfig, index
+from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.probing import Limits, Probed, Request, probe_recordings
+from tests.faults.hostile_audio import (
+    TEN_HOURS,
+    encoded,
+    flac_bomb,
+    flac_claiming,
+    mp3_claiming,
+    ogg_claiming,
+    wav,
+)
 
 ROOT = Path(__file__).parents[2]
 
 
-def probe_all(paths: list[Path], limits: Limits = Limits(), num_workers: int = 2, **keys: Any) -> list[Probed | str]:  # noqa: B008
+def probe_all(
+    paths: list[Path],
+    limits: Limits = Limits(),  # noqa: B008
+    num_workers: int = 2,
+    **keys: Any,
+) -> list[Probed | str]:
     requests = [Request(str(path), **keys) for path in paths]
     answers = dict(probe_recordings(requests, len(requests), num_workers, limits))
     assert sorted(answers) == list(range(len(paths)))
@@ -70,7 +83,15 @@ def test_headers_that_lie_are_refused_with_the_reason_in_little_memory(tmp_path:
 
 
 def test_what_a_header_cannot_claim_is_refused_without_decoding(tmp_path: Path) -> None:
-    for name in ("ten hours.wav", "ten hours.flac", "ten hours.ogg", "ten hours.mp3", "most.ogg", "none.flac", "1 Hz.wav"):
+    for name in (
+        "ten hours.wav",
+        "ten hours.flac",
+        "ten hours.ogg",
+        "ten hours.mp3",
+        "most.ogg",
+        "none.flac",
+        "1 Hz.wav",
+    ):
         data, reason = HOSTILE[name]
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=reason):
@@ -85,16 +106,20 @@ def test_the_densest_true_recording_is_within_what_a_header_may_claim(tmp_path: 
     assert probe_audio(str(tmp_path / "x.flac")) == (0, 40 * 65535, 16000)
 
 
-def test_a_file_that_unpacks_to_hours_is_decoded_in_little_memory_and_given_up_when_it_takes_long(tmp_path: Path) -> None:
+def test_a_file_that_unpacks_to_hours_is_decoded_in_little_memory_and_given_up_when_it_takes_long(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "bomb.flac").write_bytes(flac_bomb(100))
     assert (tmp_path / "bomb.flac").stat().st_size < 4000  # 52 million samples, 210 MB
     others = [sine(tmp_path / f"{n}.wav") for n in range(3)]
     assert probe_all([tmp_path / "bomb.flac"], Limits(memory_gb=0.15)) == [(0, 100 * 65535, 16000)]
-    answers = probe_all([others[0], tmp_path / "bomb.flac", *others[1:]], Limits(0.15, seconds=0.1), num_workers=1)
-    assert [answers[0], *answers[2:]] == [(0, 4000, 16000)] * 3
-    assert str(answers[1]).startswith("takes more than 0.11") and "s of the processor's time to decode (seconds_limit)" in str(
-        answers[1]
+    answers = probe_all(
+        [others[0], tmp_path / "bomb.flac", *others[1:]], Limits(0.15, seconds=0.1), num_workers=1
     )
+    assert [answers[0], *answers[2:]] == [(0, 4000, 16000)] * 3
+    assert str(answers[1]).startswith(
+        "takes more than 0.11"
+    ) and "s of the processor's time to decode (seconds_limit)" in str(answers[1])
 
 
 def test_times_beyond_any_recording_are_told(tmp_path: Path) -> None:
@@ -160,7 +185,9 @@ def test_a_recording_that_ends_its_worker_costs_itself_alone(breaking: Path) -> 
     for num_workers in (1, 3):
         answers = probe_all(paths, Limits(memory_gb=0.2, seconds=0.4), num_workers)
         for n, (name, answer) in enumerate(zip(names, answers, strict=True)):
-            assert reasons[name] in str(answer) if name in reasons else answer == (0, 1000 + 100 * n, 16000), (name, answer)
+            assert (
+                reasons[name] in str(answer) if name in reasons else answer == (0, 1000 + 100 * n, 16000)
+            ), (name, answer)
 
 
 def test_a_recording_is_not_blamed_for_what_another_left_behind(breaking: Path) -> None:
@@ -171,7 +198,10 @@ def test_a_recording_is_not_blamed_for_what_another_left_behind(breaking: Path) 
 def test_a_recording_whose_disk_hangs_is_given_up(breaking: Path) -> None:
     paths = [sine(breaking / "hang.wav"), sine(breaking / "0.wav")]
     began = time.monotonic()
-    assert probe_all(paths, Limits(seconds=0.15)) == ["takes more than 1.9 s to read (ten times seconds_limit)", (0, 4000, 16000)]
+    assert probe_all(paths, Limits(seconds=0.15)) == [
+        "takes more than 1.9 s to read (ten times seconds_limit)",
+        (0, 4000, 16000),
+    ]
     assert time.monotonic() - began < 60
 
 
@@ -211,11 +241,13 @@ def test_an_interrupt_ends_every_worker(breaking: Path, tmp_path: Path) -> None:
         sine(breaking / str(n) / "hang.wav")
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pretrain.indexing import IndexConfig, index\n"
+        "from pretrain.data.indexing import IndexConfig, index\n"
         f"index(IndexConfig(source={str(breaking)!r}, out={str(tmp_path / 'm')!r}, workers=2))"
     )
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE
+    )
     try:
         workers: list[int] = []
         for _ in range(600):
@@ -241,11 +273,15 @@ def test_an_interrupt_ends_every_worker(breaking: Path, tmp_path: Path) -> None:
 def test_workers_answer_what_probing_here_does(tmp_path: Path, num_workers: int) -> None:
     requests = []
     for n in range(30):
-        path = sine(tmp_path / f"{n} \x01ü.{'wav' if n % 2 else 'flac'}", 1000 + 100 * n, 8000 if n % 3 else 16000)
+        path = sine(
+            tmp_path / f"{n} \x01ü.{'wav' if n % 2 else 'flac'}", 1000 + 100 * n, 8000 if n % 3 else 16000
+        )
         if n % 7 == 0:
             path.write_bytes(path.read_bytes()[: 300 * (n % 2)])
         member = Member(0, path.stat().st_size) if n % 5 else None
-        requests.append(Request(str(path), 0.01 * (n % 4), 0.05 if n % 6 else None, None, n % 11 != 0, member))
+        requests.append(
+            Request(str(path), 0.01 * (n % 4), 0.05 if n % 6 else None, None, n % 11 != 0, member)
+        )
     expected: list[Probed | str] = []
     for request in requests:
         try:
@@ -260,7 +296,9 @@ def test_workers_answer_what_probing_here_does(tmp_path: Path, num_workers: int)
 # Files that changed after they were indexed
 
 
-def test_many_channels_are_read_bit_by_bit_and_sound_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_channels_are_read_bit_by_bit_and_sound_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waves = np.random.default_rng(0).uniform(-0.5, 0.5, (40_000, 64))
     soundfile.write(tmp_path / "x.wav", waves, 16000, subtype="PCM_U8")
     utterance = Utterance("x", str(tmp_path / "x.wav"), 100, 39_000, 16000)

@@ -16,20 +16,28 @@ import soundfile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pretrain.audio import phone_frames
-from pretrain.indexing import IndexConfig, index
-from pretrain.lists import attach_alignments
-from pretrain.manifest import Manifest, write_manifest
-from pretrain.sources import name_speakers, read_sources, require_distinct_ids
-from pretrain.table import SCHEMA
+from pretrain.data.audio import phone_frames
+from pretrain.data.indexing import IndexConfig, index
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.manifest_table import SCHEMA
+from pretrain.data.sources.lists import attach_alignments
+from pretrain.data.sources.sources import name_speakers, read_sources, require_distinct_ids
 
 
 def row(number: int, **columns: Any) -> dict[str, Any]:
     return {
-        "id": f"u{number}", "path": f"/a/u{number}.wav", "start": 0, "num_samples": 16000 + number, "sample_rate": 16000,
-        "split": "train" if number % 3 else "dev", "speaker": f"s{number % 5}", "text": "hällo wörld",
-        "phones": [(0.0, 0.1, "a"), (0.1, 0.5, "b")], "words": [(0.0, 0.5, "hällo")], **columns,
-    }  # fmt: skip
+        "id": f"u{number}",
+        "path": f"/a/u{number}.wav",
+        "start": 0,
+        "num_samples": 16000 + number,
+        "sample_rate": 16000,
+        "split": "train" if number % 3 else "dev",
+        "speaker": f"s{number % 5}",
+        "text": "hällo wörld",
+        "phones": [(0.0, 0.1, "a"), (0.1, 0.5, "b")],
+        "words": [(0.0, 0.5, "hällo")],
+        **columns,
+    }
 
 
 def everything(folder: Path) -> Any:
@@ -38,7 +46,15 @@ def everything(folder: Path) -> Any:
     flags = manifest.has_text, manifest.has_phones, manifest.has_words
     some = [table.to_pydict() for _, table in manifest.select("train").blocks(["id", "num_samples"])]
     frames = [phone_frames(utterance.phones or [], utterance.num_frames).tolist() for utterance in manifest]
-    return list(manifest), manifest.lengths.tolist(), manifest.ids, flags, sorted(manifest.splits), some, frames
+    return (
+        list(manifest),
+        manifest.lengths.tolist(),
+        manifest.ids,
+        flags,
+        sorted(manifest.splits),
+        some,
+        frames,
+    )
 
 
 def test_wherever_a_manifest_is_flipped_or_cut_it_is_told_or_nothing_changed(tmp_path: Path) -> None:
@@ -52,7 +68,9 @@ def test_wherever_a_manifest_is_flipped_or_cut_it_is_told_or_nothing_changed(tmp
             del damaged[draw.randrange(len(damaged)) :]
         else:
             for _ in range(draw.choice([1, 4])):
-                damaged[draw.randrange(len(damaged) if turn % 2 else 2000) - 2000 * (1 - turn % 2)] = draw.randrange(256)
+                damaged[draw.randrange(len(damaged) if turn % 2 else 2000) - 2000 * (1 - turn % 2)] = (
+                    draw.randrange(256)
+                )
         path.write_bytes(damaged)
         try:
             assert everything(tmp_path) == expected  # bytes that mean nothing, or were drawn as they are
@@ -78,13 +96,17 @@ def column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Cal
     kind = kind or SCHEMA.field(name).type
 
     def change(table: pa.Table) -> pa.Table:
-        return table.set_column(table.schema.get_field_index(name), pa.field(name, kind), pa.array(values, kind))
+        return table.set_column(
+            table.schema.get_field_index(name), pa.field(name, kind), pa.array(values, kind)
+        )
 
     return change
 
 
 def invalid_text(table: pa.Table) -> pa.Table:
-    text = pa.Array.from_buffers(pa.string(), 5, [None, pa.py_buffer(np.arange(6, dtype=np.int32)), pa.py_buffer(b"\xff" * 5)])
+    text = pa.Array.from_buffers(
+        pa.string(), 5, [None, pa.py_buffer(np.arange(6, dtype=np.int32)), pa.py_buffer(b"\xff" * 5)]
+    )
     return table.set_column(table.schema.get_field_index("id"), pa.field("id", pa.string()), text)
 
 
@@ -93,8 +115,14 @@ LATER = {"start": 0.2, "end": 0.3, "phone": "b"}
 WRONG: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "no id": (lambda table: table.drop_columns(["id"]), "no column 'id'; it has path, start"),
     "no rate": (lambda table: table.drop_columns(["sample_rate"]), "no column 'sample_rate'"),
-    "ids are numbers": (column("id", list(range(5)), pa.int64()), "column 'id' is of int64; string is needed"),
-    "rates are floats": (column("sample_rate", [16e3] * 5, pa.float64()), "column 'sample_rate' is of double; int32"),
+    "ids are numbers": (
+        column("id", list(range(5)), pa.int64()),
+        "column 'id' is of int64; string is needed",
+    ),
+    "rates are floats": (
+        column("sample_rate", [16e3] * 5, pa.float64()),
+        "column 'sample_rate' is of double; int32",
+    ),
     "phones are text": (column("phones", ["a"] * 5, pa.string()), "column 'phones' is of string; list<"),
     "an id is null": (column("id", [None, "b", "c", "d", "e"]), "row 0, id None: has no id"),
     "a path is null": (column("path", [None, "b", "c", "d", "e"]), "has no path"),
@@ -105,12 +133,21 @@ WRONG: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "a length is negative": (column("num_samples", [-7] * 5), "-7 samples"),
     "a length is huge": (column("num_samples", [2**62] * 5), "4611686018427387904 samples"),
     "a start is negative": (column("start", [-3] * 5), "16000 samples from -3 on"),
-    "phones overlap": (column("phones", [[LATER, PHONE]] * 5), "row 0, id 'u0': phones are not in order, Phone.* after 0.3 s"),
+    "phones overlap": (
+        column("phones", [[LATER, PHONE]] * 5),
+        "row 0, id 'u0': phones are not in order, Phone.* after 0.3 s",
+    ),
     "a phone ends early": (column("phones", [[{**PHONE, "end": -1.0}]] * 5), "phones are not in order"),
     "a phone has no end": (column("phones", [[{**PHONE, "end": None}]] * 5), "phones are not in order"),
     "a phone is null": (column("phones", [[None]] * 5), "phones are not in order"),
-    "a phone is not a number": (column("phones", [[{**PHONE, "start": float("nan")}]] * 5), "phones are not in order"),
-    "words overlap": (column("words", [[{"start": t, "end": 9.0, "word": "a"} for t in (1.0, 2.0)]] * 5), "words are not in order"),
+    "a phone is not a number": (
+        column("phones", [[{**PHONE, "start": float("nan")}]] * 5),
+        "phones are not in order",
+    ),
+    "words overlap": (
+        column("words", [[{"start": t, "end": 9.0, "word": "a"} for t in (1.0, 2.0)]] * 5),
+        "words are not in order",
+    ),
     "no UTF-8": (invalid_text, "missing or damaged .*UTF"),
 }
 
@@ -145,17 +182,25 @@ def test_a_root_that_is_no_folder_is_told(tmp_path: Path) -> None:
 numbers = st.one_of(st.integers(), st.floats(), st.just(10**400), st.just(1e308))
 anything = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 triples = st.lists(st.tuples(numbers, numbers, st.text(max_size=3)), max_size=4)
 audio_rows = st.fixed_dictionaries(
     {"audio_filepath": st.one_of(st.text(max_size=12), anything)},
     optional={
-        "id": anything, "text": anything, "speaker": anything, "split": anything, "offset": numbers, "duration": numbers,
-        "phones": st.one_of(triples, anything), "words": st.one_of(triples, anything),
+        "id": anything,
+        "text": anything,
+        "speaker": anything,
+        "split": anything,
+        "offset": numbers,
+        "duration": numbers,
+        "phones": st.one_of(triples, anything),
+        "words": st.one_of(triples, anything),
     },
-)  # fmt: skip
+)
 
 
 def as_lines(rows: list[Any]) -> bytes:
@@ -220,12 +265,15 @@ def test_any_tsv_is_read_or_told(folder: Path, data: bytes) -> None:
 
 
 alignment_rows = st.fixed_dictionaries(
-    {"id": st.one_of(st.just("a"), anything)}, optional={"phones": st.one_of(triples, anything), "words": triples}
+    {"id": st.one_of(st.just("a"), anything)},
+    optional={"phones": st.one_of(triples, anything), "words": triples},
 )
 
 
 @fuzzed
-@given(st.one_of(st.lists(st.one_of(alignment_rows, anything), max_size=4).map(as_lines), st.binary(max_size=60)))
+@given(
+    st.one_of(st.lists(st.one_of(alignment_rows, anything), max_size=4).map(as_lines), st.binary(max_size=60))
+)
 def test_any_alignments_are_read_or_told(folder: Path, data: bytes) -> None:
     (folder / "a.tsv").write_text("/root\na.wav\t5")
 
@@ -240,7 +288,9 @@ def test_any_alignments_are_read_or_told(folder: Path, data: bytes) -> None:
 
 
 @fuzzed
-@given(st.one_of(st.binary(max_size=60), st.text(st.sampled_from('a0.9," \n-e'), max_size=40).map(str.encode)))
+@given(
+    st.one_of(st.binary(max_size=60), st.text(st.sampled_from('a0.9," \n-e'), max_size=40).map(str.encode))
+)
 @example(b'a ",A," "0.1,1e999,0.2"')
 @example(b'a ",A," "0.1.2,1,2"')
 @example(b'a ",A," "nan,1,2"')
@@ -261,7 +311,11 @@ def test_names_that_are_no_utf_8_and_links_in_a_circle_do_no_harm(tmp_path: Path
     for name in (b"a/x.wav", b"a/\xff.wav", b"a/b/\x1b[2J.wav"):
         soundfile.write(tmp_path / "x.wav", np.zeros(4000), 16000)
         os.rename(tmp_path / "x.wav", os.path.join(os.fsencode(corpus), name))
-    for place, target in (("a/up", corpus), ("a/b/itself", corpus / "a/b"), ("a/b/there", tmp_path / "other")):
+    for place, target in (
+        ("a/up", corpus),
+        ("a/b/itself", corpus / "a/b"),
+        ("a/b/there", tmp_path / "other"),
+    ):
         (corpus / place).symlink_to(target)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/back").symlink_to(corpus / "a")

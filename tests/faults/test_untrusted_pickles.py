@@ -51,13 +51,19 @@ def bombs(made: Path) -> dict[str, Any]:
     system, write = Calls(os.system, f"touch {made}"), Calls(eval, f"open({str(made)!r}, 'w')")
     weights = {"encoder.weight": torch.zeros(2, 2)}
     return {
-        "alone": system, "eval": write, "exec": Calls(exec, f"open({str(made)!r}, 'w')"), "open": Calls(open, str(made), "w"),
-        "subprocess": Calls(subprocess.call, ["touch", str(made)]), "items": Sets(made),
-        "beside weights": {**weights, "extra": system}, "deep": {**weights, "extra": [({"a": (write,)},)]},
-        "as a key": {**weights, "cfg": {"model": system}}, "in an object array": {**weights, "x": np.array([system], dtype=object)},
+        "alone": system,
+        "eval": write,
+        "exec": Calls(exec, f"open({str(made)!r}, 'w')"),
+        "open": Calls(open, str(made), "w"),
+        "subprocess": Calls(subprocess.call, ["touch", str(made)]),
+        "items": Sets(made),
+        "beside weights": {**weights, "extra": system},
+        "deep": {**weights, "extra": [({"a": (write,)},)]},
+        "as a key": {**weights, "cfg": {"model": system}},
+        "in an object array": {**weights, "x": np.array([system], dtype=object)},
         "loader": {**weights, "x": Calls(np.load, io.BytesIO(pickle.dumps(system)), None, True)},
         "torch's own loader": {**weights, "x": Calls(_load_all, io.BytesIO(_saved(system)))},
-    }  # fmt: skip
+    }
 
 
 def _saved(value: Any) -> bytes:
@@ -97,7 +103,9 @@ def test_weights_that_would_run_something_are_refused_and_run_nothing(tmp_path: 
         for name in ("x.pt", "x.pth"):
             torch.save(bombs(made)[kind], tmp_path / name, **options)
             for read in (import_weights_of, import_codebook_of):
-                with pytest.raises(ValueError, match=r"so it is refused|is not read|not a file that torch can load") as refusal:
+                with pytest.raises(
+                    ValueError, match=r"so it is refused|is not read|not a file that torch can load"
+                ) as refusal:
                     read(tmp_path / name, tmp_path / "out")
                 assert str(tmp_path / name) in str(refusal.value), form
                 assert not made.exists() and not (tmp_path / "out").exists()
@@ -118,11 +126,15 @@ def test_the_bombs_are_live(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("compress", [0, 3, ("bz2", 3), ("xz", 3)], ids=str)
-def test_a_joblib_file_that_would_run_something_is_refused_and_runs_nothing(tmp_path: Path, compress: Any) -> None:
+def test_a_joblib_file_that_would_run_something_is_refused_and_runs_nothing(
+    tmp_path: Path, compress: Any
+) -> None:
     made = tmp_path / "made"
     for kind, bomb in bombs(made).items():
         joblib.dump(bomb, tmp_path / "km.bin", compress=compress)
-        with pytest.raises(ValueError, match="km.bin: .*(of which no k-means|array of type 'O8'|the pickle opcode)") as refusal:
+        with pytest.raises(
+            ValueError, match="km.bin: .*(of which no k-means|array of type 'O8'|the pickle opcode)"
+        ) as refusal:
             read_arrays(tmp_path / "km.bin")
         assert not made.exists(), (kind, refusal)
 
@@ -141,7 +153,9 @@ OPCODES: dict[str, bytes] = {
     "extension": b"\x80\x02\x82\x01.",
     "buffer": b"\x80\x05\x97.",
     "state of a class": b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.",
-    "many times itself": b"\x80\x04]\x94" + b"".join(b"](h%ch%ce\x94" % (n, n) for n in range(60)) + b"\x8c\x01a\x93.",
+    "many times itself": b"\x80\x04]\x94"
+    + b"".join(b"](h%ch%ce\x94" % (n, n) for n in range(60))
+    + b"\x8c\x01a\x93.",
 }
 
 
@@ -170,7 +184,8 @@ def test_storages_that_are_not_there_are_refused(tmp_path: Path) -> None:
     assert claimed != about
     path.write_bytes(replaced(plain, "data.pkl", claimed))
     with pytest.raises(
-        ValueError, match=r"x.pt: not a file that torch can load \((record size .16 bytes. does not match|no member)"
+        ValueError,
+        match=r"x.pt: not a file that torch can load \((record size .16 bytes. does not match|no member)",
     ):
         load_torch(path, True)
     buffer = io.BytesIO()
@@ -198,8 +213,16 @@ def test_a_zip_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: torch.zeros(1).expand(10**12), r"a tensor \(1000000000000,\), 4000000000000 bytes, over 4 stored bytes"),
-        (lambda: torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (10**12,), check_invariants=False), "is sparse_coo"),
+        (
+            lambda: torch.zeros(1).expand(10**12),
+            r"a tensor \(1000000000000,\), 4000000000000 bytes, over 4 stored bytes",
+        ),
+        (
+            lambda: torch.sparse_coo_tensor(
+                torch.tensor([[0]]), torch.ones(1), (10**12,), check_invariants=False
+            ),
+            "is sparse_coo",
+        ),
         (lambda: torch.zeros(10**12, device="meta"), "is meta"),
         (lambda: torch.quantize_per_tensor(torch.zeros(4), 0.1, 0, torch.qint8), "is quantized"),
     ],
@@ -219,7 +242,9 @@ def test_tensors_that_are_larger_than_what_is_stored_are_refused(
 
 def test_shared_and_transposed_weights_are_no_fault(tmp_path: Path) -> None:
     weight = torch.randn(3, 4)
-    torch.save({"a": weight, "b": weight, "c": weight.T, "d": weight[1], "e": torch.zeros(0)}, tmp_path / "x.pt")
+    torch.save(
+        {"a": weight, "b": weight, "c": weight.T, "d": weight[1], "e": torch.zeros(0)}, tmp_path / "x.pt"
+    )
     assert set(load_torch(tmp_path / "x.pt", True)) == set("abcde")
 
 
@@ -234,16 +259,22 @@ PUT_IN_MEMO = b"h\x01" * 9000 + b"t"
     ids=["deep", "many times itself", "wide", "made of a deep one"],
 )
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_a_key_that_overflows_the_stack_or_hashes_for_ever_is_refused(tmp_path: Path, key: bytes, form: str) -> None:
+def test_a_key_that_overflows_the_stack_or_hashes_for_ever_is_refused(
+    tmp_path: Path, key: bytes, form: str
+) -> None:
     contents = b"\x80\x02}" + key + b"K\x01s."
     path = tmp_path / "x.pt"
     if form == "zip":
         path.write_bytes(replaced(_saved({"a": torch.zeros(4)}), "data.pkl", contents))
     else:
         path.write_bytes(
-            b"".join(pickle.dumps(head, 2) for head in (0x1950A86A20F9469CFC6C, 1001, {})) + contents + b"\x80\x02]q\0."
+            b"".join(pickle.dumps(head, 2) for head in (0x1950A86A20F9469CFC6C, 1001, {}))
+            + contents
+            + b"\x80\x02]q\0."
         )
-    with pytest.raises(ValueError, match=r"x.pt: not a file that torch can load \(a tuple of more than 10,000 values"):
+    with pytest.raises(
+        ValueError, match=r"x.pt: not a file that torch can load \(a tuple of more than 10,000 values"
+    ):
         load_torch(path, True)
 
 
@@ -267,11 +298,17 @@ def test_what_checkpoints_hold_is_no_large_tuple(tmp_path: Path, options: dict[s
 
 
 @pytest.mark.parametrize("kind", ["zlib", "bz2", "xz"])
-def test_a_small_joblib_file_does_not_unpack_to_gigabytes(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_joblib_file_does_not_unpack_to_gigabytes(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(joblib_file, "SMALL", 1 << 20)
     assert joblib_file.LARGEST > 2**31
     path = tmp_path / "km.bin"
-    packer: Any = {"zlib": zlib.compressobj(1), "bz2": bz2.BZ2Compressor(1), "xz": lzma.LZMACompressor(preset=0)}[kind]
+    packer: Any = {
+        "zlib": zlib.compressobj(1),
+        "bz2": bz2.BZ2Compressor(1),
+        "xz": lzma.LZMACompressor(preset=0),
+    }[kind]
     path.write_bytes(b"".join(packer.compress(bytes(1 << 20)) for _ in range(16)) + packer.flush())
     assert path.stat().st_size < 100_000
     with pytest.raises(ValueError, match="km.bin: unpacks to more than 64 times its size"):

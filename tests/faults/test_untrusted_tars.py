@@ -14,18 +14,20 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.audio import load_audio
-from pretrain.indexing import IndexConfig, index
-from pretrain.manifest import Manifest
-from pretrain.shards import list_members
-from units.corpus import Document
+from pretrain.data.audio import load_audio
+from pretrain.data.indexing import IndexConfig, index
+from pretrain.data.manifest import Manifest
+from pretrain.data.sources.tar import list_members
+from units.corpus.unit_corpus import Document
 from units.formats.codec import write_codec
 from units.formats.description import Described
 
 
 def sound(num_samples: int = 4000) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.random.default_rng(num_samples).uniform(-0.5, 0.5, num_samples), 16000, format="WAV")
+    soundfile.write(
+        buffer, np.random.default_rng(num_samples).uniform(-0.5, 0.5, num_samples), 16000, format="WAV"
+    )
     return buffer.getvalue()
 
 
@@ -35,8 +37,24 @@ SOUND = sound()
 def header(name: bytes, size: int | bytes = 0, kind: bytes = b"0", link: bytes = b"") -> bytes:
     """A ustar header of 512 bytes; `size` as a number, or as the 12 bytes of its field."""
     field = size if isinstance(size, bytes) else b"%011o\0" % size
-    block = struct.pack("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x", name, b"644", b"0", b"0", field, b"0", b" " * 8, kind, link,
-                        b"ustar\x0000", b"", b"", b"", b"", b"")  # fmt: skip
+    block = struct.pack(
+        "100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12x",
+        name,
+        b"644",
+        b"0",
+        b"0",
+        field,
+        b"0",
+        b" " * 8,
+        kind,
+        link,
+        b"ustar\x0000",
+        b"",
+        b"",
+        b"",
+        b"",
+        b"",
+    )
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
@@ -73,46 +91,88 @@ HOSTILE: dict[str, tuple[bytes, str, str]] = {
     "up and back": (member(b"a/../x.wav"), "s/x", LEADS_OUT),
     "absolute": (member(b"/etc/x.wav"), "s/etc/x", LEADS_OUT),
     "pax path": (pax(path="../../../x.wav") + member(b"ok2.wav"), "s/../../../x", LEADS_OUT),
-    "symbolic link": (member(b"x.wav", b"", kind=b"2", link=b"/etc/passwd"), "s/x", "is a link, to '/etc/passwd'"),
+    "symbolic link": (
+        member(b"x.wav", b"", kind=b"2", link=b"/etc/passwd"),
+        "s/x",
+        "is a link, to '/etc/passwd'",
+    ),
     "hard link": (member(b"x.wav", b"", kind=b"1", link=b"ok.wav"), "s/x", "is a link, to 'ok.wav'"),
     "device": (member(b"x.wav", b"", kind=b"3"), "s/x", "is no plain file"),
     "pipe": (member(b"x.wav", b"", kind=b"6"), "s/x", "is no plain file"),
     "old sparse": (member(b"x.wav", kind=b"S"), "s/x", "is sparse"),
-    "pax sparse": (pax(**{"GNU.sparse.map": "0,9", "GNU.sparse.size": "9"}) + member(b"x.wav"), "s/x", "is sparse"),
+    "pax sparse": (
+        pax(**{"GNU.sparse.map": "0,9", "GNU.sparse.size": "9"}) + member(b"x.wav"),
+        "s/x",
+        "is sparse",
+    ),
     "twice": (member(b"x.wav") + member(b"./x.wav", sound(5000)), "s/x", "is in the tar 2 times"),
-    "transcript twice": (member(b"x.txt", b"a") + member(b"x.txt", b"b") + member(b"x.wav"), "s/x", "x.txt beside it is in the tar more"),
-    "linked transcript": (member(b"x.json", b"", kind=b"2", link=b"/y") + member(b"x.wav"), "s/x", "x.json beside it is a link"),
+    "transcript twice": (
+        member(b"x.txt", b"a") + member(b"x.txt", b"b") + member(b"x.wav"),
+        "s/x",
+        "x.txt beside it is in the tar more",
+    ),
+    "linked transcript": (
+        member(b"x.json", b"", kind=b"2", link=b"/y") + member(b"x.wav"),
+        "s/x",
+        "x.json beside it is a link",
+    ),
     "control": (member(b"x\x1b[2J.wav"), "s/x\\x1b[2J", "control characters"),
     "new line": (member(b"x\ny.wav"), "s/x\\ny", "control characters"),
     "no UTF-8": (member(b"x\xff.wav"), "s/x\\udcff", "no UTF-8"),
     "minus one": (member(b"x.wav", b"", size=b"\xff" * 12), "s/x", "has a size of -1 bytes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_member_that_is_not_what_it_seems_is_left_out_by_name(tmp_path: Path, kind: str) -> None:
     data, name, reason = HOSTILE[kind]
-    ids, left_out, manifest = run(tmp_path, member(b"./ok.wav") + data + member(b"after.wav", sound(6000)) + END)
+    ids, left_out, manifest = run(
+        tmp_path, member(b"./ok.wav") + data + member(b"after.wav", sound(6000)) + END
+    )
     assert ids == ["s/ok", "s/after"] and set(left_out) == {name} and reason in left_out[name]
     assert [len(load_audio(utterance)) for utterance in manifest] == [4000, 6000]
-    assert {path.name for path in tmp_path.iterdir()} == {"s.tar", "m"} and not (tmp_path.parent / "x.wav").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"s.tar", "m"} and not (
+        tmp_path.parent / "x.wav"
+    ).exists()
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "backwards": (member(b"x.wav", b"", size=b"\xff" * 8 + struct.pack(">i", -1536)), "a size that leads back to byte"),
-    "before the start": (member(b"x.wav", b"", size=b"\xff" * 4 + struct.pack(">q", -(2**40))), "a size that leads back to byte -"),
-    "far behind": (member(b"x.wav", b"", size=b"\x80" + bytes(3) + struct.pack(">q", 2**60)), "x: is truncated"),
+    "backwards": (
+        member(b"x.wav", b"", size=b"\xff" * 8 + struct.pack(">i", -1536)),
+        "a size that leads back to byte",
+    ),
+    "before the start": (
+        member(b"x.wav", b"", size=b"\xff" * 4 + struct.pack(">q", -(2**40))),
+        "a size that leads back to byte -",
+    ),
+    "far behind": (
+        member(b"x.wav", b"", size=b"\x80" + bytes(3) + struct.pack(">q", 2**60)),
+        "x: is truncated",
+    ),
     "further behind": (member(b"x.wav", b"", size=b"\x80" + b"\x7f" * 11), "a size that leads to byte"),
     "pax backwards": (pax(size="-2048") + member(b"x.wav"), "a size that leads back to byte"),
     "pax far behind": (pax(size=str(10**15)) + member(b"x.wav"), "x: is truncated"),
     "pax of no number": (pax(**{"GNU.sparse.map": "a,b"}) + member(b"x.wav"), "ValueError"),
     "long pax": (header(b"pax", 2**33, kind=b"x"), "an extended header of 8589934592 bytes"),
-    "long name": (header(b"name", 2**40 // 512, kind=b"L") + member(b"x.wav"), "an extended header of 2147483648 bytes"),
-    "negative name": (header(b"name", b"\xff" * 8 + struct.pack(">i", -1536), kind=b"L") + member(b"x.wav"), "an extended header of -1536"),
-    "endless names": (b"".join(member(b"name", b"y.wav\0", kind=b"L") for _ in range(2000)) + member(b"x.wav"), "RecursionError"),
-    "sparse at the end": (pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}) + member(b"x.wav", b"9"), "ValueError"),
+    "long name": (
+        header(b"name", 2**40 // 512, kind=b"L") + member(b"x.wav"),
+        "an extended header of 2147483648 bytes",
+    ),
+    "negative name": (
+        header(b"name", b"\xff" * 8 + struct.pack(">i", -1536), kind=b"L") + member(b"x.wav"),
+        "an extended header of -1536",
+    ),
+    "endless names": (
+        b"".join(member(b"name", b"y.wav\0", kind=b"L") for _ in range(2000)) + member(b"x.wav"),
+        "RecursionError",
+    ),
+    "sparse at the end": (
+        pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"})
+        + member(b"x.wav", b"9"),
+        "ValueError",
+    ),
     "no octal number": (member(b"x.wav", b"", size=b"12x45\0\0\0\0\0\0\0"), "is cut or damaged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -129,7 +189,9 @@ def test_a_header_that_leads_astray_ends_the_tar_in_little_memory(tmp_path: Path
 
 @pytest.mark.parametrize("size", [-512, -1024, -(2**40)])
 def test_a_first_member_that_leads_back_hides_nothing(tmp_path: Path, size: int) -> None:
-    (tmp_path / "s.tar").write_bytes(member(b"x.wav", b"", size=b"\xff" * 4 + struct.pack(">q", size)) + member(b"y.wav") + END)
+    (tmp_path / "s.tar").write_bytes(
+        member(b"x.wav", b"", size=b"\xff" * 4 + struct.pack(">q", size)) + member(b"y.wav") + END
+    )
     (name, _, problem), (nameless, _, lost) = list_members(tmp_path / "s.tar")
     assert (name, problem) == ("x.wav", f"has a size of {size} bytes")
     assert not nameless and lost is not None and "is cut or damaged behind x.wav (byte 512)" in lost
@@ -168,7 +230,9 @@ def test_whatever_is_flipped_in_headers_the_members_lie_in_the_tar(
         start = data.draw(st.sampled_from(starts))
         whole[start + data.draw(st.integers(0, 540))] = data.draw(st.integers(0, 255))
         total = sum(whole[start : start + 148]) + 8 * 32 + sum(whole[start + 156 : start + 512])
-        whole[start + 148 : start + 156] = b"%06o\0 " % total  # or nearly every flip would be told by this sum
+        whole[start + 148 : start + 156] = (
+            b"%06o\0 " % total
+        )  # or nearly every flip would be told by this sum
     path = tmp_path_factory.getbasetemp() / "flipped.tar"
     path.write_bytes(whole)
     listed = list(list_members(path))

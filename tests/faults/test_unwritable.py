@@ -20,15 +20,15 @@ import pytest
 import soundfile
 import tomli_w
 
-import wordless
-from pretrain.artefact import atomic_folder, atomic_path
-from pretrain.destination import require_writable
-from pretrain.indexing import IndexConfig
-from pretrain.manifest import Manifest
-from recipe import VERBS, Verb
+import wordless.cli
+from pretrain.data.indexing import IndexConfig
+from pretrain.data.manifest import Manifest
+from pretrain.store.artefact import atomic_folder, atomic_path
+from pretrain.store.destination import require_writable
 from tests.faults.conftest import Disk
 from tests.faults.test_full_disk import WRITERS
-from wordless import main
+from wordless.cli import main
+from wordless.recipe import VERBS, Verb
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"training": {"max_steps": 1}}
@@ -58,7 +58,9 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str], *parts: str) -> 
     capfd.readouterr()
     assert main(argv) == 2
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("wordless: ") and all(part in said[0] for part in parts), said
+    assert len(said) == 1 and said[0].startswith("wordless: ") and all(part in said[0] for part in parts), (
+        said
+    )
 
 
 def config(path: Path, **keys: Any) -> str:
@@ -103,11 +105,17 @@ def test_every_verb_refuses_an_output_that_cannot_be_before_any_work(
         refused([verb, path], capfd, f"{out}: cannot be written (", reason, "choose another `out`")
         if verb in ("index", "pretrain"):  # all verbs go the same way
             refused([verb, path, "--on", "local"], capfd, f"{out}: cannot be written (")
-    refused([verb, config(tmp_path / "c.toml", **LEAST[verb], out="")], capfd, "c.toml: out: is '', and a path is needed")
+    refused(
+        [verb, config(tmp_path / "c.toml", **LEAST[verb], out="")],
+        capfd,
+        "c.toml: out: is '', and a path is needed",
+    )
     assert sorted(os.listdir(tmp_path)) == ["c.toml", "circle", "file", "link"]
 
 
-def test_import_and_export_look_at_their_output_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_import_and_export_look_at_their_output_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     refused(["import", str(tmp_path / "none"), str(tmp_path / "file/out")], capfd, "cannot be written")
     refused(["import", str(tmp_path / "none"), str(tmp_path / "file")], capfd, "cannot be written")
@@ -115,21 +123,37 @@ def test_import_and_export_look_at_their_output_too(tmp_path: Path, capfd: pytes
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_recipe_looks_at_the_output_of_every_stage_before_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_looks_at_the_output_of_every_stage_before_the_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     soundfile.write(tmp_path / "x.wav", np.zeros(16000), 16000)
     (tmp_path / "file").touch()
     index = {"verb": "index", "source": str(tmp_path), "dev_share": 0.0, "test_share": 0.0}
-    stages = {"manifest": index, "codebook": {"verb": "cluster", "manifest": "@manifest", "out": str(tmp_path / "file/codebook")}}
+    stages = {
+        "manifest": index,
+        "codebook": {"verb": "cluster", "manifest": "@manifest", "out": str(tmp_path / "file/codebook")},
+    }
     path = config(tmp_path / "r.toml", run=str(tmp_path / "run"), **stages)
     for on in (["--on", "here"], ["--on", "local"]):
-        refused(["run", path, *on], capfd, f"{tmp_path}/file/codebook: cannot be written ({tmp_path}/file is no folder)")
+        refused(
+            ["run", path, *on],
+            capfd,
+            f"{tmp_path}/file/codebook: cannot be written ({tmp_path}/file is no folder)",
+        )
     refused(["run", path, f"run={tmp_path}/file"], capfd, f"{tmp_path}/file: cannot be written")
     refused(["run", path, "run="], capfd, "r.toml: run: is '', and a path is needed")
-    refused(["run", path, "codebook.out=$WORDLESS_NONE/x"], capfd, "r.toml: codebook.out: ", "$WORDLESS_NONE, which is not set")
+    refused(
+        ["run", path, "codebook.out=$WORDLESS_NONE/x"],
+        capfd,
+        "r.toml: codebook.out: ",
+        "$WORDLESS_NONE, which is not set",
+    )
     assert sorted(os.listdir(tmp_path)) == ["file", "r.toml", "x.wav"]
 
 
-def test_a_read_only_disk_is_refused_before_any_work(disk: Disk, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_read_only_disk_is_refused_before_any_work(
+    disk: Disk, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (disk.path / "there").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
     for out in (disk.path / "new/out", disk.path / "there"):
@@ -147,13 +171,17 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patched:
             patched.setattr(Path, name, refuse)
             out = tmp_path / "new" if name == "mkdir" else tmp_path
-            with pytest.raises(ValueError, match=rf"{out}: cannot be written \({tmp_path}: Permission denied\)"):
+            with pytest.raises(
+                ValueError, match=rf"{out}: cannot be written \({tmp_path}: Permission denied\)"
+            ):
                 require_writable(out)
     require_writable(tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_limit_of_the_size_of_files_ends_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_of_the_size_of_files_ends_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for number in range(120):
         soundfile.write(tmp_path / f"{number:03}_{'x' * 40}.wav", np.zeros(800), 16000)
     argv = ["index", str(tmp_path), str(tmp_path / "m"), "dev_share=0.0", "test_share=0.0", "verify=header"]
@@ -166,17 +194,28 @@ def test_a_limit_of_the_size_of_files_ends_in_one_line(tmp_path: Path, capfd: py
 
 
 @pytest.mark.parametrize("library", WRITERS)
-def test_whichever_library_meets_the_limit_the_error_is_the_operating_systems(tmp_path: Path, library: str) -> None:
-    with pytest.raises(OSError, match="File too large") as told, files_up_to(100_000), atomic_path(tmp_path / "a") as temporary:
+def test_whichever_library_meets_the_limit_the_error_is_the_operating_systems(
+    tmp_path: Path, library: str
+) -> None:
+    with (
+        pytest.raises(OSError, match="File too large") as told,
+        files_up_to(100_000),
+        atomic_path(tmp_path / "a") as temporary,
+    ):
         WRITERS[library](temporary)
-    assert told.value.errno == errno.EFBIG and str(tmp_path / "a") in wordless._in_words(told.value)
-    with pytest.raises(OSError, match="File too large"), files_up_to(100_000), atomic_folder(tmp_path / "b") as folder:
+    assert told.value.errno == errno.EFBIG and str(tmp_path / "a") in wordless.cli._in_words(told.value)
+    with (
+        pytest.raises(OSError, match="File too large"),
+        files_up_to(100_000),
+        atomic_folder(tmp_path / "b") as folder,
+    ):
         WRITERS[library](folder / "file")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "code", ["ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG", "ENOTDIR", "ESTALE"]
+    "code",
+    ["ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENAMETOOLONG", "ENOTDIR", "ESTALE"],
 )
 def test_an_error_of_the_operating_system_at_any_time_is_one_line(
     code: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -201,12 +240,20 @@ def test_an_error_of_the_operating_system_at_any_time_is_one_line(
 # Names that are no ASCII, where the locale is
 
 
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "", "COLUMNS": "200"}
+ASCII = {
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONIOENCODING": "",
+    "COLUMNS": "200",
+}
 
 
 def run_in_ascii(*argv: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     here = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **ASCII, **environment}
-    return subprocess.run([sys.executable, "-m", "wordless", *argv], capture_output=True, env=here, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "wordless", *argv], capture_output=True, env=here, check=False
+    )
 
 
 def test_an_ascii_locale_reads_writes_and_prints_any_name(tmp_path: Path) -> None:
@@ -216,7 +263,12 @@ def test_an_ascii_locale_reads_writes_and_prints_any_name(tmp_path: Path) -> Non
     (corpus / "ä.txt").write_text("schöne grüße", encoding="utf-8")
     (corpus / "kaputt-ß.wav").write_bytes(b"RIFF")
     path = config(
-        tmp_path / "köln.toml", source=str(corpus), out=str(tmp_path / "ü"), dev_share=0.0, test_share=0.0, max_bad_share=0.5
+        tmp_path / "köln.toml",
+        source=str(corpus),
+        out=str(tmp_path / "ü"),
+        dev_share=0.0,
+        test_share=0.0,
+        max_bad_share=0.5,
     )
     done = run_in_ascii("index", path)
     assert done.returncode == 0, done.stderr
@@ -226,7 +278,11 @@ def test_an_ascii_locale_reads_writes_and_prints_any_name(tmp_path: Path) -> Non
     assert done.returncode == 0 and rb"/\xfc: a complete manifest" in done.stdout
     done = run_in_ascii("index", path, "--json")
     assert (
-        done.returncode == 2 and rb"/\xfc: already holds a finished artefact" in done.stderr and len(done.stderr.splitlines()) == 1
+        done.returncode == 2
+        and rb"/\xfc: already holds a finished artefact" in done.stderr
+        and len(done.stderr.splitlines()) == 1
     )
-    done = run_in_ascii("transcribe", "--help", PYTHONUTF8="1", PYTHONIOENCODING="ascii")  # only what is printed is ASCII
+    done = run_in_ascii(
+        "transcribe", "--help", PYTHONUTF8="1", PYTHONIOENCODING="ascii"
+    )  # only what is printed is ASCII
     assert done.returncode == 0 and b"Usage" in done.stdout

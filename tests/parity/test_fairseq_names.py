@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.artefact import sha256_file
-from pretrain.encoder import load_encoder
+from pretrain.model.encoder import load_encoder
+from pretrain.store.artefact import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from tests.parity.peers import import_peer, transformers_model
 
@@ -49,20 +49,42 @@ def as_fairseq(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("Wav2Vec2ForPreTraining", "base"), ("Wav2Vec2ForPreTraining", "large"), ("HubertModel", "large without conv bias")],
+    [
+        ("Wav2Vec2ForPreTraining", "base"),
+        ("Wav2Vec2ForPreTraining", "large"),
+        ("HubertModel", "large without conv bias"),
+    ],
 )
-def test_both_files_give_the_same_run_and_an_export_has_the_same_names(name: str, kind: str, tmp_path: Path) -> None:
-    peer = transformers_model(name, kind, num_codevectors_per_group=8, codevector_dim=24, proj_codevector_dim=20)
+def test_both_files_give_the_same_run_and_an_export_has_the_same_names(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    peer = transformers_model(
+        name, kind, num_codevectors_per_group=8, codevector_dim=24, proj_codevector_dim=20
+    )
     model = {
-        "_name": "hubert" if name == "HubertModel" else "wav2vec2", "encoder_layers": 3, "encoder_embed_dim": 64,
-        "encoder_ffn_embed_dim": 96, "encoder_attention_heads": 4, "conv_pos": 16, "conv_pos_groups": 4, "latent_vars": 8,
-        "conv_bias": peer.config.conv_bias, "layer_norm_first": peer.config.do_stable_layer_norm, "final_dim": 20,
-        "extractor_mode": "default" if kind == "base" else "layer_norm", "latent_dim": 24,
+        "_name": "hubert" if name == "HubertModel" else "wav2vec2",
+        "encoder_layers": 3,
+        "encoder_embed_dim": 64,
+        "encoder_ffn_embed_dim": 96,
+        "encoder_attention_heads": 4,
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+        "latent_vars": 8,
+        "conv_bias": peer.config.conv_bias,
+        "layer_norm_first": peer.config.do_stable_layer_norm,
+        "final_dim": 20,
+        "extractor_mode": "default" if kind == "base" else "layer_norm",
+        "latent_dim": 24,
         "conv_feature_layers": "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32,2,2)] + [(32,2,2)]",
-    }  # fmt: skip
+    }
     theirs = as_fairseq(peer)
-    torch.save({"args": None, "cfg": {"model": model, "task": {"normalize": False}}, "model": theirs}, tmp_path / "peer.pt")
-    import_weights(ImportConfig(source=str(tmp_path / "peer.pt"), out=str(tmp_path / "fairseq"), allow_pickle=True))
+    torch.save(
+        {"args": None, "cfg": {"model": model, "task": {"normalize": False}}, "model": theirs},
+        tmp_path / "peer.pt",
+    )
+    import_weights(
+        ImportConfig(source=str(tmp_path / "peer.pt"), out=str(tmp_path / "fairseq"), allow_pickle=True)
+    )
     run, weights = import_peer(peer, tmp_path), "step_00000000/model.safetensors"
     assert sha256_file(tmp_path / "fairseq" / weights) == sha256_file(run / weights)
     wave = torch.randn(1, 5000)

@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.task import TrainingConfig
-from units.corpus import Document, UnitCorpus, write_corpus
-from units.exporting import export_language_model, transformers_config
-from units.language_model import load_language_model
-from units.model import Decoder, DecoderConfig, RopeScaling
-from units.patterns import Pattern
-from units.training import TrainLMConfig, train_lm
-from units.vocabulary import Vocabulary
+from pretrain.training.task import TrainingConfig
+from units.corpus.patterns import Pattern
+from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.vocabulary import Vocabulary
+from units.lm.exporting import export_language_model, transformers_config
+from units.lm.language_model import load_language_model
+from units.lm.model import Decoder, DecoderConfig, RopeScaling
+from units.lm.training import TrainLMConfig, train_lm
 
 transformers = pytest.importorskip("transformers")
 
-BASE = DecoderConfig(dim=48, num_layers=3, num_heads=6, num_kv_heads=2, ffn_dim=80, context=64, rope_theta=500.0)
+BASE = DecoderConfig(
+    dim=48, num_layers=3, num_heads=6, num_kv_heads=2, ffn_dim=80, context=64, rope_theta=500.0
+)
 LLAMA3 = RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=24)
 
 
@@ -29,14 +31,25 @@ def planted(folder: Path, levels: int = 1) -> UnitCorpus:
     """Twelve units in a cycle, now and then another."""
     rng = np.random.default_rng(0)
     units = (
-        np.arange(30)[:, None] + np.arange(levels) + rng.integers(0, 12, (20, 1, levels)) * (rng.random((20, 30, levels)) < 0.1)
+        np.arange(30)[:, None]
+        + np.arange(levels)
+        + rng.integers(0, 12, (20, 1, levels)) * (rng.random((20, 30, levels)) < 0.1)
     ) % 12
     documents = (
-        Document(str(number), "train", row if levels > 1 else row[:, 0]) for number, row in enumerate(units.astype(np.uint16))
+        Document(str(number), "train", row if levels > 1 else row[:, 0])
+        for number, row in enumerate(units.astype(np.uint16))
     )
     vocabulary = Vocabulary(num_units=12, num_levels=levels)
     write_corpus(
-        folder, documents, {}, {}, vocabulary=vocabulary, codebook="c0de", frame_rate_hz=50.0, deduplicated=False, timed=False
+        folder,
+        documents,
+        {},
+        {},
+        vocabulary=vocabulary,
+        codebook="c0de",
+        frame_rate_hz=50.0,
+        deduplicated=False,
+        timed=False,
     )
     return UnitCorpus(folder)
 
@@ -67,7 +80,10 @@ def test_logits_equal_those_of_the_class_of_transformers(changes: dict[str, Any]
     config = BASE.model_copy(update=changes)
     ours, tree = shaken(config, 23), transformers_config(config, 23)
     theirs = getattr(transformers, tree["architectures"][0])(transformers.AutoConfig.for_model(**tree)).eval()
-    renamed = {name if name.startswith("lm_head") else f"model.{name}": weight for name, weight in ours.state_dict().items()}
+    renamed = {
+        name if name.startswith("lm_head") else f"model.{name}": weight
+        for name, weight in ours.state_dict().items()
+    }
     if tree.get("attention_bias"):
         renamed |= {f"model.layers.{number}.self_attn.o_proj.bias": torch.zeros(48) for number in range(3)}
     missing, unexpected = theirs.load_state_dict(renamed, strict=False)
@@ -76,7 +92,9 @@ def test_logits_equal_those_of_the_class_of_transformers(changes: dict[str, Any]
     tokens = torch.randint(23, (2, 40))
     with torch.no_grad():
         mine, reference = ours(tokens, torch.arange(40).expand(2, -1)), theirs(tokens).logits
-    torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)  # float32, the same operations in another order
+    torch.testing.assert_close(
+        mine, reference, rtol=1e-5, atol=1e-5
+    )  # float32, the same operations in another order
 
 
 @pytest.mark.parametrize(
@@ -93,7 +111,11 @@ def test_an_exported_folder_is_a_model_of_transformers(changes: dict[str, Any], 
     run, out = tmp_path / "run", tmp_path / "out"
     config = BASE.model_copy(update=changes)
     training = TrainingConfig(max_steps=8, device="cpu")
-    train_lm(TrainLMConfig(corpus=str(planted(tmp_path / "units").folder), out=str(run), model=config, training=training))
+    train_lm(
+        TrainLMConfig(
+            corpus=str(planted(tmp_path / "units").folder), out=str(run), model=config, training=training
+        )
+    )
     notes = export_language_model(run, out)["notes"]
     lm = load_language_model(run, device="cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
@@ -110,13 +132,17 @@ def test_an_exported_folder_is_a_model_of_transformers(changes: dict[str, Any], 
     tokens = torch.randint(lm.decoder.vocabulary_size, (2, 30))
     with torch.no_grad():
         mine, reference = lm.decoder(tokens, torch.arange(30).expand(2, -1)), theirs(tokens).logits
-    torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)  # float32, the same operations in another order
+    torch.testing.assert_close(
+        mine, reference, rtol=1e-5, atol=1e-5
+    )  # float32, the same operations in another order
 
     continued = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0].tolist()
     greedy = list(ids)
     with torch.no_grad():
         while len(greedy) < len(ids) + 12 and greedy[-1] != lm.pattern.eos:
-            greedy.append(int(lm.decoder(torch.tensor([greedy]), torch.arange(len(greedy))[None])[0, -1].argmax()))
+            greedy.append(
+                int(lm.decoder(torch.tensor([greedy]), torch.arange(len(greedy))[None])[0, -1].argmax())
+            )
     assert continued == greedy
 
 
@@ -125,7 +151,11 @@ def test_levels_in_one_stream_leave_as_a_llama_and_in_several_do_not(tmp_path: P
     for name in ("coarse-first", "flatten", "delay"):
         run, out = tmp_path / name, tmp_path / f"{name} exported"
         training = TrainingConfig(max_steps=1, device="cpu")
-        train_lm(TrainLMConfig(corpus=str(corpus.folder), out=str(run), pattern=name, model=BASE, training=training))
+        train_lm(
+            TrainLMConfig(
+                corpus=str(corpus.folder), out=str(run), pattern=name, model=BASE, training=training
+            )
+        )
         if name == "delay":
             with pytest.raises(ValueError, match="pattern 'delay' reads and predicts 2 symbols at each step"):
                 export_language_model(run, out)

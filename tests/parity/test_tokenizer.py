@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from units.bpe import Merger, learn, tokenizer
-from units.patterns import Pattern
-from units.vocabulary import Vocabulary
+from units.corpus.bpe import Merger, learn, tokenizer
+from units.corpus.patterns import Pattern
+from units.corpus.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize("kind", ["units", "merged", "levels", "interleaved"])

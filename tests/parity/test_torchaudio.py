@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.artefact import sha256_file
-from pretrain.audio import num_frames
 from pretrain.ctc.model import CTCBatch, load_recognizer
-from pretrain.encoder import Encoder, load_encoder
-from pretrain.hubert import Hubert, hubert_batch
-from pretrain.packing import pack
+from pretrain.data.audio import num_frames
+from pretrain.data.packing import pack
+from pretrain.model.encoder import Encoder, load_encoder
+from pretrain.objectives.hubert import Hubert, hubert_batch
+from pretrain.store.artefact import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from pretrain.weights.foreign import infer_encoder
 from pretrain.weights.naming import canonical, parameters, to_theirs
@@ -24,25 +24,52 @@ from quantize.features import deltas, mfcc
 from tests.parity.peers import compare_gradients, load_pretraining, scatter, transformers_model
 from tests.parity.peers import import_peer as import_transformers
 
-models = pytest.importorskip("torchaudio.models", reason="torchaudio is not installed; it goes with torch 2.9 and no later one")
+models = pytest.importorskip(
+    "torchaudio.models", reason="torchaudio is not installed; it goes with torch 2.9 and no later one"
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     "base": {"extractor_mode": "group_norm", "extractor_conv_bias": False, "encoder_layer_norm_first": False},
     "large": {"extractor_mode": "layer_norm", "extractor_conv_bias": True, "encoder_layer_norm_first": True},
-    "large without conv bias": {"extractor_mode": "layer_norm", "extractor_conv_bias": False, "encoder_layer_norm_first": True},
+    "large without conv bias": {
+        "extractor_mode": "layer_norm",
+        "extractor_conv_bias": False,
+        "encoder_layer_norm_first": True,
+    },
 }
 SMALL: dict[str, Any] = {
-    "extractor_conv_layer_config": [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2, "encoder_embed_dim": 64,
-    "encoder_projection_dropout": 0.0, "encoder_pos_conv_kernel": 16, "encoder_pos_conv_groups": 4, "encoder_num_layers": 3,
-    "encoder_num_heads": 4, "encoder_attention_dropout": 0.0, "encoder_ff_interm_features": 96, "encoder_ff_interm_dropout": 0.0,
-    "encoder_dropout": 0.0, "encoder_layer_drop": 0.0,
-}  # fmt: skip
+    "extractor_conv_layer_config": [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2,
+    "encoder_embed_dim": 64,
+    "encoder_projection_dropout": 0.0,
+    "encoder_pos_conv_kernel": 16,
+    "encoder_pos_conv_groups": 4,
+    "encoder_num_layers": 3,
+    "encoder_num_heads": 4,
+    "encoder_attention_dropout": 0.0,
+    "encoder_ff_interm_features": 96,
+    "encoder_ff_interm_dropout": 0.0,
+    "encoder_dropout": 0.0,
+    "encoder_layer_drop": 0.0,
+}
 HUBERT: dict[str, Any] = {
-    "mask_prob": 0.8, "mask_selection": "static", "mask_other": 0.0, "mask_length": 10, "no_mask_overlap": False,
-    "mask_min_space": 1, "mask_channel_prob": 0.0, "mask_channel_selection": "static", "mask_channel_other": 0.0,
-    "mask_channel_length": 10, "no_mask_channel_overlap": False, "mask_channel_min_space": 1, "skip_masked": False,
-    "skip_nomask": False, "num_classes": 11, "final_dim": 20, "feature_grad_mult": None,
-}  # fmt: skip
+    "mask_prob": 0.8,
+    "mask_selection": "static",
+    "mask_other": 0.0,
+    "mask_length": 10,
+    "no_mask_overlap": False,
+    "mask_min_space": 1,
+    "mask_channel_prob": 0.0,
+    "mask_channel_selection": "static",
+    "mask_channel_other": 0.0,
+    "mask_channel_length": 10,
+    "no_mask_channel_overlap": False,
+    "mask_channel_min_space": 1,
+    "skip_masked": False,
+    "skip_nomask": False,
+    "num_classes": 11,
+    "final_dim": 20,
+    "feature_grad_mult": None,
+}
 
 
 def hubert(kind: str) -> Any:
@@ -77,7 +104,9 @@ def test_every_layer_equals_that_of_torchaudio(kind: str, tmp_path: Path) -> Non
     found = [*ours.extract_all(waves, torch.tensor(lengths))[1:], ours(waves, torch.tensor(lengths))]
     for row, length in enumerate(lengths):  # one at a time: their group norm counts padding
         alone = waves[row : row + 1, :length]
-        for mine, reference in zip(found, [*theirs.extract_features(alone)[0], theirs(alone)[0]], strict=True):
+        for mine, reference in zip(
+            found, [*theirs.extract_features(alone)[0], theirs(alone)[0]], strict=True
+        ):
             # float32, the same operations in another order, features of order 1 to 5: differences up to 1e-5
             torch.testing.assert_close(mine[row, : num_frames(length)], reference[0], rtol=1e-5, atol=5e-5)
 
@@ -92,10 +121,14 @@ def test_every_layer_of_a_padded_batch_equals_that_of_torchaudio(kind: str, tmp_
     waves = 0.1 * torch.randn(3, 9000, generator=torch.Generator().manual_seed(1))
     waves[torch.arange(9000) >= lengths[:, None]] = 0.0
     found = [*ours.extract_all(waves, lengths)[1:], ours(waves, lengths)]
-    for mine, reference in zip(found, [*theirs.extract_features(waves, lengths)[0], theirs(waves, lengths)[0]], strict=True):
+    for mine, reference in zip(
+        found, [*theirs.extract_features(waves, lengths)[0], theirs(waves, lengths)[0]], strict=True
+    ):
         for row, length in enumerate(lengths.tolist()):
             frames = num_frames(length)
-            torch.testing.assert_close(mine[row, :frames], reference[row, :frames], rtol=1e-5, atol=5e-5)  # as above
+            torch.testing.assert_close(
+                mine[row, :frames], reference[row, :frames], rtol=1e-5, atol=5e-5
+            )  # as above
 
 
 @torch.no_grad()
@@ -112,7 +145,9 @@ def test_torchaudio_s_group_norm_counts_padding_and_ours_does_not(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hubert_loss_and_gradients_equal_those_of_torchaudio(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hubert_loss_and_gradients_equal_those_of_torchaudio(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same masks; penalty and cross entropy put together as torchaudio's recipe does, for utterances of one length."""
     theirs = hubert(kind).train()
     ours = load_pretraining(import_peer(theirs, tmp_path), feature_penalty=10.0)
@@ -129,7 +164,10 @@ def test_hubert_loss_and_gradients_equal_those_of_torchaudio(kind: str, tmp_path
 
     monkeypatch.setattr(theirs.mask_generator, "forward", given_mask)
     masked, _, penalty = theirs(torch.from_numpy(np.stack(waves)), torch.from_numpy(np.stack(labels)))
-    loss = F.cross_entropy(masked, torch.zeros(len(masked), dtype=torch.long), reduction="sum") + 10 * len(masked) * penalty
+    loss = (
+        F.cross_entropy(masked, torch.zeros(len(masked), dtype=torch.long), reduction="sum")
+        + 10 * len(masked) * penalty
+    )
     mine = ours.train()(hubert_batch(waves, masks, labels))
     assert mine.count == len(masked) == 27
     assert mine.total.item() == pytest.approx(loss.item(), rel=1e-5)  # float32 sums
@@ -149,13 +187,19 @@ def test_cross_entropy_of_a_padded_batch_with_masks_of_different_sizes_equals_th
     rng = np.random.default_rng(0)
     lengths = [9000, 5000, 7040]
     waves = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths]
-    masks = [np.isin(np.arange(num_frames(n)), rng.choice(num_frames(n), 5 + row, replace=False)) for row, n in enumerate(lengths)]
+    masks = [
+        np.isin(np.arange(num_frames(n)), rng.choice(num_frames(n), 5 + row, replace=False))
+        for row, n in enumerate(lengths)
+    ]
     labels = [rng.integers(11, size=num_frames(length)) for length in lengths]
     frames = num_frames(9000)
     mask = torch.zeros(3, frames, dtype=torch.bool)
     targets = torch.zeros(3, frames, dtype=torch.long)
     for row, label in enumerate(labels):
-        mask[row, : len(label)], targets[row, : len(label)] = torch.from_numpy(masks[row]), torch.from_numpy(label)
+        mask[row, : len(label)], targets[row, : len(label)] = (
+            torch.from_numpy(masks[row]),
+            torch.from_numpy(label),
+        )
 
     def given_mask(x: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert padding_mask is not None
@@ -188,7 +232,9 @@ def test_a_recogniser_has_torchaudio_s_logits_and_leaves_as_it_came(kind: str, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_torchaudio_s_own_converter_from_transformers_finds_what_we_export_for_torchaudio(kind: str, tmp_path: Path) -> None:
+def test_torchaudio_s_own_converter_from_transformers_finds_what_we_export_for_torchaudio(
+    kind: str, tmp_path: Path
+) -> None:
     """One more hand that has written down the names of both."""
     from torchaudio.models.wav2vec2.utils import import_huggingface_model
 
@@ -207,12 +253,16 @@ def test_mfcc_equal_those_of_fairseq_s_recipe_for_hubert() -> None:
 
     wave = 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     options: dict[str, Any] = {"sample_frequency": 16000, "use_energy": False}
-    static = torchaudio.compliance.kaldi.mfcc(torch.from_numpy(wave)[None], dither=0.0, **options)  # (frames at 100 Hz, 13)
+    static = torchaudio.compliance.kaldi.mfcc(
+        torch.from_numpy(wave)[None], dither=0.0, **options
+    )  # (frames at 100 Hz, 13)
     first = torchaudio.functional.compute_deltas(static.T)
     expected = torch.cat([static, first.T, torchaudio.functional.compute_deltas(first).T], dim=1)
     found = mfcc(wave)
     assert len(static) == 98 and len(found) == num_frames(16000) == 49
-    np.testing.assert_allclose(found, expected[::2], atol=2e-3)  # float32 FFTs and logarithms, on values up to 40
+    np.testing.assert_allclose(
+        found, expected[::2], atol=2e-3
+    )  # float32 FFTs and logarithms, on values up to 40
     np.testing.assert_allclose(deltas(static.numpy()), first.T, atol=1e-5)
 
 
@@ -230,7 +280,9 @@ def test_what_we_export_loads_strictly_and_is_the_same(make: Any, kind: str, tmp
     again.load_state_dict(state)
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in again.state_dict().items())
     options: dict[str, Any] = {"num_heads": 4, "normalize_waveform": False, "allow_pickle": True}
-    import_weights(ImportConfig(source=str(tmp_path / "exported.pth"), out=str(tmp_path / "again"), **options))
+    import_weights(
+        ImportConfig(source=str(tmp_path / "exported.pth"), out=str(tmp_path / "again"), **options)
+    )
     weights = "step_00000000/model.safetensors"
     assert sha256_file(tmp_path / "again" / weights) == sha256_file(run / weights)
 
@@ -239,8 +291,15 @@ def test_a_whole_base_model_needs_no_option(tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = models.hubert_base().eval()
     torch.save(theirs.state_dict(), tmp_path / "peer.pth")
-    summary = import_weights(ImportConfig(source=str(tmp_path / "peer.pth"), out=str(tmp_path / "run"), allow_pickle=True))
-    assert (summary["layers"], summary["dim"], summary["num_heads"], summary["normalize_waveform"]) == (12, 768, 12, False)
+    summary = import_weights(
+        ImportConfig(source=str(tmp_path / "peer.pth"), out=str(tmp_path / "run"), allow_pickle=True)
+    )
+    assert (summary["layers"], summary["dim"], summary["num_heads"], summary["normalize_waveform"]) == (
+        12,
+        768,
+        12,
+        False,
+    )
     assert any("inferred 12 layers of width 768, 12 heads, post-norm" in note for note in summary["notes"])
     ours, _ = load_encoder(tmp_path / "run")
     wave = 0.1 * torch.randn(1, 9000)
@@ -266,12 +325,18 @@ def test_the_architecture_of_every_published_size_shows_in_its_shapes(name: str)
         theirs = getattr(models, name)()
     tensors = canonical(theirs.state_dict(), "", name)
     notes: list[str] = []
-    encoder = infer_encoder(Path(name), tensors, "torchaudio", {"num_heads": None, "normalize_waveform": None}, notes)
+    encoder = infer_encoder(
+        Path(name), tensors, "torchaudio", {"num_heads": None, "normalize_waveform": None}, notes
+    )
     attention = theirs.encoder.transformer.layers[0].attention
     assert encoder.num_heads == attention.num_heads
-    assert encoder.norm_first == (not theirs.encoder.transformer.layer_norm_first)  # theirs says where the whole stack's norm is
+    assert encoder.norm_first == (
+        not theirs.encoder.transformer.layer_norm_first
+    )  # theirs says where the whole stack's norm is
     with torch.device("meta"):
         ours = torch.nn.ModuleDict({"encoder": Encoder(encoder)}).state_dict()
     written = to_theirs(ours, parameters("torchaudio", encoder, None))
     del written["mask_generator.mask_embedding"]
-    assert {key: tensor.shape for key, tensor in written.items()} == {key: tensor.shape for key, tensor in tensors.items()}
+    assert {key: tensor.shape for key, tensor in written.items()} == {
+        key: tensor.shape for key, tensor in tensors.items()
+    }

@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from pretrain.artefact import read_meta
-from pretrain.checkpoint import save_checkpoint
 from pretrain.config import parse_config
 from pretrain.ctc.finetuning import FinetuneConfig, finetune
 from pretrain.ctc.model import CTCBatch, LoadedRecognizer, Recognizer, greedy, load_recognizer
@@ -27,8 +25,10 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig, load_encoder
-from pretrain.packing import pack
+from pretrain.data.packing import pack
+from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.store.artefact import read_meta
+from pretrain.training.checkpoint import save_checkpoint
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from tests.parity.peers import NO_DROPOUT, scatter, transformers_model
 from tests.parity.test_transformers_export import load_silently
@@ -46,7 +46,9 @@ KINDS: dict[str, dict[str, Any]] = {
 TINY = {"architecture": "tiny", "front_end": "waveform", "layer_drop": 0.0}
 
 
-def recognizer(folder: Path, vocabulary: Vocabulary, kind: str = "base", objective: str | None = "wav2vec2", **more: Any) -> Path:
+def recognizer(
+    folder: Path, vocabulary: Vocabulary, kind: str = "base", objective: str | None = "wav2vec2", **more: Any
+) -> Path:
     """A run of `finetune` with drawn weights, as a checkpoint leaves it."""
     torch.manual_seed(0)
     config = parse_config(EncoderConfig, {**TINY, **KINDS[kind], **more.pop("encoder", {})}, "test")
@@ -55,16 +57,26 @@ def recognizer(folder: Path, vocabulary: Vocabulary, kind: str = "base", objecti
     with torch.no_grad():
         model.head.weight.mul_(20.0)
     text, ctc = more.pop("text", TextConfig(spelling="characters")), more.pop("ctc", CTCConfig())
-    extra = {"vocabulary": vocabulary.to_meta(), "config_encoder": config.resolved(), "codebook": None, "objective": objective}
+    extra = {
+        "vocabulary": vocabulary.to_meta(),
+        "config_encoder": config.resolved(),
+        "codebook": None,
+        "objective": objective,
+    }
     state = {"kind": "recognizer", "extra": extra, "config": {"text": text.resolved(), "ctc": ctc.resolved()}}
-    save_checkpoint(folder, more.pop("step", 1), model, torch.optim.AdamW(model.parameters()), {**state, **more})
+    save_checkpoint(
+        folder, more.pop("step", 1), model, torch.optim.AdamW(model.parameters()), {**state, **more}
+    )
     return folder
 
 
 def waves(count: int = 4) -> list[np.ndarray]:
     """Noise of different lengths, loudness and offsets."""
     rng = np.random.default_rng(0)
-    return [(rng.uniform(0.2, 1) * rng.standard_normal(n) + 0.02).astype(np.float32) for n in rng.integers(4000, 12000, count)]
+    return [
+        (rng.uniform(0.2, 1) * rng.standard_normal(n) + 0.02).astype(np.float32)
+        for n in rng.integers(4000, 12000, count)
+    ]
 
 
 def logits_of(loaded: LoadedRecognizer, wave: np.ndarray) -> Tensor:  # (frames, classes)
@@ -77,9 +89,17 @@ def texts_of(run: Path, folder: Path, spoken: list[np.ndarray]) -> list[str]:
     """By the verb `transcribe`, in the order of `spoken`."""
     manifest = write_corpus(folder / "corpus", spoken)
     transcribe(
-        TranscribeConfig(out=str(folder / "said"), manifest=str(manifest.folder), split=None, recognizer=str(run), device="cpu")
+        TranscribeConfig(
+            out=str(folder / "said"),
+            manifest=str(manifest.folder),
+            split=None,
+            recognizer=str(run),
+            device="cpu",
+        )
     )
-    return [str(text) for text in pq.read_table(folder / "said" / "transcripts.parquet")["hypothesis"].to_pylist()]
+    return [
+        str(text) for text in pq.read_table(folder / "said" / "transcripts.parquet")["hypothesis"].to_pylist()
+    ]
 
 
 def pipeline(folder: Path) -> Any:
@@ -108,21 +128,30 @@ def test_the_pipeline_writes_what_transcribe_writes(
             logits = theirs(**given).logits[0]
         # float32 sums in another order beside logits up to 40: differences up to 4e-5. A normalised waveform's variance gets 1e-5 in ours
         # (as in fairseq) and 1e-7 in theirs, which at these loudnesses is 1e-4 of its amplitude: up to 2e-4.
-        torch.testing.assert_close(logits_of(loaded, wave), logits, rtol=0.0, atol=1e-3 if kind == "large" else 2e-4)
+        torch.testing.assert_close(
+            logits_of(loaded, wave), logits, rtol=0.0, atol=1e-3 if kind == "large" else 2e-4
+        )
     transcriber, said = pipeline(tmp_path / "out"), texts_of(run, tmp_path, spoken)
     assert type(transcriber.model).__name__ == name
     assert [single_spaced(transcriber(wave)["text"]) for wave in spoken] == said
-    assert all(said) and len(set(said)) == len(said) and any(a == b for text in said for a, b in pairwise(text))
+    assert (
+        all(said) and len(set(said)) == len(said) and any(a == b for text in said for a, b in pairwise(text))
+    )
 
 
 def test_a_recogniser_that_learned_tones_is_exported_with_what_it_learned(tmp_path: Path) -> None:
     """The weights of the best checkpoint, not the last; words and single spaces come out as they were taught."""
     tones, texts = {"a": 300.0, "b": 700.0, " ": 0.0}, ["ab ba", "bb a", "a aab"]
     time = np.arange(1920) / 16000
-    spoken = [np.concatenate([0.3 * np.sin(2 * np.pi * tones[c] * time) for c in text]).astype(np.float32) for text in texts]
+    spoken = [
+        np.concatenate([0.3 * np.sin(2 * np.pi * tones[c] * time) for c in text]).astype(np.float32)
+        for text in texts
+    ]
     vocabulary = Vocabulary(["a", "b", "|"])
     torch.manual_seed(0)
-    config = parse_config(EncoderConfig, {**TINY, **KINDS["large"], "dropout": 0.0, "input_dropout": 0.0}, "test")
+    config = parse_config(
+        EncoderConfig, {**TINY, **KINDS["large"], "dropout": 0.0, "input_dropout": 0.0}, "test"
+    )
     model = Recognizer(config, vocabulary)
     adam = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.0)
     targets = [torch.from_numpy(vocabulary.encode(text)) for text in texts]
@@ -136,7 +165,11 @@ def test_a_recogniser_that_learned_tones_is_exported_with_what_it_learned(tmp_pa
         if loss.total.item() < 0.05 * len(texts):
             break
     extra = {"vocabulary": vocabulary.to_meta(), "config_encoder": config.resolved(), "codebook": None}
-    state = {"kind": "recognizer", "extra": extra, "config": {"text": TextConfig().resolved(), "ctc": CTCConfig().resolved()}}
+    state = {
+        "kind": "recognizer",
+        "extra": extra,
+        "config": {"text": TextConfig().resolved(), "ctc": CTCConfig().resolved()},
+    }
     save_checkpoint(tmp_path / "run", 1, model, adam, state)
     with torch.no_grad():
         model.head.weight.zero_()
@@ -144,31 +177,50 @@ def test_a_recogniser_that_learned_tones_is_exported_with_what_it_learned(tmp_pa
     summary = export_weights(tmp_path / "run", tmp_path / "out", "huggingface")
     assert any("does not say whether it is wav2vec 2.0 or HuBERT" in note for note in summary["notes"])
     transcriber = pipeline(tmp_path / "out")
-    assert [transcriber(wave)["text"] for wave in spoken] == texts == texts_of(tmp_path / "run", tmp_path, spoken)
+    assert (
+        [transcriber(wave)["text"] for wave in spoken]
+        == texts
+        == texts_of(tmp_path / "run", tmp_path, spoken)
+    )
     words = transcriber(spoken[0], return_timestamps="word")["chunks"]
-    assert [word["text"] for word in words] == ["ab", "ba"] and words[0]["timestamp"][1] <= words[1]["timestamp"][0]
+    assert [word["text"] for word in words] == ["ab", "ba"] and words[0]["timestamp"][1] <= words[1][
+        "timestamp"
+    ][0]
 
 
 def test_an_export_reads_the_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read = recognizer(tmp_path / "run", Vocabulary(LETTERS)), []
-    monkeypatch.setattr("pretrain.checkpoint.load_file", lambda path: read.append(path) or load_file(path))
+    monkeypatch.setattr(
+        "pretrain.training.checkpoint.load_file", lambda path: read.append(path) or load_file(path)
+    )
     export_weights(run, tmp_path / "out", "huggingface")
     assert read == [run / "step_00000001" / "model.safetensors"]
 
 
 def test_the_processor_spells_transcripts_as_the_vocabulary_does(tmp_path: Path) -> None:
-    export_weights(recognizer(tmp_path / "run", Vocabulary(LETTERS), "large"), tmp_path / "out", "huggingface")
+    export_weights(
+        recognizer(tmp_path / "run", Vocabulary(LETTERS), "large"), tmp_path / "out", "huggingface"
+    )
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(processor).__name__ == "Wav2Vec2Processor" and processor.feature_extractor.do_normalize
     text = "aé b'aß"
     assert processor(text=text)["input_ids"] == Vocabulary(LETTERS).encode(text).tolist()
-    assert processor.tokenizer.pad_token_id == 0 and processor.tokenizer.decode([0, 2, 2, 0, 2, 4, 3, 4]) == "aa b"
-    assert None in processor(text="ax")["input_ids"]  # not a class, and so no label: it cannot be trained on by mistake
+    assert (
+        processor.tokenizer.pad_token_id == 0
+        and processor.tokenizer.decode([0, 2, 2, 0, 2, 4, 3, 4]) == "aa b"
+    )
+    assert (
+        None in processor(text="ax")["input_ids"]
+    )  # not a class, and so no label: it cannot be trained on by mistake
 
 
 def test_config_json_says_how_the_recogniser_was_trained(tmp_path: Path) -> None:
-    ctc = CTCConfig(final_dropout=0.25, mask_start_probability=0.065, mask_length=6, mask_channel_probability=0.002)
-    run = recognizer(tmp_path / "run", Vocabulary(LETTERS), ctc=ctc, encoder={"dropout": 0.05, "layer_drop": 0.2})
+    ctc = CTCConfig(
+        final_dropout=0.25, mask_start_probability=0.065, mask_length=6, mask_channel_probability=0.002
+    )
+    run = recognizer(
+        tmp_path / "run", Vocabulary(LETTERS), ctc=ctc, encoder={"dropout": 0.05, "layer_drop": 0.2}
+    )
     export_weights(run, tmp_path / "out", "huggingface")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     told = (
@@ -181,12 +233,18 @@ def test_config_json_says_how_the_recogniser_was_trained(tmp_path: Path) -> None
         "vocab_size",
     )
     assert [getattr(config, key) for key in told] == [0.25, 0.05, 0.2, 0.39, 6, 64, 7]
-    assert config.mask_feature_prob == 0.128 and config.apply_spec_augment and config.ctc_loss_reduction == "mean"
+    assert (
+        config.mask_feature_prob == 0.128
+        and config.apply_spec_augment
+        and config.ctc_loss_reduction == "mean"
+    )
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, None, None)
     import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))
     assert read_meta(tmp_path / "again", "recognizer")["config"]["ctc"] == ctc.resolved()
     plain = CTCConfig(mask_start_probability=0.0, mask_channel_probability=0.0)
-    export_weights(recognizer(tmp_path / "plain", Vocabulary(LETTERS), ctc=plain), tmp_path / "bare", "huggingface")
+    export_weights(
+        recognizer(tmp_path / "plain", Vocabulary(LETTERS), ctc=plain), tmp_path / "bare", "huggingface"
+    )
     model = transformers.AutoModelForCTC.from_pretrained(tmp_path / "bare")
     assert not model.config.apply_spec_augment and model.wav2vec2.masked_spec_embed is not None
     import_weights(ImportConfig(source=str(tmp_path / "bare"), out=str(tmp_path / "bare again")))
@@ -201,7 +259,11 @@ def test_export_and_import_give_the_same_run(kind: str, tmp_path: Path) -> None:
     summary = import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))
     assert summary["kind"] == "recognizer" and summary["vocabulary"] == 7
     ours, again = load_recognizer(run), load_recognizer(tmp_path / "again")
-    assert again.vocabulary == ours.vocabulary and again.text == ours.text and again.fingerprint == ours.fingerprint
+    assert (
+        again.vocabulary == ours.vocabulary
+        and again.text == ours.text
+        and again.fingerprint == ours.fingerprint
+    )
     not_told = {
         "architecture",
         "front_end",
@@ -209,7 +271,8 @@ def test_export_and_import_give_the_same_run(kind: str, tmp_path: Path) -> None:
         "feature_gradient_scale",
     }  # the name of the sizes, what only training needs
     configs = [
-        model.model_dump(exclude=not_told) for model in (load_encoder(tmp_path / "again")[0].config, ours.model.encoder.config)
+        model.model_dump(exclude=not_told)
+        for model in (load_encoder(tmp_path / "again")[0].config, ours.model.encoder.config)
     ]
     assert configs[0] == configs[1]
     spoken = waves(2)
@@ -226,7 +289,9 @@ def test_our_loss_is_theirs(reduction: str, tmp_path: Path) -> None:
     theirs = transformers_model("Wav2Vec2ForCTC", "large", **options)
     theirs.save_pretrained(tmp_path / "peer")
     vocab(tmp_path / "peer", {"<pad>": 0, **{symbol: number for number, symbol in enumerate(LETTERS, 1)}})
-    import_weights(ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run"), normalize_waveform=False))
+    import_weights(
+        ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run"), normalize_waveform=False)
+    )
     model, spoken = load_recognizer(tmp_path / "run").model, waves(3)
     targets = [torch.tensor(row) for row in ([1, 2, 2, 5], [3], [4, 4, 6, 1, 1, 2])]
     length = max(map(len, spoken))
@@ -241,25 +306,57 @@ def test_our_loss_is_theirs(reduction: str, tmp_path: Path) -> None:
         single.append(model(CTCBatch(one, place, target[None], (len(target),))).total / len(target))
     batch = CTCBatch(buffer, layout, torch.nn.utils.rnn.pad_sequence(targets, True), tuple(map(len, targets)))
     found = model(batch).total if reduction == "sum" else torch.stack(single).mean()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)  # float32 sums over frames in another order
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=0.0
+    )  # float32 sums over frames in another order
 
 
 def vocab(folder: Path, table: dict[str, Any], **settings: Any) -> None:
     """A tokenizer's files as published models have them."""
     (folder / "vocab.json").write_text(json.dumps(table), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Wav2Vec2CTCTokenizer", **settings}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Wav2Vec2CTCTokenizer", **settings})
+    )
 
 
 ENGLISH = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]  # wav2vec2-base-960h
-RUSSIAN = ["|", "а", "б", "в", "-", "[UNK]", "[PAD]"]  # as the fine-tunings of XLSR have it; <s> and </s> were added later
+RUSSIAN = [
+    "|",
+    "а",
+    "б",
+    "в",
+    "-",
+    "[UNK]",
+    "[PAD]",
+]  # as the fine-tunings of XLSR have it; <s> and </s> were added later
 PUBLISHED: dict[str, tuple[str, str, dict[str, int], dict[str, Any], dict[str, int]]] = {
-    "base-960h": ("Wav2Vec2ForCTC", "base", {token: number for number, token in enumerate(ENGLISH)}, {"do_lower_case": False}, {}),
-    "lower-cased": ("HubertForCTC", "large", {token: number for number, token in enumerate(ENGLISH)}, {"do_lower_case": True}, {}),
-    "xlsr": (
-        "Wav2Vec2ForCTC", "large", {token: number for number, token in enumerate(RUSSIAN)},
-        {"pad_token": "[PAD]", "unk_token": {"content": "[UNK]", "__type": "AddedToken"}, "bos_token": "<s>", "eos_token": "</s>"}, {"<s>": 7, "</s>": 8},
+    "base-960h": (
+        "Wav2Vec2ForCTC",
+        "base",
+        {token: number for number, token in enumerate(ENGLISH)},
+        {"do_lower_case": False},
+        {},
     ),
-}  # fmt: skip
+    "lower-cased": (
+        "HubertForCTC",
+        "large",
+        {token: number for number, token in enumerate(ENGLISH)},
+        {"do_lower_case": True},
+        {},
+    ),
+    "xlsr": (
+        "Wav2Vec2ForCTC",
+        "large",
+        {token: number for number, token in enumerate(RUSSIAN)},
+        {
+            "pad_token": "[PAD]",
+            "unk_token": {"content": "[UNK]", "__type": "AddedToken"},
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
+        {"<s>": 7, "</s>": 8},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -276,9 +373,9 @@ def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path
     vocab(source, table, **settings)
     if added:
         (source / "added_tokens.json").write_text(json.dumps(added))
-    transformers.Wav2Vec2FeatureExtractor(do_normalize=size == "large", return_attention_mask=size == "large").save_pretrained(
-        source
-    )
+    transformers.Wav2Vec2FeatureExtractor(
+        do_normalize=size == "large", return_attention_mask=size == "large"
+    ).save_pretrained(source)
     summary = import_weights(ImportConfig(source=str(source), out=str(tmp_path / "run")))
     assert summary["kind"] == "recognizer" and not any("left out" in note for note in summary["notes"])
     loaded, spoken = load_recognizer(tmp_path / "run"), waves(6)
@@ -291,13 +388,19 @@ def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path
         with torch.no_grad():
             logits = theirs(**given).logits[0][:, order]
         # as above; how much of 1e-4 of the amplitude reaches logits up to 40 hangs on the weights, which each version draws otherwise
-        torch.testing.assert_close(logits_of(loaded, wave), logits, rtol=0.0, atol=4e-3 if size == "large" else 2e-4)
+        torch.testing.assert_close(
+            logits_of(loaded, wave), logits, rtol=0.0, atol=4e-3 if size == "large" else 2e-4
+        )
     said = [single_spaced(transcriber(wave)["text"]) for wave in spoken]
     assert texts_of(tmp_path / "run", tmp_path, spoken) == said and all(said)
-    export_weights(tmp_path / "run", tmp_path / "out", "huggingface")  # where the blank is 0 and <s> is a token still
+    export_weights(
+        tmp_path / "run", tmp_path / "out", "huggingface"
+    )  # where the blank is 0 and <s> is a token still
     again = pipeline(tmp_path / "out")
     assert [single_spaced(again(wave)["text"]) for wave in spoken] == said
-    assert again.tokenizer.bos_token == "<s>" and again.tokenizer.unk_token == {"xlsr": "[UNK]"}.get(name, "<unk>")
+    assert again.tokenizer.bos_token == "<s>" and again.tokenizer.unk_token == {"xlsr": "[UNK]"}.get(
+        name, "<unk>"
+    )
     import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))
     assert load_recognizer(tmp_path / "again").fingerprint == loaded.fingerprint
 
@@ -305,14 +408,18 @@ def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path
 @pytest.mark.parametrize("normalize", [True, False])
 def test_what_transformers_saves_anew_is_the_same_run(normalize: bool, tmp_path: Path) -> None:
     """Its version 5 puts the feature extractor's settings into processor_config.json, and writes down every token."""
-    run = recognizer(tmp_path / "run", Vocabulary(LETTERS), "large", encoder={"normalize_waveform": normalize})
+    run = recognizer(
+        tmp_path / "run", Vocabulary(LETTERS), "large", encoder={"normalize_waveform": normalize}
+    )
     export_weights(run, tmp_path / "out", "huggingface")
     transformers.AutoModelForCTC.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
     transformers.AutoProcessor.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
     summary = import_weights(ImportConfig(source=str(tmp_path / "saved"), out=str(tmp_path / "again")))
     ours, again = load_recognizer(run), load_recognizer(tmp_path / "again")
     assert (again.vocabulary, again.fingerprint) == (ours.vocabulary, ours.fingerprint)
-    assert summary["normalize_waveform"] == normalize and not any("preprocessor" in note for note in summary["notes"])
+    assert summary["normalize_waveform"] == normalize and not any(
+        "preprocessor" in note for note in summary["notes"]
+    )
 
 
 def test_phones_come_out_with_spaces_between_them(tmp_path: Path) -> None:
@@ -326,12 +433,18 @@ def test_phones_come_out_with_spaces_between_them(tmp_path: Path) -> None:
     assert transcriber.tokenizer("SH AA T T").input_ids == vocabulary.encode("SH AA T T").tolist()
     (tmp_path / "out" / "language_model").mkdir()  # of a Wav2Vec2ProcessorWithLM
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps({**settings, "clean_up_tokenization_spaces": True}))
+    (tmp_path / "out" / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "clean_up_tokenization_spaces": True})
+    )
     summary = import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))
     assert any("clean_up_tokenization_spaces" in note for note in summary["notes"])
     assert any("n-gram model (language_model/) is left out" in note for note in summary["notes"])
     again = load_recognizer(tmp_path / "again")
-    assert (again.vocabulary, again.text, again.fingerprint) == (vocabulary, text, load_recognizer(run).fingerprint)
+    assert (again.vocabulary, again.text, again.fingerprint) == (
+        vocabulary,
+        text,
+        load_recognizer(run).fingerprint,
+    )
 
 
 def test_jamo_come_out_taken_apart_and_compose_to_what_transcribe_writes(tmp_path: Path) -> None:
@@ -351,19 +464,31 @@ def pieces(folder: Path, kind: str) -> Path:
     """A tokenizer of pieces: `bpe` by words with a special token around texts, `unigram` with ▁, `bytes` byte by byte."""
     if kind == "unigram":
         tokenizer = Tokenizer(
-            models.Unigram([("<unk>", 0.0), ("▁a", -1.0), ("▁", -2.0), ("a", -2.0), ("b", -2.0), ("ab", -2.5)], 0)
+            models.Unigram(
+                [("<unk>", 0.0), ("▁a", -1.0), ("▁", -2.0), ("a", -2.0), ("b", -2.0), ("ab", -2.5)], 0
+            )
         )
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "bytes":
         letters = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:40], "Ġ", "Ã", "©", "a", "b"]
         table = {letter: number for number, letter in enumerate(dict.fromkeys(letters))}
         tokenizer = Tokenizer(models.BPE({**table, "ab": len(table)}, [("a", "b")]))
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
     else:
-        tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1, "a": 2, "##b": 3, "b": 4, "##a": 5}, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False)
+        tokenizer = Tokenizer(
+            models.WordPiece({"[UNK]": 0, "[CLS]": 1, "a": 2, "##b": 3, "b": 4, "##a": 5}, unk_token="[UNK]")
+        )
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.Whitespace(),
+            decoders.WordPiece(cleanup=False),
+        )
         tokenizer.add_special_tokens(["[CLS]"])
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A", special_tokens=[("[CLS]", 1)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
@@ -380,7 +505,9 @@ def test_a_recogniser_of_pieces_is_exported_with_its_tokenizer(kind: str, tmp_pa
     ours = load_recognizer(run)
     labels = transcriber.tokenizer("ab a b").input_ids
     theirs = load_file(tmp_path / "out" / "model.safetensors")["lm_head.bias"]
-    assert torch.equal(theirs[labels], ours.model.head.bias[vocabulary.encode("ab a b")])  # the rows of the same pieces
+    assert torch.equal(
+        theirs[labels], ours.model.head.bias[vocabulary.encode("ab a b")]
+    )  # the rows of the same pieces
     import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))
     again = load_recognizer(tmp_path / "again")
     assert again.vocabulary.symbols == vocabulary.symbols and again.fingerprint == ours.fingerprint
@@ -391,21 +518,33 @@ def test_a_recogniser_of_pieces_is_exported_with_its_tokenizer(kind: str, tmp_pa
 
 def test_fine_tuning_goes_on_from_an_import(tmp_path: Path) -> None:
     """And what comes out knows that it was a HuBERT, through the run that it was fine-tuned from."""
-    export_weights(recognizer(tmp_path / "run", Vocabulary(["a", "b", "|"]), objective="hubert"), tmp_path / "out", "huggingface")
+    export_weights(
+        recognizer(tmp_path / "run", Vocabulary(["a", "b", "|"]), objective="hubert"),
+        tmp_path / "out",
+        "huggingface",
+    )
     import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "in")))
     manifest = write_corpus(tmp_path / "corpus", waves(2), texts=["ab a", "ba"])
     for initialization in ("recognizer", "pretrained"):
         tree = {
-            "out": str(tmp_path / initialization), "manifest": str(manifest.folder), "encoder": str(tmp_path / "in"),
-            "initialization": initialization, "training": {"max_steps": 1, "device": "cpu"}, "optimizer": {"lr": 1e-9},
-        }  # fmt: skip
+            "out": str(tmp_path / initialization),
+            "manifest": str(manifest.folder),
+            "encoder": str(tmp_path / "in"),
+            "initialization": initialization,
+            "training": {"max_steps": 1, "device": "cpu"},
+            "optimizer": {"lr": 1e-9},
+        }
         finetune(parse_config(FinetuneConfig, tree, "test"))
         tuned, known = load_recognizer(tmp_path / initialization), load_recognizer(tmp_path / "in")
         new, old = (dict(loaded.model.named_parameters()) for loaded in (tuned, known))
-        assert torch.allclose(new["head.weight"], old["head.weight"], atol=1e-6) == (initialization == "recognizer")
+        assert torch.allclose(new["head.weight"], old["head.weight"], atol=1e-6) == (
+            initialization == "recognizer"
+        )
         assert torch.allclose(new["encoder.project.weight"], old["encoder.project.weight"], atol=1e-6)
     summary = export_weights(tmp_path / "recognizer", tmp_path / "tuned", "huggingface")
-    assert summary["notes"] == [] and summary["weights"] == load_recognizer(tmp_path / "recognizer").fingerprint
+    assert (
+        summary["notes"] == [] and summary["weights"] == load_recognizer(tmp_path / "recognizer").fingerprint
+    )
     assert type(transformers.AutoModelForCTC.from_pretrained(tmp_path / "tuned")).__name__ == "HubertForCTC"
 
 
@@ -430,13 +569,25 @@ def test_what_transformers_has_no_place_for_is_refused_by_name(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("table", "settings", "message"),
     [
-        ({"rus": {"<pad>": 0}, "eng": {"<pad>": 0}}, {}, r"vocab.json: vocabularies of several languages \(MMS\)"),
+        (
+            {"rus": {"<pad>": 0}, "eng": {"<pad>": 0}},
+            {},
+            r"vocab.json: vocabularies of several languages \(MMS\)",
+        ),
         ({"<pad>": 0, "a": 1}, {"target_lang": "eng"}, "target_lang: vocabularies of several languages"),
         ({"[PAD]": 0, "a": 1}, {}, "the blank, '<pad>', is none of the 7 classes"),
         ({"a": 0, "<pad>": 1}, {}, "pad_token_id = 0 but the tokenizer's '<pad>' is number 1"),
         ({"<pad>": 0, "a": 1, "b": 1}, {}, "each token needs a number of its own"),
-        ({"<pad>": 0, "a": 1, "A": 2}, {"do_lower_case": True}, "with do_lower_case two of its tokens are one"),
-        ({"<pad>": 0, "|": 1, " ": 2}, {"word_delimiter_token": " "}, "is a character here and not the space"),
+        (
+            {"<pad>": 0, "a": 1, "A": 2},
+            {"do_lower_case": True},
+            "with do_lower_case two of its tokens are one",
+        ),
+        (
+            {"<pad>": 0, "|": 1, " ": 2},
+            {"word_delimiter_token": " "},
+            "is a character here and not the space",
+        ),
         ({"<pad>": 0, "a": 1}, {"replace_word_delimiter_char": "_"}, "replace_word_delimiter_char = '_'"),
         (
             {"<pad>": 0, "a": 1},
@@ -458,7 +609,9 @@ def test_tokenizers_that_cannot_be_read_are_refused_by_name(
 def test_a_head_without_its_tokenizer_takes_a_vocabulary_by_hand(tmp_path: Path) -> None:
     transformers_model("Wav2Vec2ForCTC", "base", vocab_size=5).save_pretrained(tmp_path / "peer")
     (tmp_path / "letters.json").write_text(json.dumps({"<pad>": 0, "|": 1, "A": 2, ".": 3}))
-    given = ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run"), vocabulary=str(tmp_path / "letters.json"))
+    given = ImportConfig(
+        source=str(tmp_path / "peer"), out=str(tmp_path / "run"), vocabulary=str(tmp_path / "letters.json")
+    )
     import_weights(given)
     loaded = load_recognizer(tmp_path / "run")
     assert loaded.vocabulary.symbols == ["|", "A", ".", "<4>"]
@@ -481,31 +634,48 @@ def test_a_vocabulary_by_hand_may_spell_the_space_as_one_or_be_of_phones(
 ) -> None:
     transformers_model("Wav2Vec2ForCTC", "base", vocab_size=5).save_pretrained(tmp_path / "peer")
     (tmp_path / "given.json").write_text(json.dumps(table))
-    import_weights(ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run"), vocabulary=str(tmp_path / "given.json")))
+    import_weights(
+        ImportConfig(
+            source=str(tmp_path / "peer"), out=str(tmp_path / "run"), vocabulary=str(tmp_path / "given.json")
+        )
+    )
     assert load_recognizer(tmp_path / "run").vocabulary == Vocabulary(symbols, spelling)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("name", "held", "message"),
     [
-        ("given.json", json.dumps({**PHONES, "S": 5}), "given.json: has a token of number 5, but the CTC head has 5 classes"),
+        (
+            "given.json",
+            json.dumps({**PHONES, "S": 5}),
+            "given.json: has a token of number 5, but the CTC head has 5 classes",
+        ),
         ("given.json", json.dumps({"-": 0, "AA": 1, "|": 2}), "a dictionary of pieces is not supported"),
         ("given.json", None, "given.json: no such file; give the dict.ltr.txt or the vocab.json"),
         ("", None, "no such file; give the dict.ltr.txt or the vocab.json"),  # a folder
         ("dict.ltr.txt", "a 5\nb 4\n", "2 words and 4 special ones, but the CTC head has 5 classes"),
     ],
 )
-def test_a_vocabulary_by_hand_that_is_not_the_head_s_is_refused(name: str, held: str | None, message: str, tmp_path: Path) -> None:
+def test_a_vocabulary_by_hand_that_is_not_the_head_s_is_refused(
+    name: str, held: str | None, message: str, tmp_path: Path
+) -> None:
     transformers_model("Wav2Vec2ForCTC", "base", vocab_size=5).save_pretrained(tmp_path / "peer")
     if held is not None:
         (tmp_path / name).write_text(held)
     with pytest.raises(ValueError, match=message):
-        import_weights(ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run"), vocabulary=str(tmp_path / name)))
+        import_weights(
+            ImportConfig(
+                source=str(tmp_path / "peer"), out=str(tmp_path / "run"), vocabulary=str(tmp_path / name)
+            )
+        )
 
 
 def test_a_head_that_lacks_its_bias_is_named(tmp_path: Path) -> None:
     export_weights(recognizer(tmp_path / "run", Vocabulary(LETTERS)), tmp_path / "out", "huggingface")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.bias"}, tmp_path / "out" / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "lm_head.bias"},
+        tmp_path / "out" / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=r"lm_head\.bias"):
         import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.audio import num_frames
-from pretrain.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.data.audio import num_frames
+from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
 from pretrain.weights.huggingface import HUGGINGFACE_KEYS
 from pretrain.weights.naming import canonical, parameters, to_ours
 from tests.parity.peers import import_peer, layer_outputs, transformers_model
@@ -18,9 +18,12 @@ from tests.parity.peers import import_peer, layer_outputs, transformers_model
 transformers = pytest.importorskip("transformers")
 
 MODELS = [
-    ("base", "Wav2Vec2Model"), ("large", "Wav2Vec2Model"), ("base", "HubertModel"), ("large", "HubertModel"),
+    ("base", "Wav2Vec2Model"),
+    ("large", "Wav2Vec2Model"),
+    ("base", "HubertModel"),
+    ("large", "HubertModel"),
     ("large without conv bias", "HubertModel"),
-]  # fmt: skip
+]
 # Padded batches of one to three utterances from the shortest that has a frame to a little over a second.
 LENGTHS = st.lists(st.integers(400, 20000), min_size=1, max_size=3)
 
@@ -64,7 +67,11 @@ def assert_equal_layers(ours: list[Tensor], theirs: list[Tensor], row: int, fram
         # float32, the same operations in another order through seven convolutions and the layers, features of order 1 to 5: the
         # largest difference seen is 8e-6
         torch.testing.assert_close(
-            mine[row, :frames], reference[:frames], rtol=1e-5, atol=5e-5, msg=lambda text, at=layer: f"layer {at}: {text}"
+            mine[row, :frames],
+            reference[:frames],
+            rtol=1e-5,
+            atol=5e-5,
+            msg=lambda text, at=layer: f"layer {at}: {text}",
         )
 
 
@@ -101,14 +108,19 @@ def test_with_layer_norms_their_padded_batches_equal_ours_too(
 
 
 @torch.no_grad()
-def test_with_a_group_norm_padding_changes_their_features_and_not_ours(models: Callable[[str, str], Pair]) -> None:
+def test_with_a_group_norm_padding_changes_their_features_and_not_ours(
+    models: Callable[[str, str], Pair],
+) -> None:
     """Why BASE is compared one utterance at a time: a statistic over time that includes padding moves every frame."""
     theirs, ours = models("base", "Wav2Vec2Model")
     lengths = [6000, 18000]
     waves = draw_waves(lengths, 0)
     frames = num_frames(lengths[0])
     attention = (torch.arange(waves.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    alone, batched = theirs(waves[:1, :6000]).last_hidden_state[0], theirs(waves, attention_mask=attention).last_hidden_state[0]
+    alone, batched = (
+        theirs(waves[:1, :6000]).last_hidden_state[0],
+        theirs(waves, attention_mask=attention).last_hidden_state[0],
+    )
     assert (alone - batched[:frames]).abs().max() > 0.05  # features of order 1
     mine = ours(waves, torch.tensor(lengths))[0, :frames]
     torch.testing.assert_close(mine, alone, rtol=1e-5, atol=5e-5)  # as above
@@ -120,13 +132,19 @@ def test_every_layer_of_a_whole_base_model_equals_that_of_transformers(name: str
     config = transformers.HubertConfig() if name == "HubertModel" else transformers.Wav2Vec2Config()
     torch.manual_seed(0)
     theirs = getattr(transformers, name)(config).eval()
-    ours = EncoderConfig(**{key: getattr(config, their_key) for key, (their_key, _) in HUGGINGFACE_KEYS.items()})
+    ours = EncoderConfig(
+        **{key: getattr(config, their_key) for key, (their_key, _) in HUGGINGFACE_KEYS.items()}
+    )
     with torch.device("meta"):
         encoder = Encoder(ours).eval()
     shapes = {f"encoder.{key}": tensor.shape for key, tensor in encoder.state_dict().items()}
-    found = to_ours(canonical(theirs.state_dict(), "", name), parameters("huggingface", ours, None), shapes, name)
+    found = to_ours(
+        canonical(theirs.state_dict(), "", name), parameters("huggingface", ours, None), shapes, name
+    )
     assert sum(tensor.numel() for tensor in found.values()) == 94_371_712  # BASE, with its mask embedding
-    encoder.load_state_dict({key.removeprefix("encoder."): tensor for key, tensor in found.items()}, assign=True)
+    encoder.load_state_dict(
+        {key.removeprefix("encoder."): tensor for key, tensor in found.items()}, assign=True
+    )
     lengths = [9000, 5200]
     waves = draw_waves(lengths, 1)
     layers = ours_by_layer(encoder, waves, lengths)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain.artefact import sha256_file
 from pretrain.config import parse_config
-from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from pretrain.store.artefact import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from pretrain.weights.huggingface import HUGGINGFACE_KEYS
 from pretrain.weights.naming import canonical, parameters, to_theirs
@@ -22,9 +22,13 @@ transformers = pytest.importorskip("transformers")
 
 CODES: dict[str, Any] = {"num_codevectors_per_group": 8, "codevector_dim": 24, "proj_codevector_dim": 20}
 MODELS = [
-    ("Wav2Vec2ForPreTraining", "base", CODES), ("Wav2Vec2ForPreTraining", "large", CODES), ("Wav2Vec2Model", "base", {}),
-    ("Wav2Vec2Model", "large without conv bias", {}), ("HubertModel", "base", {}), ("HubertModel", "large", {}),
-]  # fmt: skip
+    ("Wav2Vec2ForPreTraining", "base", CODES),
+    ("Wav2Vec2ForPreTraining", "large", CODES),
+    ("Wav2Vec2Model", "base", {}),
+    ("Wav2Vec2Model", "large without conv bias", {}),
+    ("HubertModel", "base", {}),
+    ("HubertModel", "large", {}),
+]
 
 
 def load_silently(name: str, folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
@@ -53,15 +57,22 @@ def test_an_exported_model_loads_without_a_word_and_equals_the_peer(
     export_weights(run, tmp_path / "exported", "huggingface")
     again = load_silently(name, tmp_path / "exported", caplog)
     assert type(again).__name__ == theirs.__class__.__name__
-    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+    assert {n: t.shape for n, t in again.state_dict().items()} == {
+        n: t.shape for n, t in theirs.state_dict().items()
+    }
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in again.state_dict().items())
     own, exported = (tmp_path / folder / "model.safetensors" for folder in ("peer", "exported"))
-    with safe_open(own, "pt") as one, safe_open(exported, "pt") as other:  # lenient loaders would forgive a wrong prefix
+    with (
+        safe_open(own, "pt") as one,
+        safe_open(exported, "pt") as other,
+    ):  # lenient loaders would forgive a wrong prefix
         assert sorted(one.keys()) == sorted(other.keys())
         assert one.metadata() == other.metadata() == {"format": "pt"}
     wave = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(again.eval()(wave).values(), theirs(wave).values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(again.eval()(wave).values(), theirs(wave).values(), strict=True)
+        )
     for key, value in theirs.config.to_dict().items():
         if key not in (
             "architectures",
@@ -82,17 +93,32 @@ def test_the_preprocessor_of_an_export_normalises_where_the_encoder_does(tmp_pat
     peer.save_pretrained(tmp_path / "peer")
     for normalize in (True, False):
         run, out = tmp_path / f"run {normalize}", tmp_path / f"out {normalize}"
-        import_weights(ImportConfig(source=str(tmp_path / "peer"), out=str(run), normalize_waveform=normalize))
+        import_weights(
+            ImportConfig(source=str(tmp_path / "peer"), out=str(run), normalize_waveform=normalize)
+        )
         export_weights(run, out, "huggingface")
         processor = transformers.AutoFeatureExtractor.from_pretrained(out)
-        assert (processor.do_normalize, processor.return_attention_mask, processor.sampling_rate) == (normalize, True, 16000)
+        assert (processor.do_normalize, processor.return_attention_mask, processor.sampling_rate) == (
+            normalize,
+            True,
+            16000,
+        )
         import_weights(ImportConfig(source=str(out), out=str(tmp_path / f"again {normalize}")))
-        assert f"normalize_waveform = {str(normalize).lower()}\n" in (tmp_path / f"again {normalize}" / "config.toml").read_text()
+        assert (
+            f"normalize_waveform = {str(normalize).lower()}\n"
+            in (tmp_path / f"again {normalize}" / "config.toml").read_text()
+        )
 
 
-def test_huberts_heads_lie_beside_the_model_and_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_huberts_heads_lie_beside_the_model_and_come_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     theirs = transformers_model("HubertModel", "base")
-    heads = {"label_embeddings": torch.randn(11, 20), "final_proj.weight": torch.randn(20, 64), "final_proj.bias": torch.randn(20)}
+    heads = {
+        "label_embeddings": torch.randn(11, 20),
+        "final_proj.weight": torch.randn(20, 64),
+        "final_proj.bias": torch.randn(20),
+    }
     run = import_peer(theirs, tmp_path, heads)
     summary = export_weights(run, tmp_path / "exported", "huggingface")
     assert any("pretraining_heads.safetensors" in note for note in summary["notes"])
@@ -101,19 +127,27 @@ def test_huberts_heads_lie_beside_the_model_and_come_back(tmp_path: Path, caplog
     assert back["heads"] and weights_of(tmp_path / "again") == weights_of(run)
 
 
-def test_the_encoder_alone_of_a_pretraining_run_is_a_plain_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_encoder_alone_of_a_pretraining_run_is_a_plain_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     theirs = transformers_model("Wav2Vec2ForPreTraining", "base", **CODES)
-    summary = export_weights(import_peer(theirs, tmp_path), tmp_path / "exported", "huggingface", encoder_only=True)
+    summary = export_weights(
+        import_peer(theirs, tmp_path), tmp_path / "exported", "huggingface", encoder_only=True
+    )
     assert not summary["heads"] and any("--encoder-only" in note for note in summary["notes"])
     again = load_silently("Wav2Vec2Model", tmp_path / "exported", caplog)
-    assert all(torch.equal(tensor, theirs.wav2vec2.state_dict()[key]) for key, tensor in again.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs.wav2vec2.state_dict()[key]) for key, tensor in again.state_dict().items()
+    )
 
 
 def test_a_ctc_model_of_transformers_gives_its_encoder(tmp_path: Path) -> None:
     theirs = transformers_model("Wav2Vec2ForCTC", "base")
     theirs.save_pretrained(tmp_path / "peer")
     summary = import_weights(ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run")))
-    assert not summary["heads"] and any("CTC head (lm_head.*) is left out" in note for note in summary["notes"])
+    assert not summary["heads"] and any(
+        "CTC head (lm_head.*) is left out" in note for note in summary["notes"]
+    )
 
 
 def test_sharded_weights_and_torch_files_give_the_same_run(tmp_path: Path) -> None:
@@ -132,7 +166,9 @@ def test_sharded_weights_and_torch_files_give_the_same_run(tmp_path: Path) -> No
     torch.save(old, tmp_path / "torch" / "pytorch_model.bin")
     for name in ("sharded", "torch"):
         allowed = name == "torch"
-        import_weights(ImportConfig(source=str(tmp_path / name), out=str(tmp_path / f"{name} run"), allow_pickle=allowed))
+        import_weights(
+            ImportConfig(source=str(tmp_path / name), out=str(tmp_path / f"{name} run"), allow_pickle=allowed)
+        )
         assert weights_of(tmp_path / f"{name} run") == weights_of(run)
     min((tmp_path / "sharded").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="names shards that are not there: model-00001"):
@@ -150,7 +186,9 @@ def test_sharded_weights_and_torch_files_give_the_same_run(tmp_path: Path) -> No
         ({"conv_bias": True}, "conv_bias with a group norm"),
     ],
 )
-def test_an_architecture_that_we_do_not_have_is_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_architecture_that_we_do_not_have_is_refused_by_name(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     transformers_model("Wav2Vec2Model", "base", **options).save_pretrained(tmp_path / "peer")
     with pytest.raises(ValueError, match=message):
         import_weights(ImportConfig(source=str(tmp_path / "peer"), out=str(tmp_path / "run")))
@@ -161,7 +199,9 @@ def test_batch_norm_in_huberts_positional_convolution_and_other_families_are_ref
     transformers_model("HubertModel", "base", conv_pos_batch_norm=True).save_pretrained(tmp_path / "batch")
     with pytest.raises(ValueError, match="batch norm in the positional convolution is not supported"):
         import_weights(ImportConfig(source=str(tmp_path / "batch"), out=str(tmp_path / "run")))
-    wavlm = transformers.WavLMModel(transformers.WavLMConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    wavlm = transformers.WavLMModel(
+        transformers.WavLMConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
     wavlm.save_pretrained(tmp_path / "wavlm")
     with pytest.raises(ValueError, match="model_type 'wavlm' is not supported; 'wav2vec2' and 'hubert' are"):
         import_weights(ImportConfig(source=str(tmp_path / "wavlm"), out=str(tmp_path / "run")))
@@ -169,17 +209,55 @@ def test_batch_norm_in_huberts_positional_convolution_and_other_families_are_ref
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "wav2vec 2.0 BASE": ("Wav2Vec2ForPreTraining", {}),
-    "wav2vec 2.0 LARGE": ("Wav2Vec2ForPreTraining", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "intermediate_size": 4096, "codevector_dim": 768, "proj_codevector_dim": 768}),
-    "wav2vec 2.0 LARGE LV-60 and XLSR": ("Wav2Vec2ForPreTraining", {"hidden_size": 1024, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "intermediate_size": 4096, "do_stable_layer_norm": True, "feat_extract_norm": "layer",
-        "conv_bias": True, "codevector_dim": 768, "proj_codevector_dim": 768}),
+    "wav2vec 2.0 LARGE": (
+        "Wav2Vec2ForPreTraining",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "codevector_dim": 768,
+            "proj_codevector_dim": 768,
+        },
+    ),
+    "wav2vec 2.0 LARGE LV-60 and XLSR": (
+        "Wav2Vec2ForPreTraining",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "do_stable_layer_norm": True,
+            "feat_extract_norm": "layer",
+            "conv_bias": True,
+            "codevector_dim": 768,
+            "proj_codevector_dim": 768,
+        },
+    ),
     "HuBERT BASE": ("HubertModel", {}),
-    "HuBERT LARGE": ("HubertModel", {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "intermediate_size": 4096, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
-    "HuBERT XLARGE": ("HubertModel", {"hidden_size": 1280, "num_hidden_layers": 48, "num_attention_heads": 16,
-        "intermediate_size": 5120, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
-}  # fmt: skip
+    "HuBERT LARGE": (
+        "HubertModel",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "do_stable_layer_norm": True,
+            "feat_extract_norm": "layer",
+        },
+    ),
+    "HuBERT XLARGE": (
+        "HubertModel",
+        {
+            "hidden_size": 1280,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "intermediate_size": 5120,
+            "do_stable_layer_norm": True,
+            "feat_extract_norm": "layer",
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

@@ -9,18 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.audio import num_frames
-from pretrain.hubert import Hubert, hubert_batch
-from pretrain.wav2vec2 import Wav2Vec2, draw_distractors, wav2vec2_batch
+from pretrain.data.audio import num_frames
+from pretrain.objectives.hubert import Hubert, hubert_batch
+from pretrain.objectives.wav2vec2 import Wav2Vec2, draw_distractors, wav2vec2_batch
 from tests.parity.peers import compare_gradients, import_peer, load_pretraining, transformers_model
 from tests.reference.losses import hubert_loss
 
 transformers = pytest.importorskip("transformers")
 
 CODES: dict[str, Any] = {
-    "num_codevectors_per_group": 8, "codevector_dim": 24, "proj_codevector_dim": 20, "diversity_loss_weight": 0.3,
-    "num_negatives": 9, "contrastive_logits_temperature": 0.15, "feat_quantizer_dropout": 0.0,
-}  # fmt: skip
+    "num_codevectors_per_group": 8,
+    "codevector_dim": 24,
+    "proj_codevector_dim": 20,
+    "diversity_loss_weight": 0.3,
+    "num_negatives": 9,
+    "contrastive_logits_temperature": 0.15,
+    "feat_quantizer_dropout": 0.0,
+}
 
 
 def draw(lengths: list[int], rng: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -36,7 +41,11 @@ def draw(lengths: list[int], rng: np.random.Generator) -> tuple[list[np.ndarray]
 
 @pytest.mark.parametrize(
     ("kind", "lengths"),
-    [("base", [9000, 9000, 9000]), ("large", [9000, 5000, 7040]), ("large without conv bias", [7040, 9000, 4000])],
+    [
+        ("base", [9000, 9000, 9000]),
+        ("large", [9000, 5000, 7040]),
+        ("large without conv bias", [7040, 9000, 4000]),
+    ],
 )
 def test_wav2vec2_loss_and_gradients_equal_those_of_transformers(
     kind: str, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,7 +63,11 @@ def test_wav2vec2_loss_and_gradients_equal_those_of_transformers(
     theirs = transformers_model("Wav2Vec2ForPreTraining", kind, **CODES)
     ours = load_pretraining(import_peer(theirs, tmp_path), feature_penalty=0.0)  # transformers has none
     assert isinstance(ours, Wav2Vec2)
-    assert (ours.config.temperature, ours.config.num_distractors, ours.config.diversity_weight) == (0.15, 9, 0.3)
+    assert (ours.config.temperature, ours.config.num_distractors, ours.config.diversity_weight) == (
+        0.15,
+        9,
+        0.3,
+    )
     theirs.set_gumbel_temperature(0.7)
     ours.quantizer.temperature = 0.7
 
@@ -71,11 +84,18 @@ def test_wav2vec2_loss_and_gradients_equal_those_of_transformers(
         negatives[row, places] = places[drawn] + row * longest
     mine = ours.train()(wav2vec2_batch(waves, masks, distractors))
     reference = theirs.train()(
-        padded, attention_mask=attention, mask_time_indices=mask_time, sampled_negative_indices=torch.from_numpy(negatives)
+        padded,
+        attention_mask=attention,
+        mask_time_indices=mask_time,
+        sampled_negative_indices=torch.from_numpy(negatives),
     )
     assert mine.count == mask_time.sum()
-    assert mine.metrics["contrastive_loss"][0].item() == pytest.approx(reference.contrastive_loss.item(), rel=1e-5)  # float32 sums
-    assert mine.metrics["diversity_loss"][0].item() == pytest.approx(reference.diversity_loss.item(), rel=1e-5)
+    assert mine.metrics["contrastive_loss"][0].item() == pytest.approx(
+        reference.contrastive_loss.item(), rel=1e-5
+    )  # float32 sums
+    assert mine.metrics["diversity_loss"][0].item() == pytest.approx(
+        reference.diversity_loss.item(), rel=1e-5
+    )
     assert mine.total.item() == pytest.approx(reference.loss.item(), rel=1e-5)
     mine.total.backward()
     reference.loss.backward()
@@ -84,7 +104,9 @@ def test_wav2vec2_loss_and_gradients_equal_those_of_transformers(
 
 
 @pytest.mark.parametrize("kind", ["base", "large without conv bias"])
-def test_hubert_loss_and_gradients_equal_a_slow_oracle_on_transformers_encoder(kind: str, tmp_path: Path) -> None:
+def test_hubert_loss_and_gradients_equal_a_slow_oracle_on_transformers_encoder(
+    kind: str, tmp_path: Path
+) -> None:
     """Frame by frame, the true class and then all classes with its duplicate at minus infinity, as fairseq has it."""
     theirs = transformers_model("HubertModel", kind)
     generator = torch.Generator().manual_seed(1)
@@ -106,7 +128,9 @@ def test_hubert_loss_and_gradients_equal_a_slow_oracle_on_transformers_encoder(k
         query = F.linear(hidden, parameters["final_proj.weight"], parameters["final_proj.bias"])
         frames = [t for t in np.flatnonzero(mask).tolist() if t < len(known)]
         for t in frames:
-            scores = F.cosine_similarity(query[t].double(), parameters["label_embeddings"].double(), dim=-1) / 0.1
+            scores = (
+                F.cosine_similarity(query[t].double(), parameters["label_embeddings"].double(), dim=-1) / 0.1
+            )
             positive = scores[known[t]]
             negatives = torch.where(torch.arange(11) == known[t], -torch.inf, scores)
             loss = loss + torch.cat([positive[None], negatives]).logsumexp(0) - positive
@@ -120,8 +144,12 @@ def test_hubert_loss_and_gradients_equal_a_slow_oracle_on_transformers_encoder(k
     assert mine.count == sum(counted)
     known_masks = [torch.from_numpy(mask) for mask in masks]
     plain, _, _ = hubert_loss(projected, drawn["label_embeddings"].detach(), targets, known_masks, 0.1)
-    assert mine.metrics["prediction_loss"][0].item() == pytest.approx(plain, rel=1e-5)  # float32 sums against float64
+    assert mine.metrics["prediction_loss"][0].item() == pytest.approx(
+        plain, rel=1e-5
+    )  # float32 sums against float64
     assert mine.total.item() == pytest.approx(loss.item(), rel=1e-5)
     mine.total.backward()
-    gradients = {name: parameter.grad for name, parameter in [*theirs.named_parameters(), *parameters.items()]}
+    gradients = {
+        name: parameter.grad for name, parameter in [*theirs.named_parameters(), *parameters.items()]
+    }
     compare_gradients(ours, gradients, "huggingface", "hubert", "hubert.")

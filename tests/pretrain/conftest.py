@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from pretrain.labels import commit_labels, write_shard
-from pretrain.manifest import Manifest, write_manifest
+from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.manifest import Manifest, write_manifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,10 +21,23 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def run_two_processes(*worker: str | Path, logs: Path, timeout: float) -> Iterator[None]:
     """A worker's command line under torchrun, in two processes beside the body of the `with`; it must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--log-dir", str(logs)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--log-dir",
+        str(logs),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     two = subprocess.Popen(
-        [*command, *map(str, worker)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *map(str, worker)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         yield
@@ -40,20 +53,31 @@ def two_processes() -> Callable[..., Any]:
 
 
 def write_corpus(
-    folder: Path, waves: list[np.ndarray], *, texts: list[str | None] | None = None, speakers: list[str] | None = None,
+    folder: Path,
+    waves: list[np.ndarray],
+    *,
+    texts: list[str | None] | None = None,
+    speakers: list[str] | None = None,
     splits: list[str] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Utterances u00, u01, … of float waveforms at 16 kHz, all of split train unless told."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, wave in enumerate(waves):
         path = folder / f"u{number:02d}.wav"
         soundfile.write(path, wave, 16000, subtype="FLOAT")
-        rows.append({
-            "id": path.stem, "path": str(path), "start": 0, "num_samples": len(wave), "sample_rate": 16000,
-            "split": splits[number] if splits else "train",
-            "speaker": speakers[number] if speakers else None, "text": texts[number] if texts else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": path.stem,
+                "path": str(path),
+                "start": 0,
+                "num_samples": len(wave),
+                "sample_rate": 16000,
+                "split": splits[number] if splits else "train",
+                "speaker": speakers[number] if speakers else None,
+                "text": texts[number] if texts else None,
+            }
+        )
     write_manifest(folder / "manifest", rows, {}, {})
     return Manifest(folder / "manifest")
 

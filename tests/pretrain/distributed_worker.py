@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pretrain.pretraining import HubertTask, PretrainConfig, pretrain
-from pretrain.task import TrainingConfig
+from pretrain.objectives.pretraining import HubertTask, PretrainConfig, pretrain
+from pretrain.training.task import TrainingConfig
 from tests.pretrain.linear_task import LinearTask, run_linear
 from tests.pretrain.stopping_worker import once_at, one_session
 
@@ -25,16 +25,29 @@ NOISY: dict[str, Any] = {**DROPPING, "input_dropout": 0.1, "dropout": 0.1, "atte
 
 def hubert(corpus: Path, out: Path, encoder: dict[str, Any] | None = None, **training: Any) -> None:
     """Batches of about three utterances, one of them of a single one; validation is one batch, so one rank has none."""
-    settings = {"max_steps": 6, "log_every": 1, "checkpoint_every": 3, "validate_every": 3, "device": "cpu", **training}
-    config = PretrainConfig.model_validate({
-        "out": str(out), "manifest": str(corpus / "aligned"), "objective": "hubert", "labels": str(corpus / "labels"),
-        "encoder": {"architecture": "tiny", "num_mels": 20, **STILL, **(encoder or {})},
-        "hubert": {"final_dim": 16, "unmasked_weight": 0.5},
-        "batches": {"batch_seconds": 2.0, "crop_seconds": 0.8},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "clip_norm": 1.0}, "alarm": {"after_steps": 1000},
-        "evaluation": {"layer": 1, "num_classes": 3},
-        "training": TrainingConfig(**settings),
-    })  # fmt: skip
+    settings = {
+        "max_steps": 6,
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "validate_every": 3,
+        "device": "cpu",
+        **training,
+    }
+    config = PretrainConfig.model_validate(
+        {
+            "out": str(out),
+            "manifest": str(corpus / "aligned"),
+            "objective": "hubert",
+            "labels": str(corpus / "labels"),
+            "encoder": {"architecture": "tiny", "num_mels": 20, **STILL, **(encoder or {})},
+            "hubert": {"final_dim": 16, "unmasked_weight": 0.5},
+            "batches": {"batch_seconds": 2.0, "crop_seconds": 0.8},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 2, "clip_norm": 1.0},
+            "alarm": {"after_steps": 1000},
+            "evaluation": {"layer": 1, "num_classes": 3},
+            "training": TrainingConfig(**settings),
+        }
+    )
     pretrain(config)
 
 
@@ -90,7 +103,9 @@ def main(corpus: Path, out: Path) -> None:
     hubert(corpus, out / "waveform", {"front_end": "waveform"})
     hubert(corpus, out / "layer_drop", DROPPING, max_steps=24, checkpoint_every=12)
     hubert(corpus, out / "accumulated", accumulate=3)
-    run_linear(out / "linear", LinearTask(num_valid=3, freeze_steps=5), clip_norm=0.5)  # phases; batches of 5 and 3
+    run_linear(
+        out / "linear", LinearTask(num_valid=3, freeze_steps=5), clip_norm=0.5
+    )  # phases; batches of 5 and 3
     run_linear(out / "single", LinearTask(batch=1, num_valid=1))  # a rank never has an item of its own
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.config import Config
-from pretrain.interrupts import process_pool
-from recipe import VERBS, Verb
+from pretrain.store.interrupts import process_pool
+from wordless.recipe import VERBS, Verb
 
 
 class StandInConfig(Config):
@@ -42,7 +42,11 @@ def stand_in(config: StandInConfig) -> dict[str, Any]:
         time.sleep(config.seconds)
 
     task = LinearTask(dropout=0.3, num_valid=2, on_step=on_step)
-    return run_linear(Path(config.out), task, {"max_steps": 100, "log_every": 1, "checkpoint_every": 50, "validate_every": 40})
+    return run_linear(
+        Path(config.out),
+        task,
+        {"max_steps": 100, "log_every": 1, "checkpoint_every": 50, "validate_every": 40},
+    )
 
 
 def work(out: str) -> int:
@@ -55,21 +59,26 @@ def work(out: str) -> int:
 def stand_in_for_pretrain() -> None:
     """In this process, which is not one of the tests."""
     VERBS["pretrain"] = Verb(
-        "tests.pretrain.interrupt_worker", "StandInConfig", "stand_in", "A stand-in.", distributed=True, resumes=True
+        "tests.pretrain.interrupt_worker",
+        "StandInConfig",
+        "stand_in",
+        "A stand-in.",
+        distributed=True,
+        resumes=True,
     )
 
 
 def main(argv: list[str]) -> int:
     """What a job runs."""
-    import wordless
+    import wordless.cli
 
     stand_in_for_pretrain()
 
-    return wordless.main(argv)
+    return wordless.cli.main(argv)
 
 
 if __name__ == "__main__":
-    from wordless import entry_point
+    from wordless.cli import entry_point
 
     stand_in_for_pretrain()
     entry_point()

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain import checkpoint
-from pretrain.engine import train
-from pretrain.task import Loss, OptimizerConfig, Task, TrainingConfig
+from pretrain.training import checkpoint
+from pretrain.training.engine import train
+from pretrain.training.task import Loss, OptimizerConfig, Task, TrainingConfig
 
 
 class Pairs(NamedTuple):
@@ -119,7 +119,9 @@ def run_linear(
     monitor: Sequence[str] = ("valid_loss",),
     **optimizer: Any,
 ) -> dict[str, Any]:
-    settings = TrainingConfig(**{"max_steps": 12, "log_every": 2, "checkpoint_every": 4, "device": "cpu", **(training or {})})
+    settings = TrainingConfig(
+        **{"max_steps": 12, "log_every": 2, "checkpoint_every": 4, "device": "cpu", **(training or {})}
+    )
     adamw = OptimizerConfig(**{"lr": 0.05, "schedule": "cosine", "warmup_steps": 2, **optimizer})
     config = {"training": settings.resolved(), "optimizer": adamw.resolved(), "nothing": None}
     parents, extra = {"data": "0"}, {"objective": "regression"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pretrain import checkpoint
+from pretrain.training import checkpoint
 from tests.pretrain.linear_task import ScoredTask, run_linear
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -28,7 +28,9 @@ def session(run: Path, power_cut: int | None = None, **training: Any) -> str:
             raise ZeroDivisionError
 
     try:
-        run_linear(run, ScoredTask(SCORES, dropout=0.3, on_step=fail), {**SETTINGS, **training}, ("valid_score",))
+        run_linear(
+            run, ScoredTask(SCORES, dropout=0.3, on_step=fail), {**SETTINGS, **training}, ("valid_score",)
+        )
     except (ValueError, ZeroDivisionError) as error:
         gc.collect()
         return str(error)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import latest_checkpoint
+from pretrain.training.checkpoint import latest_checkpoint
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -13,7 +13,10 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """What must be the same in a repeated run: all but the speed."""
-    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines(run)]
+    return [
+        {name: value for name, value in line.items() if not name.endswith("_per_second")}
+        for line in lines(run)
+    ]
 
 
 def assert_same_run(one: Path, two: Path) -> None:

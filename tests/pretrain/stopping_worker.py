@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain import stopping
+from pretrain.training import stopping
 from tests.pretrain.linear_task import LinearTask, Pairs, ScoredTask, run_linear
 
 RANK = int(os.environ.get("RANK", "0"))
 FULL: dict[str, Any] = {"sharding": "full"}
 SCORES = [5.0, 4.0, 3.0, 4.0, 4.0, 4.0]  # of steps 2, 4, … 12
 MONITOR = ("valid_score",)
-PATIENT = {"keep_best": True, "validate_every": 2, "patience": 2, "checkpoint_every": 5, "keep_checkpoints": 1}  # to step 10
+PATIENT = {
+    "keep_best": True,
+    "validate_every": 2,
+    "patience": 2,
+    "checkpoint_every": 5,
+    "keep_checkpoints": 1,
+}  # to step 10
 
 
 def stop_self(number: int = signal.SIGUSR2) -> None:
@@ -69,7 +76,9 @@ def random_stops(seed: int, max_steps: int, count: int, rank: int = 0) -> Callab
 class Validated(ScoredTask):
     """Three batches to validate on. Before those with numbers in `at` (counted over the whole task) it signals itself."""
 
-    def __init__(self, scores: list[float], at: Collection[int] = (), in_evaluate: Collection[int] = (), **options: Any):
+    def __init__(
+        self, scores: list[float], at: Collection[int] = (), in_evaluate: Collection[int] = (), **options: Any
+    ):
         super().__init__(scores, **options)
         self.num_valid, self.at, self.in_evaluate, self.validated, self.evaluated = 3, at, in_evaluate, 0, 0
 
@@ -109,10 +118,18 @@ class Recorded(LinearTask):
         super().before_step(step)
 
 
-def elastic(out: Path, name: str, accumulate: int = 1, on_step: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+def elastic(
+    out: Path, name: str, accumulate: int = 1, on_step: Callable[[int], None] = lambda step: None
+) -> dict[str, Any]:
     """24 steps; those of session `name` are recorded in OUT.ids/."""
     task = Recorded(out.with_suffix(".ids") / f"{name}_{RANK}.jsonl", num_valid=3, on_step=on_step)
-    settings = {"max_steps": 24, "log_every": 1, "checkpoint_every": 8, "validate_every": 8, "accumulate": accumulate}
+    settings = {
+        "max_steps": 24,
+        "log_every": 1,
+        "checkpoint_every": 8,
+        "validate_every": 8,
+        "accumulate": accumulate,
+    }
     return run_linear(out, task, settings, clip_norm=0.5)
 
 
@@ -145,6 +162,11 @@ def one_session(run: Callable[[], Any]) -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+def afresh(out: Path, phases: dict[str, Any], settings: dict[str, Any]) -> None:
+    """A session of a run, with a task of its own."""
+    run_linear(out, LinearTask(**phases), settings)
+
+
 def everything(out: Path) -> None:
     """Straight and stopped runs, whole copies and sharded; the first session of the elastic one."""
     for rank, (how, settings) in enumerate({"none": {}, "full": FULL}.items()):
@@ -152,7 +174,7 @@ def everything(out: Path) -> None:
         longer = {"max_steps": 24, "log_every": 5, **settings}
         run_linear(out / f"straight_{how}", LinearTask(**phases), longer)
         on_step = random_stops(rank, 22, 3, 1 - rank)  # one rank alone gets the signal
-        until_finished(lambda: run_linear(out / f"stopped_{how}", LinearTask(on_step=on_step, **phases), longer))  # noqa: B023
+        until_finished(partial(afresh, out / f"stopped_{how}", {"on_step": on_step, **phases}, longer))
         patient = {**PATIENT, **settings}
         run_linear(out / f"patient_{how}", Validated(SCORES, dropout=0.3), patient, MONITOR)
         # Of three batches rank 0 has the first and the last, rank 1 has the second and repeats one.

@@ -9,10 +9,10 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from pretrain.config import Config, apply_overrides, parse_config, read_toml, without_none
 from pretrain.ctc.task import CTCConfig
-from pretrain.encoder import ARCHITECTURES, EncoderConfig
-from pretrain.pretraining import PretrainConfig
-from pretrain.task import OptimizerConfig
-from wordless import VERBS
+from pretrain.model.encoder import ARCHITECTURES, EncoderConfig
+from pretrain.objectives.pretraining import PretrainConfig
+from pretrain.training.task import OptimizerConfig
+from wordless.cli import VERBS
 
 
 class Inner(Config):
@@ -41,7 +41,12 @@ def errors(tree: dict, config_class: type[Config] = Outer) -> list[str]:
 
 
 def test_every_mistake_is_reported_at_once_with_its_dotted_key() -> None:
-    tree = {"schedule": "cosin", "nam": "y", "inner": {"dropout": 1.5, "dropuot": 0.2}, "other": {"beats": [1, 2]}}
+    tree = {
+        "schedule": "cosin",
+        "nam": "y",
+        "inner": {"dropout": 1.5, "dropuot": 0.2},
+        "other": {"beats": [1, 2]},
+    }
     lines = errors(tree)
     assert len(lines) == 6 and all(line.startswith("run.toml: ") for line in lines)
     text = "\n".join(lines)
@@ -67,25 +72,41 @@ def splits_of(config_class: type[Config]) -> dict[str, TypeAdapter]:
 
 def test_no_split_is_an_empty_name_in_every_config() -> None:
     classes = {name: getattr(import_module(verb.module), verb.config) for name, verb in VERBS.items()}
-    found = {f"{verb}.{key}": adapter for verb, of in classes.items() for key, adapter in splits_of(of).items()}
-    asked = {"pretrain.valid_split", "finetune.split", "transcribe.split", "cluster.select_split", "pack.bpe.split", "report.split"}
+    found = {
+        f"{verb}.{key}": adapter for verb, of in classes.items() for key, adapter in splits_of(of).items()
+    }
+    asked = {
+        "pretrain.valid_split",
+        "finetune.split",
+        "transcribe.split",
+        "cluster.select_split",
+        "pack.bpe.split",
+        "report.split",
+    }
     assert asked < found.keys() and len(found) > 15
     for name, adapter in found.items():
         assert adapter.validate_python("") is None and adapter.validate_python("dev") == "dev", name
 
 
 def test_an_unknown_key_without_a_neighbour_lists_the_known_ones() -> None:
-    assert errors({"num_steps": 1, "inner": {"zzz": 1}}) == ["run.toml: inner.zzz: unknown key; known here: betas, dropout"]
+    assert errors({"num_steps": 1, "inner": {"zzz": 1}}) == [
+        "run.toml: inner.zzz: unknown key; known here: betas, dropout"
+    ]
 
 
 @pytest.mark.parametrize(
     "tree",
     [
-        {"num_steps": 1.0}, {"num_steps": "1"}, {"num_steps": True}, {"num_steps": 1, "name": 3},
-        {"num_steps": 1, "inner": {"dropout": "0.1"}}, {"num_steps": 1, "inner": {"betas": [0.9]}}, {"num_steps": 1, "inner": 3},
+        {"num_steps": 1.0},
+        {"num_steps": "1"},
+        {"num_steps": True},
+        {"num_steps": 1, "name": 3},
+        {"num_steps": 1, "inner": {"dropout": "0.1"}},
+        {"num_steps": 1, "inner": {"betas": [0.9]}},
+        {"num_steps": 1, "inner": 3},
         {"num_steps": 1, "inner": {"dropout": float("nan")}},
     ],
-)  # fmt: skip
+)
 def test_types_are_strict(tree: dict) -> None:
     (line,) = errors(tree)
     assert "got " in line or line.endswith("betas.1: this key is needed")
@@ -106,8 +127,12 @@ def test_a_config_is_frozen_and_resolves_to_every_key() -> None:
         config.num_steps = 2  # type: ignore[misc]
     resolved = config.resolved()
     assert resolved == {
-        "num_steps": 1, "schedule": "linear", "name": "x", "inner": {"dropout": 0.1, "betas": [0.9, 0.98]}, "other": None,
-    }  # fmt: skip
+        "num_steps": 1,
+        "schedule": "linear",
+        "name": "x",
+        "inner": {"dropout": 0.1, "betas": [0.9, 0.98]},
+        "other": None,
+    }
     assert parse_config(Outer, resolved, "again") == config
     assert "other" not in without_none(resolved)
 
@@ -128,17 +153,30 @@ def test_toml_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_overrides_reach_into_tables_and_leave_the_tree_alone() -> None:
     tree = {"optimizer": {"lr": 1.0}, "out": "a"}
     new = apply_overrides(
-        tree, ["optimizer.lr=1e-3", "optimizer.betas=[0.9, 0.95]", "out=runs/b=c", "encoder.architecture=tiny", "flag=true", "n=3"]
+        tree,
+        [
+            "optimizer.lr=1e-3",
+            "optimizer.betas=[0.9, 0.95]",
+            "out=runs/b=c",
+            "encoder.architecture=tiny",
+            "flag=true",
+            "n=3",
+        ],
     )
     assert new == {
-        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}, "out": "runs/b=c", "encoder": {"architecture": "tiny"}, "flag": True, "n": 3,
-    }  # fmt: skip
+        "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]},
+        "out": "runs/b=c",
+        "encoder": {"architecture": "tiny"},
+        "flag": True,
+        "n": 3,
+    }
     assert tree == {"optimizer": {"lr": 1.0}, "out": "a"}
     assert apply_overrides({}, ["a=1", "a=2"]) == {"a": 2}
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("lr", "write key=value"), ("=3", "write key=value"), ("out.x=3", "'out' is a value")]
+    ("override", "message"),
+    [("lr", "write key=value"), ("=3", "write key=value"), ("out.x=3", "'out' is a value")],
 )
 def test_an_override_that_says_nothing_is_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -157,23 +195,37 @@ def test_an_architecture_fills_what_is_not_given_and_what_is_given_wins(name: st
     for key, value in ARCHITECTURES[name].items():
         assert getattr(config, key) == value
     changed = parse_config(
-        EncoderConfig, {"architecture": name, "num_layers": 3, "norm_first": False, "layer_drop": 0.5}, "run.toml"
+        EncoderConfig,
+        {"architecture": name, "num_layers": 3, "norm_first": False, "layer_drop": 0.5},
+        "run.toml",
     )
     assert (changed.num_layers, changed.norm_first, changed.layer_drop) == (3, False, 0.5)
     assert changed.ffn_dim == ARCHITECTURES[name]["ffn_dim"]
     assert EncoderConfig() == EncoderConfig(architecture="base")  # the defaults are the preset
-    assert parse_config(EncoderConfig, config.resolved(), "again") == config  # a resolved config does not move
+    assert (
+        parse_config(EncoderConfig, config.resolved(), "again") == config
+    )  # a resolved config does not move
 
 
 def test_published_architectures_have_the_published_sizes() -> None:
     base, large, xlarge = (EncoderConfig(architecture=name) for name in ("base", "large", "xlarge"))
     assert (base.dim, base.num_layers, base.num_heads, base.ffn_dim) == (768, 12, 12, 3072)
-    assert (base.norm_first, base.conv_norm, base.conv_bias, base.normalize_waveform) == (False, "group", False, False)
+    assert (base.norm_first, base.conv_norm, base.conv_bias, base.normalize_waveform) == (
+        False,
+        "group",
+        False,
+        False,
+    )
     assert (large.dim, large.num_layers, large.num_heads, large.ffn_dim) == (1024, 24, 16, 4096)
     assert (large.norm_first, large.conv_norm, large.normalize_waveform) == (True, "layer", True)
     assert (xlarge.dim, xlarge.num_layers, xlarge.num_heads, xlarge.ffn_dim) == (1280, 48, 16, 5120)
     for config in (base, large, xlarge):
-        assert (config.conv_dim, config.pos_kernel, config.pos_groups, config.front_end) == (512, 128, 16, "waveform")
+        assert (config.conv_dim, config.pos_kernel, config.pos_groups, config.front_end) == (
+            512,
+            128,
+            16,
+            "waveform",
+        )
 
 
 @pytest.mark.parametrize("architecture", ["huge", ["base"], {"a": 1}, 3, None])
@@ -201,7 +253,9 @@ def test_pretraining_wants_labels_for_hubert_and_only_there() -> None:
     parse_config(PretrainConfig, {**tree, "labels": "l"}, "run.toml")
     assert "`labels` is needed" in errors({**tree, "objective": "wav2vec2", "labels": "l"}, PretrainConfig)[0]
     groups = {**tree, "objective": "wav2vec2", "wav2vec2": {"num_groups": 3}}
-    assert errors(groups, PretrainConfig) == ["run.toml: wav2vec2: code_dim 256 is not a multiple of num_groups 3"]
+    assert errors(groups, PretrainConfig) == [
+        "run.toml: wav2vec2: code_dim 256 is not a multiple of num_groups 3"
+    ]
 
 
 @pytest.mark.parametrize("config", [OptimizerConfig(), CTCConfig(), EncoderConfig()])

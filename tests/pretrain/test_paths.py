@@ -8,19 +8,37 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pretrain.config import Config, expand_path, parse_config
-from pretrain.indexing import IndexConfig
+from pretrain.data.indexing import IndexConfig
 from pretrain.weights.conversion import ImportConfig
 from quantize.importing import CodebookImportConfig
-from recipe import VERBS
 from units.formats import read_units
-from units.sampling import SampleConfig
+from units.lm.sampling import SampleConfig
+from wordless.recipe import VERBS
 
 # Keys with any text that is no path. A new key of text is a path (`PathStr`), or is added here.
 TEXTS = {
-    "device", "speaker_pattern", "language", "title", "utterance", "utterances", "speaker", "characters", "baseline", "format", "names",
-    "split", "valid_split", "select_split", "fit_split", "part", "silence", "budget", "budget_at_least", "budgets",
+    "device",
+    "speaker_pattern",
+    "language",
+    "title",
+    "utterance",
+    "utterances",
+    "speaker",
+    "characters",
+    "baseline",
+    "format",
+    "names",
+    "split",
+    "valid_split",
+    "select_split",
+    "fit_split",
+    "part",
+    "silence",
+    "budget",
+    "budget_at_least",
+    "budgets",
     "left_out",
-}  # fmt: skip
+}
 CLASSES: dict[str, type[Config]] = {name: verb.load()[0] for name, verb in VERBS.items()}
 CLASSES |= {"import": ImportConfig, "import --codebook": CodebookImportConfig}
 
@@ -36,7 +54,9 @@ def keys_of(config_class: type[Config], prefix: str) -> dict[str, Any]:
     return found
 
 
-KEYS = {key: kind for name, config_class in CLASSES.items() for key, kind in keys_of(config_class, name).items()}
+KEYS = {
+    key: kind for name, config_class in CLASSES.items() for key, kind in keys_of(config_class, name).items()
+}
 
 
 def takes(kind: Any, value: Any) -> bool:
@@ -48,16 +68,28 @@ def takes(kind: Any, value: Any) -> bool:
 
 
 def test_every_key_of_text_is_a_path_or_known_to_be_none() -> None:
-    texts = {key for key, kind in KEYS.items() for value in ("a/b", ["a/b"], {"x": "a/b"}) if takes(kind, value)}
+    texts = {
+        key for key, kind in KEYS.items() for value in ("a/b", ["a/b"], {"x": "a/b"}) if takes(kind, value)
+    }
     of_free_tables = {key for key in texts if not takes(KEYS[key], "a/b") and takes(KEYS[key], {"x": 1})}
     paths = {key for key in texts - of_free_tables if key.rpartition(".")[2] not in TEXTS}
-    assert {"index.source", "index.alignments", "finetune.text.tokenizer", "transcribe.decoding.lm", "report.pretrain"} <= paths
+    assert {
+        "index.source",
+        "index.alignments",
+        "finetune.text.tokenizer",
+        "transcribe.decoding.lm",
+        "report.pretrain",
+    } <= paths
     assert len(paths) > 70
     for key in paths:
         values: list[Any] = ["$WORDLESS_NONE/x", "", " ", "a\0b"]
         for value in values:
             assert not any(takes(KEYS[key], given) for given in (value, [value], {"x": value})), (key, value)
-    assert {key.rpartition(".")[2] for key in of_free_tables} == {"finetune", "transcribe", "source_options"}  # expanded where used
+    assert {key.rpartition(".")[2] for key in of_free_tables} == {
+        "finetune",
+        "transcribe",
+        "source_options",
+    }  # expanded where used
 
 
 def test_every_seed_names_its_key_where_it_is_none() -> None:
@@ -86,20 +118,32 @@ def test_home_and_variables_are_replaced_in_paths_alone(monkeypatch: pytest.Monk
     assert config.alignments == "a$/~b$5" and config.speaker_pattern == "(?P<speaker>~$DATA|x)$"
     assert parse_config(IndexConfig, config.resolved(), "again") == config
     plain = {"source": "data/./x.tsv", "out": "runs//x/"}
-    assert parse_config(IndexConfig, plain, "x.toml").resolved()["out"] == "runs//x/"  # nothing else of a path is touched
-    assert SampleConfig(lm="~/l", out="o", prompt_audio=["~/p.wav"], codebook="$DATA/c").recordings == ["/home/ann/p.wav"]
+    assert (
+        parse_config(IndexConfig, plain, "x.toml").resolved()["out"] == "runs//x/"
+    )  # nothing else of a path is touched
+    assert SampleConfig(lm="~/l", out="o", prompt_audio=["~/p.wav"], codebook="$DATA/c").recordings == [
+        "/home/ann/p.wav"
+    ]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("", r"out: is '', and a path is needed"),
-        ("$WORDLESS_NONE/x", r"out: '\$WORDLESS_NONE/x' has the variable \$WORDLESS_NONE, which is not set; set it, or"),
+        (
+            "$WORDLESS_NONE/x",
+            r"out: '\$WORDLESS_NONE/x' has the variable \$WORDLESS_NONE, which is not set; set it, or",
+        ),
         ("/a/${WORDLESS_EMPTY}/x", r"out: .*\$WORDLESS_EMPTY, which is empty"),
-        ("~no-such-user/x", r"out: .*begins with '~no-such-user', which is no user's home here; write \./~no-such-user/x"),
+        (
+            "~no-such-user/x",
+            r"out: .*begins with '~no-such-user', which is no user's home here; write \./~no-such-user/x",
+        ),
     ],
 )
-def test_a_path_that_cannot_be_meant_names_its_key(path: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_be_meant_names_its_key(
+    path: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORDLESS_EMPTY", "")
     monkeypatch.delenv("WORDLESS_NONE", raising=False)
     with pytest.raises(ValueError, match=rf"^x\.toml: {message}"):
@@ -128,7 +172,11 @@ def test_no_module_opens_text_in_the_encoding_of_the_locale() -> None:
     wrong = []
     for path in [
         *root.glob("*.py"),
-        *(file for room in ("pretrain", "quantize", "units", "slurm") for file in (root / room).rglob("*.py")),
+        *(
+            file
+            for room in ("pretrain", "quantize", "units", "slurm")
+            for file in (root / room).rglob("*.py")
+        ),
     ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -137,8 +185,13 @@ def test_no_module_opens_text_in_the_encoding_of_the_locale() -> None:
             name = getattr(function, "id", getattr(function, "attr", ""))
             given = {keyword.arg for keyword in node.keywords}
             mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
-            is_open = (isinstance(function, ast.Name) and name == "open") or ast.unparse(function) in ("gzip.open", "os.fdopen")
-            reads = name in ("read_text", "write_text") and ast.unparse(function) != "read_text"  # plain_text's is bytes
+            is_open = (isinstance(function, ast.Name) and name == "open") or ast.unparse(function) in (
+                "gzip.open",
+                "os.fdopen",
+            )
+            reads = (
+                name in ("read_text", "write_text") and ast.unparse(function) != "read_text"
+            )  # plain_text's is bytes
             if (reads or (is_open and "b'" not in mode)) and not given & {"encoding", "mode"}:
                 wrong.append(f"{path.relative_to(root)}:{node.lineno}")
     assert wrong == []

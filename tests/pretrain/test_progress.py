@@ -17,13 +17,21 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_progress_is_kept_in_the_file_that_the_environment_names(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_kept_in_the_file_that_the_environment_names(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pretrain.progress, "FILE_SECONDS", 0.0)
     with progress("train hubert1", total=400, unit="step", done=100) as advance:
         assert json.loads(file.read_text()) == {
-            "what": "train hubert1", "done": 100.0, "total": 400.0, "unit": "step", "rate": None, "seconds_left": None, "note": "",
+            "what": "train hubert1",
+            "done": 100.0,
+            "total": 400.0,
+            "unit": "step",
+            "rate": None,
+            "seconds_left": None,
+            "note": "",
             "time": pytest.approx(time.time(), abs=60),
-        }  # fmt: skip
+        }
         time.sleep(0.1)
         advance(10, note="loss 3.1")
         advance(10)

@@ -28,13 +28,19 @@ def test_a_rank_that_misreads_every_checkpoint_goes_on_from_the_step_of_the_firs
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, cut)]
     logged = [[{**json.loads(line), "item_per_second": 0} for line in of_run] for of_run in lines]
     assert logged[0] == logged[1] and [line["step"] for line in logged[1]] == [2, 4, 6, 8, 10, 12]
-    for name in ("step_00000004/model.safetensors", "step_00000012/model.safetensors", "step_00000012/optimizer.safetensors"):
+    for name in (
+        "step_00000004/model.safetensors",
+        "step_00000012/model.safetensors",
+        "step_00000012/optimizer.safetensors",
+    ):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
 
 
 def test_the_first_rank_alone_reads_and_each_file_once(folder: Path) -> None:
     files = [
-        f"{step}/{name}" for step in ("step_00000008", "step_00000004") for name in ("model.safetensors", "optimizer.safetensors")
+        f"{step}/{name}"
+        for step in ("step_00000008", "step_00000004")
+        for name in ("model.safetensors", "optimizer.safetensors")
     ]
     assert told(folder, 0)["read"] == [*files[:2], *files]  # what is refused does not come to the best one
     assert told(folder, 1)["read"] == []

@@ -9,9 +9,9 @@ import soundfile
 import torch
 from torch import nn
 
-from pretrain.checkpoint import save_checkpoint
-from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.manifest import write_manifest
+from pretrain.data.manifest import write_manifest
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.training.checkpoint import save_checkpoint
 
 TONES = {"sil": 0.0, "aa": 300.0, "iy": 900.0, "ss": 3000.0}
 
@@ -30,15 +30,24 @@ def write_corpus(folder: Path, *, phones: bool = True, num_utterances: int = 12)
         wave = np.concatenate(pieces) + 0.003 * rng.standard_normal(sum(map(len, pieces)))
         path = folder / f"u{number:02d}.wav"
         soundfile.write(path, wave, 16000, subtype="PCM_16")
-        rows.append({
-            "id": path.stem, "path": str(path), "start": 0, "num_samples": len(wave), "sample_rate": 16000,
-            "split": "dev" if number % 4 == 3 else "train", "phones": alignment if phones else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": path.stem,
+                "path": str(path),
+                "start": 0,
+                "num_samples": len(wave),
+                "sample_rate": 16000,
+                "split": "dev" if number % 4 == 3 else "train",
+                "phones": alignment if phones else None,
+            }
+        )
     write_manifest(folder / "manifest", rows, {}, {})
     return folder / "manifest"
 
 
-def write_speech(folder: Path, speakers: list[str | None], *, phones: bool = True, num_utterances: int = 18) -> str:
+def write_speech(
+    folder: Path, speakers: list[str | None], *, phones: bool = True, num_utterances: int = 18
+) -> str:
     """Utterances of twelve tones each, a speaker's a little higher than another's: enough for triphones to come again."""
     rng, rows = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,12 +57,24 @@ def write_speech(folder: Path, speakers: list[str | None], *, phones: bool = Tru
         times = np.arange(1280) / 16000
         pitch = 1 + 0.1 * (number % len(speakers))
         wave = np.concatenate([0.2 * np.sin(2 * np.pi * TONES[phone] * pitch * times) for phone in spoken])
-        soundfile.write(folder / f"u{number:02}.wav", wave + 0.003 * rng.standard_normal(len(wave)), 16000, subtype="PCM_16")
+        soundfile.write(
+            folder / f"u{number:02}.wav",
+            wave + 0.003 * rng.standard_normal(len(wave)),
+            16000,
+            subtype="PCM_16",
+        )
         alignment = [(0.08 * place, 0.08 * (place + 1), phone) for place, phone in enumerate(spoken)]
-        rows.append({
-            "id": f"u{number:02}", "path": str(folder / f"u{number:02}.wav"), "start": 0, "num_samples": len(wave),
-            "sample_rate": 16000, "speaker": speaker, "phones": alignment if phones else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"u{number:02}",
+                "path": str(folder / f"u{number:02}.wav"),
+                "start": 0,
+                "num_samples": len(wave),
+                "sample_rate": 16000,
+                "speaker": speaker,
+                "phones": alignment if phones else None,
+            }
+        )
     write_manifest(folder / "manifest", rows, {}, {})
     return str(folder / "manifest")
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.artefact import commit, read_meta, write_json
 from pretrain.config import parse_config
-from pretrain.manifest import Manifest
+from pretrain.data.manifest import Manifest
+from pretrain.store.artefact import commit, read_meta, write_json
 from quantize import clustering
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook
@@ -20,16 +20,25 @@ from quantize.features import MfccSource, open_encoder_source
 
 
 def test_cluster_fits_mfcc_and_says_what_it_did(corpus: Path, tmp_path: Path) -> None:
-    summary = cluster(ClusterConfig(manifest=str(corpus), split="train", num_classes=8, out=str(tmp_path / "codebook")))
+    summary = cluster(
+        ClusterConfig(manifest=str(corpus), split="train", num_classes=8, out=str(tmp_path / "codebook"))
+    )
     codebook = Codebook.open(tmp_path / "codebook")
     frames = sum(utterance.num_frames for utterance in Manifest(corpus).select("train"))
     assert summary["frames"] == frames and summary["num_classes"] == codebook.num_classes == 8
-    assert {"inertia", "iterations", "empty_reseeded", "num_empty", "seconds"} <= set(summary) and summary["num_levels"] == 1
+    assert {"inertia", "iterations", "empty_reseeded", "num_empty", "seconds"} <= set(summary) and summary[
+        "num_levels"
+    ] == 1
     assert codebook.source == {"kind": "mfcc", "cmvn": False} and codebook.dim == 39
     assert codebook.meta["parents"] == {"manifest": Manifest(corpus).fingerprint}
-    assert codebook.meta["fit"]["inertia"] == summary["inertia"] == codebook.meta["fit"]["levels"][0]["inertia"]
+    assert (
+        codebook.meta["fit"]["inertia"] == summary["inertia"] == codebook.meta["fit"]["levels"][0]["inertia"]
+    )
     assert "num_speakers" not in summary  # the manifest knows none
-    assert sorted(path.name for path in (tmp_path / "codebook").iterdir()) == ["centroids.safetensors", "meta.json"]
+    assert sorted(path.name for path in (tmp_path / "codebook").iterdir()) == [
+        "centroids.safetensors",
+        "meta.json",
+    ]
 
 
 def test_the_summary_says_how_alike_the_speakers_shares_are(
@@ -43,7 +52,9 @@ def test_the_summary_says_how_alike_the_speakers_shares_are(
     assert (summary["smallest_speaker_share"], summary["largest_speaker_share"]) == (30 / 61, 31 / 61)
 
 
-def test_a_seed_gives_the_same_codebook_whatever_decodes_it_and_whatever_memory_there_is(corpus: Path, tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_codebook_whatever_decodes_it_and_whatever_memory_there_is(
+    corpus: Path, tmp_path: Path
+) -> None:
     fingerprints = []
     for number, (seed, workers, memory_gb) in enumerate([(0, 1, 8.0), (0, 3, 0.0), (1, 1, 8.0)]):
         out = str(tmp_path / f"codebook{number}")
@@ -59,7 +70,7 @@ import json, os, random, signal, sys, time
 import torch  # here, so that no fork pays for it; nothing is computed before the forks, so that no thread is lost in them
 
 from quantize import assignment, clustering, features, kmeans, sampling
-from pretrain.artefact import is_complete
+from pretrain.store.artefact import is_complete
 
 config, kills, rng = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0)
 sampling.PIECE_SECONDS, sampling.RECORD_SECONDS, kmeans.SAVE_SECONDS, assignment.BLOCK = 0.5, 0.0, 0.0, 64
@@ -101,11 +112,20 @@ def start_worker(out: Path, config: dict[str, Any], kills: int, threads: int) ->
     """`cluster` in a process of its own, killed so many times on the way; it prints what then lay in `partial/`."""
     arguments = [json.dumps({**config, "out": str(out)}), str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_kills_and_threads_leave_no_trace_in_the_codebook(corpus: Path, tmp_path: Path) -> None:
-    config = {"manifest": str(corpus), "num_classes": 24, "frames": 400, "levels": 2, "restarts": 2, "tolerance": 0.0}
+    config = {
+        "manifest": str(corpus),
+        "num_classes": 24,
+        "frames": 400,
+        "levels": 2,
+        "restarts": 2,
+        "tolerance": 0.0,
+    }
     whole = start_worker(tmp_path / "whole", config, kills=0, threads=1)
     killed = start_worker(tmp_path / "killed", config, kills=20, threads=2)
     outputs = [worker.communicate()[0] for worker in (whole, killed)]
@@ -114,7 +134,9 @@ def test_kills_and_threads_leave_no_trace_in_the_codebook(corpus: Path, tmp_path
     assert len(landed) >= 5, landed  # on a fast machine it may be done before the twentieth
     assert any("collected.json" in files for files in landed), landed
     assert Codebook.open(tmp_path / "whole").fingerprint == Codebook.open(tmp_path / "killed").fingerprint
-    with pytest.raises(ValueError, match="already holds"):  # clears away what a kill right after the commit left
+    with pytest.raises(
+        ValueError, match="already holds"
+    ):  # clears away what a kill right after the commit left
         cluster(ClusterConfig(**{**config, "out": str(tmp_path / "killed")}))
     assert not (tmp_path / "killed" / "partial").exists()
 
@@ -123,13 +145,20 @@ def test_killed_in_k_means_it_asks_for_no_audio_and_no_sweep_again(
     corpus: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ClusterConfig(
-        manifest=str(corpus), features="encoder", encoder=str(run), num_classes=4, frames=100, out=str(tmp_path / "codebook"),
-    )  # fmt: skip
+        manifest=str(corpus),
+        features="encoder",
+        encoder=str(run),
+        num_classes=4,
+        frames=100,
+        out=str(tmp_path / "codebook"),
+    )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(clustering, "kmeans", interrupted)
         cluster(config)
     partial = tmp_path / "codebook" / "partial"
-    assert {"plan.json", "choice.json", "collected.json", "sample.npy"} <= {path.name for path in partial.iterdir()}
+    assert {"plan.json", "choice.json", "collected.json", "sample.npy"} <= {
+        path.name for path in partial.iterdir()
+    }
     monkeypatch.setattr("quantize.features.EncoderSource._run", interrupted)
     summary = cluster(config)
     assert summary["chosen_by"] == "highest PNMI on 'dev'" and not partial.exists()
@@ -141,7 +170,8 @@ def interrupted(*arguments: Any, **keys: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"seed": 1}, {"frames": 90}, {"cmvn": True}, {"num_classes": 5}, {"levels": 2}, {"split": "train"}]
+    "keys",
+    [{"seed": 1}, {"frames": 90}, {"cmvn": True}, {"num_classes": 5}, {"levels": 2}, {"split": "train"}],
 )
 def test_unfinished_work_on_something_else_is_refused(
     keys: dict[str, Any], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,10 +188,19 @@ def test_unfinished_work_on_something_else_is_refused(
 def test_a_mistake_before_any_work_leaves_nothing_to_remove(
     corpus: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"manifest": str(corpus), "features": "encoder", "encoder": str(run), "num_classes": 4, "out": str(tmp_path / "c")}
+    config = {
+        "manifest": str(corpus),
+        "features": "encoder",
+        "encoder": str(run),
+        "num_classes": 4,
+        "out": str(tmp_path / "c"),
+    }
     with pytest.raises(ValueError, match="no utterances of split 'valid'"):
         cluster(ClusterConfig(**config, select_split="valid"))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the sample needs 25,600 bytes of disk and 9 are free"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="the sample needs 25,600 bytes of disk and 9 are free"),
+    ):
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 1, 9))  # type: ignore[attr-defined]
         cluster(ClusterConfig(**config, frames=100))
     assert not Path(config["out"]).exists()
@@ -173,21 +212,33 @@ def test_levels_keep_the_plain_codebook_and_lower_the_error_each(corpus: Path, t
     plain = cluster(ClusterConfig(**keys, out=str(tmp_path / "plain")))
     summary = cluster(ClusterConfig(**keys, levels=3, out=str(tmp_path / "levels")))
     one, three = Codebook.open(tmp_path / "plain"), Codebook.open(tmp_path / "levels")
-    assert three.num_levels == 3 and np.array_equal(three.centroids[0], one.centroids[0]) and np.array_equal(three.mean, one.mean)
+    assert (
+        three.num_levels == 3
+        and np.array_equal(three.centroids[0], one.centroids[0])
+        and np.array_equal(three.mean, one.mean)
+    )
     assert summary["inertia"] == plain["inertia"] == summary["inertia_by_level"]["0"]
     frames = np.concatenate([features for _, features in MfccSource().features(list(Manifest(corpus)))])
     labels = three.assign(frames)
     assert labels.shape == (len(frames), 3) and np.array_equal(labels[:, 0], one.assign(frames))
-    errors = [float(np.square(frames - three.decode(labels[:, :levels])).sum(axis=1).mean()) for levels in (1, 2, 3)]
+    errors = [
+        float(np.square(frames - three.decode(labels[:, :levels])).sum(axis=1).mean()) for levels in (1, 2, 3)
+    ]
     assert errors[0] > errors[1] > errors[2]
     # Statistics and this are the same sum, of float32 features of size 1e2 in different orders of rounding.
     assert list(summary["inertia_by_level"].values()) == pytest.approx(errors, rel=1e-4)
 
 
-def test_spherical_centroids_are_directions_and_labels_the_smallest_angles(corpus: Path, tmp_path: Path) -> None:
-    cluster(ClusterConfig(manifest=str(corpus), num_classes=8, spherical=True, out=str(tmp_path / "codebook")))
+def test_spherical_centroids_are_directions_and_labels_the_smallest_angles(
+    corpus: Path, tmp_path: Path
+) -> None:
+    cluster(
+        ClusterConfig(manifest=str(corpus), num_classes=8, spherical=True, out=str(tmp_path / "codebook"))
+    )
     codebook = Codebook.open(tmp_path / "codebook")
-    np.testing.assert_allclose(np.linalg.norm(codebook.centroids[0], axis=1), 1, atol=1e-6)  # float32 rounding of 39 squares
+    np.testing.assert_allclose(
+        np.linalg.norm(codebook.centroids[0], axis=1), 1, atol=1e-6
+    )  # float32 rounding of 39 squares
     frames = np.concatenate([features for _, features in MfccSource().features(list(Manifest(corpus)))])
     cosines = (frames - codebook.mean).astype(np.float64) @ codebook.centroids[0].T
     best = cosines.max(axis=1)
@@ -206,7 +257,9 @@ def test_the_best_layer_is_the_one_with_the_highest_dev_pnmi(corpus: Path, run: 
         out=str(tmp_path / "c"),
     )
     summary = cluster(config)
-    assert set(summary["sweep"]) == {"0", "1", "2"} and all(0 <= score <= 1 for score in summary["sweep"].values())
+    assert set(summary["sweep"]) == {"0", "1", "2"} and all(
+        0 <= score <= 1 for score in summary["sweep"].values()
+    )
     assert summary["sweep"][str(summary["layer"])] == max(summary["sweep"]["1"], summary["sweep"]["2"])
     assert summary["chosen_by"] == "highest PNMI on 'dev'"
     codebook = Codebook.open(config.out)
@@ -219,7 +272,13 @@ def test_without_alignments_the_best_layer_is_the_middle_one_and_says_so(
 ) -> None:
     manifest = make_corpus(tmp_path, phones=False, num_utterances=4)
     summary = cluster(
-        ClusterConfig(manifest=str(manifest), features="encoder", encoder=str(run), num_classes=4, out=str(tmp_path / "codebook"))
+        ClusterConfig(
+            manifest=str(manifest),
+            features="encoder",
+            encoder=str(run),
+            num_classes=4,
+            out=str(tmp_path / "codebook"),
+        )
     )
     assert summary["layer"] == 1 and "the middle one: 1 of 2" in summary["chosen_by"]
 
@@ -229,16 +288,33 @@ def write_sweep(folder: Path, encoder: str, layer: int = 1, convention: str = "r
     folder.mkdir()
     write_json(folder / "summary.json", {})
     choice = {"layer": layer, "chosen_by": "highest PNMI on 'dev'", "sweep": {"1": 0.4, "2": 0.3}}
-    commit(folder, "layer-sweep", {"convention": convention}, {"encoder": encoder}, ["summary.json"], choice=choice)
+    commit(
+        folder,
+        "layer-sweep",
+        {"convention": convention},
+        {"encoder": encoder},
+        ["summary.json"],
+        choice=choice,
+    )
     return folder
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_the_best_layer_is_the_one_that_a_sweep_recommends(layer: int, corpus: Path, run: Path, tmp_path: Path) -> None:
+def test_the_best_layer_is_the_one_that_a_sweep_recommends(
+    layer: int, corpus: Path, run: Path, tmp_path: Path
+) -> None:
     encoder = open_encoder_source(str(run), 0, device="cpu").fingerprint
-    keys = {"manifest": str(corpus), "features": "encoder", "encoder": str(run), "num_classes": 4, "frames": 100}
+    keys = {
+        "manifest": str(corpus),
+        "features": "encoder",
+        "encoder": str(run),
+        "num_classes": 4,
+        "frames": 100,
+    }
     sweep = write_sweep(tmp_path / "layers", encoder, layer)
-    summary = cluster(ClusterConfig(**keys, sweep=str(sweep), select_split="none", out=str(tmp_path / "followed")))
+    summary = cluster(
+        ClusterConfig(**keys, sweep=str(sweep), select_split="none", out=str(tmp_path / "followed"))
+    )
     assert summary["layer"] == layer and summary["sweep"] == {"1": 0.4, "2": 0.3}
     followed = Codebook.open(tmp_path / "followed")
     assert followed.source["layer"] == layer and followed.meta["fit"]["chosen_by"] == "highest PNMI on 'dev'"
@@ -247,12 +323,26 @@ def test_the_best_layer_is_the_one_that_a_sweep_recommends(layer: int, corpus: P
     assert followed.fingerprint == Codebook.open(tmp_path / "given").fingerprint
 
 
-def test_a_sweep_of_another_encoder_or_other_features_is_refused(corpus: Path, run: Path, tmp_path: Path) -> None:
+def test_a_sweep_of_another_encoder_or_other_features_is_refused(
+    corpus: Path, run: Path, tmp_path: Path
+) -> None:
     encoder = open_encoder_source(str(run), 0, device="cpu").fingerprint
-    keys = {"manifest": str(corpus), "features": "encoder", "encoder": str(run), "num_classes": 4, "out": str(tmp_path / "c")}
-    other, feeds = write_sweep(tmp_path / "other", "0123456789abcdef"), write_sweep(tmp_path / "ff", encoder, 1, "feed_forward")
+    keys = {
+        "manifest": str(corpus),
+        "features": "encoder",
+        "encoder": str(run),
+        "num_classes": 4,
+        "out": str(tmp_path / "c"),
+    }
+    other, feeds = (
+        write_sweep(tmp_path / "other", "0123456789abcdef"),
+        write_sweep(tmp_path / "ff", encoder, 1, "feed_forward"),
+    )
     for sweep, message in [
-        (other, f"other is of encoder 0123456789abcdef, and .* is encoder {encoder}; give this encoder's sweep"),
+        (
+            other,
+            f"other is of encoder 0123456789abcdef, and .* is encoder {encoder}; give this encoder's sweep",
+        ),
         (feeds, "ff is of 'feed_forward' features, and convention is 'residual'"),
         (run, "is a 'encoder'; a 'layer-sweep' is needed here|no meta.json"),
         (tmp_path / "none", "no such layer-sweep"),
@@ -263,27 +353,41 @@ def test_a_sweep_of_another_encoder_or_other_features_is_refused(corpus: Path, r
 
 
 def test_more_classes_than_frames_is_an_error_that_names_both(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"num_classes: 5000 classes cannot be fitted on \d+ frames, and the manifest has no more"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_classes: 5000 classes cannot be fitted on \d+ frames, and the manifest has no more",
+    ):
         cluster(ClusterConfig(manifest=str(corpus), num_classes=5000, out=str(tmp_path / "codebook")))
     with pytest.raises(
-        ValueError, match="num_classes: 50 classes cannot be fitted on 40 frames, and hours or frames allow no more"
+        ValueError,
+        match="num_classes: 50 classes cannot be fitted on 40 frames, and hours or frames allow no more",
     ):
-        cluster(ClusterConfig(manifest=str(corpus), num_classes=50, frames=40, out=str(tmp_path / "codebook")))
+        cluster(
+            ClusterConfig(manifest=str(corpus), num_classes=50, frames=40, out=str(tmp_path / "codebook"))
+        )
     assert not (tmp_path / "codebook").exists()
 
 
-def test_an_unknown_split_or_select_split_is_an_error_that_names_the_known(corpus: Path, run: Path, tmp_path: Path) -> None:
+def test_an_unknown_split_or_select_split_is_an_error_that_names_the_known(
+    corpus: Path, run: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="no utterances of split 'tran'; it has dev, train"):
         cluster(ClusterConfig(manifest=str(corpus), split="tran", out=str(tmp_path / "codebook")))
     with pytest.raises(ValueError, match="no utterances of split 'valid'"):
         cluster(
             ClusterConfig(
-                manifest=str(corpus), features="encoder", encoder=str(run), select_split="valid", out=str(tmp_path / "codebook")
+                manifest=str(corpus),
+                features="encoder",
+                encoder=str(run),
+                select_split="valid",
+                out=str(tmp_path / "codebook"),
             )
         )
 
 
-def test_a_finished_codebook_is_not_overwritten_and_loses_what_a_kill_left_in_it(corpus: Path, tmp_path: Path) -> None:
+def test_a_finished_codebook_is_not_overwritten_and_loses_what_a_kill_left_in_it(
+    corpus: Path, tmp_path: Path
+) -> None:
     config = ClusterConfig(manifest=str(corpus), num_classes=3, out=str(tmp_path / "codebook"))
     cluster(config)
     (tmp_path / "codebook" / "partial").mkdir()
@@ -301,7 +405,10 @@ def test_a_finished_codebook_is_not_overwritten_and_loses_what_a_kill_left_in_it
         ({"features": "encoder", "encoder": "runs/x", "cmvn": True}, "cmvn is a matter of MFCC"),
         ({"features": "encoder", "encoder": "runs/x", "layer": "last"}, "layer"),
         ({"sweep": "runs/layers"}, "sweep is what layer = 'best' of an encoder follows"),
-        ({"features": "encoder", "encoder": "runs/x", "layer": 2, "sweep": "runs/layers"}, "sweep is what layer = 'best'"),
+        (
+            {"features": "encoder", "encoder": "runs/x", "layer": 2, "sweep": "runs/layers"},
+            "sweep is what layer = 'best'",
+        ),
         ({"hours": 1.0, "frames": 5000}, "hours and frames both say how much to fit on; give one"),
         ({"levels": 2, "spherical": True}, "spherical centroids are directions"),
         ({"balance": "speakers"}, "balance"),
@@ -315,7 +422,14 @@ def test_keys_that_do_not_fit_are_reported(keys: dict[str, object], message: str
 
 
 def test_ten_hours_are_the_default_and_a_resolved_config_reads_as_the_same() -> None:
-    for keys, budget in (({}, 1_800_000), ({"hours": 0.5}, 90_000), ({"frames": 777}, 777), ({"hours": 1e-9}, 1)):
+    for keys, budget in (
+        ({}, 1_800_000),
+        ({"hours": 0.5}, 90_000),
+        ({"frames": 777}, 777),
+        ({"hours": 1e-9}, 1),
+    ):
         config = parse_config(ClusterConfig, {"manifest": "m", "out": "o", **keys}, "c.toml")
-        assert config.budget == budget and parse_config(ClusterConfig, config.resolved(), "resolved") == config
+        assert (
+            config.budget == budget and parse_config(ClusterConfig, config.resolved(), "resolved") == config
+        )
     assert parse_config(ClusterConfig, {"manifest": "m", "out": "o"}, "c.toml").resolved()["hours"] == 10.0

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pretrain.artefact import read_meta
-from pretrain.checkpoint import save_checkpoint
-from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.labels import Labels, commit_labels
-from pretrain.manifest import Manifest, write_manifest
+from pretrain.data.labels import Labels, commit_labels
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.store.artefact import read_meta
+from pretrain.training.checkpoint import save_checkpoint
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook, write_codebook
 from quantize.encoding import EncodeConfig, _share_of_the_machine, default_num_shards, encode, plan_shards
@@ -40,7 +40,11 @@ def mfcc_codebook(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str
 @pytest.fixture(scope="module")
 def encoder_codebook(corpus: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("codebooks") / "encoder")
-    cluster(ClusterConfig(manifest=str(corpus), num_classes=8, features="encoder", encoder=str(run), layer=2, out=out))
+    cluster(
+        ClusterConfig(
+            manifest=str(corpus), num_classes=8, features="encoder", encoder=str(run), layer=2, out=out
+        )
+    )
     return out
 
 
@@ -57,7 +61,9 @@ def labels_by_id(folder: Path) -> dict[str, list[int]]:
     return {utterance: labels[utterance].tolist() for utterance in sorted(labels.ids)}
 
 
-def test_encode_labels_every_frame_with_its_nearest_centroid(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
+def test_encode_labels_every_frame_with_its_nearest_centroid(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
     out = tmp_path / "labels"
     summary = encode(EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=3, out=str(out)))
     labels, codebook = Labels(out), Codebook.open(mfcc_codebook)
@@ -66,16 +72,33 @@ def test_encode_labels_every_frame_with_its_nearest_centroid(corpus: Path, mfcc_
     for utterance, features in MfccSource().features(list(Manifest(corpus))):
         distances = ((features[:, None] - (codebook.centroids[0] + codebook.mean)) ** 2).sum(axis=2)
         assert labels[utterance.id].tolist() == distances.argmin(axis=1).tolist()
-    assert summary["utterances"] == 12 and summary["num_shards"] == 3 and summary["audio_seconds_per_second"] > 0
+    assert (
+        summary["utterances"] == 12 and summary["num_shards"] == 3 and summary["audio_seconds_per_second"] > 0
+    )
     assert 0 < summary["usage"] <= 1 <= summary["perplexity"] <= 8
-    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".npy", ".npy", ".npy", ".parquet", ".parquet", ".parquet"]
+    assert sorted(path.suffix for path in out.iterdir()) == [
+        ".json",
+        ".npy",
+        ".npy",
+        ".npy",
+        ".parquet",
+        ".parquet",
+        ".parquet",
+    ]
 
 
-def test_labels_do_not_depend_on_shards_or_workers(corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path) -> None:
+def test_labels_do_not_depend_on_shards_or_workers(
+    corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path
+) -> None:
     found = []
     for shards, workers in ((1, 1), (5, 3), (100, 2)):
         out = tmp_path / f"labels{shards}"
-        keys: dict[str, Any] = {"manifest": str(corpus), "codebook": encoder_codebook, "encoder": str(run), "out": str(out)}
+        keys: dict[str, Any] = {
+            "manifest": str(corpus),
+            "codebook": encoder_codebook,
+            "encoder": str(run),
+            "out": str(out),
+        }
         summary = encode(EncodeConfig(num_shards=shards, workers=workers, **keys))
         assert summary["num_shards"] <= 12
         found.append(labels_by_id(out))
@@ -93,7 +116,9 @@ def test_a_lower_precision_tells_how_many_labels_agree_with_float32(
     assert summary["label_agreement"] == pytest.approx(same.mean()) and same.mean() > 0.8
 
 
-def test_shards_of_another_precision_are_not_added_to(corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path) -> None:
+def test_shards_of_another_precision_are_not_added_to(
+    corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path
+) -> None:
     keys: dict[str, Any] = {
         "manifest": str(corpus),
         "codebook": encoder_codebook,
@@ -107,8 +132,12 @@ def test_shards_of_another_precision_are_not_added_to(corpus: Path, run: Path, e
         encode(EncodeConfig(**keys, num_shards=3, precision="bfloat16"))
 
 
-def test_a_lost_shard_is_made_again_with_identical_bytes(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
-    config = EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "labels"))
+def test_a_lost_shard_is_made_again_with_identical_bytes(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
+    config = EncodeConfig(
+        manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "labels")
+    )
     encode(config)
     whole = content(tmp_path / "labels")
     (tmp_path / "labels" / "meta.json").unlink()
@@ -123,7 +152,9 @@ def test_a_lost_shard_is_made_again_with_identical_bytes(corpus: Path, mfcc_code
 def test_an_error_half_way_keeps_the_finished_shards_and_a_rerun_goes_on(
     corpus: Path, mfcc_codebook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "labels"))
+    config = EncodeConfig(
+        manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "labels")
+    )
     real, calls = Codebook.assign, []
 
     def assign(codebook: Codebook, features: np.ndarray) -> np.ndarray:
@@ -131,30 +162,49 @@ def test_an_error_half_way_keeps_the_finished_shards_and_a_rerun_goes_on(
         return real(codebook, features * (np.nan if len(calls) == 8 else 1))
 
     monkeypatch.setattr(Codebook, "assign", assign)
-    with pytest.raises(ValueError, match=r"u07\.wav \(utterance 'u07'\): features: NaN or infinity in frame 0"):
+    with pytest.raises(
+        ValueError, match=r"u07\.wav \(utterance 'u07'\): features: NaN or infinity in frame 0"
+    ):
         encode(config)
     finished = content(tmp_path / "labels")
     assert len(finished) >= 2 and not (tmp_path / "labels" / "meta.json").exists()
     encode(config)
-    encode(EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "again")))
+    encode(
+        EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "again"))
+    )
     assert content(tmp_path / "labels") == content(tmp_path / "again")
 
 
-def test_unfinished_work_on_something_else_is_not_continued(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "out": str(tmp_path / "labels")}
+def test_unfinished_work_on_something_else_is_not_continued(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "codebook": mfcc_codebook,
+        "out": str(tmp_path / "labels"),
+    }
     (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "plan.json").write_text('{"manifest": "x", "split": null, "codebook": "y", "num_shards": 8}')
+    (tmp_path / "labels" / "plan.json").write_text(
+        '{"manifest": "x", "split": null, "codebook": "y", "num_shards": 8}'
+    )
     with pytest.raises(ValueError, match="unfinished work on something else .*codebook 'y' there"):
         encode(EncodeConfig(**keys))
 
 
 def test_an_encoder_that_is_not_the_codebook_s_is_an_error_naming_both(
-    corpus: Path, run: Path, make_run: Callable[..., Path], encoder_codebook: str, mfcc_codebook: str, tmp_path: Path
+    corpus: Path,
+    run: Path,
+    make_run: Callable[..., Path],
+    encoder_codebook: str,
+    mfcc_codebook: str,
+    tmp_path: Path,
 ) -> None:
     keys: dict[str, Any] = {"manifest": str(corpus), "out": str(tmp_path / "labels")}
     other = make_run(tmp_path / "other", seed=1)
     own = Codebook.open(encoder_codebook).source["encoder"]
-    with pytest.raises(ValueError, match=rf"{encoder_codebook} was fitted on encoder {own}, and {other} is encoder \w+"):
+    with pytest.raises(
+        ValueError, match=rf"{encoder_codebook} was fitted on encoder {own}, and {other} is encoder \w+"
+    ):
         encode(EncodeConfig(codebook=encoder_codebook, encoder=str(other), **keys))
     with pytest.raises(ValueError, match="quantises layer 2 of encoder .* give its run folder"):
         encode(EncodeConfig(codebook=encoder_codebook, **keys))
@@ -164,8 +214,12 @@ def test_an_encoder_that_is_not_the_codebook_s_is_an_error_naming_both(
 
 
 def test_one_split_can_be_encoded_alone(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
-    summary = encode(EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, split="dev", out=str(tmp_path / "labels")))
-    assert summary["utterances"] == 3 and Labels(tmp_path / "labels").ids == Manifest(corpus).select("dev").ids
+    summary = encode(
+        EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, split="dev", out=str(tmp_path / "labels"))
+    )
+    assert (
+        summary["utterances"] == 3 and Labels(tmp_path / "labels").ids == Manifest(corpus).select("dev").ids
+    )
 
 
 @given(st.lists(st.integers(400, 500_000), min_size=1, max_size=60), st.integers(1, 20))
@@ -173,7 +227,9 @@ def test_shards_hold_every_row_once_in_order_and_none_is_empty(lengths: list[int
     shards = plan_shards(np.array(lengths), num_shards)
     assert np.concatenate(shards).tolist() == list(range(len(lengths)))
     assert 1 <= len(shards) <= num_shards and all(len(shard) for shard in shards)
-    assert max(sum(lengths[row] for row in shard) for shard in shards) <= sum(lengths) / num_shards + max(lengths)
+    assert max(sum(lengths[row] for row in shard) for shard in shards) <= sum(lengths) / num_shards + max(
+        lengths
+    )
 
 
 # Which features a frame has does not depend on how the corpus is cut up
@@ -197,16 +253,23 @@ def write_border_codebook(folder: Path, source: FeatureSource, frames: np.ndarra
     directions *= 0.2 * gaps[:, None] / np.linalg.norm(directions, axis=1, keepdims=True)
     centroids = np.concatenate([frames + directions, frames - directions]).astype(np.float32)
     describe = source.describe()
-    write_codebook(folder, centroids[None], np.zeros(source.dim), describe, {}, {}, {"encoder": describe["encoder"]})
+    write_codebook(
+        folder, centroids[None], np.zeros(source.dim), describe, {}, {}, {"encoder": describe["encoder"]}
+    )
     return Codebook.open(folder)
 
 
 BORDERS = {
     "filterbank": {"architecture": "small", "num_layers": 2},
     "waveform": {
-        "architecture": "tiny", "front_end": "waveform", "norm_first": False, "conv_norm": "group", "dim": 256, "ffn_dim": 1024,
+        "architecture": "tiny",
+        "front_end": "waveform",
+        "norm_first": False,
+        "conv_norm": "group",
+        "dim": 256,
+        "ffn_dim": 1024,
     },
-}  # fmt: skip
+}
 
 
 def on_borders(kind: str, corpus: Path, folder: Path, changes: list[tuple[int, dict[str, Any]]]) -> None:
@@ -219,19 +282,32 @@ def on_borders(kind: str, corpus: Path, folder: Path, changes: list[tuple[int, d
     noise = 1e-6 * np.random.default_rng(1).standard_normal(frames.shape).astype(np.float32)
     # This can fail: differences in the last bits, such as another number of rows makes, turn many labels over.
     assert (codebook.assign(frames) != codebook.assign(frames + noise)).mean() > 0.05
-    expected, threads = {name: codebook.assign(features).tolist() for name, features in found.items()}, torch.get_num_threads()
+    expected, threads = (
+        {name: codebook.assign(features).tolist() for name, features in found.items()},
+        torch.get_num_threads(),
+    )
     try:
         for number, (num_threads, changed) in enumerate(changes):
             torch.set_num_threads(num_threads)
             out = folder / f"labels{number}"
-            encode(EncodeConfig(manifest=str(corpus), codebook=str(codebook.folder), encoder=str(run), out=str(out), **changed))
+            encode(
+                EncodeConfig(
+                    manifest=str(corpus),
+                    codebook=str(codebook.folder),
+                    encoder=str(run),
+                    out=str(out),
+                    **changed,
+                )
+            )
             assert labels_by_id(out) == expected, changed
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", BORDERS)
-def test_not_one_frame_on_a_border_depends_on_batches_shards_or_threads(corpus: Path, tmp_path: Path, kind: str) -> None:
+def test_not_one_frame_on_a_border_depends_on_batches_shards_or_threads(
+    corpus: Path, tmp_path: Path, kind: str
+) -> None:
     changes: list[tuple[int, dict[str, Any]]] = [
         (1, {"num_shards": 1}),
         (2, {"num_shards": 5, "workers": 3}),
@@ -244,7 +320,12 @@ def test_not_one_frame_on_a_border_depends_on_batches_shards_or_threads(corpus: 
 @pytest.mark.slow  # torch is imported four times
 @pytest.mark.parametrize("kind", BORDERS)
 def test_not_one_frame_on_a_border_depends_on_processes(corpus: Path, tmp_path: Path, kind: str) -> None:
-    on_borders(kind, corpus, tmp_path, [(1, {"num_shards": 3, "processes": 2}), (2, {"num_shards": 4, "processes": 2})])
+    on_borders(
+        kind,
+        corpus,
+        tmp_path,
+        [(1, {"num_shards": 3, "processes": 2}), (2, {"num_shards": 4, "processes": 2})],
+    )
 
 
 # Kills, and several processes at once
@@ -252,7 +333,7 @@ def test_not_one_frame_on_a_border_depends_on_processes(corpus: Path, tmp_path: 
 HARNESS = """
 import json, os, random, signal, sys, time
 
-from pretrain.labels import shard_stands
+from pretrain.data.labels import shard_stands
 from quantize import encoding, features
 
 config, task = json.loads(sys.argv[1]), sys.argv[2]
@@ -293,7 +374,7 @@ def kill(child):
     return not finish(child)
 
 if task == "random":
-    import pretrain.encoder  # here, so that no fork pays for it; nothing is computed before the forks, so that no thread is lost in them
+    import pretrain.model.encoder  # here, so that no fork pays for it; nothing is computed before the forks, so that no thread is lost in them
 
     features.load_audio, landed = slow, {}
     for shard in range(3):
@@ -329,7 +410,9 @@ else:
 
 def harness(task: str, **config: Any) -> list[Any]:
     command = [sys.executable, "-c", HARNESS, json.dumps(config), task]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -337,7 +420,7 @@ def harness(task: str, **config: Any) -> list[Any]:
 @pytest.mark.slow
 def test_five_random_kills_in_every_shard_leave_no_trace(
     corpus: Path, run: Path, encoder_codebook: str, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     keys: dict[str, Any] = {
         "manifest": str(corpus),
         "codebook": encoder_codebook,
@@ -348,22 +431,35 @@ def test_five_random_kills_in_every_shard_leave_no_trace(
     encode(EncodeConfig(**keys, out=str(tmp_path / "whole")))
     (landed,) = harness("random", **keys, out=str(tmp_path / "killed"))
     assert landed.keys() == {"0", "1", "2"} and min(landed.values()) >= 5
-    assert content(tmp_path / "killed") == content(tmp_path / "whole") and Labels(tmp_path / "killed").ids == Manifest(corpus).ids
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(["meta.json", *content(tmp_path / "whole")])
+    assert (
+        content(tmp_path / "killed") == content(tmp_path / "whole")
+        and Labels(tmp_path / "killed").ids == Manifest(corpus).ids
+    )
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(
+        ["meta.json", *content(tmp_path / "whole")]
+    )
 
 
-def test_a_kill_before_any_step_of_any_file_leaves_no_trace(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
+def test_a_kill_before_any_step_of_any_file_leaves_no_trace(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
     keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "num_shards": 2}
     encode(EncodeConfig(**keys, out=str(tmp_path / "whole")))
     killed = harness("steps", **keys, out=str(tmp_path / "killed"))
-    assert len(killed) == 3 * (1 + 2 * 2 + 1)  # file, rename, folder; of the plan, two files a shard, meta.json
+    assert len(killed) == 3 * (
+        1 + 2 * 2 + 1
+    )  # file, rename, folder; of the plan, two files a shard, meta.json
     assert any(name.endswith(".tmp") for _, left, _ in killed for name in left)
     for out, _, finished in killed:
         assert content(Path(out)) == content(tmp_path / "whole") and Labels(out).ids == Manifest(corpus).ids
-        assert finished or sorted(path.name for path in Path(out).iterdir()) == sorted(["meta.json", *content(tmp_path / "whole")])
+        assert finished or sorted(path.name for path in Path(out).iterdir()) == sorted(
+            ["meta.json", *content(tmp_path / "whole")]
+        )
 
 
-def test_processes_that_do_the_same_shards_at_once_do_no_harm(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
+def test_processes_that_do_the_same_shards_at_once_do_no_harm(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
     keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "num_shards": 4}
     whole = encode(EncodeConfig(**keys, out=str(tmp_path / "whole")))
     harness("together", **keys, out=str(tmp_path / "labels"))
@@ -376,7 +472,12 @@ def test_processes_share_the_shards_and_name_a_file_that_cannot_be_read(
     mfcc_codebook: str, make_corpus: Callable[..., Path], tmp_path: Path
 ) -> None:
     corpus = make_corpus(tmp_path, num_utterances=10)
-    keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "num_shards": 5, "processes": 2}
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "codebook": mfcc_codebook,
+        "num_shards": 5,
+        "processes": 2,
+    }
     damaged = tmp_path / "u06.wav"
     sound = damaged.read_bytes()
     damaged.write_bytes(sound[: len(sound) // 2])
@@ -387,10 +488,14 @@ def test_processes_share_the_shards_and_name_a_file_that_cannot_be_read(
     summary = encode(EncodeConfig(**keys, out=str(tmp_path / "labels")))
     alone = encode(EncodeConfig(**{**keys, "processes": 1}, out=str(tmp_path / "alone")))
     assert content(tmp_path / "labels") == content(tmp_path / "alone")
-    assert {"seconds", "audio_seconds_per_second"} <= summary.keys() == alone.keys() and summary["usage"] == alone["usage"]
+    assert {"seconds", "audio_seconds_per_second"} <= summary.keys() == alone.keys() and summary[
+        "usage"
+    ] == alone["usage"]
 
 
-def test_a_killed_process_ends_the_others_and_is_told_of(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_others_and_is_told_of(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
     def kill_one() -> None:
         while not (children := multiprocessing.active_children()):
             time.sleep(0.01)
@@ -398,8 +503,12 @@ def test_a_killed_process_ends_the_others_and_is_told_of(corpus: Path, mfcc_code
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    config = EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, processes=2, out=str(tmp_path / "labels"))
-    with pytest.raises(ValueError, match=r"one of 2 processes was ended by SIGKILL, .* memory .* \d of 4 shards stand"):
+    config = EncodeConfig(
+        manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, processes=2, out=str(tmp_path / "labels")
+    )
+    with pytest.raises(
+        ValueError, match=r"one of 2 processes was ended by SIGKILL, .* memory .* \d of 4 shards stand"
+    ):
         encode(config)
     killer.join()
     assert not multiprocessing.active_children()
@@ -425,11 +534,21 @@ def test_each_process_has_its_share_of_the_threads_and_a_gpu_in_turn(monkeypatch
 # Parts, for machines that share a disk
 
 
-def test_parts_do_their_share_and_the_last_one_commits(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "num_shards": 5, "out": str(tmp_path / "labels")}
+def test_parts_do_their_share_and_the_last_one_commits(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "codebook": mfcc_codebook,
+        "num_shards": 5,
+        "out": str(tmp_path / "labels"),
+    }
     summary = encode(EncodeConfig(**keys, part="2/3"))
     assert (summary["shards_missing"], summary["shards_already_done"], summary["num_shards"]) == (3, 0, 5)
-    assert sorted(path.name for path in (tmp_path / "labels").glob("*.npy")) == ["shard_00001.npy", "shard_00004.npy"]
+    assert sorted(path.name for path in (tmp_path / "labels").glob("*.npy")) == [
+        "shard_00001.npy",
+        "shard_00004.npy",
+    ]
     assert encode(EncodeConfig(**keys, part="3/3"))["shards_missing"] == 2
     assert encode(EncodeConfig(**keys, part="3/3"))["shards_already_done"] == 1
     assert "shards_missing" not in encode(EncodeConfig(**keys, part="1/3"))
@@ -438,14 +557,20 @@ def test_parts_do_their_share_and_the_last_one_commits(corpus: Path, mfcc_codebo
     assert metas[0]["fingerprint"] == metas[1]["fingerprint"] and metas[0]["config"]["part"] is None
     late = encode(EncodeConfig(**keys, part="3/3"))  # a job that starts when all is done
     assert late["utterances"] == 12 and late["shards_already_done"] == 1
-    with pytest.raises(ValueError, match="holds finished labels of something else .*split None there, 'dev' now"):
+    with pytest.raises(
+        ValueError, match="holds finished labels of something else .*split None there, 'dev' now"
+    ):
         encode(EncodeConfig(**keys, part="3/3", split="dev"))
     with pytest.raises(ValueError, match="already holds a finished artefact"):
         encode(EncodeConfig(**keys))
 
 
-def test_two_parts_may_commit_at_once(corpus: Path, mfcc_codebook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=3, out=str(tmp_path / "labels"), part="1/1")
+def test_two_parts_may_commit_at_once(
+    corpus: Path, mfcc_codebook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EncodeConfig(
+        manifest=str(corpus), codebook=mfcc_codebook, num_shards=3, out=str(tmp_path / "labels"), part="1/1"
+    )
     real = commit_labels
 
     def other_first(*arguments: Any, **keys: Any) -> str:
@@ -455,7 +580,10 @@ def test_two_parts_may_commit_at_once(corpus: Path, mfcc_codebook: str, tmp_path
 
     monkeypatch.setattr("quantize.encoding.commit_labels", other_first)
     assert encode(config)["utterances"] == 12
-    assert Labels(tmp_path / "labels").ids == Manifest(corpus).ids and not (tmp_path / "labels" / "plan.json").exists()
+    assert (
+        Labels(tmp_path / "labels").ids == Manifest(corpus).ids
+        and not (tmp_path / "labels" / "plan.json").exists()
+    )
 
 
 @pytest.mark.parametrize("part", ["0/4", "5/4", "1", "a/b", "1/", "-1/4"])
@@ -487,11 +615,18 @@ def test_damaged_shards_are_made_again(corpus: Path, mfcc_codebook: str, tmp_pat
 
 def test_another_part_s_damaged_shard_is_not_merged(corpus: Path, mfcc_codebook: str, tmp_path: Path) -> None:
     out = tmp_path / "labels"
-    keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "num_shards": 4, "out": str(out)}
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "codebook": mfcc_codebook,
+        "num_shards": 4,
+        "out": str(out),
+    }
     encode(EncodeConfig(**keys, part="1/2"))
     array = np.load(out / "shard_00000.npy")
     np.save(out / "shard_00000.npy", array[:-1])
-    with pytest.raises(ValueError, match=rf"shard_00000\.npy: {len(array) - 1} frames where the index has {len(array)}"):
+    with pytest.raises(
+        ValueError, match=rf"shard_00000\.npy: {len(array) - 1} frames where the index has {len(array)}"
+    ):
         encode(EncodeConfig(**keys, part="2/2"))
     assert not (out / "meta.json").exists()
     encode(EncodeConfig(**keys))
@@ -502,7 +637,9 @@ def test_a_file_that_changed_since_it_was_indexed_ends_the_run_by_its_name(
     mfcc_codebook: str, make_corpus: Callable[..., Path], tmp_path: Path
 ) -> None:
     corpus = make_corpus(tmp_path, num_utterances=8)
-    config = EncodeConfig(manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "labels"), workers=1)
+    config = EncodeConfig(
+        manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, out=str(tmp_path / "labels"), workers=1
+    )
     (tmp_path / "u05.wav").unlink()
     with pytest.raises(ValueError, match=r"u05\.wav \(utterance 'u05'\): no such file"):
         encode(config)
@@ -514,21 +651,45 @@ def test_a_file_that_changed_since_it_was_indexed_ends_the_run_by_its_name(
 
 def test_levels_have_their_usage_and_agreement_each(corpus: Path, run: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "codebook")
-    cluster(ClusterConfig(manifest=str(corpus), num_classes=6, levels=2, features="encoder", encoder=str(run), layer=2, out=out))
-    keys: dict[str, Any] = {"manifest": str(corpus), "codebook": out, "encoder": str(run), "precision": "int8"}
+    cluster(
+        ClusterConfig(
+            manifest=str(corpus),
+            num_classes=6,
+            levels=2,
+            features="encoder",
+            encoder=str(run),
+            layer=2,
+            out=out,
+        )
+    )
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "codebook": out,
+        "encoder": str(run),
+        "precision": "int8",
+    }
     summary = encode(EncodeConfig(**keys, out=str(tmp_path / "labels")))
     labels = Labels(tmp_path / "labels")
     classes = np.concatenate([labels[name] for name in labels.ids])
     assert classes.shape == (Manifest(corpus).num_frames.sum(), 2)
     assert summary["usage_by_level"] == [len(np.unique(level)) / 6 for level in classes.T]
-    assert summary["usage"] == summary["usage_by_level"][0] and summary["perplexity"] == summary["perplexity_by_level"][0]
+    assert (
+        summary["usage"] == summary["usage_by_level"][0]
+        and summary["perplexity"] == summary["perplexity_by_level"][0]
+    )
     assert 0.5 < summary["label_agreement_all_levels"] <= summary["label_agreement"] <= 1
 
 
 def write_copies(folder: Path, corpus: Path, copies: int) -> Path:
     """A manifest with every recording so many times."""
     rows = [
-        {"id": f"{copy:03d}-{row.id}", "path": row.path, "start": 0, "num_samples": row.num_samples, "sample_rate": 16000}
+        {
+            "id": f"{copy:03d}-{row.id}",
+            "path": row.path,
+            "start": 0,
+            "num_samples": row.num_samples,
+            "sample_rate": 16000,
+        }
         for copy in range(copies)
         for row in Manifest(corpus)
     ]
@@ -548,7 +709,9 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 def start_encode(*arguments: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize("features", ["mfcc", pytest.param("encoder", marks=pytest.mark.slow)])
@@ -559,7 +722,9 @@ def test_memory_does_not_grow_with_the_corpus(
     peaks = []
     for copies in (10, 80):
         manifest = write_copies(tmp_path / f"manifest{copies}", corpus, copies)
-        peaks.append(int(start_encode(manifest, codebook, tmp_path / f"labels{copies}", 1, *encoder).communicate()[0]))
+        peaks.append(
+            int(start_encode(manifest, codebook, tmp_path / f"labels{copies}", 1, *encoder).communicate()[0])
+        )
     # kB; the longer one has 840 rows and 11 minutes of audio more: 40 MB as samples, 22 MB as features of 8 dimensions and more
     assert peaks[1] < peaks[0] + 8_000, peaks
 
@@ -567,7 +732,7 @@ def test_memory_does_not_grow_with_the_corpus(
 @pytest.mark.slow  # eight imports, and audio for some seconds
 def test_the_processes_of_a_killed_one_end_by_themselves_and_leave_no_trace(
     corpus: Path, mfcc_codebook: str, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     manifest = write_copies(tmp_path / "manifest", corpus, 150)
     encode(EncodeConfig(manifest=str(manifest), codebook=mfcc_codebook, out=str(tmp_path / "whole")))
     out = tmp_path / "labels"
@@ -580,7 +745,10 @@ def test_the_processes_of_a_killed_one_end_by_themselves_and_leave_no_trace(
         parent.kill()
         parent.communicate()
         deadline = time.monotonic() + 20
-        while any(Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes() for child in children):
+        while any(
+            Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes()
+            for child in children
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert start_encode(manifest, mfcc_codebook, out, 2).wait() == 0
@@ -588,4 +756,10 @@ def test_the_processes_of_a_killed_one_end_by_themselves_and_leave_no_trace(
 
 
 def test_by_default_a_shard_is_half_an_hour_of_audio_within_limits() -> None:
-    assert [default_num_shards(3600 * hours) for hours in (0.1, 4, 100, 500, 60_000)] == [8, 8, 200, 1000, 1000]
+    assert [default_num_shards(3600 * hours) for hours in (0.1, 4, 100, 500, 60_000)] == [
+        8,
+        8,
+        200,
+        1000,
+        1000,
+    ]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantize.features
-from pretrain.audio import num_frames
-from pretrain.encoder import load_encoder
-from pretrain.manifest import Manifest, Utterance
-from pretrain.packing import Layout
+from pretrain.data.audio import num_frames
+from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.packing import Layout
+from pretrain.model.encoder import load_encoder
 from quantize.features import (
     EncoderSource,
     LayerConvention,
@@ -24,8 +24,8 @@ from quantize.features import (
     open_encoder_source,
     plan_batches,
     plan_windows,
-)  # fmt: skip
-from tests.pretrain.test_streaming import CHUNKS, KINDS, ROUNDING, encoder
+)
+from tests.pretrain.model.test_streaming import CHUNKS, KINDS, ROUNDING, encoder
 
 
 def kaldi_mfcc(wave: np.ndarray) -> np.ndarray:
@@ -36,10 +36,12 @@ def kaldi_mfcc(wave: np.ndarray) -> np.ndarray:
 
     edges = np.linspace(mel(np.array(20.0)), mel(np.array(8000.0)), 25)
     bins = mel(np.arange(257) * 16000 / 512)
-    bank = np.array([
-        np.maximum(0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
-        for low, centre, high in zip(edges[:-2], edges[1:-1], edges[2:], strict=True)
-    ])  # fmt: skip
+    bank = np.array(
+        [
+            np.maximum(0, np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)))
+            for low, centre, high in zip(edges[:-2], edges[1:-1], edges[2:], strict=True)
+        ]
+    )
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
     dct = np.sqrt(2 / 23) * np.cos(np.pi / 23 * np.outer(np.arange(13), np.arange(23) + 0.5))
     dct[0] = np.sqrt(1 / 23)
@@ -50,15 +52,20 @@ def kaldi_mfcc(wave: np.ndarray) -> np.ndarray:
         frame = frame - frame.mean()
         frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
         power = np.abs(np.fft.rfft(frame * window, 512)) ** 2
-        frames.append(lifter * (dct @ np.log(np.maximum(bank[:, :256] @ power[:256], np.finfo(np.float32).eps))))
+        frames.append(
+            lifter * (dct @ np.log(np.maximum(bank[:, :256] @ power[:256], np.finfo(np.float32).eps)))
+        )
     return np.array(frames)
 
 
 def slow_deltas(features: np.ndarray) -> np.ndarray:
     last = len(features) - 1
-    return np.array([
-        sum(n * features[min(max(t + n, 0), last)] for n in (-2, -1, 1, 2)) / 10 for t in range(len(features))
-    ])  # fmt: skip
+    return np.array(
+        [
+            sum(n * features[min(max(t + n, 0), last)] for n in (-2, -1, 1, 2)) / 10
+            for t in range(len(features))
+        ]
+    )
 
 
 def test_mfcc_equal_kaldis_formula_with_hubert_s_deltas() -> None:
@@ -150,14 +157,18 @@ def test_batches_change_features_by_rounding_only(corpus: Path, run: Path) -> No
         np.testing.assert_allclose(features, alone, atol=2e-5)
 
 
-def test_a_batch_has_utterances_of_one_group_only(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_has_utterances_of_one_group_only(
+    corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     utterances = list(Manifest(corpus))
     source = open_encoder_source(str(run), 0, device="cpu", workers=1)
     source.batch_seconds = 60.0
     sizes: list[int] = []
     real = EncoderSource._extract
 
-    def extract(self: EncoderSource, waveforms: list[np.ndarray], layers: list[int], totals: Any = None) -> list[list[np.ndarray]]:
+    def extract(
+        self: EncoderSource, waveforms: list[np.ndarray], layers: list[int], totals: Any = None
+    ) -> list[list[np.ndarray]]:
         sizes.append(len(waveforms))
         return real(self, waveforms, layers, totals)
 
@@ -180,7 +191,9 @@ def test_groups_are_asked_for_as_they_are_needed(corpus: Path, run: Path) -> Non
 def test_all_layers_at_once_equal_each_layer_alone(corpus: Path, run: Path) -> None:
     utterances = list(Manifest(corpus))[:2]
     source = open_encoder_source(str(run), 1, device="cpu", batch_seconds=None, workers=1)
-    for (_, layers), (_, features) in zip(source.all_layers(utterances), source.features(utterances), strict=True):
+    for (_, layers), (_, features) in zip(
+        source.all_layers(utterances), source.features(utterances), strict=True
+    ):
         assert len(layers) == 3
         assert np.array_equal(layers[1], features)
 
@@ -193,7 +206,7 @@ class WindowSums:
 
     def extract_packed(
         self, waveforms: torch.Tensor, layout: Layout, last: int, convention: str, totals: None
-    ) -> list[torch.Tensor]:  # fmt: skip
+    ) -> list[torch.Tensor]:
         return [layout.drop_between(waveforms.double().unfold(0, 400, 320).sum(dim=1, keepdim=True))]
 
 
@@ -237,14 +250,21 @@ def test_a_streaming_encoder_has_no_cuts_in_a_long_utterance(
     extracted: list[np.ndarray] = []
     real = EncoderSource._extract_online
     monkeypatch.setattr(
-        EncoderSource, "_extract_online", lambda self, wave, layers: [extracted.append(wave), real(self, wave, layers)][1]
+        EncoderSource,
+        "_extract_online",
+        lambda self, wave, layers: [extracted.append(wave), real(self, wave, layers)][1],
     )
-    for found in (list(source.all_layers(utterances, [0, 2])), list(source._in_batches([utterances], [0, 2]))):
+    for found in (
+        list(source.all_layers(utterances, [0, 2])),
+        list(source._in_batches([utterances], [0, 2])),
+    ):
         for (utterance, layers), (_, wanted) in zip(found, expected, strict=True):
             for one, other in zip(layers, wanted, strict=True):
                 assert one.shape == (utterance.num_frames, source.dim)
                 np.testing.assert_allclose(one, other, **ROUNDING)
-    assert [num_frames(len(wave)) for wave in extracted] == [utterances[0].num_frames] * 2  # that, and not the other
+    assert [num_frames(len(wave)) for wave in extracted] == [
+        utterances[0].num_frames
+    ] * 2  # that, and not the other
 
 
 @given(st.integers(1, 30_000))
@@ -252,13 +272,18 @@ def test_windows_cover_each_frame_once(total: int) -> None:
     windows = plan_windows(total)
     assert windows[0][0] == 0 and windows[-1][1] == total
     assert all(left[1] == right[0] for left, right in pairwise(windows))
-    assert all(0 < end - start <= 5000 and first <= start and last >= end for start, end, first, last in windows)
+    assert all(
+        0 < end - start <= 5000 and first <= start and last >= end for start, end, first, last in windows
+    )
 
 
 def test_other_precisions_change_features_a_little_and_nothing_but_that(corpus: Path, run: Path) -> None:
     utterances = list(Manifest(corpus))
     options: dict[str, Any] = {"device": "cpu", "batch_seconds": None, "workers": 1}
-    expected = {utterance.id: features for utterance, features in open_encoder_source(str(run), 2, **options).features(utterances)}
+    expected = {
+        utterance.id: features
+        for utterance, features in open_encoder_source(str(run), 2, **options).features(utterances)
+    }
     scale = np.concatenate(list(expected.values())).std()
     # relative errors of a product: 2^-9 of a bfloat16 factor, 1 / 254 of the largest of a row in 8 bits; a few products deep
     for precision, bound in (("bfloat16", 0.03), ("int8", 0.1)):
@@ -274,7 +299,9 @@ def test_int8_is_refused_on_a_gpu(run: Path) -> None:
         EncoderSource(encoder, "", 1, device="cuda", precision="int8")
 
 
-def test_the_other_layer_convention_is_what_the_feed_forward_adds_and_the_codebook_knows_it(corpus: Path, run: Path) -> None:
+def test_the_other_layer_convention_is_what_the_feed_forward_adds_and_the_codebook_knows_it(
+    corpus: Path, run: Path
+) -> None:
     utterances = list(Manifest(corpus))[:2]
     sources = [
         open_encoder_source(str(run), 2, device="cpu", batch_seconds=None, workers=1, convention=convention)
@@ -316,7 +343,11 @@ def test_an_error_in_a_decoding_thread_reaches_the_consumer_and_stops_the_rest()
 def test_of_hour_long_recordings_two_at_a_time_are_decoded() -> None:
     utterances = [Utterance(str(number), "", 0, 3000 * 16000, 16000) for number in range(10)]
     asked: list[Utterance] = []
-    generator = ahead(lambda utterance: utterance.id, ((asked.append(utterance), utterance)[1] for utterance in utterances), 2)
+    generator = ahead(
+        lambda utterance: utterance.id,
+        ((asked.append(utterance), utterance)[1] for utterance in utterances),
+        2,
+    )
     for place, (utterance, name) in enumerate(generator):
         assert utterance == utterances[place] and name == utterance.id and len(asked) <= place + 2
     assert asked == utterances

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from sklearn.cluster import BisectingKMeans, KMeans, MiniBatchKMeans
 
-from pretrain.artefact import is_complete, read_meta, sha256_file
 from pretrain.config import parse_config
+from pretrain.store.artefact import is_complete, read_meta, sha256_file
 from quantize import joblib_file
 from quantize.codebook import Codebook, write_codebook
 from quantize.importing import CodebookImportConfig, export_codebook, import_codebook, read_centroid_file
@@ -30,7 +30,9 @@ def draws(num_frames: int = 3000, seed: int = 0, offset: float = 20.0) -> np.nda
     """Frames like MFCC: clusters of several sizes, a long way from the origin."""
     rng = np.random.default_rng(seed)
     centres = 4 * rng.standard_normal((12, DIM)) + offset
-    return (centres[rng.integers(12, size=num_frames)] + rng.standard_normal((num_frames, DIM))).astype(np.float32)
+    return (centres[rng.integers(12, size=num_frames)] + rng.standard_normal((num_frames, DIM))).astype(
+        np.float32
+    )
 
 
 def squared_distances(frames: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -63,18 +65,24 @@ def fitted() -> dict[str, KMeans | MiniBatchKMeans]:
     return {
         "fairseq": fairseq,
         "seed": KMeans(20, n_init=1, random_state=1, max_iter=10).fit(frames),
-        "float64": MiniBatchKMeans(20, n_init=1, random_state=np.random.RandomState(3)).fit(frames.astype(np.float64)),
+        "float64": MiniBatchKMeans(20, n_init=1, random_state=np.random.RandomState(3)).fit(
+            frames.astype(np.float64)
+        ),
     }
 
 
 @pytest.mark.parametrize("compress", [0, 3, ("gzip", 3), ("bz2", 3), ("xz", 3), ("lzma", 3)], ids=str)
 @pytest.mark.parametrize("kind", ["fairseq", "seed", "float64"])
-def test_joblib_files_of_scikit_learn_give_their_labels(kind: str, compress: Any, fitted: dict[str, Any], tmp_path: Path) -> None:
+def test_joblib_files_of_scikit_learn_give_their_labels(
+    kind: str, compress: Any, fitted: dict[str, Any], tmp_path: Path
+) -> None:
     joblib.dump(fitted[kind], tmp_path / "km.bin", compress=compress)
     codebook = imported(tmp_path / "km.bin", tmp_path / "codebook")
     centroids = fitted[kind].cluster_centers_
     assert centroids.dtype == (np.float64 if kind == "float64" else np.float32)
-    assert np.array_equal(codebook.decode(np.arange(20)), centroids.astype(np.float32))  # to the last bit: the mean is zero
+    assert np.array_equal(
+        codebook.decode(np.arange(20)), centroids.astype(np.float32)
+    )  # to the last bit: the mean is zero
     frames = draws(seed=1)
     found = codebook.assign(frames)
     exact = squared_distances(frames, centroids)
@@ -89,7 +97,9 @@ def test_joblib_files_of_scikit_learn_give_their_labels(kind: str, compress: Any
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("kind", ["fairseq", "float64"])
-def test_plain_pickles_are_read_in_every_protocol(kind: str, protocol: int, fitted: dict[str, Any], tmp_path: Path) -> None:
+def test_plain_pickles_are_read_in_every_protocol(
+    kind: str, protocol: int, fitted: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "km.pkl"
     path.write_bytes(pickle.dumps(fitted[kind], protocol))
     assert np.array_equal(read_arrays(path)["cluster_centers_"], fitted[kind].cluster_centers_)
@@ -99,8 +109,11 @@ def test_plain_pickles_are_read_in_every_protocol(kind: str, protocol: int, fitt
 
 def test_names_of_older_libraries_are_known(fitted: dict[str, Any], tmp_path: Path) -> None:
     """Files of 2019 name scikit-learn's, numpy's and joblib's modules otherwise, and joblib did not align arrays."""
-    names = [("sklearn.cluster._kmeans", "sklearn.cluster.k_means_"), ("numpy._core.", "numpy.core."),
-             ("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")]  # fmt: skip
+    names = [
+        ("sklearn.cluster._kmeans", "sklearn.cluster.k_means_"),
+        ("numpy._core.", "numpy.core."),
+        ("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle"),
+    ]
 
     class Unseekable(io.BytesIO):
         def tell(self) -> int:  # joblib then aligns nothing
@@ -113,7 +126,9 @@ def test_names_of_older_libraries_are_known(fitted: dict[str, Any], tmp_path: Pa
         assert old.encode() not in data
         data = data.replace(new.encode(), old.encode())
     (tmp_path / "km.bin").write_bytes(data)
-    assert np.array_equal(read_arrays(tmp_path / "km.bin")["cluster_centers_"], fitted["fairseq"].cluster_centers_)
+    assert np.array_equal(
+        read_arrays(tmp_path / "km.bin")["cluster_centers_"], fitted["fairseq"].cluster_centers_
+    )
 
 
 def test_big_endian_and_half_precision_arrays_keep_their_values(tmp_path: Path) -> None:
@@ -127,7 +142,9 @@ def test_big_endian_and_half_precision_arrays_keep_their_values(tmp_path: Path) 
 def test_a_pickle_is_read_only_where_that_is_allowed(fitted: dict[str, Any], tmp_path: Path) -> None:
     joblib.dump(fitted["seed"], tmp_path / "km.bin")
     torch.save(torch.zeros(3, DIM), tmp_path / "km.pt")
-    assert "km.bin: neither .npy nor safetensors" in (told := refusal(tmp_path / "km.bin", tmp_path / "c", mfcc=True))
+    assert "km.bin: neither .npy nor safetensors" in (
+        told := refusal(tmp_path / "km.bin", tmp_path / "c", mfcc=True)
+    )
     assert "--allow-pickle" in told
     assert "km.pt: is a pickle" in refusal(tmp_path / "km.pt", tmp_path / "c", mfcc=True)
 
@@ -147,7 +164,11 @@ class Calls:
 
 def mark(path: Path) -> list[Calls]:
     """Things that make the file `path` when they are unpickled."""
-    return [Calls(os.system, f"touch {path}"), Calls(eval, f"open({str(path)!r}, 'w')"), Calls(open, str(path), "w")]
+    return [
+        Calls(os.system, f"touch {path}"),
+        Calls(eval, f"open({str(path)!r}, 'w')"),
+        Calls(open, str(path), "w"),
+    ]
 
 
 def hostile(made: Path) -> list[Any]:
@@ -156,7 +177,10 @@ def hostile(made: Path) -> list[Any]:
     for thing in mark(made):
         model = KMeans(1, n_init=1).fit(np.zeros((2, 2)))
         model.random_state = thing
-        nested = [{"cluster_centers_": np.zeros((2, DIM)), "deep": [({1: thing},)]}, np.array([thing, 1], dtype=object)]
+        nested = [
+            {"cluster_centers_": np.zeros((2, DIM)), "deep": [({1: thing},)]},
+            np.array([thing, 1], dtype=object),
+        ]
         things += [thing, {"centroids": thing}, model, *nested, {"centroids": nested[1]}]
     return things
 
@@ -164,12 +188,16 @@ def hostile(made: Path) -> list[Any]:
 def test_a_file_that_would_run_something_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     made, path = tmp_path / "made", tmp_path / "km.bin"
     for thing in hostile(made):
-        for dump in (joblib.dump, lambda value, file: Path(file).write_bytes(pickle.dumps(value, protocol=2))):
+        for dump in (
+            joblib.dump,
+            lambda value, file: Path(file).write_bytes(pickle.dumps(value, protocol=2)),
+        ):
             dump(thing, path)
             told = refusal(path, tmp_path / "c")
-            assert any(part in told for part in ("system, of which", "eval, of which", "open, of which", "array of type 'O8'")), (
-                told
-            )
+            assert any(
+                part in told
+                for part in ("system, of which", "eval, of which", "open, of which", "array of type 'O8'")
+            ), told
             assert not made.exists()
     joblib.dump(hostile(made)[0], path)
     joblib.load(path)
@@ -183,7 +211,10 @@ def test_a_file_that_would_run_something_is_refused_and_runs_nothing(tmp_path: P
         (b"(S'touch MADE'\nios\nsystem\n.", "INST"),
         (b"(cos\nsystem\nS'touch MADE'\no.", "os.system"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0atouch MADE\x85R.", "os.system"),
-        (b"\x80\x04\x8c\x05numpy\x8c\x0bdtype.__new\x93)R.", "numpy.dtype.__new"),  # no way through what is known
+        (
+            b"\x80\x04\x8c\x05numpy\x8c\x0bdtype.__new\x93)R.",
+            "numpy.dtype.__new",
+        ),  # no way through what is known
         (b"\x80\x02\x82\x01.", "EXT1"),
         (b"\x80\x02X\x01\x00\x00\x00aQ.", "BINPERSID"),
         (b"Pa\n.", "PERSID"),
@@ -215,7 +246,9 @@ def test_a_deeply_nested_file_ends_in_an_error_and_not_in_a_crash(tmp_path: Path
     assert "holds a tuple" in refusal(tmp_path / "km.bin", tmp_path / "c")
 
 
-def test_a_file_cut_or_changed_anywhere_is_an_error_of_its_own(fitted: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_cut_or_changed_anywhere_is_an_error_of_its_own(
+    fitted: dict[str, Any], tmp_path: Path
+) -> None:
     path, rng = tmp_path / "km.bin", np.random.default_rng(0)
     for compress in (0, 3):
         joblib.dump(fitted["fairseq"], path, compress=compress)
@@ -235,7 +268,10 @@ def test_a_file_cut_or_changed_anywhere_is_an_error_of_its_own(fitted: dict[str,
     ("value", "message"),
     [
         (KMeans(3), "a sklearn.cluster._kmeans.KMeans that was never fitted"),
-        (BisectingKMeans(2).fit(np.arange(8.0)[:, None]), "names sklearn.cluster._bisect_k_means.BisectingKMeans, of which"),
+        (
+            BisectingKMeans(2).fit(np.arange(8.0)[:, None]),
+            "names sklearn.cluster._bisect_k_means.BisectingKMeans, of which",
+        ),
         ([1, 2], "holds a list; a fitted KMeans or MiniBatchKMeans, or an array, is needed"),
         ({"k": 3}, "holds a dict; a fitted"),
         (np.array(["a"], dtype=object), "array of type 'O8'; numbers alone are read"),
@@ -246,7 +282,10 @@ def test_a_file_cut_or_changed_anywhere_is_an_error_of_its_own(fitted: dict[str,
 def test_what_is_no_fitted_kmeans_is_told_with_a_way_out(value: Any, message: str, tmp_path: Path) -> None:
     joblib.dump(value, tmp_path / "km.joblib")
     told = refusal(tmp_path / "km.joblib", tmp_path / "c")
-    assert message in told and f"numpy.save('{tmp_path}/km.npy', joblib.load('{tmp_path}/km.joblib').cluster_centers_)" in told
+    assert (
+        message in told
+        and f"numpy.save('{tmp_path}/km.npy', joblib.load('{tmp_path}/km.joblib').cluster_centers_)" in told
+    )
 
 
 def test_the_way_out_that_is_printed_works(fitted: dict[str, Any], tmp_path: Path) -> None:
@@ -261,14 +300,20 @@ def test_the_way_out_that_is_printed_works(fitted: dict[str, Any], tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"\x04\x22\x4d\x18....", "compressed with lz4"), (b"ZF0x10   ", "by a joblib before 0.10"), (b"", "is empty")],
+    [
+        (b"\x04\x22\x4d\x18....", "compressed with lz4"),
+        (b"ZF0x10   ", "by a joblib before 0.10"),
+        (b"", "is empty"),
+    ],
 )
 def test_what_is_not_read_says_so(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "km.bin").write_bytes(data)
     assert message in refusal(tmp_path / "km.bin", tmp_path / "c")
 
 
-def test_a_byte_order_that_is_none_is_refused_and_makes_no_objects(fitted: dict[str, Any], tmp_path: Path) -> None:
+def test_a_byte_order_that_is_none_is_refused_and_makes_no_objects(
+    fitted: dict[str, Any], tmp_path: Path
+) -> None:
     for protocol, mark in ((0, b"V<\n"), (4, b"\x8c\x01<")):
         data = pickle.dumps(fitted["float64"].cluster_centers_, protocol)
         assert data.count(mark) == 1
@@ -305,7 +350,14 @@ def write_plain(path: Path, centroids: np.ndarray) -> None:
         case [".old", ".pt"]:
             torch.save({"centroids": torch.from_numpy(centroids)}, path, _use_new_zipfile_serialization=False)
         case [".dict", ".pt"]:
-            torch.save({"steps": 7, "counts": torch.zeros(5), "codes": torch.nn.Parameter(torch.from_numpy(centroids))}, path)
+            torch.save(
+                {
+                    "steps": 7,
+                    "counts": torch.zeros(5),
+                    "codes": torch.nn.Parameter(torch.from_numpy(centroids)),
+                },
+                path,
+            )
 
 
 @pytest.mark.parametrize("name", ["c.npy", "c.safetensors", "c.pt", "c.old.pt", "c.dict.pt"])
@@ -327,8 +379,15 @@ def test_bfloat16_and_a_known_name_among_others(tmp_path: Path) -> None:
 
 def test_the_codebook_knows_where_it_is_from(tmp_path: Path, run: Path) -> None:
     np.save(tmp_path / "c.npy", draws(5)[:, :DIM].astype(np.float64))
-    summary = import_codebook(CodebookImportConfig(source=str(tmp_path / "c.npy"), out=str(tmp_path / "m"), mfcc=True, cmvn=True))
-    assert (summary["num_classes"], summary["num_levels"], summary["dim"], summary["format"]) == (5, 1, DIM, "npy")
+    summary = import_codebook(
+        CodebookImportConfig(source=str(tmp_path / "c.npy"), out=str(tmp_path / "m"), mfcc=True, cmvn=True)
+    )
+    assert (summary["num_classes"], summary["num_levels"], summary["dim"], summary["format"]) == (
+        5,
+        1,
+        DIM,
+        "npy",
+    )
     assert summary["notes"] == ["centroids in float64 became float32"]
     meta = read_meta(tmp_path / "m", "codebook")
     sha256 = sha256_file(tmp_path / "c.npy")
@@ -337,8 +396,13 @@ def test_the_codebook_knows_where_it_is_from(tmp_path: Path, run: Path) -> None:
 
     dim = 64  # of the tiny encoder
     np.save(tmp_path / "e.npy", np.random.default_rng(0).standard_normal((5, dim)).astype(np.float32))
-    codebook = imported(tmp_path / "e.npy", tmp_path / "e", encoder=str(run), layer=1, convention="feed_forward")
-    assert codebook.source["kind"] == "encoder" and (codebook.source["layer"], codebook.source["convention"]) == (1, "feed_forward")
+    codebook = imported(
+        tmp_path / "e.npy", tmp_path / "e", encoder=str(run), layer=1, convention="feed_forward"
+    )
+    assert codebook.source["kind"] == "encoder" and (
+        codebook.source["layer"],
+        codebook.source["convention"],
+    ) == (1, "feed_forward")
     assert codebook.meta["parents"]["encoder"] == codebook.source["encoder"]
     told = refusal(tmp_path / "e.npy", tmp_path / "x", mfcc=True)
     assert f"{tmp_path}/e.npy: centroids of {dim} dimensions, (5, {dim}), and MFCC have 39" in told
@@ -367,10 +431,16 @@ def test_options_that_do_not_go_together_are_named(options: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"a": np.zeros((2, DIM)), "b": np.zeros((3, DIM))}, r"is needed.*there is 'a' float64 \(2, 39\), 'b' float64 \(3, 39\)"),
+        (
+            {"a": np.zeros((2, DIM)), "b": np.zeros((3, DIM))},
+            r"is needed.*there is 'a' float64 \(2, 39\), 'b' float64 \(3, 39\)",
+        ),
         ({"a": np.zeros(DIM)}, r"there is 'a' float64 \(39,\)"),
         ({"C": np.zeros((2, DIM), np.int64)}, r"there is 'C' int64 \(2, 39\)"),
-        ({"C": np.zeros((DIM, 2))}, r"of 2 dimensions, \(39, 2\), and MFCC have 39; they lie the other way round, \(dim, K\)"),
+        (
+            {"C": np.zeros((DIM, 2))},
+            r"of 2 dimensions, \(39, 2\), and MFCC have 39; they lie the other way round, \(dim, K\)",
+        ),
         ({"C": np.zeros((0, DIM))}, "has 0 centroids"),
         ({"C": np.zeros((2**16 + 1, DIM), np.float16)}, "has 65537 centroids; 1 to 65536 are possible"),
         ({"C": np.full((2, DIM), np.nan)}, "NaN or infinity in centroid 0"),
@@ -378,7 +448,9 @@ def test_options_that_do_not_go_together_are_named(options: dict[str, Any], mess
         ({"centroids": np.zeros((1, 2, DIM)), "mean": np.zeros(DIM)}, "has a `mean` beside its centroids"),
     ],
 )
-def test_files_without_one_set_of_centroids_say_what_they_have(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+def test_files_without_one_set_of_centroids_say_what_they_have(
+    arrays: dict[str, np.ndarray], message: str, tmp_path: Path
+) -> None:
     save_file(arrays, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match=rf"{tmp_path}/c.safetensors: .*{message}"):
         imported(tmp_path / "c.safetensors", tmp_path / "out", mfcc=True)
@@ -391,14 +463,23 @@ def test_a_header_of_npy_changed_anywhere_is_an_error_of_its_own(tmp_path: Path)
     places = np.arange(6, whole.index(b"\n"))  # from the version on
     read = 0
     for place in np.repeat(places, 12):
-        path.write_bytes(whole[:place] + bytes([rng.choice([rng.integers(256), *b"()[]{}'\"0L,\\\n\t"])]) + whole[place + 1 :])
+        path.write_bytes(
+            whole[:place]
+            + bytes([rng.choice([rng.integers(256), *b"()[]{}'\"0L,\\\n\t"])])
+            + whole[place + 1 :]
+        )
         try:
             read_centroid_file(path, allow_pickle=False)  # a space more or less changes nothing
             read += 1
         except ValueError as error:
             assert str(error).startswith(f"{path}: damaged")  # noqa: PT017 - both outcomes are right
     assert read < len(places) * 8
-    for header in (b"(" * 9000, b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 39), }", b"{[]: 1}", b'{"a'):
+    for header in (
+        b"(" * 9000,
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999, 39), }",
+        b"{[]: 1}",
+        b'{"a',
+    ):
         path.write_bytes(whole[:8] + len(header).to_bytes(2, "little") + header + whole[128:])
         with pytest.raises(ValueError, match=f"{path}: damaged"):
             read_centroid_file(path, allow_pickle=False)
@@ -435,7 +516,9 @@ def fit_codebook(folder: Path, levels: int) -> Codebook:
 
 @pytest.mark.parametrize("levels", [1, 3])
 @pytest.mark.parametrize("form", ["npy", "safetensors"])
-def test_what_goes_out_and_comes_back_in_gives_the_same_labels(form: Any, levels: int, tmp_path: Path) -> None:
+def test_what_goes_out_and_comes_back_in_gives_the_same_labels(
+    form: Any, levels: int, tmp_path: Path
+) -> None:
     codebook = fit_codebook(tmp_path / "codebook", levels)
     assert np.abs(codebook.mean).max() > 10
     out = tmp_path / f"c.{form}"
@@ -459,7 +542,9 @@ def test_the_nearest_row_of_an_export_is_the_label(tmp_path: Path) -> None:
     export_codebook(tmp_path / "codebook", tmp_path / "c.npy", "npy")
     frames = draws(1000, seed=1)
     # mean + centroid is rounded to float32 once; none of these frames lies within 1e-6 of a border.
-    assert np.array_equal(squared_distances(frames, np.load(tmp_path / "c.npy")).argmin(axis=1), codebook.assign(frames))
+    assert np.array_equal(
+        squared_distances(frames, np.load(tmp_path / "c.npy")).argmin(axis=1), codebook.assign(frames)
+    )
 
 
 def test_export_refuses_a_name_that_is_taken_and_what_is_no_codebook(tmp_path: Path, corpus: Path) -> None:

@@ -53,12 +53,16 @@ def test_the_lowest_index_wins_a_tie() -> None:
 def test_labels_do_not_depend_on_the_chunks_they_are_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     points = blobs(5000, 64, 30, offset=20.0)
     rng = np.random.default_rng(1)
-    centroids = np.concatenate([points[:40], (points[:20] + points[20:40]) / 2])  # borders with many near ties
+    centroids = np.concatenate(
+        [points[:40], (points[:20] + points[20:40]) / 2]
+    )  # borders with many near ties
     mean = points.mean(axis=0)
     expected = nearest(points, centroids - mean, mean)
     for size in (1, 7, 333):
         starts = np.arange(0, 700, size)
-        chunked = np.concatenate([nearest(points[start : start + size], centroids - mean, mean) for start in starts])
+        chunked = np.concatenate(
+            [nearest(points[start : start + size], centroids - mean, mean) for start in starts]
+        )
         assert np.array_equal(chunked[:700], expected[:700])
     order = rng.permutation(len(points))
     assert np.array_equal(nearest(points[order], centroids - mean, mean), expected[order])
@@ -74,11 +78,15 @@ def test_one_class_takes_everything_and_no_points_have_no_labels() -> None:
 
 @pytest.mark.slow
 def test_a_cluster_of_twenty_million_points_keeps_its_true_mean() -> None:
-    points = np.where(np.arange(20_000_000) % 2, np.float32(3), np.float32(1))[:, None]  # float32 sums give 3.48, outside the data
+    points = np.where(np.arange(20_000_000) % 2, np.float32(3), np.float32(1))[
+        :, None
+    ]  # float32 sums give 3.48, outside the data
     points[:3] = 1.5
     fit = kmeans(points, 1)
     mean = points.mean(dtype=np.float64)
-    assert abs(fit.mean.astype(np.float64) + fit.centroids[0, 0] - mean).item() < 1e-9  # the centroid takes up the mean's rounding
+    assert (
+        abs(fit.mean.astype(np.float64) + fit.centroids[0, 0] - mean).item() < 1e-9
+    )  # the centroid takes up the mean's rounding
     assert fit.levels[0].inertia == pytest.approx(points.var(dtype=np.float64), rel=1e-9)
     assert (fit.levels[0].largest_share, fit.levels[0].relative_error) == (1.0, pytest.approx(1.0))
 
@@ -91,8 +99,13 @@ def test_a_huge_cluster_far_from_the_mean_keeps_its_true_mean() -> None:
     huge = points[points < 100].mean(dtype=np.float64)
     fit = kmeans(points, 2)
     centroids = np.sort(fit.centroids[0, :, 0].astype(np.float64) + fit.mean)
-    np.testing.assert_allclose(centroids, [huge, 1000], atol=1e-5)  # half an ulp of the centred centroid, 48, is 2e-6
-    in_float32 = np.cumsum(points[points < 100] - fit.mean, dtype=np.float32)[-1] / np.float32((points < 100).sum()) + fit.mean[0]
+    np.testing.assert_allclose(
+        centroids, [huge, 1000], atol=1e-5
+    )  # half an ulp of the centred centroid, 48, is 2e-6
+    in_float32 = (
+        np.cumsum(points[points < 100] - fit.mean, dtype=np.float32)[-1] / np.float32((points < 100).sum())
+        + fit.mean[0]
+    )
     assert abs(in_float32 - huge) > 0.01  # what float32 sums would give
 
 
@@ -114,7 +127,9 @@ def test_a_huge_cluster_beside_small_ones_keeps_its_true_mean() -> None:
     fit = kmeans(points, 3, seed=1)
     centroids = fit.centroids[0].astype(np.float64) + fit.mean
     closest = centroids[np.abs(centroids - 2).sum(axis=1).argmin()]
-    np.testing.assert_allclose(closest, silence.mean(axis=0, dtype=np.float64), atol=1e-6)  # half an ulp of 2 is 1.2e-7
+    np.testing.assert_allclose(
+        closest, silence.mean(axis=0, dtype=np.float64), atol=1e-6
+    )  # half an ulp of 2 is 1.2e-7
     assert fit.levels[0].largest_share == pytest.approx(1e6 / 1_001_000)
 
 
@@ -152,10 +167,14 @@ def test_the_fit_is_a_fixed_point_of_slow_float64_lloyd() -> None:
     points = blobs(1500, 8, 12, offset=5.0)
     fit = kmeans(points, 12, tolerance=0.0, max_iterations=200)
     centroids, inertia = slow_lloyd(points - fit.mean, fit.centroids[0], 1)
-    np.testing.assert_allclose(fit.centroids[0], centroids, rtol=1e-7, atol=1e-7)  # one rounding to float32, of values near 5
+    np.testing.assert_allclose(
+        fit.centroids[0], centroids, rtol=1e-7, atol=1e-7
+    )  # one rounding to float32, of values near 5
     level = fit.levels[0]
     assert level.inertia == pytest.approx(inertia, rel=1e-7)
-    assert level.relative_error == pytest.approx(inertia / points.var(axis=0, dtype=np.float64).sum(), rel=1e-6)
+    assert level.relative_error == pytest.approx(
+        inertia / points.var(axis=0, dtype=np.float64).sum(), rel=1e-6
+    )
     assert level.iterations < 200 and level.converged and level.empty_reseeded == level.num_empty == 0
 
 
@@ -172,7 +191,9 @@ def test_the_sketch_that_seeding_looks_at_keeps_distances() -> None:
     looked = _sketch(points, np.random.default_rng(0))
     exact, sketched = (np.square(array[:-1] - array[1:]).sum(axis=1) for array in (points, looked))
     ratios = sketched / exact
-    assert looked.shape == (400, SKETCH) and abs(ratios.mean() - 1) < 0.05 and ratios.std() < 0.16  # √(2/128) = 0.125
+    assert (
+        looked.shape == (400, SKETCH) and abs(ratios.mean() - 1) < 0.05 and ratios.std() < 0.16
+    )  # √(2/128) = 0.125
 
 
 def test_inertia_is_close_to_the_best_of_scikit_learn() -> None:
@@ -207,8 +228,12 @@ def test_values_whose_squares_overflow_are_an_error_and_tiny_ones_are_not() -> N
     points = blobs(200, 3, 2)
     with pytest.raises(ValueError, match="cannot hold its square"):
         kmeans(points * np.float32(1e20), 2)
-    plain, tiny = (kmeans(points * np.float32(scale), 2).levels[0] for scale in (1, 2.0**-80))  # squares below the smallest float32
-    assert tiny.num_empty == 0 and tiny.relative_error == pytest.approx(plain.relative_error, rel=0.02)  # from another start
+    plain, tiny = (
+        kmeans(points * np.float32(scale), 2).levels[0] for scale in (1, 2.0**-80)
+    )  # squares below the smallest float32
+    assert tiny.num_empty == 0 and tiny.relative_error == pytest.approx(
+        plain.relative_error, rel=0.02
+    )  # from another start
 
 
 def test_more_classes_than_frames_is_an_error_that_names_both() -> None:
@@ -222,7 +247,9 @@ def test_more_classes_than_frames_is_an_error_that_names_both() -> None:
 def test_fewer_distinct_points_than_classes_are_reported_as_empty_classes(options: dict[str, Any]) -> None:
     points = np.repeat(blobs(3, 5, 3), 40, axis=0)
     fit = kmeans(points, 7, **options)
-    assert [level.num_empty for level in fit.levels] == [4, 6][: len(fit.levels)]  # nothing is left for a second level
+    assert [level.num_empty for level in fit.levels] == [4, 6][
+        : len(fit.levels)
+    ]  # nothing is left for a second level
     assert all(level.inertia == pytest.approx(0, abs=1e-9) for level in fit.levels)
     assert len(set(nearest(points, fit.centroids[0], fit.mean).tolist())) == 3
 
@@ -231,7 +258,9 @@ def test_fewer_distinct_points_than_classes_are_reported_as_empty_classes(option
 def test_constant_data_make_one_class(options: dict[str, Any]) -> None:
     for value in (3.25, 0.1, 0.0):
         fit = kmeans(np.full((500, 4), value, dtype=np.float32), 5, **options)
-        assert [(level.num_empty, level.inertia, level.iterations) for level in fit.levels] == [(4, 0.0, 0)] * len(fit.levels)
+        assert [(level.num_empty, level.inertia, level.iterations) for level in fit.levels] == [
+            (4, 0.0, 0)
+        ] * len(fit.levels)
         assert np.array_equal(fit.mean, np.full(4, value, dtype=np.float32)) and not fit.centroids.any()
 
 
@@ -249,8 +278,12 @@ def test_rows_are_redrawn_in_proportion_to_their_squared_distance() -> None:
     rng = np.random.default_rng(0)
     draws = [_draw_far(rows, np.zeros((1, 1), dtype=np.float32), labels, 3, rng) for _ in range(2000)]
     firsts = np.bincount([drawn[0] for drawn in draws], minlength=4) / 2000
-    np.testing.assert_allclose(firsts, np.array([0, 1, 4, 9]) / 14, atol=0.045)  # four standard deviations of 2,000 draws
-    assert all(sorted(drawn) == [1, 2, 3] for drawn in draws)  # without replacement, and never what lies on its centroid
+    np.testing.assert_allclose(
+        firsts, np.array([0, 1, 4, 9]) / 14, atol=0.045
+    )  # four standard deviations of 2,000 draws
+    assert all(
+        sorted(drawn) == [1, 2, 3] for drawn in draws
+    )  # without replacement, and never what lies on its centroid
 
 
 def planted(num_points: int, num_classes: int, dim: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -258,8 +291,12 @@ def planted(num_points: int, num_classes: int, dim: int) -> tuple[np.ndarray, li
     rng = np.random.default_rng(0)
     books = [np.linalg.qr(rng.standard_normal((dim, dim)))[0][:num_classes] * scale for scale in (100, 10, 1)]
     grid = np.stack(np.meshgrid(*[range(num_classes)] * 3), axis=-1).reshape(-1, 3)
-    labels = rng.permutation(np.resize(grid, (num_points, 3)))  # every sum equally often, so that a level's mean shifts no other
-    points = sum(book[labels[:, level]] for level, book in enumerate(books)) + 0.01 * rng.standard_normal((num_points, dim))
+    labels = rng.permutation(
+        np.resize(grid, (num_points, 3))
+    )  # every sum equally often, so that a level's mean shifts no other
+    points = sum(book[labels[:, level]] for level, book in enumerate(books)) + 0.01 * rng.standard_normal(
+        (num_points, dim)
+    )
     return points.astype(np.float32), [book - book.mean(axis=0) for book in books]
 
 
@@ -269,7 +306,9 @@ def test_planted_additive_codebooks_are_recovered_and_the_error_falls_at_every_l
     for centroids, book in zip(fit.centroids, books, strict=False):
         order = np.linalg.norm(centroids[:, None] - book, axis=2).argmin(axis=0)
         assert sorted(order) == list(range(5))
-        np.testing.assert_allclose(centroids[order], book, atol=0.005)  # noise of 0.01 over 1,200 points of a class: 0.0003
+        np.testing.assert_allclose(
+            centroids[order], book, atol=0.005
+        )  # noise of 0.01 over 1,200 points of a class: 0.0003
     errors = [1.0] + [level.relative_error for level in fit.levels]
     assert all(after < before for before, after in pairwise(errors))
     assert fit.levels[2].inertia == pytest.approx(24 * 0.01**2, rel=0.05)  # three levels leave the noise
@@ -288,21 +327,32 @@ def test_the_first_level_is_the_same_bytes_whatever_comes_below() -> None:
     points = blobs(3000, 8, 40)
     plain, stacked = kmeans(points, 20, seed=3), kmeans(points, 20, seed=3, levels=3)
     assert plain.centroids.shape == (1, 20, 8) and stacked.centroids.shape == (3, 20, 8)
-    assert np.array_equal(plain.centroids[0], stacked.centroids[0]) and np.array_equal(plain.mean, stacked.mean)
+    assert np.array_equal(plain.centroids[0], stacked.centroids[0]) and np.array_equal(
+        plain.mean, stacked.mean
+    )
     assert plain.levels[0] == stacked.levels[0]
 
 
-def test_spherical_centroids_are_the_directions_of_their_rows_and_the_nearest_is_of_the_largest_cosine() -> None:
+def test_spherical_centroids_are_the_directions_of_their_rows_and_the_nearest_is_of_the_largest_cosine() -> (
+    None
+):
     points = blobs(3000, 6, 10) * np.random.default_rng(1).uniform(0.1, 10, (3000, 1)).astype(np.float32) + 2
     fit = kmeans(points, 10, spherical=True, tolerance=0.0)
     points = points.astype(np.float64) - fit.mean
-    rows, centroids = points / np.linalg.norm(points, axis=1, keepdims=True), fit.centroids[0].astype(np.float64)
+    rows, centroids = (
+        points / np.linalg.norm(points, axis=1, keepdims=True),
+        fit.centroids[0].astype(np.float64),
+    )
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-7)
     cosines = rows @ centroids.T
     labels = cosines.argmax(axis=1)
-    assert np.array_equal(labels, nearest(points.astype(np.float32), fit.centroids[0]))  # as `Codebook.assign` asks, unscaled
+    assert np.array_equal(
+        labels, nearest(points.astype(np.float32), fit.centroids[0])
+    )  # as `Codebook.assign` asks, unscaled
     directions = np.array([rows[labels == k].sum(axis=0) for k in range(10)])
-    np.testing.assert_allclose(centroids, directions / np.linalg.norm(directions, axis=1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(
+        centroids, directions / np.linalg.norm(directions, axis=1, keepdims=True), atol=1e-6
+    )
     assert fit.levels[0].inertia == pytest.approx((2 - 2 * cosines.max(axis=1)).mean(), rel=1e-6)
 
 
@@ -366,7 +416,9 @@ def test_a_seed_gives_the_same_bits_whatever_the_threads() -> None:
 
 def in_a_process(script: str, **environment: str) -> str:
     env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.mark.slow
@@ -402,7 +454,9 @@ module.seeding = badly
 print(peak(points[:20_000]), peak(points))
 """
     few, many = map(float, in_a_process(script, OMP_NUM_THREADS="1").split())
-    assert many - few < 30  # MB: labels of two levels are 0.4, what is left to chance is the C library's; the rows more are 184
+    assert (
+        many - few < 30
+    )  # MB: labels of two levels are 0.4, what is left to chance is the C library's; the rows more are 184
 
 
 class KilledError(Exception):
@@ -435,18 +489,29 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "_start", started_badly)  # rows are drawn again, so the generator's state matters
+    monkeypatch.setattr(
+        module, "_start", started_badly
+    )  # rows are drawn again, so the generator's state matters
     points = blobs(12_000, 7, 60, offset=20.0)
     expected = kmeans(points, 30, seed=4, max_iterations=12, **options)
     state = tmp_path / "state.safetensors"
-    for name, calls in (("_start", 1), ("_report", 3), ("_relabel", 9), ("_draw_far", 2), ("_relabel", 30), ("_report", 11)):
+    for name, calls in (
+        ("_start", 1),
+        ("_report", 3),
+        ("_relabel", 9),
+        ("_draw_far", 2),
+        ("_relabel", 30),
+        ("_report", 11),
+    ):
         interrupted(points, state, monkeypatch, name, calls, **options)
     assert state.is_file()
     done = []
     monkeypatch.setattr(module, "progress", watched(module.progress, done))
     assert same(kmeans(points, 30, seed=4, max_iterations=12, state=state, **options), expected)
     assert done[0] > 0  # it went on; it did not start again
-    assert same(kmeans(points, 30, seed=4, max_iterations=12, state=state, **options), expected)  # a finished one is read
+    assert same(
+        kmeans(points, 30, seed=4, max_iterations=12, state=state, **options), expected
+    )  # a finished one is read
 
 
 def watched(progress: Any, done: list[float]) -> Any:
@@ -481,7 +546,9 @@ module.kmeans(np.load({str(tmp_path / "points.npy")!r}), 40, state=Path({str(sta
     assert same(kmeans(points, 40, state=state, tolerance=0.0), kmeans(points, 40, tolerance=0.0))
 
 
-def test_a_state_of_something_else_is_an_error_that_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_something_else_is_an_error_that_says_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     points, state = blobs(500, 3, 5), tmp_path / "state.safetensors"
     kmeans(points, 5, state=state)
     with pytest.raises(ValueError, match=r"state\.safetensors.*seed 0 there, 1 now.*remove it"):

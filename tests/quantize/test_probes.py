@@ -5,12 +5,21 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from quantize.probes import histogram, phone_probe, pooled, speaker_frame_probe, speaker_probe, split_utterances
+from quantize.probes import (
+    histogram,
+    phone_probe,
+    pooled,
+    speaker_frame_probe,
+    speaker_probe,
+    split_utterances,
+)
 
 PHONES = np.array(["a", "b", "c"])
 
 
-def aligned_pieces(rng: np.random.Generator, num: int, dim: int = 6, spread: float = 0.1) -> list[tuple[np.ndarray, np.ndarray]]:
+def aligned_pieces(
+    rng: np.random.Generator, num: int, dim: int = 6, spread: float = 0.1
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Utterances of 50 frames whose features are their phone's corner and noise."""
     corners = np.eye(3, dim)
     numbers = rng.integers(0, 3, (num, 50))
@@ -40,7 +49,12 @@ def test_a_planted_speaker_is_told_and_noise_is_not():
     voice = np.eye(5, 20)[np.arange(200) % 5]
     noise = rng.standard_normal((200, 20))
     found = speaker_probe(voice + 0.1 * noise, speakers)
-    assert found == {"speaker_accuracy": 1.0, "speaker_chance": 0.2, "num_speakers": 5, "speaker_utterances": 100}
+    assert found == {
+        "speaker_accuracy": 1.0,
+        "speaker_chance": 0.2,
+        "num_speakers": 5,
+        "speaker_utterances": 100,
+    }
     # 100 judged: a deviation of 0.04 around chance.
     assert speaker_probe(noise, speakers)["speaker_accuracy"] == pytest.approx(0.2, abs=0.12)
 
@@ -86,7 +100,11 @@ def test_the_phone_of_a_unit_is_its_commonest_in_training():
                 majority += phone == commonest
                 total += 1
     found = phone_probe(train, test)
-    assert found == {"phone_accuracy": right / total, "phone_majority": majority / total, "phone_frames": total}
+    assert found == {
+        "phone_accuracy": right / total,
+        "phone_majority": majority / total,
+        "phone_frames": total,
+    }
     assert total == 162
 
 
@@ -115,7 +133,11 @@ def test_frames_are_drawn_by_the_seed_up_to_the_number_asked_for():
     train, test = aligned_pieces(rng, 20, spread=0.6), aligned_pieces(rng, 20, spread=0.6)
     found = phone_probe(train, test, max_frames=300, seed=1)
     assert found["phone_frames"] == 300
-    assert found == phone_probe(train, test, max_frames=300, seed=1) != phone_probe(train, test, max_frames=300, seed=2)
+    assert (
+        found
+        == phone_probe(train, test, max_frames=300, seed=1)
+        != phone_probe(train, test, max_frames=300, seed=2)
+    )
 
 
 def test_a_regression_that_is_stopped_says_so(monkeypatch: pytest.MonkeyPatch):
@@ -138,7 +160,9 @@ def test_the_speaker_of_a_frame_is_told_as_its_phone_is():
         "speaker_frame_majority": 1 / 3,
         "speaker_frames": 90,
     }
-    units = [[(speaker, np.repeat([ord(speaker), 0], [10, 30])) for speaker, _ in half] for half in (train, test)]
+    units = [
+        [(speaker, np.repeat([ord(speaker), 0], [10, 30])) for speaker, _ in half] for half in (train, test)
+    ]
     # A quarter of the units are the speaker's own, the rest everybody's: those go to one of the three.
     assert speaker_frame_probe(*units)["speaker_frame_accuracy"] == pytest.approx(0.25 + 0.75 / 3)
 
@@ -152,7 +176,10 @@ def test_what_cannot_be_probed_says_why():
         ([alike], [alike], r"one phone only (a)"),
     ]:
         assert phone_probe(train, test)["reason"] == reason
-    assert speaker_frame_probe([("p", np.zeros((2, 3)))], [("p", np.zeros((2, 3)))])["reason"] == "one speaker only (p)"
+    assert (
+        speaker_frame_probe([("p", np.zeros((2, 3)))], [("p", np.zeros((2, 3)))])["reason"]
+        == "one speaker only (p)"
+    )
 
 
 def test_features_that_are_not_numbers_are_an_error():

@@ -4,16 +4,25 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from pretrain.audio import phone_frames
-from pretrain.manifest import Manifest
-from pretrain.pnmi import JointCounts, entropy_bits, phone_metrics
-from quantize.quality import deduplicated, level_metrics, measures_text, rate_metrics, table_groups, usage_metrics
+from pretrain.data.audio import phone_frames
+from pretrain.data.manifest import Manifest
+from pretrain.objectives.pnmi import JointCounts, entropy_bits, phone_metrics
+from quantize.quality import (
+    deduplicated,
+    level_metrics,
+    measures_text,
+    rate_metrics,
+    table_groups,
+    usage_metrics,
+)
 
 
 def random_joint(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     phones = rng.integers(12, size=2000)
-    units = np.where(rng.random(2000) < 0.6, phones * 2 + rng.integers(2, size=2000), rng.integers(30, size=2000))
+    units = np.where(
+        rng.random(2000) < 0.6, phones * 2 + rng.integers(2, size=2000), rng.integers(30, size=2000)
+    )
     joint = np.zeros((12, 30), dtype=np.int64)
     np.add.at(joint, (phones, units), 1)
     return phones, units, joint
@@ -46,10 +55,18 @@ def test_purities_equal_their_definition_frame_by_frame() -> None:
 
 def test_the_limits_are_units_that_are_phones_and_units_that_know_nothing() -> None:
     assert phone_metrics(np.diag([5, 3, 2])) == {
-        "pnmi": 1.0, "phone_purity": 1.0, "cluster_purity": 1.0, "completeness": 1.0, "v_measure": 1.0,
-    }  # fmt: skip
+        "pnmi": 1.0,
+        "phone_purity": 1.0,
+        "cluster_purity": 1.0,
+        "completeness": 1.0,
+        "v_measure": 1.0,
+    }
     blind = phone_metrics(np.outer([4, 4], [3, 3, 3, 3]))
-    assert blind["pnmi"] == pytest.approx(0, abs=1e-12) and blind["phone_purity"] == 0.5 and blind["cluster_purity"] == 0.25
+    assert (
+        blind["pnmi"] == pytest.approx(0, abs=1e-12)
+        and blind["phone_purity"] == 0.5
+        and blind["cluster_purity"] == 0.25
+    )
     assert phone_metrics(np.array([[7, 0]]))["pnmi"] == 1.0  # one phone: nothing to tell
     assert phone_metrics(np.zeros((0, 4), dtype=np.int64))["phone_purity"] == 0.0
 
@@ -76,8 +93,11 @@ def test_runs_collapse_into_units() -> None:
 def test_the_three_bitrates() -> None:
     counts, units = np.array([50, 50, 0, 0]), np.array([10, 10, 0, 0])  # 100 frames are 2 s
     assert rate_metrics(counts, units, 50.0) == {
-        "units_per_second": 10.0, "bitrate_frames": 100.0, "bitrate_units": 20.0, "bitrate_entropy": pytest.approx(10.0),
-    }  # fmt: skip
+        "units_per_second": 10.0,
+        "bitrate_frames": 100.0,
+        "bitrate_units": 20.0,
+        "bitrate_entropy": pytest.approx(10.0),
+    }
 
 
 def test_joint_counts_hold_every_frame_of_phone_and_class(corpus: Path) -> None:
@@ -86,7 +106,9 @@ def test_joint_counts_hold_every_frame_of_phone_and_class(corpus: Path) -> None:
     for utterance in Manifest(corpus):
         labels = rng.integers(5, size=utterance.num_frames).astype(np.uint16)
         joint.add(utterance, labels)
-        for phone, label in zip(phone_frames(utterance.phones or [], len(labels)).tolist(), labels.tolist(), strict=True):
+        for phone, label in zip(
+            phone_frames(utterance.phones or [], len(labels)).tolist(), labels.tolist(), strict=True
+        ):
             expected[phone, label] = expected.get((phone, label), 0) + 1
     phones, matrix = joint.matrix()
     assert phones == sorted(phones)
@@ -97,8 +119,10 @@ def test_levels_are_told_of_one_by_one_and_their_bitrate_is_the_sum() -> None:
     counts = np.array([[50, 50, 0, 0], [25, 25, 25, 25]])  # 100 frames are 2 s
     found = level_metrics(counts, np.array([[20, 20, 0, 0], [10, 10, 10, 10]]), 50.0)
     assert found == {
-        "usage_by_level": [0.5, 1.0], "perplexity_by_level": pytest.approx([2.0, 4.0]), "bitrate_joint": pytest.approx(20 * (1 + 2)),
-    }  # fmt: skip
+        "usage_by_level": [0.5, 1.0],
+        "perplexity_by_level": pytest.approx([2.0, 4.0]),
+        "bitrate_joint": pytest.approx(20 * (1 + 2)),
+    }
 
 
 def test_a_table_has_a_line_for_each_known_measure_and_a_dash_where_a_column_has_none() -> None:
@@ -113,4 +137,7 @@ def test_a_table_has_a_line_for_each_known_measure_and_a_dash_where_a_column_has
     }
     lines = measures_text(columns).splitlines()
     assert lines[0].split() == ["mfcc", "iteration1"] and lines[1] == "Phones"
-    assert lines[2].split() == ["PNMI", "0.250", "0.500"] and len({len(line) for line in lines if line.startswith("  ")}) == 1
+    assert (
+        lines[2].split() == ["PNMI", "0.250", "0.500"]
+        and len({len(line) for line in lines if line.startswith("  ")}) == 1
+    )

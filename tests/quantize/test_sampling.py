@@ -10,10 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.manifest import Manifest, Utterance, write_manifest
+from pretrain.data.manifest import Manifest, Utterance, write_manifest
 from quantize import sampling
 from quantize.features import plan_batches
-from quantize.sampling import VISIT, Sample, collect, load_sample, plan_sample, require_space, share_out, speaker_numbers
+from quantize.sampling import (
+    VISIT,
+    Sample,
+    collect,
+    load_sample,
+    plan_sample,
+    require_space,
+    share_out,
+    speaker_numbers,
+)
 
 
 class Numbered:
@@ -40,19 +49,27 @@ class Numbered:
             yield utterance, np.stack([np.full_like(frames, int(utterance.id[1:])), frames], axis=1)
 
 
-def write_rows(folder: Path, num_frames: Sequence[int], speakers: Sequence[str | None] | None = None) -> Manifest:
+def write_rows(
+    folder: Path, num_frames: Sequence[int], speakers: Sequence[str | None] | None = None
+) -> Manifest:
     rows = [
         {
-            "id": f"u{n}", "path": f"/nowhere/{n}.wav", "start": 0, "num_samples": 400 + 320 * (count - 1), "sample_rate": 16000,
+            "id": f"u{n}",
+            "path": f"/nowhere/{n}.wav",
+            "start": 0,
+            "num_samples": 400 + 320 * (count - 1),
+            "sample_rate": 16000,
             "speaker": None if speakers is None else speakers[n],
         }
         for n, count in enumerate(num_frames)
-    ]  # fmt: skip
+    ]
     write_manifest(folder / "manifest", rows, {}, {})
     return Manifest(folder / "manifest")
 
 
-def plan_slowly(num_frames: list[int], budget: int, seed: int, speakers: list[int]) -> tuple[list[int], list[int]]:
+def plan_slowly(
+    num_frames: list[int], budget: int, seed: int, speakers: list[int]
+) -> tuple[list[int], list[int]]:
     """The plan in plain loops and Python's integers, given the same random order and shares."""
     rng = np.random.default_rng([seed, len(num_frames)])
     order = rng.permutation(len(num_frames)).tolist()
@@ -73,7 +90,9 @@ def plan_slowly(num_frames: list[int], budget: int, seed: int, speakers: list[in
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 5000), st.integers(0, 3))
-def test_a_sample_has_its_size_and_no_utterance_gives_more_than_it_has(lengths: list[int], budget: int, seed: int) -> None:
+def test_a_sample_has_its_size_and_no_utterance_gives_more_than_it_has(
+    lengths: list[int], budget: int, seed: int
+) -> None:
     num_frames = np.array(lengths)
     rows, counts = plan_sample(num_frames, budget, seed)
     assert counts.sum() == min(budget, num_frames.sum())
@@ -89,7 +108,11 @@ def test_shares_are_level_as_far_as_everybody_has(have: list[int], budget: int, 
         assert quota == owned or quota >= quotas.max() - 1  # who gives less than another gives all
 
 
-@given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 4)), min_size=1, max_size=40), st.integers(1, 2000), st.integers(0, 3))
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(0, 4)), min_size=1, max_size=40),
+    st.integers(1, 2000),
+    st.integers(0, 3),
+)
 def test_the_plan_is_the_one_of_plain_loops(rows: list[tuple[int, int]], budget: int, seed: int) -> None:
     num_frames, speakers = [frames for frames, _ in rows], [speaker for _, speaker in rows]
     found, counts = plan_sample(np.array(num_frames), budget, seed, np.array(speakers))
@@ -108,17 +131,31 @@ def test_speakers_give_alike_and_a_short_one_all_it_has(tmp_path: Path) -> None:
     names = ["long"] * 20 + ["short"] + ["middle"] * 6 + [None, None]
     rows = write_rows(tmp_path, [100] * 20 + [30] + [100] * 6 + [100, 100], names)
     sample = Sample(rows, 330, seed=0)
-    assert sample.speaker_frames is not None and sample.speaker_frames.tolist() == [100, 30, 100, 100]  # the nameless are one
+    assert sample.speaker_frames is not None and sample.speaker_frames.tolist() == [
+        100,
+        30,
+        100,
+        100,
+    ]  # the nameless are one
     assert sample.size == 330 and len(Sample(rows, 10**6, seed=0)) == len(rows)
     plain = Sample(rows, 330, seed=0, balance="none")
-    assert plain.size == 330 and plain.speaker_frames is not None and plain.speaker_frames[0] > 150  # 20 of 29 utterances
+    assert (
+        plain.size == 330 and plain.speaker_frames is not None and plain.speaker_frames[0] > 150
+    )  # 20 of 29 utterances
 
 
 def test_without_speakers_or_with_one_balancing_changes_nothing(tmp_path: Path) -> None:
     num_frames = np.random.default_rng(0).integers(10, 300, size=50).tolist()
-    unknown, one = write_rows(tmp_path / "unknown", num_frames), write_rows(tmp_path / "one", num_frames, ["a"] * 50)
+    unknown, one = (
+        write_rows(tmp_path / "unknown", num_frames),
+        write_rows(tmp_path / "one", num_frames, ["a"] * 50),
+    )
     assert speaker_numbers(unknown) is None and Sample(unknown, 400, 0).speaker_frames is None
-    drawn = [[u.id for u in Sample(rows, 400, 0, b).utterances] for rows in (unknown, one) for b in ("speaker", "none")]  # type: ignore[arg-type]
+    drawn = [
+        [u.id for u in Sample(rows, 400, 0, b).utterances]
+        for rows in (unknown, one)
+        for b in ("speaker", "none")
+    ]  # type: ignore[arg-type]
     assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
 
 
@@ -147,7 +184,10 @@ def test_the_file_holds_frames_of_the_corpus_in_manifest_order_each_once(tmp_pat
     by_speaker: dict[int, int] = defaultdict(int)
     for n, _ in pairs:
         by_speaker[n % 7] += 1
-    assert sample.speaker_frames is not None and [by_speaker[n] for n in range(7)] == sample.speaker_frames.tolist()
+    assert (
+        sample.speaker_frames is not None
+        and [by_speaker[n] for n in range(7)] == sample.speaker_frames.tolist()
+    )
     assert sorted(by_speaker.values()) == [71] * 4 + [72] * 3
     other = np.load(collect(Numbered(), Sample(rows, 500, seed=1), tmp_path / "other"))
     assert not np.array_equal(points, other)
@@ -205,7 +245,9 @@ def test_a_record_without_its_file_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_what_fits_the_budget_is_in_memory_and_the_rest_stays_on_disk(tmp_path: Path) -> None:
-    np.save(tmp_path / "sample.npy", np.arange(5000, dtype=np.float32).reshape(-1, 2))  # 20,128 bytes with the header
+    np.save(
+        tmp_path / "sample.npy", np.arange(5000, dtype=np.float32).reshape(-1, 2)
+    )  # 20,128 bytes with the header
     held, mapped = load_sample(tmp_path / "sample.npy", 20.2e-6), load_sample(tmp_path / "sample.npy", 20e-6)
     assert not isinstance(held, np.memmap) and isinstance(mapped, np.memmap) and np.array_equal(held, mapped)
 
@@ -218,15 +260,20 @@ def test_a_frame_that_is_no_number_names_the_utterance(value: float, tmp_path: P
                 features[41, 1] = value if utterance.id == "u3" else 0
                 yield utterance, features
 
-    with pytest.raises(ValueError, match=r"/nowhere/3.wav \(utterance 'u3'\): NaN or infinity in the features of frame 41"):
+    with pytest.raises(
+        ValueError, match=r"/nowhere/3.wav \(utterance 'u3'\): NaN or infinity in the features of frame 41"
+    ):
         collect(Diverged(), Sample(write_rows(tmp_path, [60] * 6), 10**6, seed=0), tmp_path / "partial")
 
 
-def test_a_disk_that_is_too_full_is_an_error_that_says_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_full_is_an_error_that_says_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 700, 700))  # type: ignore[attr-defined]
     folder = tmp_path / "codebook" / "partial"
     with pytest.raises(
-        ValueError, match=r"partial: the sample needs 800 bytes of disk and 700 are free; lower `hours` or `frames`"
+        ValueError,
+        match=r"partial: the sample needs 800 bytes of disk and 700 are free; lower `hours` or `frames`",
     ):
         require_space(folder, 100, 2)
     folder.mkdir(parents=True)
@@ -237,5 +284,8 @@ def test_a_disk_that_is_too_full_is_an_error_that_says_the_bytes(tmp_path: Path,
 def test_nothing_to_fit_on_is_an_error_that_names_the_manifest(tmp_path: Path) -> None:
     for name, lengths in (("empty", []), ("short", [0, 0])):
         rows = write_rows(tmp_path / name, lengths)
-        with pytest.raises(ValueError, match=rf"{name}/manifest: no frame of 20 ms in the {len(lengths)} utterances to fit on"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name}/manifest: no frame of 20 ms in the {len(lengths)} utterances to fit on",
+        ):
             Sample(rows, 100, seed=0)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.artefact import read_meta
-from pretrain.manifest import Manifest
-from pretrain.pnmi import JointCounts, phone_metrics
+from pretrain.data.manifest import Manifest
+from pretrain.objectives.pnmi import JointCounts, phone_metrics
+from pretrain.store.artefact import read_meta
 from quantize.assignment import nearest
 from quantize.features import open_encoder_source
 from quantize.judging import Judge
@@ -18,7 +18,15 @@ from quantize.kmeans import kmeans
 from quantize.measuring import MeasureConfig, as_text, measure
 from quantize.quality import usage_metrics
 from quantize.sampling import Sample
-from quantize.sweep import SWEEP_ITERATIONS, choose_layer, draw_utterances, frame_file, plan_sweep, read_choice, recommend
+from quantize.sweep import (
+    SWEEP_ITERATIONS,
+    choose_layer,
+    draw_utterances,
+    frame_file,
+    plan_sweep,
+    read_choice,
+    recommend,
+)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -29,7 +37,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def sweep(corpus: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "layers"
-    keys: dict[str, Any] = {"manifest": str(corpus), "encoder": str(run), "fit_split": "train", "split": "dev"}
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "encoder": str(run),
+        "fit_split": "train",
+        "split": "dev",
+    }
     measure(MeasureConfig(**keys, layers="all", num_classes=8, out=str(out)))
     return out
 
@@ -41,7 +54,9 @@ def test_every_layer_is_judged_as_it_would_be_alone(corpus: Path, run: Path, swe
     for layer, measures in layers.items():
         source = open_encoder_source(str(run), int(layer), device="cpu")
         sample = Sample(train, 20_000, seed=0)
-        drawn = [features[sample.draw(utterance)[1]] for utterance, features in source.features(sample.utterances)]
+        drawn = [
+            features[sample.draw(utterance)[1]] for utterance, features in source.features(sample.utterances)
+        ]
         frames = np.concatenate(drawn)
         fit = kmeans(frames, 8, seed=0, max_iterations=SWEEP_ITERATIONS)
         joint, counts = JointCounts(8), np.zeros(8, np.int64)
@@ -49,13 +64,20 @@ def test_every_layer_is_judged_as_it_would_be_alone(corpus: Path, run: Path, swe
             labels = nearest(features, fit.centroids[0], fit.mean)
             joint.add(utterance, labels)
             counts += np.bincount(labels, minlength=8)
-        alone = {key: phone_metrics(joint.matrix()[1])[key] for key in ("pnmi", "phone_purity")} | usage_metrics(counts)
+        alone = {
+            key: phone_metrics(joint.matrix()[1])[key] for key in ("pnmi", "phone_purity")
+        } | usage_metrics(counts)
         assert {key: measures[key] for key in alone} == alone
         assert 0 < measures["phone_accuracy_features"] <= 1
 
 
 def test_every_layers_abx_and_probes_are_of_that_layer(speech: str, run: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"manifest": speech, "encoder": str(run), "num_classes": 8, "abx_context": "phoneme"}
+    keys: dict[str, Any] = {
+        "manifest": speech,
+        "encoder": str(run),
+        "num_classes": 8,
+        "abx_context": "phoneme",
+    }
     config = MeasureConfig(**keys, layers="all", out=str(tmp_path / "layers"))
     summary = measure(config)
     rows = list(Manifest(speech))
@@ -66,14 +88,20 @@ def test_every_layers_abx_and_probes_are_of_that_layer(speech: str, run: Path, t
         features = {utterance.id: found for utterance, found in source.features(rows)}
         sample = Sample(Manifest(speech), 20_000, seed=0)
         fit = kmeans(
-            np.concatenate([features[u.id][sample.draw(u)[1]] for u in sample.utterances]), 8, max_iterations=SWEEP_ITERATIONS
+            np.concatenate([features[u.id][sample.draw(u)[1]] for u in sample.utterances]),
+            8,
+            max_iterations=SWEEP_ITERATIONS,
         )
         units = {name: nearest(found, fit.centroids[0], fit.mean) for name, found in features.items()}
         alone = judge.of_features(features) | judge.of_units(units, 8)
         assert set(alone) >= {
-            "abx_within_features", "abx_across_features", "phone_accuracy_features", "phone_accuracy", "speaker_accuracy",
+            "abx_within_features",
+            "abx_across_features",
+            "phone_accuracy_features",
+            "phone_accuracy",
+            "speaker_accuracy",
             "speaker_frame_accuracy",
-        }  # fmt: skip
+        }
         assert {key: measures[key] for key in alone} == alone
         seen.append(judge.of_features(features))
     assert seen[0] != seen[1] != seen[2] != seen[0]  # layers taken for each other would show
@@ -89,7 +117,13 @@ def test_a_sweep_and_layer_best_fit_and_judge_alike_however_many_classes(
     for num_classes in (1, 4):  # 20 frames a class are fewer than 30, and more
         budget, judged = plan_sweep(dev, num_classes, seed=1)
         assert budget == max(30, 20 * num_classes) < train.num_frames.sum() and len(judged) < len(dev)
-        keys: dict[str, Any] = {"manifest": str(corpus), "encoder": str(run), "fit_split": "train", "split": "dev", "seed": 1}
+        keys: dict[str, Any] = {
+            "manifest": str(corpus),
+            "encoder": str(run),
+            "fit_split": "train",
+            "split": "dev",
+            "seed": 1,
+        }
         out = tmp_path / f"layers{num_classes}"
         summary = measure(MeasureConfig(**keys, layers="all", num_classes=num_classes, out=str(out)))
         assert summary["utterances"] == len(judged) and summary["judged_utterances"] <= len(judged)
@@ -97,7 +131,9 @@ def test_a_sweep_and_layer_best_fit_and_judge_alike_however_many_classes(
         assert chosen == {key: read_choice(out)[key] for key in ("layer", "chosen_by", "sweep")}
 
 
-def test_the_recommendation_is_the_best_layer_and_cluster_would_choose_the_same(corpus: Path, run: Path, sweep: Path) -> None:
+def test_the_recommendation_is_the_best_layer_and_cluster_would_choose_the_same(
+    corpus: Path, run: Path, sweep: Path
+) -> None:
     meta, choice = read_meta(sweep, "layer-sweep"), read_choice(sweep)
     layers = read_summary(sweep)["layers"]
     best = max(("1", "2"), key=lambda layer: layers[layer]["pnmi"])
@@ -122,13 +158,21 @@ def test_the_terminal_gets_a_row_a_layer(sweep: Path) -> None:
     lines = as_text(summary).splitlines()
     assert lines[0].split()[:2] == ["layer", "PNMI"] and len(lines) == 5
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
-    assert lines[int(summary["layer"]) + 1].split()[1] == "*" and lines[4].startswith(f"* layer {summary['layer']}: highest PNMI")
+    assert lines[int(summary["layer"]) + 1].split()[1] == "*" and lines[4].startswith(
+        f"* layer {summary['layer']}: highest PNMI"
+    )
 
 
 def test_a_list_of_layers_is_swept_alone_and_a_layer_that_is_not_there_is_an_error(
     corpus: Path, run: Path, sweep: Path, tmp_path: Path
 ) -> None:
-    keys: dict[str, Any] = {"manifest": str(corpus), "encoder": str(run), "split": "dev", "fit_split": "train", "num_classes": 8}
+    keys: dict[str, Any] = {
+        "manifest": str(corpus),
+        "encoder": str(run),
+        "split": "dev",
+        "fit_split": "train",
+        "num_classes": 8,
+    }
     summary = measure(MeasureConfig(**keys, layers=[1, 0, 1], out=str(tmp_path / "some")))
     everything = read_summary(sweep)["layers"]
     assert summary["layers"] == {layer: everything[layer] for layer in ("0", "1")} and summary["layer"] == 1
@@ -141,7 +185,13 @@ def test_without_alignments_the_middle_layer_is_recommended_and_nothing_is_prete
 ) -> None:
     manifest = make_corpus(tmp_path, phones=False, num_utterances=6)
     summary = measure(
-        MeasureConfig(manifest=str(manifest), encoder=str(run), layers="all", num_classes=4, out=str(tmp_path / "layers"))
+        MeasureConfig(
+            manifest=str(manifest),
+            encoder=str(run),
+            layers="all",
+            num_classes=4,
+            out=str(tmp_path / "layers"),
+        )
     )
     assert summary["layer"] == 1 and "the middle one: 1 of 2" in summary["chosen_by"]
     assert all(set(measures) == {"usage", "perplexity"} for measures in summary["layers"].values())
@@ -152,7 +202,11 @@ def test_without_alignments_the_middle_layer_is_recommended_and_nothing_is_prete
 def test_layer_zero_is_recommended_only_where_it_stands_alone() -> None:
     scores = {0: {"pnmi": 0.9}, 1: {"pnmi": 0.2}, 2: {"pnmi": 0.3}}
     assert recommend([0, 1, 2], scores, "dev")["layer"] == 2
-    assert recommend([0], scores, None) == {"layer": 0, "chosen_by": "highest PNMI on the whole corpus", "sweep": {"0": 0.9}}
+    assert recommend([0], scores, None) == {
+        "layer": 0,
+        "chosen_by": "highest PNMI on the whole corpus",
+        "sweep": {"0": 0.9},
+    }
     assert recommend(range(13), {}, "dev")["layer"] == 6 and recommend([9, 6, 7], {}, None)["layer"] == 7
 
 

@@ -9,19 +9,22 @@ import soundfile
 import torch
 
 import quantize.features
-from pretrain.audio import num_frames
-from pretrain.encoder import Encoder
-from pretrain.labels import Labels
-from pretrain.manifest import Manifest, Utterance, write_manifest
+from pretrain.data.audio import num_frames
+from pretrain.data.labels import Labels
+from pretrain.data.manifest import Manifest, Utterance, write_manifest
+from pretrain.model.encoder import Encoder
 from quantize.clustering import ClusterConfig, cluster
 from quantize.encoding import EncodeConfig, encode
 from quantize.features import EncoderSource
 from tests.pretrain.ctc.tones import save_encoder
-from tests.pretrain.test_streaming import KINDS, ROUNDING, encoder
+from tests.pretrain.model.test_streaming import KINDS, ROUNDING, encoder
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 SECONDS = 30
-WINDOWS = (230, 499)  # frames: seven windows, and four; the context on each side is the 100 frames of real windows
+WINDOWS = (
+    230,
+    499,
+)  # frames: seven windows, and four; the context on each side is the 100 frames of real windows
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +33,28 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Utterance:
     rng, num_samples = np.random.default_rng(0), SECONDS * 16000 + 123
     path, time = tmp_path_factory.mktemp("long") / "long.wav", np.arange(num_samples) / 16000
     tones = np.repeat(rng.uniform(200, 4000, num_samples // 1600 + 1), 1600)[:num_samples]
-    level = np.geomspace(0.005, 0.2, num_samples) * np.repeat(rng.uniform(0.3, 1.0, SECONDS + 1), 16000)[:num_samples]
+    level = (
+        np.geomspace(0.005, 0.2, num_samples)
+        * np.repeat(rng.uniform(0.3, 1.0, SECONDS + 1), 16000)[:num_samples]
+    )
     wave = level * (np.sin(2 * np.pi * tones * time) + 0.3 * rng.standard_normal(num_samples)) + 0.02
     soundfile.write(path, wave, 16000, subtype="FLOAT")
     return Utterance("long", str(path), 0, num_samples, 16000)
 
 
-def layers_of(module: Encoder, utterance: Utterance, window_frames: int, device_path: bool = False) -> list[np.ndarray]:
+def layers_of(
+    module: Encoder, utterance: Utterance, window_frames: int, device_path: bool = False
+) -> list[np.ndarray]:
     """The features of every layer from windows of at most so many frames."""
     source = EncoderSource(module, "", 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize.features, "WINDOW_FRAMES", window_frames)
         numbers = list(range(module.config.num_layers + 1))
-        ((_, layers),) = source._in_batches([[utterance]], numbers) if device_path else source.all_layers([utterance], numbers)
+        ((_, layers),) = (
+            source._in_batches([[utterance]], numbers)
+            if device_path
+            else source.all_layers([utterance], numbers)
+        )
     return layers
 
 
@@ -52,7 +64,9 @@ def labels_of(features: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 @kinds
 @pytest.mark.parametrize("device_path", [False, True], ids=["one by one", "as a GPU does"])
-def test_all_but_attention_sees_the_whole_of_a_long_utterance(kind: dict[str, Any], device_path: bool, long: Utterance) -> None:
+def test_all_but_attention_sees_the_whole_of_a_long_utterance(
+    kind: dict[str, Any], device_path: bool, long: Utterance
+) -> None:
     """Without attention, features of windows are those of the whole utterance, beside the cuts and far from them."""
     module = encoder(None, **kind)
     for layer in module.layers:
@@ -64,7 +78,9 @@ def test_all_but_attention_sees_the_whole_of_a_long_utterance(kind: dict[str, An
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_labels_of_a_long_utterance_are_those_of_the_whole_whatever_the_window(name: str, long: Utterance) -> None:
+def test_labels_of_a_long_utterance_are_those_of_the_whole_whatever_the_window(
+    name: str, long: Utterance
+) -> None:
     """What is left is attention, which sees its window. With drawn weights it attends all alike, near and far, and the mean of ten seconds
     is not that of an utterance that grows louder all the time: this is far more than with a trained encoder (README). Before, each
     window had statistics of its own, and 11 % (small), 70 % (base) and 40 % (large) of these labels changed."""
@@ -90,17 +106,32 @@ def test_labels_of_a_long_utterance_depend_on_no_batch_shard_thread_or_process(
     rows = []
     for name, num_samples in (("a", 30_000), ("long", 101 * 16000), ("b", 50_000)):
         soundfile.write(tmp_path / f"{name}.wav", np.resize(wave, num_samples), 16000)
-        row = {"id": name, "path": str(tmp_path / f"{name}.wav"), "start": 0, "num_samples": num_samples, "sample_rate": 16000}
+        row = {
+            "id": name,
+            "path": str(tmp_path / f"{name}.wav"),
+            "start": 0,
+            "num_samples": num_samples,
+            "sample_rate": 16000,
+        }
         rows.append({**row, "split": "train" if name == "a" else None})
     write_manifest(tmp_path / "manifest", rows, {}, {})
     manifest = str(tmp_path / "manifest")
     run = str(save_encoder(tmp_path / "run", front_end="waveform", conv_norm="group", conv_dim=16))
-    codebook = {"manifest": manifest, "split": "train", "features": "encoder", "encoder": run, "layer": 1, "num_classes": 8}
+    codebook = {
+        "manifest": manifest,
+        "split": "train",
+        "features": "encoder",
+        "encoder": run,
+        "layer": 1,
+        "num_classes": 8,
+    }
     cluster(ClusterConfig(**codebook, out=str(tmp_path / "codebook"), device="cpu"))
     found, threads = [], torch.get_num_threads()
     options = {"manifest": manifest, "codebook": str(tmp_path / "codebook"), "encoder": run, "device": "cpu"}
     try:
-        for number, more in enumerate(({"num_shards": 1}, {"num_shards": 3, "processes": processes, "batch_seconds": 300})):
+        for number, more in enumerate(
+            ({"num_shards": 1}, {"num_shards": 3, "processes": processes, "batch_seconds": 300})
+        ):
             torch.set_num_threads(1 + number)
             encode(EncodeConfig(**options, **more, out=str(tmp_path / str(number))))
             labels = Labels(tmp_path / str(number))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.frontend import CONV_STRIDES, WaveformFrontEnd
+from pretrain.model.frontend import CONV_STRIDES, WaveformFrontEnd
 
 
 def convolve(front_end: WaveformFrontEnd, waveform: Tensor) -> Tensor:

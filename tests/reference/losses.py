@@ -18,7 +18,11 @@ def cross_entropy(positive: float, negatives: list[float]) -> float:
 
 
 def hubert_loss(
-    projected: Sequence[Tensor], embeddings: Tensor, labels: Sequence[Tensor], masks: Sequence[Tensor], temperature: float
+    projected: Sequence[Tensor],
+    embeddings: Tensor,
+    labels: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    temperature: float,
 ) -> tuple[float, int, int]:
     """HuBERT, equation 3: frame against its class and all classes as negatives, the positive's duplicate at minus infinity.
 
@@ -43,16 +47,22 @@ def hubert_loss(
 
 
 def contrastive_loss(
-    projected: Sequence[Tensor], targets: Sequence[Tensor], codes: Sequence[Tensor], masks: Sequence[Tensor],
-    distractors: Sequence[Tensor], temperature: float,
-) -> tuple[float, int, int]:  # fmt: skip
+    projected: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    distractors: Sequence[Tensor],
+    temperature: float,
+) -> tuple[float, int, int]:
     """wav2vec 2.0, equation 3: a masked frame's own quantised target among those of other masked frames of the utterance.
 
     projected[i] and targets[i] (frames, dim), codes[i] (frames, groups), masks[i] (frames,), distractors[i] (masked, K) as places
     among the masked frames. A distractor with the positive's codes is at minus infinity.
     """
     total, count, correct = 0.0, 0, 0
-    for queries, keys, numbers, mask, drawn in zip(projected, targets, codes, masks, distractors, strict=True):
+    for queries, keys, numbers, mask, drawn in zip(
+        projected, targets, codes, masks, distractors, strict=True
+    ):
         frames = torch.where(mask)[0].tolist()
         for t, others in zip(frames, drawn.tolist(), strict=True):
             query = queries[t].double()

@@ -90,7 +90,14 @@ class Cluster:
 
     def command(self, *argv: str, check: bool = True) -> str:
         """What a program of SLURM's prints; RuntimeError with its complaint where it fails and `check`."""
-        done = subprocess.run(argv, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            argv,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(argv)}: exit status {done.returncode}: {done.stderr}{done.stdout}")
         return done.stdout
@@ -119,7 +126,10 @@ class Cluster:
         for _ in range(3):  # again for those that were just being started
             for pid in processes(self.folder):
                 if f"SLURMD_NODENAME={name}" in _environment(pid):
-                    for doomed in (_parent(pid), pid):  # the step's slurmstepd does not say which node it is of
+                    for doomed in (
+                        _parent(pid),
+                        pid,
+                    ):  # the step's slurmstepd does not say which node it is of
                         if doomed == pid or _arguments(doomed)[0].startswith("slurmstepd"):
                             with suppress(ProcessLookupError):
                                 os.kill(doomed, signal.SIGKILL)
@@ -141,13 +151,20 @@ class Cluster:
     def last_words(self) -> str:
         """The ends of the daemons' logs."""
         logs = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
-        return "\n".join(f"{log.name}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]) for log in logs)
+        return "\n".join(
+            f"{log.name}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]) for log in logs
+        )
 
     def _start(self, name: str, *argv: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
-                argv, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-            )  # fmt: skip
+                argv,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
 
 
 @contextmanager
@@ -157,10 +174,14 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     Raises Unavailable with the reason where it cannot run, ValueError where `folder` holds something. However the asking process ends, a watchdog stops all the cluster's
     processes and jobs.
     """
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])  # Debian's daemons are not on a user's PATH
+    path = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
+    )  # Debian's daemons are not on a user's PATH
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if absent:
-        raise Unavailable(f"no {', '.join(absent)} here; Debian and Ubuntu have them in the packages slurm-wlm and munge")
+        raise Unavailable(
+            f"no {', '.join(absent)} here; Debian and Ubuntu have them in the packages slurm-wlm and munge"
+        )
     if os.getuid() != 0:
         raise Unavailable("a slurmd that starts jobs must be root")
     folder = folder.resolve()
@@ -168,16 +189,25 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         raise Unavailable(f"{folder}: too long a path for sockets")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty; a cluster in the folder of another would take up that one's jobs")
+        raise ValueError(
+            f"{folder}: is not empty; a cluster in the folder of another would take up that one's jobs"
+        )
     (folder / "state").mkdir(exist_ok=True)
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     ports = _free_ports(3)
     text = CONFIG.format(
-        host=socket.gethostname().split(".")[0], user=getpass.getuser(), folder=folder, cpus=CPUS_PER_NODE,
-        first_job=random.SystemRandom().randrange(1, 12000),  # jobs of two clusters at a time must not meet at one rendezvous
-        controller_port=ports[0], n1_port=ports[1], n2_port=ports[2],
-    )  # fmt: skip
+        host=socket.gethostname().split(".")[0],
+        user=getpass.getuser(),
+        folder=folder,
+        cpus=CPUS_PER_NODE,
+        first_job=random.SystemRandom().randrange(
+            1, 12000
+        ),  # jobs of two clusters at a time must not meet at one rendezvous
+        controller_port=ports[0],
+        n1_port=ports[1],
+        n2_port=ports[2],
+    )
     (folder / "slurm.conf").write_text(text)
     cluster = Cluster(folder, {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": path})
     with _watchdog(folder):
@@ -195,7 +225,13 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-_MUNGE_FILES = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+_MUNGE_FILES = {
+    "socket": "socket",
+    "key-file": "key",
+    "log-file": "log",
+    "pid-file": "pid",
+    "seed-file": "seed",
+}
 
 
 @contextmanager
@@ -259,7 +295,9 @@ def _free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, below 32768 so that the kernel gives none of them away before they are used."""
     found: list[int] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(15000, 20000)  # 20000 to 32000 are the rendezvous ports of jobs
+        port = random.SystemRandom().randrange(
+            15000, 20000
+        )  # 20000 to 32000 are the rendezvous ports of jobs
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             if port not in found:

@@ -5,8 +5,8 @@ import signal
 import time
 from functools import partial
 
-import wordless
-from pretrain.pretraining import HubertTask
+import wordless.cli
+from pretrain.objectives.pretraining import HubertTask
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
         before_step(task, step)
 
     HubertTask.before_step = rest_before_step  # type: ignore[method-assign]
-    return wordless.main(argv)
+    return wordless.cli.main(argv)
 
 
 class _Late:

@@ -18,16 +18,22 @@ from submitit.core.utils import DelayedSubmission
 from slurm.command import MAX_TIMEOUTS, SIGNAL_AT, Attempt, Command, CommandFailed
 from slurm.submission import Heartbeat, TaskStatus, read_status, write_json
 
-RUNNING = (
-    "JobId=41 JobState=RUNNING RunTime=00:03:00 TimeLimit=00:10:00 PreemptEligibleTime=X PreemptTime=None Comment=a JobState=X"
-)
+RUNNING = "JobId=41 JobState=RUNNING RunTime=00:03:00 TimeLimit=00:10:00 PreemptEligibleTime=X PreemptTime=None Comment=a JobState=X"
 SCONTROL = """#!/bin/bash
 echo "$@" >>"$FAKE/asked"
 [ "$1" = show ] && cat "$FAKE/shown"
 [ "$1" = requeue ] && exit "$(cat "$FAKE/requeue_status")"
 """
-SET_BY_A_TASK = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WORDLESS_PROGRESS",
-                 "WORDLESS_ATTEMPT"]  # fmt: skip
+SET_BY_A_TASK = [
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "WORDLESS_PROGRESS",
+    "WORDLESS_ATTEMPT",
+]
 NEVER = "out of time 21 times"
 
 
@@ -40,19 +46,34 @@ class Job:
         (folder / "scontrol").chmod(0o755)
         self.shows(RUNNING)
         (folder / "requeue_status").write_text("0")
-        for name, value in {"FAKE": str(folder), "PATH": f"{folder}:{os.environ['PATH']}", "SUBMITIT_FOLDER": str(folder)}.items():
+        for name, value in {
+            "FAKE": str(folder),
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "SUBMITIT_FOLDER": str(folder),
+        }.items():
             monkeypatch.setenv(name, value)
 
     def shows(self, text: str) -> None:
         (self.folder / "shown").write_text(text)
 
-    def attempt(self, place: str, *, rank: int = 0, num_tasks: int = 1, countdown: int = MAX_TIMEOUTS) -> Attempt:
-        variables = {"JOB_ID": 41, "NTASKS": num_tasks, "JOB_NUM_NODES": 1, "NODEID": 0, "PROCID": rank, "LOCALID": rank}
+    def attempt(
+        self, place: str, *, rank: int = 0, num_tasks: int = 1, countdown: int = MAX_TIMEOUTS
+    ) -> Attempt:
+        variables = {
+            "JOB_ID": 41,
+            "NTASKS": num_tasks,
+            "JOB_NUM_NODES": 1,
+            "NODEID": 0,
+            "PROCID": rank,
+            "LOCALID": rank,
+        }
         if place == "local":
             variables["GLOBALID"] = variables.pop("PROCID")
         self.monkeypatch.setenv("SUBMITIT_EXECUTOR", place)
         for name, value in variables.items():
-            self.monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}" if place == "local" else f"SLURM_{name}", str(value))
+            self.monkeypatch.setenv(
+                f"SUBMITIT_LOCAL_{name}" if place == "local" else f"SLURM_{name}", str(value)
+            )
         submission = DelayedSubmission(Command(["x"], "nowhere:main"))
         submission.set_timeout(10, countdown)
         submission.dump(self.folder / "41_submitted.pkl")
@@ -77,7 +98,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)
+    }
     yield Job(tmp_path, monkeypatch)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -100,7 +123,9 @@ def test_preemption_is_no_timeout_even_of_a_job_of_ten_minutes(job: Job) -> None
 
 @pytest.mark.parametrize(("run_time", "charged"), [("00:07:29", 0), ("00:07:30", 1), ("1-00:00:00", 1)])
 def test_a_timeout_is_one_from_when_slurm_may_send_its_signal(job: Job, run_time: str, charged: int) -> None:
-    job.shows(RUNNING.replace("00:03:00", run_time))  # 10 minutes less the 90 s of the signal less the 60 s it may be early
+    job.shows(
+        RUNNING.replace("00:03:00", run_time)
+    )  # 10 minutes less the 90 s of the signal less the 60 s it may be early
     leaves(job.attempt("slurm"), signal.SIGUSR2)
     assert (job.status().timeouts, job.countdown()) == (charged, MAX_TIMEOUTS - charged)
     assert job.status().reason == ("timeout" if charged else "SIGUSR2")
@@ -117,13 +142,19 @@ def test_only_timeouts_in_a_row_without_getting_further_end_a_job(job: Job) -> N
         left = job.countdown()
     assert counted == [1, 2, 3, 1, 2]
     attempt = job.attempt("slurm", countdown=left)
-    (job.folder / "41_progress.json").write_text(json.dumps({"what": "validate", "done": 99}))  # other work, perhaps done again
+    (job.folder / "41_progress.json").write_text(
+        json.dumps({"what": "validate", "done": 99})
+    )  # other work, perhaps done again
     leaves(attempt, signal.SIGUSR2)
     assert job.status().timeouts == 3
 
 
-def test_preemption_when_the_time_is_almost_up_is_no_timeout_where_slurm_says_that_it_preempts(job: Job) -> None:
-    job.shows(RUNNING.replace("00:03:00", "00:09:00").replace("PreemptTime=None", "PreemptTime=2026-11-21T12:00:00"))
+def test_preemption_when_the_time_is_almost_up_is_no_timeout_where_slurm_says_that_it_preempts(
+    job: Job,
+) -> None:
+    job.shows(
+        RUNNING.replace("00:03:00", "00:09:00").replace("PreemptTime=None", "PreemptTime=2026-11-21T12:00:00")
+    )
     leaves(job.attempt("slurm"), signal.SIGUSR2)
     assert (job.status().reason, job.countdown()) == ("preempted", MAX_TIMEOUTS)
 
@@ -196,7 +227,9 @@ def test_the_other_tasks_note_a_signal_and_end_quietly_once_the_command_has_save
     attempt = job.attempt("slurm", rank=1, num_tasks=2)
     attempt.on_signal(signal.SIGUSR2, None)
     assert job.status(1).state == "running"
-    assert attempt.end(128 + signal.SIGUSR2, None) == 0  # any other exit status would have srun kill the first task
+    assert (
+        attempt.end(128 + signal.SIGUSR2, None) == 0
+    )  # any other exit status would have srun kill the first task
     assert (job.status(1).state, job.status(1).status, job.status(1).reason) == ("stopped", 140, "SIGUSR2")
     assert job.requeues() == 0
     attempt = job.attempt("slurm", rank=1, num_tasks=2)
@@ -256,7 +289,9 @@ def test_a_forked_child_requeues_nothing_and_can_be_terminated(job: Job) -> None
     assert job.requeues() == 0 and job.status().state == "running"
 
 
-def test_a_full_disk_costs_neither_the_work_nor_the_requeue(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_neither_the_work_nor_the_requeue(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = job.attempt("slurm")
 
     def full(*_: object) -> None:
@@ -290,7 +325,13 @@ def test_a_command_is_told_where_to_keep_its_progress_and_says_how_it_ended(job:
     seen: list[object] = []
     for rank in (0, 1):
         assert (
-            run(job, lambda argv: seen.append((argv, os.environ.get("WORDLESS_PROGRESS"), os.environ["WORDLESS_ATTEMPT"])), rank)
+            run(
+                job,
+                lambda argv: seen.append(
+                    (argv, os.environ.get("WORDLESS_PROGRESS"), os.environ["WORDLESS_ATTEMPT"])
+                ),
+                rank,
+            )
             == 0
         )
         assert (job.status(rank).state, job.status(rank).status) == ("finished", 0)
@@ -306,7 +347,9 @@ def test_a_command_is_told_where_to_keep_its_progress_and_says_how_it_ended(job:
         (KeyboardInterrupt(), "stopped", 130, "KeyboardInterrupt:"),
     ],
 )
-def test_how_a_command_fails_is_said(job: Job, error: BaseException, state: str, status: int, reason: str) -> None:
+def test_how_a_command_fails_is_said(
+    job: Job, error: BaseException, state: str, status: int, reason: str
+) -> None:
     def fail(argv: list[str]) -> int:
         raise error
 
@@ -330,7 +373,10 @@ def test_a_requeued_task_leaves_no_result_of_its_earlier_attempt(job: Job) -> No
     for name in ("41_1_result.pkl", "41_1_result.pkl.save_tmp", "41_0_result.pkl"):
         (job.folder / name).touch()
     assert run(job, lambda argv: 0, rank=1) == 0
-    assert {path.name for path in job.folder.glob("41_*.pkl*")} == {"41_0_result.pkl", "41_submitted.pkl"}  # those are not its own
+    assert {path.name for path in job.folder.glob("41_*.pkl*")} == {
+        "41_0_result.pkl",
+        "41_submitted.pkl",
+    }  # those are not its own
 
 
 def test_a_snapshot_that_is_not_what_runs_is_an_error(job: Job, tmp_path: Path) -> None:
@@ -342,7 +388,9 @@ def test_a_snapshot_that_is_not_what_runs_is_an_error(job: Job, tmp_path: Path) 
 
 
 def test_a_checkpoint_is_a_submission_of_the_same_command() -> None:
-    command = Command(["pretrain", "base.toml"], "somewhere:main", code="/code", commit="abc+", signal_seconds=7)
+    command = Command(
+        ["pretrain", "base.toml"], "somewhere:main", code="/code", commit="abc+", signal_seconds=7
+    )
     delayed = pickle.loads(pickle.dumps(command.checkpoint()))
     assert delayed.function == command and delayed.args == () and delayed.kwargs == {}
     assert type(delayed).__name__ == "DelayedSubmission"
@@ -357,7 +405,13 @@ def test_the_elements_of_an_array_meet_at_ports_of_their_own(job: Job) -> None:
         job.monkeypatch.delenv("MASTER_PORT", raising=False)
         submission = DelayedSubmission(Command(["x"]))
         submission.dump(job.folder / f"43_{element}_submitted.pkl")
-        for name, value in {"JOB_ID": raw, "NTASKS": 2, "JOB_NUM_NODES": 1, "PROCID": 0, "LOCALID": 0}.items():
+        for name, value in {
+            "JOB_ID": raw,
+            "NTASKS": 2,
+            "JOB_NUM_NODES": 1,
+            "PROCID": 0,
+            "LOCALID": 0,
+        }.items():
             job.monkeypatch.setenv(f"SLURM_{name}", str(value))
         job.monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
         attempt = Attempt(submission.function, JobEnvironment())
@@ -368,7 +422,9 @@ def test_the_elements_of_an_array_meet_at_ports_of_their_own(job: Job) -> None:
     assert len(set(ports)) == 2
 
 
-def test_the_heart_beats_until_the_end_and_survives_a_file_server_that_does_not_answer(tmp_path: Path) -> None:
+def test_the_heart_beats_until_the_end_and_survives_a_file_server_that_does_not_answer(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "status.json"
     with Heartbeat(path, seconds=0.01):
         time.sleep(0.05)  # no such file

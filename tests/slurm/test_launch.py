@@ -53,8 +53,8 @@ def second_fails(argv):
 
 def all_reduce(argv):
     import torch
-    from pretrain.parallel import World
-    from pretrain.stopping import Stop
+    from pretrain.training.parallel import World
+    from pretrain.training.stopping import Stop
     world = World.join("cpu")
     with Stop(world):
         print("total", world.sum(torch.tensor([world.rank + 1.0])).item(), "of", world.size)
@@ -126,9 +126,18 @@ def targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def full_resources() -> Resources:
     return Resources(
-        partition="gpu", account="speech", qos="long", constraint="a100&nvlink", nodes=2, tasks_per_node=8, gpus_per_node=8,
-        cpus_per_task=12, memory_gb=480, time_minutes=1440, setup=("module load cuda", "export NCCL_DEBUG=WARN"),
-    )  # fmt: skip
+        partition="gpu",
+        account="speech",
+        qos="long",
+        constraint="a100&nvlink",
+        nodes=2,
+        tasks_per_node=8,
+        gpus_per_node=8,
+        cpus_per_task=12,
+        memory_gb=480,
+        time_minutes=1440,
+        setup=("module load cuda", "export NCCL_DEBUG=WARN"),
+    )
 
 
 def test_the_sbatch_text_is_the_golden_one() -> None:
@@ -138,11 +147,20 @@ def test_the_sbatch_text_is_the_golden_one() -> None:
 
 def test_the_sbatch_text_of_an_array_that_waits_is_the_golden_one() -> None:
     resources = Resources(
-        time_minutes=10, array_parallelism=3, snapshot=True, exclude="node[3,7]", gres="lscratch:200", mail_user="a@b.org",
-        mail_type="END,FAIL", name="wordless-encode", setup=("module load cuda",),
-    )  # fmt: skip
+        time_minutes=10,
+        array_parallelism=3,
+        snapshot=True,
+        exclude="node[3,7]",
+        gres="lscratch:200",
+        mail_user="a@b.org",
+        mail_type="END,FAIL",
+        name="wordless-encode",
+        setup=("module load cuda",),
+    )
     argv = ["run", "/shared/recipe.toml", "--only", "encode"]
-    text = sbatch_text(argv, resources, Path("/shared/jobs/encode"), after=["41", "42"], array=4, part_key="encode.part")
+    text = sbatch_text(
+        argv, resources, Path("/shared/jobs/encode"), after=["41", "42"], array=4, part_key="encode.part"
+    )
     text = text.replace(str(snapshot_path(ROOT, NAMES, Path("/shared/jobs"))), "/shared/jobs/CODE")
     assert text.replace(sys.executable, "PYTHON") == (GOLDEN / "sbatch_array.txt").read_text()
 
@@ -154,16 +172,22 @@ def test_the_sbatch_text_stays_one_comment_whatever_the_arguments_hold() -> None
     assert not Path("jobs").exists()  # a dry run leaves nothing behind
 
 
-def test_a_local_job_streams_its_output_and_returns_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_local_job_streams_its_output_and_returns_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = launch(["two", "words"], "local", ONE, tmp_path / "jobs", wait=True, target="launch_targets:echo")
     assert done.status == 0
     output = capsys.readouterr()
-    assert output.out == "hello two words\n" and "to stderr\n" in output.err  # submitit's own lines stay in the log
+    assert (
+        output.out == "hello two words\n" and "to stderr\n" in output.err
+    )  # submitit's own lines stay in the log
     assert done.stdout.parent == done.folder and done.job_id in done.stdout.name
 
 
 def test_every_submission_has_a_fresh_folder_for_its_user_alone(tmp_path: Path) -> None:
-    first, second = (launch(["x"], "local", ONE, tmp_path, wait=False, target="launch_targets:echo") for _ in range(2))
+    first, second = (
+        launch(["x"], "local", ONE, tmp_path, wait=False, target="launch_targets:echo") for _ in range(2)
+    )
     assert first.folder != second.folder
     assert [follow(job).status for job in (first, second)] == [0, 0]
     for job in (first, second):
@@ -190,15 +214,26 @@ def test_a_failing_local_job_returns_its_status_and_says_where_to_look(
     assert ("Traceback" in errors) == (target == "broken")  # a bug has a traceback, a user's mistake has none
 
 
-def test_setup_runs_before_a_local_job_which_forgets_the_job_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_runs_before_a_local_job_which_forgets_the_job_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID", "SUBMITIT_EXECUTOR"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("SLURM_CONF", "kept")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc,5")
     resources = Resources(setup=("FIRST='a b'", 'export SECOND="$FIRST c"'), gpus_per_node=2)
-    assert launch([str(tmp_path)], "local", resources, tmp_path, wait=True, target="launch_targets:environment").status == 0
+    assert (
+        launch(
+            [str(tmp_path)], "local", resources, tmp_path, wait=True, target="launch_targets:environment"
+        ).status
+        == 0
+    )
     seen = json.loads((tmp_path / "task").read_text())  # no RANK in the name: a single task
-    assert seen["SECOND"] == "a b c" and seen["SLURM_CONF"] == "kept" and seen["CUDA_VISIBLE_DEVICES"] == "3,GPU-abc"
+    assert (
+        seen["SECOND"] == "a b c"
+        and seen["SLURM_CONF"] == "kept"
+        and seen["CUDA_VISIBLE_DEVICES"] == "3,GPU-abc"
+    )
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_JOB_ID"} & set(seen)
     assert os.environ["RANK"] == "7"
 
@@ -237,7 +272,12 @@ def wait_for_pid(folder: Path) -> int:
         (signal.SIGINT, True, False, "stubborn"),  # as a terminal does it
         (signal.SIGINT, False, False, "stubborn"),  # `kill -INT` of the launcher alone
         (signal.SIGTERM, False, False, "preempted"),
-        (signal.SIGTERM, False, True, "preempted"),  # started in the background of a script, where SIGINT is ignored
+        (
+            signal.SIGTERM,
+            False,
+            True,
+            "preempted",
+        ),  # started in the background of a script, where SIGINT is ignored
         (signal.SIGTERM, False, True, "deaf"),
     ],
 )
@@ -251,7 +291,9 @@ resources = Resources(signal_seconds=1)  # after which a task that does not list
 launch([{str(tmp_path)!r}], "local", resources, Path({str(tmp_path / "jobs")!r}), wait=True, target="launch_targets:{target}")
 """
     shell = ["bash", "-c", ("trap '' INT; " if ignored else "") + 'exec "$@"', "shell"]
-    launcher = subprocess.Popen([*shell, sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        [*shell, sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL
+    )
     pid = wait_for_pid(tmp_path)
     time.sleep(0.3)  # the launcher may not have begun to follow
     (os.killpg if whole_group else os.kill)(launcher.pid, number)
@@ -263,8 +305,12 @@ launch([{str(tmp_path)!r}], "local", resources, Path({str(tmp_path / "jobs")!r})
 
 
 @pytest.mark.parametrize("target", ["preempted", "preempted_and_caught"])
-def test_a_preempted_local_job_is_requeued_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
-    job = launch([str(tmp_path)], "local", ONE, tmp_path / "jobs", wait=False, target=f"launch_targets:{target}")
+def test_a_preempted_local_job_is_requeued_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    job = launch(
+        [str(tmp_path)], "local", ONE, tmp_path / "jobs", wait=False, target=f"launch_targets:{target}"
+    )
     os.kill(wait_for_pid(tmp_path), signal.SIGUSR2)
     assert follow(job).status == 0
     assert "resumed\n" in capsys.readouterr().out
@@ -297,8 +343,12 @@ def test_a_preempted_local_job_of_two_tasks_saves_and_is_requeued_without_a_time
 
 @pytest.mark.slow
 def test_a_local_job_of_two_tasks_out_of_time_is_requeued_and_charged(tmp_path: Path) -> None:
-    resources = Resources(tasks_per_node=2, cpus_per_task=1, time_minutes=1, signal_seconds=45)  # told after 15 s
-    job = launch([str(tmp_path)], "local", resources, tmp_path / "jobs", wait=True, target="launch_targets:trains")
+    resources = Resources(
+        tasks_per_node=2, cpus_per_task=1, time_minutes=1, signal_seconds=45
+    )  # told after 15 s
+    job = launch(
+        [str(tmp_path)], "local", resources, tmp_path / "jobs", wait=True, target="launch_targets:trains"
+    )
     assert job.status == 0
     assert of_tasks(job, "attempt") == [2, 2] and of_tasks(job, "timeouts") == [1, 1]
     assert "timeout: requeued, 1 of 20 timeouts used" in job.stderr.read_text()
@@ -317,7 +367,14 @@ def test_a_sigterm_ends_a_local_job_of_two_tasks_which_save_and_are_not_requeued
 
 @pytest.mark.slow
 def test_a_local_job_may_be_preempted_any_number_of_times(tmp_path: Path) -> None:
-    job = launch([str(tmp_path)], "local", ONE, tmp_path / "jobs", wait=True, target="launch_targets:preempted_ten_times")
+    job = launch(
+        [str(tmp_path)],
+        "local",
+        ONE,
+        tmp_path / "jobs",
+        wait=True,
+        target="launch_targets:preempted_ten_times",
+    )
     assert job.status == 0 and of_tasks(job, "attempt") == [11]
 
 
@@ -342,12 +399,29 @@ def test_a_submission_says_what_was_submitted(tmp_path: Path) -> None:
         array=3,
     )
     submission = read_submission(job.folder)
-    assert (submission.name, submission.job_id, submission.place, submission.argv) == ("hubert", job.job_id, "local", ["x"])
-    assert (submission.array, submission.after, submission.out) == (None, [], str(tmp_path / "o"))  # locally one job does it all
-    assert submission.pid == int(job.job_id) and submission.elements == [job.job_id] and submission.num_tasks == 1
+    assert (submission.name, submission.job_id, submission.place, submission.argv) == (
+        "hubert",
+        job.job_id,
+        "local",
+        ["x"],
+    )
+    assert (submission.array, submission.after, submission.out) == (
+        None,
+        [],
+        str(tmp_path / "o"),
+    )  # locally one job does it all
+    assert (
+        submission.pid == int(job.job_id)
+        and submission.elements == [job.job_id]
+        and submission.num_tasks == 1
+    )
     assert Resources.model_validate_json(json.dumps(submission.resources)) == resources
     assert abs(submission.submitted - time.time()) < 60
-    assert stat.S_IMODE((tmp_path / "jobs").stat().st_mode) == stat.S_IMODE((tmp_path / "jobs" / "hubert").stat().st_mode) == 0o700
+    assert (
+        stat.S_IMODE((tmp_path / "jobs").stat().st_mode)
+        == stat.S_IMODE((tmp_path / "jobs" / "hubert").stat().st_mode)
+        == 0o700
+    )
     assert follow(job).status == 0
     for text in ("{", "{}"):
         (job.folder / "submission.json").write_text(text)
@@ -417,33 +491,49 @@ def test_a_slurm_job_submits_the_dry_run_text_and_its_tasks_know_each_other(
     done = launch(argv, "slurm", resources, tmp_path / "jobs", wait=True, target="launch_targets:environment")
     assert (done.status, done.job_id) == (0, "41")
     submitted = (fake_slurm / "sbatch.txt").read_text()
-    assert submitted.replace(done.folder.name, "SUBMISSION") == sbatch_text(argv, resources, tmp_path / "jobs")
+    assert submitted.replace(done.folder.name, "SUBMISSION") == sbatch_text(
+        argv, resources, tmp_path / "jobs"
+    )
     for rank in range(2):
         seen = json.loads((tmp_path / f"task{rank}").read_text())
-        assert (seen["RANK"], seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["LOCAL_WORLD_SIZE"]) == (str(rank), "0", "2", "1")
+        assert (seen["RANK"], seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["LOCAL_WORLD_SIZE"]) == (
+            str(rank),
+            "0",
+            "2",
+            "1",
+        )
         assert (seen["MASTER_ADDR"], seen["MASTER_PORT"]) == ("127.0.0.1", "20041")
     assert capsys.readouterr().out == ""
 
 
-def test_the_elements_of_an_array_each_run_their_part(tmp_path: Path, fake_slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_elements_of_an_array_each_run_their_part(
+    tmp_path: Path, fake_slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     resources = Resources(nodes=2, cpus_per_task=1)
     job = launch(
-        ["encode", "--only", "e"], "slurm", resources, tmp_path / "jobs", wait=True, target="launch_targets:echo", array=2,
-        part_key="e.part", after=["7", "8"],
-    )  # fmt: skip
+        ["encode", "--only", "e"],
+        "slurm",
+        resources,
+        tmp_path / "jobs",
+        wait=True,
+        target="launch_targets:echo",
+        array=2,
+        part_key="e.part",
+        after=["7", "8"],
+    )
     assert (job.status, job.job_id) == (0, "41")
     submission = read_submission(job.folder)
     assert (submission.array, submission.after, submission.elements) == (2, ["7", "8"], ["41_0", "41_1"])
-    assert [[status.state for status in ranks] for ranks in task_statuses(job.folder, submission) if all(ranks)] == [
-        ["finished"] * 2
-    ] * 2
+    assert [
+        [status.state for status in ranks] for ranks in task_statuses(job.folder, submission) if all(ranks)
+    ] == [["finished"] * 2] * 2
     for element in (0, 1):
         for rank in (0, 1):
             log = (job.folder / f"41_{element}_{rank}_log.out").read_text()
             assert f"hello encode --only e e.part={element + 1}/2\n" in log
     expected = sbatch_text(
         ["encode", "--only", "e"], resources, tmp_path / "jobs", after=["7", "8"], array=2, part_key="e.part"
-    )  # fmt: skip
+    )
     assert (fake_slurm / "sbatch.txt").read_text().replace(job.folder.name, "SUBMISSION") == expected
 
 

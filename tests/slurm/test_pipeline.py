@@ -19,13 +19,13 @@ import pytest
 import soundfile
 import tomli_w
 
-from pretrain.artefact import is_complete
+from pretrain.store.artefact import is_complete
 from slurm.jobs import Job, Queue, latest_jobs
 from slurm.launch import launch
 from slurm.pipeline import cancel, freeze, in_words
 from slurm.resources import Resources
 from slurm.submission import Submission, status_path, write_json
-from wordless import Recipe, main
+from wordless.cli import Recipe, main
 
 ROOT = Path(__file__).parents[2]
 FAKE_SBATCH = """#!/bin/bash
@@ -61,7 +61,12 @@ class Cluster:
         self.folder = folder
         (folder / "queue").mkdir(parents=True)
         (folder / "last").write_text("40")
-        for name, text in (("sbatch", FAKE_SBATCH), ("srun", FAKE_SRUN), ("squeue", FAKE_SQUEUE), ("scancel", FAKE_SCANCEL)):
+        for name, text in (
+            ("sbatch", FAKE_SBATCH),
+            ("srun", FAKE_SRUN),
+            ("squeue", FAKE_SQUEUE),
+            ("scancel", FAKE_SCANCEL),
+        ):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
 
@@ -95,8 +100,16 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 def say(job: Job, state: str, element: int = 0, **changes: Any) -> None:
     """Write the status file of an element's first task, as the task itself would."""
-    task = {"state": state, "status": {"finished": 0, "failed": 1}.get(state), "attempt": 1, "timeouts": 0, "host": "n1", "pid": 1,
-            "began": time.time() - 60, "ended": None if state == "running" else time.time()}  # fmt: skip
+    task = {
+        "state": state,
+        "status": {"finished": 0, "failed": 1}.get(state),
+        "attempt": 1,
+        "timeouts": 0,
+        "host": "n1",
+        "pid": 1,
+        "began": time.time() - 60,
+        "ended": None if state == "running" else time.time(),
+    }
     write_json(status_path(job.folder, job.submission.elements[element], 0), {**task, **changes})
 
 
@@ -115,7 +128,9 @@ def audio(tmp_path: Path) -> Path:
     (tmp_path / "audio").mkdir()
     rng = np.random.default_rng(0)
     for number in range(6):
-        soundfile.write(tmp_path / "audio" / f"{number}.wav", 0.1 * rng.standard_normal(16000).clip(-3, 3), 16000)
+        soundfile.write(
+            tmp_path / "audio" / f"{number}.wav", 0.1 * rng.standard_normal(16000).clip(-3, 3), 16000
+        )
     return tmp_path / "audio"
 
 
@@ -125,7 +140,12 @@ def recipe(audio: Path, tmp_path: Path) -> Path:
     stages = {
         "manifest": {"verb": "index", "source": str(audio)},
         "codebook": {"verb": "cluster", "manifest": "@manifest", "num_classes": 4},
-        "labels": {"verb": "encode", "manifest": "@manifest", "codebook": "@codebook", "slurm": {"array": 3, "time_minutes": 5}},
+        "labels": {
+            "verb": "encode",
+            "manifest": "@manifest",
+            "codebook": "@codebook",
+            "slurm": {"array": 3, "time_minutes": 5},
+        },
         "units": {"verb": "pack", "manifest": "@manifest", "labels": "@labels"},
         "other": {"verb": "index", "source": str(audio)},
     }
@@ -147,22 +167,35 @@ def test_each_stage_is_a_job_that_waits_for_those_it_reads(
     assert submit_recipe(recipe, "--json") == 0
     stages = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["stages"]}
     assert {name: (row["job"], row["after"]) for name, row in stages.items()} == {
-        "manifest": ("41", []), "codebook": ("42", ["manifest"]), "labels": ("43", ["manifest", "codebook"]),
-        "units": ("44", ["manifest", "labels"]), "other": ("45", []),
-    }  # fmt: skip
+        "manifest": ("41", []),
+        "codebook": ("42", ["manifest"]),
+        "labels": ("43", ["manifest", "codebook"]),
+        "units": ("44", ["manifest", "labels"]),
+        "other": ("45", []),
+    }
     assert cluster.queued == ["41", "42", "43_0", "43_1", "43_2", "44", "45"]
     labels = cluster.text("43")
-    for line in ("--job-name=wordless-labels", "--partition=cpu", "--time=5", "--dependency=afterok:41:42", "--array=0-2%"):
+    for line in (
+        "--job-name=wordless-labels",
+        "--partition=cpu",
+        "--time=5",
+        "--dependency=afterok:41:42",
+        "--array=0-2%",
+    ):
         assert f"#SBATCH {line}" in labels
     assert "--array" not in cluster.text("44") and "--time=60" in cluster.text("44")
 
 
-def test_the_table_names_the_jobs_and_what_they_ask_for(recipe: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_the_jobs_and_what_they_ask_for(
+    recipe: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert submit_recipe(recipe) == 0
     told = capsys.readouterr()
     lines = [line.split("  ") for line in told.out.splitlines()]
     assert [line[0] for line in lines] == ["stage", "manifest", "codebook", "labels", "units", "other"]
-    assert "labels    encode   43   3 x 2 CPUs, 5 min, cpu  codebook\n" in told.out  # codebook itself waits for manifest
+    assert (
+        "labels    encode   43   3 x 2 CPUs, 5 min, cpu  codebook\n" in told.out
+    )  # codebook itself waits for manifest
     assert "wordless status" in told.err
 
 
@@ -179,7 +212,9 @@ def test_the_parts_of_an_array_share_a_stage_and_its_jobs_take_it_to_its_end(
         assert main([*labels.submission.argv, f"labels.part={part + 1}/3"]) == 0  # as launch puts it
         say(labels, "finished", element=part)
     assert is_complete(run / "labels")
-    assert json.loads((run / "stages" / "labels.json").read_text())["summary"]["utterances"] == 6  # of the part that was the last
+    assert (
+        json.loads((run / "stages" / "labels.json").read_text())["summary"]["utterances"] == 6
+    )  # of the part that was the last
     capsys.readouterr()
     assert submit_recipe(recipe, "labels.num_shards=3") == 0
     told = capsys.readouterr()
@@ -193,7 +228,9 @@ def test_a_job_runs_on_the_settings_with_which_it_was_submitted(
 ) -> None:
     run = tmp_path / "run"
     assert submit_recipe(recipe, "codebook.num_classes=3") == 0
-    recipe.write_text(recipe.read_text().replace("num_classes = 4", "num_classes = 5").replace('"cpu"', '"gpu"'))
+    recipe.write_text(
+        recipe.read_text().replace("num_classes = 4", "num_classes = 5").replace('"cpu"', '"gpu"')
+    )
     carry_out(job_of(run, "manifest"))
     carry_out(job_of(run, "codebook"))
     meta = json.loads((run / "codebook" / "meta.json").read_text())
@@ -202,11 +239,19 @@ def test_a_job_runs_on_the_settings_with_which_it_was_submitted(
     assert settings.parent == run / "jobs" / "codebook" and settings.parent.stat().st_mode & 0o77 == 0
     assert tomllib.loads(settings.read_text())["codebook"]["manifest"] == str(run / "manifest")
     recorded = json.loads((run / "recipe.json").read_text())  # by the submission, and not again by its jobs
-    assert [stage["name"] for stage in recorded["stages"]] == ["manifest", "codebook", "labels", "units", "other"]
+    assert [stage["name"] for stage in recorded["stages"]] == [
+        "manifest",
+        "codebook",
+        "labels",
+        "units",
+        "other",
+    ]
     assert recorded["command"] == ["run", str(recipe), "codebook.num_classes=3", "--on", "slurm"]
 
 
-def test_a_dry_run_prints_every_job_and_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_every_job_and_leaves_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without a SLURM here."""
     assert submit_recipe(recipe, "--dry-run") == 0
     resolved, sbatch = capsys.readouterr().out.split("# what sbatch would get")
@@ -255,8 +300,11 @@ def test_after_a_failure_the_same_command_submits_what_is_missing(
     rows = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["stages"]}
     assert list(rows) == ["codebook", "labels", "units", "other"]
     assert [(name, row["after"]) for name, row in rows.items()] == [
-        ("codebook", []), ("labels", ["codebook"]), ("units", ["labels"]), ("other", []),
-    ]  # fmt: skip
+        ("codebook", []),
+        ("labels", ["codebook"]),
+        ("units", ["labels"]),
+        ("other", []),
+    ]
     assert rows["other"]["kept"] == "queued" and cluster.cancelled == ["44"]
     assert "afterok:46" in cluster.text("47") and "afterok:47" in cluster.text("48")
 
@@ -266,7 +314,12 @@ def test_a_queued_job_with_other_settings_or_resources_is_submitted_anew(
 ) -> None:
     assert submit_recipe(recipe, "--only", "codebook", "--only", "other") == 0
     capsys.readouterr()
-    assert submit_recipe(recipe, "--only", "codebook", "--only", "other", "codebook.num_classes=3", "other.slurm.qos=long") == 0
+    assert (
+        submit_recipe(
+            recipe, "--only", "codebook", "--only", "other", "codebook.num_classes=3", "other.slurm.qos=long"
+        )
+        == 0
+    )
     assert "instead of 41" in capsys.readouterr().out
     assert sorted(cluster.cancelled) == ["41", "42"] and cluster.queued == ["43", "44"]
 
@@ -279,17 +332,24 @@ def test_a_running_job_with_other_settings_stands_in_the_way(
     cluster.set("45", "RUNNING")
     say(job_of(run, "other"), "running")
     queued, recorded = cluster.queued, (run / "recipe.json").read_text()
-    for arguments in (("other.workers=1", "--on", "slurm"), ("--only", "other")):  # there, and in this process
+    for arguments in (
+        ("other.workers=1", "--on", "slurm"),
+        ("--only", "other"),
+    ):  # there, and in this process
         assert main(["run", str(recipe), *arguments]) == 2
         assert f"`wordless cancel {run} other`" in capsys.readouterr().err
         assert cluster.queued == queued and (run / "recipe.json").read_text() == recorded
-    assert main(["run", str(recipe), "--only", "codebook"]) == 2  # it would begin while this process is at work
+    assert (
+        main(["run", str(recipe), "--only", "codebook"]) == 2
+    )  # it would begin while this process is at work
     assert "codebook: job 42, which makes it, is waiting" in capsys.readouterr().err
     (cluster.folder / "silent").touch()  # without a SLURM, what never began may never do so
     assert main(["run", str(recipe), "--only", "manifest"]) == 0
 
 
-def test_an_array_with_a_failed_part_is_cancelled_and_submitted_again(recipe: Path, cluster: Cluster, tmp_path: Path) -> None:
+def test_an_array_with_a_failed_part_is_cancelled_and_submitted_again(
+    recipe: Path, cluster: Cluster, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     assert submit_recipe(recipe, "--only", "labels") == 0
     labels = job_of(run, "labels")
@@ -301,7 +361,9 @@ def test_an_array_with_a_failed_part_is_cancelled_and_submitted_again(recipe: Pa
     assert cluster.cancelled == ["41"] and cluster.queued == ["42_0", "42_1", "42_2"]
 
 
-def test_a_stage_left_to_itself_waits_for_the_job_of_another_that_is_under_way(recipe: Path, cluster: Cluster) -> None:
+def test_a_stage_left_to_itself_waits_for_the_job_of_another_that_is_under_way(
+    recipe: Path, cluster: Cluster
+) -> None:
     assert submit_recipe(recipe, "--only", "manifest") == 0
     assert submit_recipe(recipe, "--only", "codebook") == 0
     assert "#SBATCH --dependency=afterok:41\n" in cluster.text("42")
@@ -368,7 +430,9 @@ def test_a_job_that_sbatch_refuses_is_named_and_the_same_command_goes_on_from_th
     told = capsys.readouterr().err
     assert "labels: sbatch refused the job" in told and "manifest, codebook: submitted before" in told
     recorded = run / "recipe.json"
-    assert "labels.slurm.partition=closed" in json.loads(recorded.read_text())["command"]  # two of its jobs are there
+    assert (
+        "labels.slurm.partition=closed" in json.loads(recorded.read_text())["command"]
+    )  # two of its jobs are there
     recorded.unlink()
     assert submit_recipe(recipe, "slurm.partition=closed", "--only", "units") == 2
     assert "units: sbatch refused the job" in capsys.readouterr().err and not recorded.exists()
@@ -382,12 +446,19 @@ def test_of_two_commands_given_at_once_one_submits_and_the_other_keeps_its_jobs(
     monkeypatch.setenv("SBATCH_SECONDS", "0.4")
     command = [sys.executable, "-m", "wordless", "run", str(recipe), "--on", "slurm", "--json"]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    first, second = ([row["kept"] for row in json.loads(process.communicate(timeout=60)[0])["stages"]] for process in both)
+    first, second = (
+        [row["kept"] for row in json.loads(process.communicate(timeout=60)[0])["stages"]] for process in both
+    )
     assert cluster.queued == ["41", "42", "43_0", "43_1", "43_2", "44", "45"]
-    assert sorted([first, second], key=str) == [["queued", "waiting", "waiting", "waiting", "queued"], [None] * 5]
+    assert sorted([first, second], key=str) == [
+        ["queued", "waiting", "waiting", "waiting", "queued"],
+        [None] * 5,
+    ]
 
 
-def test_what_stands_is_not_submitted(audio: Path, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stands_is_not_submitted(
+    audio: Path, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["index", str(audio), str(tmp_path / "m")]
     assert main(command) == 0
     for place in ("slurm", "local"):
@@ -406,7 +477,9 @@ def test_a_later_attempt_that_finds_its_own_work_done_ends_well_and_a_mistake_do
         capsys.readouterr()
         assert main([*command, *more]) == status
         told = capsys.readouterr().err
-        assert ("by an earlier attempt of this job" if status == 0 else "already holds a finished artefact") in told
+        assert (
+            "by an earlier attempt of this job" if status == 0 else "already holds a finished artefact"
+        ) in told
 
 
 def test_a_verb_is_not_submitted_while_a_job_of_its_is_under_way(
@@ -417,7 +490,10 @@ def test_a_verb_is_not_submitted_while_a_job_of_its_is_under_way(
     for command in (again, again[:-2]):  # there, and in this process
         capsys.readouterr()
         assert main(command) == 2
-        assert f"m: job 41, which makes it, is queued; wait, or `wordless cancel {tmp_path}/m`" in capsys.readouterr().err
+        assert (
+            f"m: job 41, which makes it, is queued; wait, or `wordless cancel {tmp_path}/m`"
+            in capsys.readouterr().err
+        )
     assert main(["cancel", str(tmp_path / "m")]) == 0
     assert main(again) == 0 and cluster.queued == ["42"]
 
@@ -431,7 +507,10 @@ def test_a_verb_with_parts_is_an_array_where_that_is_asked_for(
     assert main(["encode", str(path), "--on", "slurm"]) == 0
     assert cluster.queued == ["41_0", "41_1"]
     assert tomllib.loads(Path(job_of(tmp_path, "labels").submission.argv[1]).read_text()) == keys
-    for override, why in (("part=1/2", "its `part` is given"), ("slurm.nodes=2", "`encode` runs in one process")):
+    for override, why in (
+        ("part=1/2", "its `part` is given"),
+        ("slurm.nodes=2", "`encode` runs in one process"),
+    ):
         assert main(["encode", str(path), override, "--on", "slurm"]) == 2
         assert why in capsys.readouterr().err
 
@@ -445,17 +524,29 @@ def stages_of(**tables: dict[str, Any]) -> Recipe:
 
 def test_a_stage_follows_what_it_names_and_every_path_that_leads_into_an_output() -> None:
     index = {"verb": "index", "source": "audio"}
-    here = Recipe({"run": ".", "one": index, "two": {**index, "split": "", "source": "one", "more": "ones"}}, "recipe.toml")
+    here = Recipe(
+        {"run": ".", "one": index, "two": {**index, "split": "", "source": "one", "more": "ones"}},
+        "recipe.toml",
+    )
     assert here.reads("two") == ("one",)
     recipe = stages_of(
-        one=index, two=index, three={**index, "out": "/data/three"}, four=index, all={**index, "out": "@"},
+        one=index,
+        two=index,
+        three={**index, "out": "/data/three"},
+        four=index,
+        all={**index, "out": "@"},
         named={"verb": "pack", "manifest": "@one", "labels": "@two/part"},
-        nested={"verb": "report", "units": {"a": "@one"}, "manifest": "runs/x/four/manifest.parquet", "list": ["/data/three"]},
+        nested={
+            "verb": "report",
+            "units": {"a": "@one"},
+            "manifest": "runs/x/four/manifest.parquet",
+            "list": ["/data/three"],
+        },
         above={"verb": "index", "source": "/data/"},
         everything={"verb": "index", "source": "@"},
         within={"verb": "index", "source": "audio", "out": "@one/more"},
         similar={"verb": "index", "source": "runs/x/onewards", "split": "", "other": "one"},
-    )  # fmt: skip
+    )
     assert recipe.reads("named") == ("one", "two")
     assert recipe.reads("nested") == ("one", "three", "four")
     assert recipe.reads("above") == ("three",)
@@ -465,7 +556,14 @@ def test_a_stage_follows_what_it_names_and_every_path_that_leads_into_an_output(
 
 
 def test_training_gets_what_the_recipe_asks_for_and_other_verbs_one_process() -> None:
-    table = {"nodes": 2, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 4, "array": 6, "name": "exp1"}
+    table = {
+        "nodes": 2,
+        "tasks_per_node": 8,
+        "gpus_per_node": 8,
+        "cpus_per_task": 4,
+        "array": 6,
+        "name": "exp1",
+    }
     recipe = stages_of(
         slurm=table,
         train={"verb": "pretrain"},
@@ -476,9 +574,11 @@ def test_training_gets_what_the_recipe_asks_for_and_other_verbs_one_process() ->
     asked = {name: recipe.resources(name) for name in recipe.stages}
     shape = {name: (r.nodes, r.tasks_per_node, r.gpus_per_node, r.array, r.name) for name, r in asked.items()}
     assert shape == {
-        "train": (2, 8, 8, 1, "exp1-train"), "encode": (1, 1, 2, 6, "exp1-encode"),
-        "cluster": (1, 1, 1, 1, "kmeans"), "shard": (1, 1, 1, 1, "exp1-shard"),
-    }  # fmt: skip
+        "train": (2, 8, 8, 1, "exp1-train"),
+        "encode": (1, 1, 2, 6, "exp1-encode"),
+        "cluster": (1, 1, 1, 1, "kmeans"),
+        "shard": (1, 1, 1, 1, "exp1-shard"),
+    }
     assert asked["encode"].memory_gb == 16
     assert in_words(asked["train"]) == "2 nodes of 8 tasks, 8 GPUs, 32 CPUs, 1 h 00"
     assert in_words(asked["encode"]) == "6 x 2 GPUs, 4 CPUs, 16 GB, 1 h 00"
@@ -498,7 +598,10 @@ def test_every_mistake_in_the_resources_of_stages_is_told_at_once(
     for command in (["check", str(path)], ["run", str(path), "--on", "slurm"], ["run", str(path)]):
         assert main(command) == 2
         told = capsys.readouterr().err
-        assert f"{path}: a.slurm.tasks_per_node: 2, but `index` runs in one process; several take pretrain, train-lm" in told
+        assert (
+            f"{path}: a.slurm.tasks_per_node: 2, but `index` runs in one process; several take pretrain, train-lm"
+            in told
+        )
         assert f"{path}: b.slurm.node: unknown key; did you mean 'nodes'?" in told
         assert f"{path}: c.slurm.array: 2, but `index` has no `part`" in told
     assert not (tmp_path / "run").exists()
@@ -575,10 +678,10 @@ def test_one_stage_is_cancelled_and_those_that_wait_for_it_are_named(
 TARGET = """
 import os, pathlib, signal, sys, time
 
-import wordless
+import wordless.cli
 
 def preempted_when_done(argv):
-    status = wordless.main(argv)
+    status = wordless.cli.main(argv)
     if os.environ["WORDLESS_ATTEMPT"] == "1":
         signal.raise_signal(signal.SIGUSR2)
     return status
@@ -595,7 +698,15 @@ def test_a_local_job_is_cancelled_by_a_signal_to_what_controls_it(
     (tmp_path / "pipeline_target.py").write_text(TARGET)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     folder, began = tmp_path / "jobs" / "x", tmp_path / "began"
-    launched = launch([str(began)], "local", Resources(), folder, wait=False, target="pipeline_target:sleep", out=tmp_path / "x")
+    launched = launch(
+        [str(began)],
+        "local",
+        Resources(),
+        folder,
+        wait=False,
+        target="pipeline_target:sleep",
+        out=tmp_path / "x",
+    )
     deadline = time.monotonic() + 60
     while not began.exists():
         assert time.monotonic() < deadline
@@ -615,7 +726,9 @@ def test_a_job_that_is_requeued_when_its_work_is_done_ends_well(
     (tmp_path / "pipeline_target.py").write_text(TARGET)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     command, folder = ["index", str(audio), str(tmp_path / "m")], tmp_path / "jobs" / "m"
-    launched = launch(command, "local", Resources(), folder, wait=True, target="pipeline_target:preempted_when_done")
+    launched = launch(
+        command, "local", Resources(), folder, wait=True, target="pipeline_target:preempted_when_done"
+    )
     assert launched.status == 0 and "stands already, by an earlier attempt" in capfd.readouterr().err
     job = job_of(tmp_path, "m")
     assert job.state == "done" and job.telling.task is not None and job.telling.task.attempt == 2
@@ -626,8 +739,19 @@ def test_a_process_that_took_the_number_of_a_local_job_is_left_alone(tmp_path: P
     try:
         folder = tmp_path / "jobs" / "x" / "1"
         folder.mkdir(parents=True)
-        sent = Submission("x", str(other.pid), "local", ["index"], None, [], None, Resources().model_dump(mode="json"), time.time(),
-                          socket.gethostname(), other.pid)  # fmt: skip
+        sent = Submission(
+            "x",
+            str(other.pid),
+            "local",
+            ["index"],
+            None,
+            [],
+            None,
+            Resources().model_dump(mode="json"),
+            time.time(),
+            socket.gethostname(),
+            other.pid,
+        )
         write_json(folder / "submission.json", vars(sent))
         say(job_of(tmp_path, "x"), "running")
         assert job_of(tmp_path, "x").state == "lost"
@@ -653,8 +777,12 @@ def test_a_report_waits_for_the_success_of_needed_stages_and_for_the_end_of_opti
     tree["more"] = {"verb": "encode", "manifest": "@extra", "codebook": "@codebook"}
     tree["killed"] = {"verb": "measure", "manifest": "@manifest", "labels": "@labels", "optional": True}
     tree["report"] = {
-        "verb": "report", "out": "@", "manifest": "@manifest", "labels": {"a": "@labels", "b": "@more"}, "units": {"a": "@killed"},
-    }  # fmt: skip
+        "verb": "report",
+        "out": "@",
+        "manifest": "@manifest",
+        "labels": {"a": "@labels", "b": "@more"},
+        "units": {"a": "@killed"},
+    }
     del tree["labels"]["slurm"]
     recipe.write_text(tomli_w.dumps(tree))
     assert submit_recipe(recipe) == 0
@@ -664,7 +792,8 @@ def test_a_report_waits_for_the_success_of_needed_stages_and_for_the_end_of_opti
     for name in ("manifest", "codebook", "labels", "extra", "more"):
         carry_out(job_of(run, name))  # those of stages that are left out end well, too
     write_json(
-        run / "stages" / "killed.json", {"verb": "measure", "began": 0.0, "pid": 1, "host": "n1", "out": str(run / "killed")}
+        run / "stages" / "killed.json",
+        {"verb": "measure", "began": 0.0, "pid": 1, "host": "n1", "out": str(run / "killed")},
     )
     say(job_of(run, "killed"), "failed")
     carry_out(job_of(run, "report"))
@@ -673,4 +802,9 @@ def test_a_report_waits_for_the_success_of_needed_stages_and_for_the_end_of_opti
     capsys.readouterr()
     assert main(["status", str(run), "--json"]) == 1
     rows = {row["stage"]: row["state"] for row in json.loads(capsys.readouterr().out)["stages"]}
-    assert (rows["extra"], rows["more"], rows["killed"], rows["report"]) == ("left out", "left out", "failed", "done")
+    assert (rows["extra"], rows["more"], rows["killed"], rows["report"]) == (
+        "left out",
+        "left out",
+        "failed",
+        "done",
+    )

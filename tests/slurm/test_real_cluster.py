@@ -23,7 +23,9 @@ def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def test_a_job_has_a_task_on_each_node_and_no_accounting_to_ask(real_slurm: Cluster) -> None:
-    assert sorted(real_slurm.command("srun", "--nodes=2", "printenv", "SLURMD_NODENAME").split()) == list(NODES)
+    assert sorted(real_slurm.command("srun", "--nodes=2", "printenv", "SLURMD_NODENAME").split()) == list(
+        NODES
+    )
     with pytest.raises(RuntimeError, match="accounting storage is disabled"):
         real_slurm.command("sacct")
 
@@ -35,10 +37,14 @@ def test_nothing_of_a_cluster_outlives_the_process_that_asked_for_it(
     argv = [sys.executable, "-m", "tests.slurm.cluster", str(folder)]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as asker:
         assert asker.stdout is not None
-        exported = dict(asker.stdout.readline().removeprefix("export ").rstrip().split("=", 1) for _ in range(2))
+        exported = dict(
+            asker.stdout.readline().removeprefix("export ").rstrip().split("=", 1) for _ in range(2)
+        )
         own, others = Cluster(folder, exported), processes(real_slurm.folder)
         own.command("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 100")
-        wait_for(lambda: len(processes(folder)) > 12)  # 5 daemons; script, srun and its twin, 3 slurmstepd, 2 sleeps
+        wait_for(
+            lambda: len(processes(folder)) > 12
+        )  # 5 daemons; script, srun and its twin, 3 slurmstepd, 2 sleeps
         asker.kill()
     wait_for(lambda: not processes(folder))
     assert set(others) <= set(processes(real_slurm.folder))

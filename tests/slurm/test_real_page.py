@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.artefact import is_complete
+from pretrain.store.artefact import is_complete
 from tests.slurm.cluster import Cluster
-from wordless import main
+from wordless.cli import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -37,14 +37,18 @@ def test_the_pages_commands_run_in_order(
             argv += ["hubert.training.max_steps=1000"]  # still at work when the page cancels it
         if verb == "logs":
             deadline = time.monotonic() + 120
-            while "train hubert" not in "".join(log.read_text() for log in Path("runs/units/jobs/hubert").glob("*/*_0_log.err")):
+            while "train hubert" not in "".join(
+                log.read_text() for log in Path("runs/units/jobs/hubert").glob("*/*_0_log.err")
+            ):
                 assert time.monotonic() < deadline, real_slurm.command("squeue")
                 time.sleep(0.5)
         assert main([verb, *argv]) == 0, (verb, argv, capsys.readouterr().err)
         out = capsys.readouterr().out
         assert verb != "status" or "waiting" in out
         assert verb != "logs" or "train hubert" in out
-        assert verb != "cancel" or {"hubert", "layers"} <= {line.split(":")[0] for line in out.splitlines() if "cancelled" in line}
+        assert verb != "cancel" or {"hubert", "layers"} <= {
+            line.split(":")[0] for line in out.splitlines() if "cancelled" in line
+        }
     assert is_complete("runs/units/labels_mfcc")
     jobs = [path.name.partition("_")[0] for path in Path("runs/units/jobs").glob("*/*/*_submission.sh")]
     while set(jobs) & set(real_slurm.queue()):

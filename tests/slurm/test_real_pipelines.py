@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import tomli_w
 
-from pretrain.artefact import is_complete, read_meta
+from pretrain.store.artefact import is_complete, read_meta
 from slurm.launch import launch
 from slurm.snapshot import NAMES
 from tests.pretrain.conftest import write_corpus
 from tests.slurm.cluster import Cluster
 from tests.test_pipeline import DEMO, shrunk
-from wordless import main
+from wordless.cli import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -146,11 +146,18 @@ def test_a_single_verb_runs_as_a_job(cluster: Cluster, demo: Demo, tmp_path: Pat
         "index": {"source": str(run / "speech" / "audio"), "out": str(out)},
         "compare": {"a": str(run / "text_pretrained"), "b": str(run / "text_scratch"), "out": str(out)},
         "transfer": {
-            "manifest": str(run / "manifest"), "encoder": str(run / "hubert2"), "budgets": ["0.5min"], "out": str(out),
-            "finetune": {"training": {"max_steps": 2, "validate_every": 0}, "batches": {"batch_seconds": 20},
-                         "ctc": {"freeze_steps": 0}, "characters": "abcdefghijklmnopqrstuvwxyz|"},
+            "manifest": str(run / "manifest"),
+            "encoder": str(run / "hubert2"),
+            "budgets": ["0.5min"],
+            "out": str(out),
+            "finetune": {
+                "training": {"max_steps": 2, "validate_every": 0},
+                "batches": {"batch_seconds": 20},
+                "ctc": {"freeze_steps": 0},
+                "characters": "abcdefghijklmnopqrstuvwxyz|",
+            },
         },
-    }  # fmt: skip
+    }
     (tmp_path / "config.toml").write_text(tomli_w.dumps({"slurm": {"cpus_per_task": 1}, **settings[verb]}))
     assert wordless(verb, tmp_path / "config.toml", *ON).status == 0
     wait_until_over(cluster, out, 120)
@@ -165,12 +172,23 @@ def test_a_failing_stage_ends_what_waits_for_it_and_the_mended_command_goes_on(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
     run, recipe = tmp_path / "run", tmp_path / "recipe.toml"
-    recipe.write_text(tomli_w.dumps({
-        "run": str(run), "slurm": {"cpus_per_task": 1},
-        "codebook": {"verb": "cluster", "manifest": str(corpus / "manifest"), "split": "train", "features": "mfcc", "num_classes": 9},
-        "labels": {"verb": "encode", "manifest": str(corpus / "manifest"), "codebook": "@codebook"},
-        "units": {"verb": "pack", "manifest": str(corpus / "manifest"), "labels": "@labels"},
-    }))  # fmt: skip
+    recipe.write_text(
+        tomli_w.dumps(
+            {
+                "run": str(run),
+                "slurm": {"cpus_per_task": 1},
+                "codebook": {
+                    "verb": "cluster",
+                    "manifest": str(corpus / "manifest"),
+                    "split": "train",
+                    "features": "mfcc",
+                    "num_classes": 9,
+                },
+                "labels": {"verb": "encode", "manifest": str(corpus / "manifest"), "codebook": "@codebook"},
+                "units": {"verb": "pack", "manifest": str(corpus / "manifest"), "labels": "@labels"},
+            }
+        )
+    )
     assert wordless("run", recipe, "codebook.num_classes=20000", *ON).status == 0
     wait_until_over(cluster, run, 90)
     said = wordless("status", run)
@@ -196,16 +214,34 @@ def test_a_cancelled_run_has_saved_and_the_same_command_goes_on(
     manifest = str(corpus / "manifest")
     tree = {
         "run": str(run),
-        "codebook": {"verb": "cluster", "manifest": manifest, "split": "train", "features": "mfcc", "num_classes": 9},
+        "codebook": {
+            "verb": "cluster",
+            "manifest": manifest,
+            "split": "train",
+            "features": "mfcc",
+            "num_classes": 9,
+        },
         "labels": {"verb": "encode", "manifest": manifest, "codebook": "@codebook"},
         "hubert": {
-            "verb": "pretrain", "objective": "hubert", "manifest": manifest, "labels": "@labels", "slurm": {"nodes": 2},
-            "encoder": {"architecture": "tiny", "num_mels": 20}, "batches": {"batch_seconds": 2.0},
+            "verb": "pretrain",
+            "objective": "hubert",
+            "manifest": manifest,
+            "labels": "@labels",
+            "slurm": {"nodes": 2},
+            "encoder": {"architecture": "tiny", "num_mels": 20},
+            "batches": {"batch_seconds": 2.0},
             "training": {"max_steps": 40, "log_every": 1, "checkpoint_every": 1000},
         },
-        "layers": {"verb": "measure", "manifest": manifest, "encoder": "@hubert", "layers": "all", "fit_split": "train",
-                   "split": "dev", "num_classes": 9},
-    }  # fmt: skip
+        "layers": {
+            "verb": "measure",
+            "manifest": manifest,
+            "encoder": "@hubert",
+            "layers": "all",
+            "fit_split": "train",
+            "split": "dev",
+            "num_classes": 9,
+        },
+    }
 
     def submit(step_seconds: float) -> None:
         setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}", f"export STEP_SECONDS={step_seconds}"]
@@ -217,7 +253,11 @@ def test_a_cancelled_run_has_saved_and_the_same_command_goes_on(
     wait(lambda: (rows(run)["hubert"]["share"] or 0) > 0.1, 120, lambda: wordless("status", run).out)
     fares = rows(run)
     assert (fares["hubert"]["state"], fares["layers"]["state"]) == ("running", "waiting")
-    assert fares["hubert"]["unit"] == "step" and fares["hubert"]["rate"] > 0 and fares["hubert"]["seconds_left"] > 0
+    assert (
+        fares["hubert"]["unit"] == "step"
+        and fares["hubert"]["rate"] > 0
+        and fares["hubert"]["seconds_left"] > 0
+    )
     assert "loss" in fares["hubert"]["note"]
     assert "hubert: pretrain -> " in wordless("logs", run, "hubert").out
     assert "_1_log.err" in wordless("logs", run, "hubert", "--task", "1").out
@@ -225,7 +265,10 @@ def test_a_cancelled_run_has_saved_and_the_same_command_goes_on(
     assert said.status == 0
     assert {line.split(":")[0] for line in said.out.splitlines()} >= {"hubert", "layers"}
     wait_until_over(cluster, run, 60)
-    assert {name: states(run)[name] for name in ("hubert", "layers")} == {"hubert": "stopped", "layers": "stopped"}
+    assert {name: states(run)[name] for name in ("hubert", "layers")} == {
+        "hubert": "stopped",
+        "layers": "stopped",
+    }
     assert wordless("status", run).status == 0
     assert "stopped by SIGTERM after step" in wordless("logs", run, "hubert").out
     assert len(list((run / "hubert").glob("step_*"))) == 1
@@ -258,14 +301,18 @@ def test_a_job_with_a_snapshot_runs_the_code_that_was_there_when_it_was_submitte
         "slurm.partition=low",
         "slurm.cpus_per_task=1",
     ]
-    code = f"import sys, wordless; sys.exit(wordless.main({[*argv, *ON]!r}))"
+    code = f"import sys, wordless.cli; sys.exit(wordless.cli.main({[*argv, *ON]!r}))"
     cluster.command("scontrol", "update", "PartitionName=low", "State=DOWN")  # what is submitted now waits
     try:
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
-        subprocess.run([sys.executable, "-c", code], env=environment, cwd=checkout, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=checkout, check=True, capture_output=True
+        )
         assert states(out) == {"manifest": "queued"}
         indexing = checkout / "pretrain" / "indexing.py"
-        indexing.write_text(indexing.read_text() + "\nraise RuntimeError('edited while the job was waiting')\n")
+        indexing.write_text(
+            indexing.read_text() + "\nraise RuntimeError('edited while the job was waiting')\n"
+        )
     finally:
         cluster.command("scontrol", "update", "PartitionName=low", "State=UP")
     wait_until_over(cluster, out, 60)

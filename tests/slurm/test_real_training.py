@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from pretrain.audio import num_frames
+from pretrain.data.audio import num_frames
 from slurm.jobs import Queue
 from slurm.launch import Launched, launch
 from slurm.resources import Resources
@@ -24,14 +24,16 @@ from slurm.submission import TaskStatus, read_submission, task_statuses
 from tests.pretrain.conftest import write_corpus, write_labels
 from tests.pretrain.runs import curve
 from tests.slurm.cluster import CPUS_PER_NODE, Cluster
-from wordless import main
+from wordless.cli import main
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS, STEP_SECONDS = 30, 0.4
 STILL = {"input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 TWO_NODES = Resources(nodes=2, cpus_per_task=1)
-BIG = CPUS_PER_NODE // 3  # two jobs of this size leave no room for a third one beside them and some small ones
+BIG = (
+    CPUS_PER_NODE // 3
+)  # two jobs of this size leave no room for a third one beside them and some small ones
 
 
 @dataclass
@@ -50,13 +52,26 @@ class Scene:
         return self.folder / "runs" / name
 
     def submit(
-        self, name: str, resources: Resources, *overrides: str, step_seconds: float = STEP_SECONDS, target: str = "main"
+        self,
+        name: str,
+        resources: Resources,
+        *overrides: str,
+        step_seconds: float = STEP_SECONDS,
+        target: str = "main",
     ) -> None:
-        setup = ("export OMP_NUM_THREADS=1", f"export PYTHONPATH={shlex.quote(str(ROOT))}", f"export STEP_SECONDS={step_seconds}")
+        setup = (
+            "export OMP_NUM_THREADS=1",
+            f"export PYTHONPATH={shlex.quote(str(ROOT))}",
+            f"export STEP_SECONDS={step_seconds}",
+        )
         self.jobs[name] = launch(
-            self.argv(name, *overrides), "slurm", resources.model_copy(update={"setup": setup}), self.run(name).parent / "jobs" / name,
-            wait=False, target=f"tests.slurm.slow_training:{target}",
-        )  # fmt: skip
+            self.argv(name, *overrides),
+            "slurm",
+            resources.model_copy(update={"setup": setup}),
+            self.run(name).parent / "jobs" / name,
+            wait=False,
+            target=f"tests.slurm.slow_training:{target}",
+        )
 
     def steps(self, name: str) -> int:
         """How many steps a run has done."""
@@ -98,14 +113,26 @@ def write_config(folder: Path) -> None:
     rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
     waves = [0.1 * rng.standard_normal(length) for length in lengths]
     manifest = write_corpus(folder / "corpus", waves, splits=["train"] * 6 + ["dev"] * 2)
-    labels = write_labels(folder / "labels", {name: num_frames(n) for name, n in zip(manifest.ids, lengths, strict=True)})
+    labels = write_labels(
+        folder / "labels", {name: num_frames(n) for name, n in zip(manifest.ids, lengths, strict=True)}
+    )
     config = {
-        "manifest": str(folder / "corpus" / "manifest"), "labels": str(labels), "objective": "hubert",
+        "manifest": str(folder / "corpus" / "manifest"),
+        "labels": str(labels),
+        "objective": "hubert",
         "encoder": {"architecture": "tiny", "num_mels": 20, **STILL, "layer_drop": 0.5, "num_layers": 3},
-        "hubert": {"final_dim": 16, "unmasked_weight": 0.5}, "batches": {"batch_seconds": 2.0, "crop_seconds": 0.8},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "clip_norm": 1.0}, "alarm": {"after_steps": 1000},
-        "training": {"max_steps": STEPS, "log_every": 1, "checkpoint_every": 1000, "validate_every": 10, "device": "cpu"},
-    }  # fmt: skip
+        "hubert": {"final_dim": 16, "unmasked_weight": 0.5},
+        "batches": {"batch_seconds": 2.0, "crop_seconds": 0.8},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "clip_norm": 1.0},
+        "alarm": {"after_steps": 1000},
+        "training": {
+            "max_steps": STEPS,
+            "log_every": 1,
+            "checkpoint_every": 1000,
+            "validate_every": 10,
+            "device": "cpu",
+        },
+    }
     (folder / "hubert.toml").write_text(tomli_w.dumps(config))
 
 
@@ -128,12 +155,19 @@ def scene(real_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Scen
     scene.submit("cancelled", on_one, noisy)
     scene.submit("two_requeued", TWO_NODES)
     disturb = {  # as soon as these have done a few steps
-        ("preempted", "graced"): ("sbatch", "--partition=high", "--nodelist=n1", f"--cpus-per-task={2 * BIG}", "--output=/dev/null",
-                                  "--wrap", "sleep 2"),
+        ("preempted", "graced"): (
+            "sbatch",
+            "--partition=high",
+            "--nodelist=n1",
+            f"--cpus-per-task={2 * BIG}",
+            "--output=/dev/null",
+            "--wrap",
+            "sleep 2",
+        ),
         ("requeued",): ("scontrol", "requeue", scene.jobs["requeued"].job_id),
         ("two_requeued",): ("scontrol", "requeue", scene.jobs["two_requeued"].job_id),
         ("cancelled",): ("scancel", scene.jobs["cancelled"].job_id),
-    }  # fmt: skip
+    }
 
     def disturb_those_on_their_way() -> bool:
         for names in [names for names in disturb if all(scene.steps(name) >= 3 for name in names)]:
@@ -159,7 +193,13 @@ def lose_a_node(scene: Scene) -> None:
     scene.submit("lost", Resources(nodelist="n2", cpus_per_task=1), often)
     scene.wait(lambda: all(scene.steps(name) >= 8 for name in ("two_lost", "lost")), 60)
     scene.slurm.kill_node("n2")
-    scene.wait(lambda: "down" in scene.slurm.command("sinfo", "--noheader", "--nodes=n2", "--partition=main", "--format=%T"), 90)
+    scene.wait(
+        lambda: (
+            "down"
+            in scene.slurm.command("sinfo", "--noheader", "--nodes=n2", "--partition=main", "--format=%T")
+        ),
+        90,
+    )
     scene.told = [row.state for name in ("two_lost", "lost") for row in read_rows(scene.run(name), Queue())]
     scene.slurm.start_node("n2")
     scene.wait_until_over("two_lost", "lost", seconds=120)
@@ -184,11 +224,15 @@ def test_what_a_signal_saved_is_gone_on_from(scene: Scene, name: str) -> None:
     signal = "SIGUSR2" if name == "out_of_time" else "SIGTERM"
     stopped = re.search(rf"stopped by {signal} after step (\d+), saved", scene.stderr(name))
     assert stopped is not None
-    assert int(stopped[1]) >= 1  # each step's line is in the log once, or `curve` would not be the same: none was done again
+    assert (
+        int(stopped[1]) >= 1
+    )  # each step's line is in the log once, or `curve` would not be the same: none was done again
 
 
 def test_only_running_out_of_time_is_charged_as_a_timeout(scene: Scene) -> None:
-    timeouts = {name: scene.task(name).timeouts for name in ("preempted", "graced", "requeued", "two_requeued")}
+    timeouts = {
+        name: scene.task(name).timeouts for name in ("preempted", "graced", "requeued", "two_requeued")
+    }
     assert timeouts == dict.fromkeys(timeouts, 0)
     assert scene.task("out_of_time").timeouts >= 1
 
@@ -225,7 +269,9 @@ def test_two_nodes_train_as_one_process_does(scene: Scene, name: str) -> None:
     paths = [scene.run(run) / f"step_{STEPS:08d}" / "model.safetensors" for run in ("still", name)]
     one, two = map(load_file, paths)
     for key, weight in one.items():
-        torch.testing.assert_close(two[key], weight, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            two[key], weight, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_a_requeued_job_of_two_nodes_ends_as_an_undisturbed_one(scene: Scene) -> None:
@@ -244,7 +290,9 @@ def test_a_job_of_a_node_that_died_is_requeued_and_ends_as_an_undisturbed_one(sc
 
 
 def test_a_job_that_lost_one_of_its_nodes_goes_on_from_its_last_checkpoint(scene: Scene) -> None:
-    if scene.record("two_lost")["JobState"] != "COMPLETED":  # its own end came before SLURM knew of the node's
+    if (
+        scene.record("two_lost")["JobState"] != "COMPLETED"
+    ):  # its own end came before SLURM knew of the node's
         assert "lost another one" in scene.stderr("two_lost")
         scene.submit("two_lost", TWO_NODES, "training.checkpoint_every=5", step_seconds=0)
         scene.wait_until_over("two_lost", seconds=60)

@@ -12,12 +12,19 @@ from slurm.resources import Resources, parse_resources
 
 def test_an_empty_table_gives_the_defaults_of_one_small_job() -> None:
     resources = parse_resources({})
-    assert (resources.nodes, resources.tasks_per_node, resources.gpus_per_node, resources.cpus_per_task) == (1, 1, 0, 2)
+    assert (resources.nodes, resources.tasks_per_node, resources.gpus_per_node, resources.cpus_per_task) == (
+        1,
+        1,
+        0,
+        2,
+    )
     assert resources.time_minutes == 60 and resources.setup == ()
 
 
 def test_all_mistakes_are_reported_at_once_with_dotted_keys() -> None:
-    table = tomllib.loads('partion = "gpu"\nzzz = 1\nnodes = 0\ncpus_per_task = "four"\nsetup = ["a", 1]\nqos = "a\\nb"')
+    table = tomllib.loads(
+        'partion = "gpu"\nzzz = 1\nnodes = 0\ncpus_per_task = "four"\nsetup = ["a", 1]\nqos = "a\\nb"'
+    )
     with pytest.raises(ValueError) as error:
         parse_resources(table, "base.toml")
     lines = str(error.value).splitlines()
@@ -25,7 +32,9 @@ def test_all_mistakes_are_reported_at_once_with_dotted_keys() -> None:
     assert "base.toml: slurm.zzz: unknown key" in lines
     for key in ("slurm.nodes", "slurm.cpus_per_task", "slurm.setup.1", "slurm.qos"):
         assert sum(line.startswith(f"base.toml: {key}: ") for line in lines) == 1
-    assert lines[-1].startswith("base.toml: valid keys of [slurm]: account, array, array_parallelism, constraint, cpus_per_task, ")
+    assert lines[-1].startswith(
+        "base.toml: valid keys of [slurm]: account, array, array_parallelism, constraint, cpus_per_task, "
+    )
     assert len(lines) == 7
 
 
@@ -35,7 +44,9 @@ def test_a_value_instead_of_the_table_is_an_error(table: object) -> None:
         parse_resources(table)
 
 
-@pytest.mark.parametrize("table", [{"nodes": True}, {"nodes": "2"}, {"nodes": 1.5}, {"memory_gb": 0}, {"gpus_per_node": -1}])
+@pytest.mark.parametrize(
+    "table", [{"nodes": True}, {"nodes": "2"}, {"nodes": 1.5}, {"memory_gb": 0}, {"gpus_per_node": -1}]
+)
 def test_types_are_strict_and_ranges_checked(table: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^slurm\.{next(iter(table))}: "):
         parse_resources(table)
@@ -57,19 +68,26 @@ def test_every_key_has_a_parameter_that_submitit_knows() -> None:
 
 
 def test_no_gpus_and_no_memory_are_left_to_the_cluster() -> None:
-    assert Resources().slurm_parameters()["gpus_per_node"] is None and Resources().slurm_parameters()["mem"] is None
+    assert (
+        Resources().slurm_parameters()["gpus_per_node"] is None
+        and Resources().slurm_parameters()["mem"] is None
+    )
     asked = Resources(gpus_per_node=4, memory_gb=64).slurm_parameters()
     assert asked["gpus_per_node"] == 4 and asked["mem"] == "64GB"
 
 
 @pytest.mark.parametrize(("minutes", "seconds"), [(1, 12), (5, 60), (8, 90), (1440, 90)])
-def test_a_job_is_told_to_save_a_fifth_of_its_time_before_the_end_or_90_seconds(minutes: int, seconds: int) -> None:
+def test_a_job_is_told_to_save_a_fifth_of_its_time_before_the_end_or_90_seconds(
+    minutes: int, seconds: int
+) -> None:
     assert Resources(time_minutes=minutes).signal_delay_seconds == seconds
     assert Resources(time_minutes=minutes, signal_seconds=7).slurm_parameters()["signal_delay_s"] == 7
 
 
 def test_a_signal_before_the_job_begins_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"(?m)^base.toml: slurm: .*signal_seconds \(60\) must be less than time_minutes"):
+    with pytest.raises(
+        ValueError, match=r"(?m)^base.toml: slurm: .*signal_seconds \(60\) must be less than time_minutes"
+    ):
         parse_resources({"signal_seconds": 60, "time_minutes": 1}, "base.toml")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import slurm.launch
-from pretrain.artefact import git_commit
+from pretrain.store.artefact import git_commit
 from slurm.launch import launch, read_submission
 from slurm.resources import Resources
 from slurm.snapshot import NAMES, ROOT, git_state, snapshot, snapshot_path, uncommitted
@@ -30,7 +30,9 @@ def checkout(tmp_path: Path) -> Path:
         (root / room / "__init__.py").write_text("")
         (root / room / "__pycache__" / "__init__.pyc").write_bytes(b"compiled")
     (root / "units" / "page.html.j2").write_text("{{ title }}")
-    (root / "wordless.py").write_text(MAIN)
+    (root / "wordless").mkdir()
+    (root / "wordless" / "__init__.py").write_text("")
+    (root / "wordless" / "cli.py").write_text(MAIN)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.org", "-c", "commit.gpgsign=false"]
     (root / ".gitignore").write_text("__pycache__\n")
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
@@ -41,7 +43,9 @@ def checkout(tmp_path: Path) -> Path:
 def test_a_snapshot_has_the_code_and_its_data_and_nothing_compiled(checkout: Path, tmp_path: Path) -> None:
     code = snapshot(checkout, NAMES, tmp_path / "jobs")
     files = {path.relative_to(code).as_posix() for path in code.rglob("*") if path.is_file()}
-    expected = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*.py")} | {"units/page.html.j2"}
+    expected = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*.py")} | {
+        "units/page.html.j2"
+    }
     assert files == expected
     assert all((code / name).read_bytes() == (checkout / name).read_bytes() for name in files)
 
@@ -56,16 +60,20 @@ def test_a_snapshot_is_made_once_for_each_state_of_the_code(checkout: Path, tmp_
     assert first.stat().st_mtime_ns == made
     (checkout / "units" / "page.html.j2").write_text("{{ other }}")
     second = snapshot(checkout, NAMES, jobs)
-    assert second != first and sorted(path.name for path in jobs.iterdir()) == sorted([first.name, second.name])
+    assert second != first and sorted(path.name for path in jobs.iterdir()) == sorted(
+        [first.name, second.name]
+    )
     os.rename(checkout / "units" / "page.html.j2", checkout / "units" / "sheet.html.j2")
     assert snapshot(checkout, NAMES, jobs) not in (first, second)
 
 
-def test_code_that_changes_while_it_is_copied_is_an_error(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_changes_while_it_is_copied_is_an_error(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copyfile = shutil.copyfile
 
     def edited(source: Path, copy: Path) -> None:
-        (checkout / "wordless.py").write_text("edited")
+        (checkout / "wordless" / "cli.py").write_text("edited")
         copyfile(source, copy)
 
     monkeypatch.setattr(shutil, "copyfile", edited)
@@ -74,35 +82,44 @@ def test_code_that_changes_while_it_is_copied_is_an_error(checkout: Path, tmp_pa
     assert list((tmp_path / "jobs").iterdir()) == []
 
 
-def test_the_state_of_the_checkout_is_its_commit_and_whether_anything_differs(checkout: Path, tmp_path: Path) -> None:
+def test_the_state_of_the_checkout_is_its_commit_and_whether_anything_differs(
+    checkout: Path, tmp_path: Path
+) -> None:
     state = git_state(checkout)
     assert state is not None and len(state["commit"]) == 40 and state["dirty"] is False
     assert uncommitted(checkout) == b""
     (checkout / "new.py").write_text("")
     assert git_state(checkout) == {**state, "dirty": True}
     (checkout / "new.py").unlink()
-    (checkout / "wordless.py").write_text("edited\n")
+    (checkout / "wordless" / "cli.py").write_text("edited\n")
     assert git_state(checkout) == {**state, "dirty": True}
     assert b"+edited" in uncommitted(checkout)
 
 
-def test_what_is_installed_in_another_projects_checkout_has_no_git_state(checkout: Path, tmp_path: Path) -> None:
+def test_what_is_installed_in_another_projects_checkout_has_no_git_state(
+    checkout: Path, tmp_path: Path
+) -> None:
     inside = checkout / "venv" / "site-packages"
     inside.mkdir(parents=True)
-    (inside / "wordless.py").write_text("")  # not under git
+    (inside / "wordless").mkdir()
+    (inside / "wordless" / "__init__.py").write_text("")  # not under git
     assert git_state(inside) is None
     assert git_state(tmp_path) is None
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_job_runs_the_snapshot_though_the_checkout_is_edited_before_it_starts(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: bool
+    checkout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kept: bool,
 ) -> None:
     monkeypatch.setattr(slurm.launch, "ROOT", checkout)
     monkeypatch.setenv("PYTHONPATH", str(checkout))  # the checkout is what would run
     (checkout / "slurm" / "note.py").write_text("")
     (checkout / "units" / "page.html.j2").write_text("{{ tracked }}")
-    resources = Resources(snapshot=kept, setup=(f"sed -i s/one/two/ {checkout}/wordless.py",))
+    resources = Resources(snapshot=kept, setup=(f"sed -i s/one/two/ {checkout}/wordless/cli.py",))
     done = launch(["x"], "local", resources, tmp_path / "run" / "jobs" / "x", wait=True)
     submission = read_submission(done.folder)
     word, file, commit = capsys.readouterr().out.split()

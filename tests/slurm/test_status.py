@@ -16,7 +16,7 @@ from slurm.jobs import SILENT_SECONDS, Queue, latest_jobs
 from slurm.resources import Resources
 from slurm.status import as_table, duration, read_rows, tail, write_recipe
 from slurm.submission import Submission, progress_path, status_path, write_json
-from wordless import main
+from wordless.cli import main
 
 NOW = 0.0
 
@@ -33,15 +33,29 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        stages = [{"name": name, "verb": "pretrain", "out": str(folder / name), "left_out": False} for name in "abc"]
+        stages = [
+            {"name": name, "verb": "pretrain", "out": str(folder / name), "left_out": False} for name in "abc"
+        ]
         write_recipe(folder, ["run", "my recipe.toml", "--on", "slurm"], stages, given=NOW - 4000)
 
-    def submit(self, name: str, job_id: str, *, after: tuple[str, ...] = (), ago: float = 3600.0, **changes: Any) -> Path:
+    def submit(
+        self, name: str, job_id: str, *, after: tuple[str, ...] = (), ago: float = 3600.0, **changes: Any
+    ) -> Path:
         folder = self.folder / "jobs" / name / f"2026-{job_id}"
         folder.mkdir(parents=True)
         resources = Resources(tasks_per_node=changes.pop("tasks", 1)).model_dump(mode="json")
-        fields = Submission(name, job_id, "slurm", ["pretrain", "x.toml"], None, list(after), str(self.folder / name), resources,
-                            NOW - ago, "login1")  # fmt: skip
+        fields = Submission(
+            name,
+            job_id,
+            "slurm",
+            ["pretrain", "x.toml"],
+            None,
+            list(after),
+            str(self.folder / name),
+            resources,
+            NOW - ago,
+            "login1",
+        )
         write_json(folder / "submission.json", vars(fields) | changes)
         return folder
 
@@ -58,8 +72,17 @@ class Run:
 def say(folder: Path, job_id: str, state: str, rank: int = 0, heard_ago: float = 0.0, **changes: Any) -> None:
     """A task's status file."""
     ended = None if state == "running" else NOW - 60
-    task = {"state": state, "status": {"finished": 0, "failed": 2}.get(state), "attempt": 1, "timeouts": 0, "host": "n1", "pid": 1,
-            "began": NOW - 600, "ended": ended, "reason": None}  # fmt: skip
+    task = {
+        "state": state,
+        "status": {"finished": 0, "failed": 2}.get(state),
+        "attempt": 1,
+        "timeouts": 0,
+        "host": "n1",
+        "pid": 1,
+        "began": NOW - 600,
+        "ended": ended,
+        "reason": None,
+    }
     write_json(status_path(folder, job_id, rank), task | changes)
     os.utime(status_path(folder, job_id, rank), (NOW - heard_ago, NOW - heard_ago))
 
@@ -83,7 +106,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Where there is no squeue, unless `squeue` puts one there."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv(
-        "PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin" if not Path("/usr/bin/squeue").exists() else str(tmp_path / "bin")
+        "PATH",
+        f"{tmp_path / 'bin'}:/usr/bin:/bin"
+        if not Path("/usr/bin/squeue").exists()
+        else str(tmp_path / "bin"),
     )
     return Run(tmp_path / "run")
 
@@ -144,14 +170,20 @@ def test_a_squeue_that_fails_or_hangs_is_as_good_as_none(run: Run, monkeypatch: 
     monkeypatch.setattr("slurm.jobs.SQUEUE_SECONDS", 0.2)
     squeue(run, body="exec sleep 60\n" if Path("/bin/sleep").exists() else "while :; do :; done\n")
     began = time.monotonic()
-    assert run.row("a").state == "running" and time.monotonic() - began < 30  # a tenth of a second where nothing else runs
+    assert (
+        run.row("a").state == "running" and time.monotonic() - began < 30
+    )  # a tenth of a second where nothing else runs
 
 
 def test_squeue_is_not_asked_of_jobs_that_said_how_they_ended(run: Run) -> None:
     say(run.submit("a", "41"), "41", "finished")
     say(run.submit("b", "42"), "42", "failed")
     squeue(run, body=f": > {run.folder}/asked\n")
-    assert [row.state for row in read_rows(run.folder, Queue())] == ["not submitted", "failed", "not submitted"]
+    assert [row.state for row in read_rows(run.folder, Queue())] == [
+        "not submitted",
+        "failed",
+        "not submitted",
+    ]
     assert not (run.folder / "asked").exists()
 
 
@@ -177,7 +209,9 @@ def test_a_new_attempt_makes_void_what_a_task_said_of_the_one_before(run: Run) -
     assert run.row("a").state == "done"
 
 
-def test_what_waited_for_a_failed_stage_is_told_with_the_first_cause(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_waited_for_a_failed_stage_is_told_with_the_first_cause(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As the morning finds it: a failed, and SLURM has dropped the others."""
     folder = run.submit("a", "41")
     run.submit("b", "42", after=("41",), ago=3599)
@@ -194,13 +228,19 @@ def test_what_waited_for_a_failed_stage_is_told_with_the_first_cause(run: Run, c
             squeue(run)
         states = [(row.state, row.note) for row in read_rows(run.folder, Queue())]
         assert states == [("failed", "exit status 2"), *[("stopped", "never began: a failed")] * 2]
-    (folder / "41_0_log.err").write_text("much before\n" * 50 + "wordless: x.toml: \x1b[31mno such\tfile\x1b[0m\nsrun: error: n1\n")
+    (folder / "41_0_log.err").write_text(
+        "much before\n" * 50 + "wordless: x.toml: \x1b[31mno such\tfile\x1b[0m\nsrun: error: n1\n"
+    )
     assert main(["status", str(run.folder)]) == 1
     told = capsys.readouterr().out
     assert "a failed (job 41): exit status 2\n" in told
-    assert "  | wordless: x.toml: [31mno such\tfile[0m\n" in told and told.count("much before") == 7  # eight lines, no escape codes
+    assert (
+        "  | wordless: x.toml: [31mno such\tfile[0m\n" in told and told.count("much before") == 7
+    )  # eight lines, no escape codes
     assert f"wordless logs {run.folder} a" in told and str(folder / "41_0_log.err") in told
-    assert told.endswith("to go on from there, once the cause is gone:\n  wordless run 'my recipe.toml' --on slurm\n")
+    assert told.endswith(
+        "to go on from there, once the cause is gone:\n  wordless run 'my recipe.toml' --on slurm\n"
+    )
 
 
 def test_a_cancelled_job_is_stopped_whatever_squeue_says(run: Run) -> None:
@@ -236,7 +276,9 @@ def test_an_array_counts_its_elements_and_sums_their_rates(run: Run) -> None:
         progress(folder, element, done)
     row = run.row("a")
     assert (row.state, row.rate, row.note) == ("running", 6.0, "1 of 4 done, 2 running, 1 queued; loss 3.1")
-    assert row.share == pytest.approx((1 + 0.25 + 0.75 + 0) / 4) and row.seconds_left is None  # one has not begun
+    assert (
+        row.share == pytest.approx((1 + 0.25 + 0.75 + 0) / 4) and row.seconds_left is None
+    )  # one has not begun
     say(folder, "41_2", "failed")
     row = run.row("a")
     assert row.state == "failed" and row.note == "1 of 4 done, 1 running, 1 failed, 1 queued; exit status 2"
@@ -245,7 +287,9 @@ def test_an_array_counts_its_elements_and_sums_their_rates(run: Run) -> None:
 
 def test_the_last_log_line_of_training_is_shown_even_cut_off(run: Run) -> None:
     run.make("a")
-    (run.folder / "a" / "metrics.jsonl").write_text('{"step": 90, "loss": 2.34567}\n{"step": 90, "valid_loss": 2.5}\n{"step": 1')
+    (run.folder / "a" / "metrics.jsonl").write_text(
+        '{"step": 90, "loss": 2.34567}\n{"step": 90, "valid_loss": 2.5}\n{"step": 1'
+    )
     assert run.row("a").note == "step 90, loss 2.346"
 
 
@@ -257,10 +301,14 @@ def test_stages_that_ran_here_are_shown_as_well(run: Run) -> None:
     assert [row.state for row in read_rows(run.folder, Queue())] == ["not submitted"] * 3
     run.make("a")
     write_json_at(run, "a", {"verb": "pretrain", "began": NOW - 99, "seconds": 90.0, "summary": {}})
-    write_json_at(run, "b", {"verb": "pretrain", "began": NOW - 9, "host": socket.gethostname(), "pid": os.getpid()})
+    write_json_at(
+        run, "b", {"verb": "pretrain", "began": NOW - 9, "host": socket.gethostname(), "pid": os.getpid()}
+    )
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    write_json_at(run, "c", {"verb": "pretrain", "began": NOW - 9, "host": socket.gethostname(), "pid": ended.pid})
+    write_json_at(
+        run, "c", {"verb": "pretrain", "began": NOW - 9, "host": socket.gethostname(), "pid": ended.pid}
+    )
     rows = read_rows(run.folder, Queue())
     assert [row.state for row in rows] == ["done", "running", "stopped"]
     assert rows[0].elapsed_seconds == 90.0 and rows[1].elapsed_seconds == pytest.approx(9, abs=5)
@@ -297,18 +345,27 @@ def test_a_stage_in_a_job_of_the_whole_recipe_has_that_jobs_progress(run: Run) -
     assert rows["a"].state == "not submitted"
     say(folder, "99", "failed")
     assert run.row("run").state == "failed"
-    write_recipe(run.folder, ["run", "my recipe.toml"], json.loads((run.folder / "recipe.json").read_text())["stages"], given=NOW)
+    write_recipe(
+        run.folder,
+        ["run", "my recipe.toml"],
+        json.loads((run.folder / "recipe.json").read_text())["stages"],
+        given=NOW,
+    )
     assert "run" not in {row.stage for row in read_rows(run.folder, Queue())}
 
 
-def test_a_single_verbs_job_is_found_by_its_out_and_beside_others(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_verbs_job_is_found_by_its_out_and_beside_others(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     say(run.submit("extra", "51"), "51", "failed")
     (run.folder / "recipe.json").unlink()
     assert main(["status", str(run.folder / "extra")]) == 1
     assert "wordless pretrain x.toml --on slurm" in capsys.readouterr().out
     assert main(["status", str(run.folder), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert [(row["stage"], row["state"], row["job"]) for row in told["stages"]] == [("extra", "failed", "51")] and not told["sound"]
+    assert [(row["stage"], row["state"], row["job"]) for row in told["stages"]] == [
+        ("extra", "failed", "51")
+    ] and not told["sound"]
     assert main(["status", str(run.folder / "none")]) == 2
     assert "nothing was submitted to it" in capsys.readouterr().err
 
@@ -317,9 +374,11 @@ def test_status_is_0_while_all_is_well_and_imports_no_torch(run: Run) -> None:
     say(run.submit("a", "41"), "41", "running")
     code = f"""
 import sys, wordless
-status = wordless.main(["status", {str(run.folder)!r}])
+status = wordless.cli.main(["status", {str(run.folder)!r}])
 sys.exit(status or {{"torch", "numpy", "submitit"}} & sys.modules.keys() or 0)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1].startswith("a      pretrain  running        41   1        10 min")
 
@@ -333,7 +392,15 @@ def test_empty_columns_are_left_out_and_others_are_as_wide_as_they_need_be() -> 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, ""), (0.4, "0 s"), (99, "99 s"), (150, "2 min"), (3599, "1 h 00"), (3900, "1 h 05"), (200_000, "2 d 07 h")],
+    [
+        (None, ""),
+        (0.4, "0 s"),
+        (99, "99 s"),
+        (150, "2 min"),
+        (3599, "1 h 00"),
+        (3900, "1 h 05"),
+        (200_000, "2 d 07 h"),
+    ],
 )
 def test_durations_are_short(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
@@ -342,7 +409,11 @@ def test_durations_are_short(seconds: float | None, text: str) -> None:
 def test_a_tail_has_the_last_lines_of_a_file_of_any_size(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"x" * 100_000 + b"\nfirst\n\xffsecond\n")
-    assert tail(path, 2) == ["first", "\ufffdsecond"] and tail(path, 0) == [] and tail(tmp_path / "none", 5) == []
+    assert (
+        tail(path, 2) == ["first", "\ufffdsecond"]
+        and tail(path, 0) == []
+        and tail(tmp_path / "none", 5) == []
+    )
 
 
 # logs
@@ -356,7 +427,10 @@ def test_logs_show_the_end_of_what_a_task_wrote(run: Run, capsys: pytest.Capture
         (folder / f"41_{rank}_log.out").write_text(f"out of {rank}\n")
         (folder / f"41_{rank}_log.err").write_text(f"one\ntwo of {rank}\n")
     assert main(["logs", str(run.folder), "a", "--lines", "1"]) == 0
-    assert capsys.readouterr().out == f"==> {folder}/41_1_log.out <==\nout of 1\n==> {folder}/41_1_log.err <==\ntwo of 1\n"
+    assert (
+        capsys.readouterr().out
+        == f"==> {folder}/41_1_log.out <==\nout of 1\n==> {folder}/41_1_log.err <==\ntwo of 1\n"
+    )
     assert main(["logs", str(run.folder / "a"), "--task", "0"]) == 0
     assert "one\ntwo of 0\n" in capsys.readouterr().out
     for arguments, message in (
@@ -383,7 +457,11 @@ def test_followed_logs_go_on_until_the_job_has_ended(
     (folder / "41_0_log.err").write_text("before\n")
     monkeypatch.setattr(slurm.logs, "QUEUE_SECONDS", 0.0)
     steps = iter(
-        [lambda: append("more\nhalf a "), lambda: append("line\n"), lambda: (append("the end"), say(folder, "41", "finished"))]
+        [
+            lambda: append("more\nhalf a "),
+            lambda: append("line\n"),
+            lambda: (append("the end"), say(folder, "41", "finished")),
+        ]
     )
 
     def append(text: str) -> None:

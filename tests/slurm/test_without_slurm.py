@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import tomli_w
 
-from wordless import main
+from wordless.cli import main
 
 
 @pytest.fixture
@@ -51,9 +51,14 @@ def everything(folder: Path) -> list[Path]:
     ids=["none", "sbatch", "srun"],
 )
 def test_submitting_without_slurm_is_one_sentence_and_writes_nothing(
-    name: str, there: tuple[str, ...], absent: str, commands: dict[str, list[str]], programs: Path, tmp_path: Path,
+    name: str,
+    there: tuple[str, ...],
+    absent: str,
+    commands: dict[str, list[str]],
+    programs: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     for program in there:
         (programs / program).write_text("#!/bin/sh\nexit 1\n")
         (programs / program).chmod(0o755)
@@ -68,7 +73,11 @@ def test_submitting_without_slurm_is_one_sentence_and_writes_nothing(
 
 @pytest.mark.parametrize("name", ["source", "config", "recipe", "stage"])
 def test_a_dry_run_needs_no_slurm_and_writes_nothing(
-    name: str, commands: dict[str, list[str]], programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    commands: dict[str, list[str]],
+    programs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = everything(tmp_path)
     assert main([*commands[name], "--on", "slurm", "--dry-run"]) == 0

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.task import TrainingConfig
-from units.corpus import Document, UnitCorpus, write_corpus
-from units.model import DecoderConfig
-from units.sequence import deduplicate
-from units.training import LMOptimizerConfig, TrainLMConfig, train_lm
-from units.vocabulary import Vocabulary
+from pretrain.training.task import TrainingConfig
+from units.corpus.sequence import deduplicate
+from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.vocabulary import Vocabulary
+from units.lm.model import DecoderConfig
+from units.lm.training import LMOptimizerConfig, TrainLMConfig, train_lm
 
 NUM_UNITS = 12
 TINY = DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, context=64, dropout=0.0)
@@ -25,7 +25,11 @@ def planted_documents(count: int, seed: int) -> Iterator[Document]:
         units = [0, 1]
         for _ in range(rng.integers(20, 40)):
             likely = (units[-1] + 1 + (units[-2] % 3)) % NUM_UNITS
-            units.append(likely if rng.random() < 0.9 else int(rng.choice([u for u in range(NUM_UNITS) if u != units[-1]])))
+            units.append(
+                likely
+                if rng.random() < 0.9
+                else int(rng.choice([u for u in range(NUM_UNITS) if u != units[-1]]))
+            )
         frames = np.repeat(np.array(units, np.uint16), rng.integers(1, 4, len(units)))
         split = "test" if number % 10 == 9 else "dev" if number % 10 == 8 else "train"
         yield Document(f"document-{number}", split, *deduplicate(frames))
@@ -53,7 +57,9 @@ def plant() -> Callable[[Path, int, int], UnitCorpus]:
 
 
 @pytest.fixture(scope="session")
-def planted(tmp_path_factory: pytest.TempPathFactory, plant: Callable[[Path, int, int], UnitCorpus]) -> UnitCorpus:
+def planted(
+    tmp_path_factory: pytest.TempPathFactory, plant: Callable[[Path, int, int], UnitCorpus]
+) -> UnitCorpus:
     return plant(tmp_path_factory.mktemp("planted") / "units", 300, 0)
 
 

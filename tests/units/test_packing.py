@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.config import parse_config
-from pretrain.labels import commit_labels, write_shard
-from pretrain.manifest import Manifest, write_manifest
+from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.manifest import Manifest, write_manifest
 from quantize.codebook import write_codebook
-from units.corpus import Document, UnitCorpus
+from units.corpus.unit_corpus import Document, UnitCorpus
 from units.formats import Described, write_units
 from units.packing import PackConfig, pack
 
@@ -33,13 +33,23 @@ def make(
         num_samples = 400 + 320 * (len(labels) - 1 + extra_frames)
         split = "test" if name == "c" else "train"
         rows.append(
-            {"id": name, "path": f"{name}.wav", "start": 0, "num_samples": num_samples, "sample_rate": 16000, "split": split}
+            {
+                "id": name,
+                "path": f"{name}.wav",
+                "start": 0,
+                "num_samples": num_samples,
+                "sample_rate": 16000,
+                "split": split,
+            }
         )
     write_manifest(root / "manifest", rows, {}, {})
     labelled = labelled or list(frames)
     arrays = [np.array(frames[name]) for name in labelled]
     if num_levels > 1:
-        arrays = [np.stack([(array + level) % num_classes for level in range(num_levels)], axis=1) for array in arrays]
+        arrays = [
+            np.stack([(array + level) % num_classes for level in range(num_levels)], axis=1)
+            for array in arrays
+        ]
     write_shard(root / "labels", 0, labelled, arrays)
     commit_labels(root / "labels", 1, {}, {}, codebook="c0de", num_classes=num_classes, num_levels=num_levels)
     return PackConfig(manifest=str(root / "manifest"), labels=str(root / "labels"), out=str(root / "units"))
@@ -58,7 +68,9 @@ def test_pack_keeps_every_frame_split_and_fingerprint(tmp_path: Path) -> None:
     assert corpus.units(0).tolist() == [3, 0, 4] and corpus.durations(0).tolist() == [2, 3, 1]
     assert corpus.documents("train").tolist() == [0, 1] and corpus.documents().tolist() == [0, 1, 2]
     assert (corpus.num_units, corpus.codebook, corpus.frame_rate_hz, corpus.timed) == (5, "c0de", 50.0, True)
-    assert summary["num_tokens"] == 6 and summary["num_frames"] == 11 and corpus.num_frames.tolist() == [6, 1, 4]
+    assert (
+        summary["num_tokens"] == 6 and summary["num_frames"] == 11 and corpus.num_frames.tolist() == [6, 1, 4]
+    )
 
 
 def test_pack_without_deduplication_keeps_a_token_per_frame(tmp_path: Path) -> None:
@@ -82,7 +94,9 @@ def test_utterances_without_labels_are_named(tmp_path: Path) -> None:
 
 
 def test_labels_of_another_length_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"labels: 6 labels for utterance 'a', which has 7 frames in .*manifest \(3 of 3"):
+    with pytest.raises(
+        ValueError, match=r"labels: 6 labels for utterance 'a', which has 7 frames in .*manifest \(3 of 3"
+    ):
         pack(make(tmp_path, FRAMES, extra_frames=1))
     assert not (tmp_path / "units").exists()
 
@@ -107,11 +121,17 @@ def test_all_levels_are_packed_when_asked_for(tmp_path: Path, deduplicated: bool
 
 
 def test_merges_are_learnt_from_the_training_split_and_lose_nothing(tmp_path: Path) -> None:
-    frames = {**{f"d{i}": [0, 1, 1, 2, 0, 1, 2, 3] for i in range(4)}, "c": [4, 3, 4, 3, 4, 3, 4, 3]}  # c is test
+    frames = {
+        **{f"d{i}": [0, 1, 1, 2, 0, 1, 2, 3] for i in range(4)},
+        "c": [4, 3, 4, 3, 4, 3, 4, 3],
+    }  # c is test
     config = with_keys(make(tmp_path, frames), bpe={"vocabulary_size": 7, "max_units": 3})
     pack(config)
     corpus = UnitCorpus(config.out)
-    assert len(corpus.vocabulary.merges) == 2 and {corpus.vocabulary.names()[5], corpus.vocabulary.names()[6]} == {
+    assert len(corpus.vocabulary.merges) == 2 and {
+        corpus.vocabulary.names()[5],
+        corpus.vocabulary.names()[6],
+    } == {
         "<Un0><Un1>",
         "<Un0><Un1><Un2>",
     }
@@ -133,13 +153,17 @@ def test_a_source_gets_splits_drawn_by_id_or_those_of_a_manifest(tmp_path: Path)
     (tmp_path / "backwards.txt").write_text("".join(reversed(lines.splitlines(keepends=True))))
     pack(PackConfig(**{**given, "source": str(tmp_path / "backwards.txt")}, out=str(tmp_path / "backwards")))
     backwards = UnitCorpus(tmp_path / "backwards")
-    assert dict(zip(drawn.ids, drawn.splits, strict=True)) == dict(zip(backwards.ids, backwards.splits, strict=True))
+    assert dict(zip(drawn.ids, drawn.splits, strict=True)) == dict(
+        zip(backwards.ids, backwards.splits, strict=True)
+    )
 
     make(tmp_path, FRAMES)
     (tmp_path / "three.txt").write_text("c|1 2\na|0\n")
     pack(
         PackConfig(
-            **{**given, "source": str(tmp_path / "three.txt")}, manifest=str(tmp_path / "manifest"), out=str(tmp_path / "joined")
+            **{**given, "source": str(tmp_path / "three.txt")},
+            manifest=str(tmp_path / "manifest"),
+            out=str(tmp_path / "joined"),
         )
     )
     assert UnitCorpus(tmp_path / "joined").splits == ["test", "train"]
@@ -147,14 +171,20 @@ def test_a_source_gets_splits_drawn_by_id_or_those_of_a_manifest(tmp_path: Path)
     with pytest.raises(ValueError, match="document 'z' is no utterance of"):
         pack(
             PackConfig(
-                **{**given, "source": str(tmp_path / "three.txt")}, manifest=str(tmp_path / "manifest"), out=str(tmp_path / "no")
+                **{**given, "source": str(tmp_path / "three.txt")},
+                manifest=str(tmp_path / "manifest"),
+                out=str(tmp_path / "no"),
             )
         )
 
 
 def test_a_source_that_does_not_say_whose_units_it_has_must_be_told(tmp_path: Path) -> None:
     (tmp_path / "units.txt").write_text("a|1 2\n")
-    given: dict[str, Any] = {"source": str(tmp_path / "units.txt"), "format": "gslm", "out": str(tmp_path / "units")}
+    given: dict[str, Any] = {
+        "source": str(tmp_path / "units.txt"),
+        "format": "gslm",
+        "out": str(tmp_path / "units"),
+    }
     with pytest.raises(ValueError, match="does not say its codebook; give it as codebook = "):
         pack(PackConfig(**given))
     with pytest.raises(ValueError, match="does not say its num_units"):
@@ -175,7 +205,10 @@ def test_a_source_that_does_not_say_whose_units_it_has_must_be_told(tmp_path: Pa
         ({}, "either `labels`, with their `manifest`, or the `source`"),
         ({"labels": "l"}, "labels are packed with their `manifest`"),
         ({"labels": "l", "manifest": "m", "num_units": 3}, "num_units: of a `source`"),
-        ({"source": "s", "dev_share": 0.5, "test_share": 0.5}, "dev_share 0.5 and test_share 0.5 leave nothing to train on"),
+        (
+            {"source": "s", "dev_share": 0.5, "test_share": 0.5},
+            "dev_share 0.5 and test_share 0.5 leave nothing to train on",
+        ),
         ({"source": "s", "text": {"layout": "grid"}}, "`text` goes with `labels`"),
         (
             {"labels": "l", "manifest": "m", "text": {"layout": "grid"}, "bpe": {"vocabulary_size": 9}},
@@ -189,10 +222,17 @@ def test_configs_that_make_no_sense_are_refused(keys: dict[str, Any], message: s
 
 
 def test_words_of_the_manifest_go_between_the_units_or_beside_them(tmp_path: Path) -> None:
-    rows = [{
-        "id": "a", "path": "a.wav", "start": 0, "num_samples": 400 + 320 * 19, "sample_rate": 16000, "split": "train",
-        "words": [(0.05, 0.15, "Ten"), (0.2, 0.35, "cats")],
-    }]  # fmt: skip
+    rows = [
+        {
+            "id": "a",
+            "path": "a.wav",
+            "start": 0,
+            "num_samples": 400 + 320 * 19,
+            "sample_rate": 16000,
+            "split": "train",
+            "words": [(0.05, 0.15, "Ten"), (0.2, 0.35, "cats")],
+        }
+    ]
     write_manifest(tmp_path / "manifest", rows, {}, {})
     frames = np.repeat([0, 1, 2, 3, 4], 4)
     write_shard(tmp_path / "labels", 0, ["a"], [frames])
@@ -206,7 +246,10 @@ def test_words_of_the_manifest_go_between_the_units_or_beside_them(tmp_path: Pat
     grid = packed("grid", layout="grid")
     assert grid.vocabulary.sizes == (len(set("tencas")) + 2, 5) and not grid.deduplicated
     text, units = grid.tokens(0).T
-    assert "".join(grid.vocabulary.text[piece] for piece in text if piece != grid.vocabulary.grid_pad) == "▁ten▁cats"
+    assert (
+        "".join(grid.vocabulary.text[piece] for piece in text if piece != grid.vocabulary.grid_pad)
+        == "▁ten▁cats"
+    )
     assert units.tolist() == frames.tolist() and grid.frames(0)[:, 1].tolist() == frames.tolist()
 
     for seed in range(20):
@@ -224,12 +267,21 @@ def source(path: Path, text: str, **keys: Any) -> PackConfig:
     """A GSLM file of 7 units beside which the corpus goes."""
     path.write_text(text)
     return PackConfig(
-        **{"source": str(path), "format": "gslm", "codebook": "theirs", "num_units": 7, "out": str(path.parent / "out"), **keys}
+        **{
+            "source": str(path),
+            "format": "gslm",
+            "codebook": "theirs",
+            "num_units": 7,
+            "out": str(path.parent / "out"),
+            **keys,
+        }
     )
 
 
-def test_a_killed_pack_does_not_go_on_with_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("units.corpus.RECORD_SECONDS", 0.0)
+def test_a_killed_pack_does_not_go_on_with_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("units.corpus.unit_corpus.RECORD_SECONDS", 0.0)
     lines = [f"u{i}|1 2\n" for i in range(30)]
     with pytest.raises(ValueError, match="line 21"):
         pack(source(tmp_path / "st.txt", "".join([*lines[:20], "u|x\n", *lines[20:]])))
@@ -244,11 +296,13 @@ def test_a_killed_pack_does_not_go_on_with_another_file(tmp_path: Path, monkeypa
 
     config = source(tmp_path / "st.txt", "a|1 2\n", out=str(tmp_path / "killed"), deduplicate=True)
     with monkeypatch.context() as patched:
-        patched.setattr("units.corpus.commit", killed)
+        patched.setattr("units.corpus.unit_corpus.commit", killed)
         with pytest.raises(Killed):
             pack(config)
     (tmp_path / "st.txt.durations").write_text("a|1 2\n")
-    with pytest.raises(ValueError, match=r"partial: holds unfinished work on something else \(.*parents .*'source'"):
+    with pytest.raises(
+        ValueError, match=r"partial: holds unfinished work on something else \(.*parents .*'source'"
+    ):
         pack(config)
     (tmp_path / "st.txt.durations").unlink()
     pack(config)
@@ -262,7 +316,9 @@ def test_splits_of_a_source_do_not_contradict_the_manifest(tmp_path: Path) -> No
 
     def packed(ids: list[str], splits: list[str | None], out: str) -> UnitCorpus:
         config = source(path, "", **given, out=str(tmp_path / out))
-        pq.write_table(pa.table({"id": ids, "split": pa.array(splits, pa.string()), "units": [[1, 2]] * len(ids)}), path)
+        pq.write_table(
+            pa.table({"id": ids, "split": pa.array(splits, pa.string()), "units": [[1, 2]] * len(ids)}), path
+        )
         pack(config)
         return UnitCorpus(tmp_path / out)
 
@@ -283,12 +339,16 @@ def test_levels_left_out_and_a_frame_rate_assumed_are_said(tmp_path: Path) -> No
         f"source: {tmp_path}/codes has 3 levels; level 0 is packed",
         f"source: {tmp_path}/codes does not say its frame rate; 50 Hz is assumed (frame_rate_hz = …)",
     ]
-    assert "notes" not in pack(PackConfig(**given, levels="all", frame_rate_hz=75.0, out=str(tmp_path / "all")))
+    assert "notes" not in pack(
+        PackConfig(**given, levels="all", frame_rate_hz=75.0, out=str(tmp_path / "all"))
+    )
 
 
 def test_units_of_which_nobody_says_whether_they_are_frames_are_not_packed_as_frames(tmp_path: Path) -> None:
     config = source(tmp_path / "st.txt", "a|1 1 2\n", deduplicate=False)
-    with pytest.raises(ValueError, match="does not say whether a unit is a frame; if so, say source_options.per_frame = true"):
+    with pytest.raises(
+        ValueError, match="does not say whether a unit is a frame; if so, say source_options.per_frame = true"
+    ):
         pack(config)
     pack(with_keys(config, source_options={"per_frame": True}))
     corpus = UnitCorpus(config.out)
@@ -311,13 +371,19 @@ def test_a_codebook_that_is_a_path_must_be_one_and_says_its_k(tmp_path: Path) ->
 
 def test_a_sidecar_is_not_taken_for_that_of_another_file(tmp_path: Path) -> None:
     described = Described(codebook="mine", num_units=7, deduplicated=True)
-    write_units(tmp_path / "st.txt", "gslm", [Document("a", None, np.array([1, 2])), Document("b", None, np.array([3]))], described)
+    write_units(
+        tmp_path / "st.txt",
+        "gslm",
+        [Document("a", None, np.array([1, 2])), Document("b", None, np.array([3]))],
+        described,
+    )
     given = {"source": str(tmp_path / "st.txt")}
     (tmp_path / "st.txt").write_text("b|3\nz|1 2\n")  # another order and other names: the same units
     pack(PackConfig(**given, out=str(tmp_path / "same")))
     (tmp_path / "st.txt").write_text("a|1 4\nb|3\n")
     with pytest.raises(
-        ValueError, match="its units are not those that st.txt.meta.json describes; remove st.txt.meta.json and say"
+        ValueError,
+        match="its units are not those that st.txt.meta.json describes; remove st.txt.meta.json and say",
     ):
         pack(PackConfig(**given, out=str(tmp_path / "other")))
     assert not (tmp_path / "other/meta.json").exists()
@@ -325,7 +391,10 @@ def test_a_sidecar_is_not_taken_for_that_of_another_file(tmp_path: Path) -> None
 
 def test_interleaved_text_with_several_levels_is_refused_in_the_user_s_words(tmp_path: Path) -> None:
     config = with_keys(make(tmp_path, FRAMES, num_levels=2), levels="all", text={"layout": "interleaved"})
-    with pytest.raises(ValueError, match=r"^text.layout = interleaved is for units of one level, and 2 are packed; levels = 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"^text.layout = interleaved is for units of one level, and 2 are packed; levels = 1",
+    ):
         pack(config)
 
 
@@ -333,7 +402,9 @@ def test_folders_of_wordless_are_no_source(tmp_path: Path) -> None:
     config = make(tmp_path, FRAMES)
     pack(config)
     given: dict[str, Any] = {"codebook": "x", "num_units": 5, "out": str(tmp_path / "no")}
-    with pytest.raises(ValueError, match=r"labels is a 'labels' of wordless; give it as `labels`, with their `manifest`"):
+    with pytest.raises(
+        ValueError, match=r"labels is a 'labels' of wordless; give it as `labels`, with their `manifest`"
+    ):
         pack(PackConfig(source=config.labels, format="codec", **given))
     with pytest.raises(ValueError, match=r"units is a 'units' of wordless; it is packed already"):
         pack(PackConfig(source=config.out, **given))

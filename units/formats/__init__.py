@@ -21,25 +21,36 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.artefact import sha256_file, write_json
 from pretrain.config import expand_path
 from pretrain.progress import progress
-from units.corpus import Document, UnitCorpus
+from pretrain.store.artefact import sha256_file, write_json
+from units.corpus.sequence import expand
+from units.corpus.unit_corpus import Document, UnitCorpus
 from units.formats.codec import CODEC
 from units.formats.description import FLAGS, Described, Format, Located, Sidecar, read_sidecar, sidecar_path
 from units.formats.lines import check_durations, read_lines
 from units.formats.parquet import PARQUET, read_parquet_description
 from units.formats.records import CODE_KEYS, RESYNTHESIS, SLAMKIT_FEATURES, SLAMKIT_TOKENS
 from units.formats.text import GSLM, KM, TEXTLESSLIB
-from units.sequence import expand
 
 __all__ = [
-    "FORMATS", "Described", "Format", "Sidecar", "describe_source", "export_corpus", "fingerprint_source", "guess_format",
-    "read_located", "read_sidecar", "read_units", "write_units",
-]  # fmt: skip
+    "FORMATS",
+    "Described",
+    "Format",
+    "Sidecar",
+    "describe_source",
+    "export_corpus",
+    "fingerprint_source",
+    "guess_format",
+    "read_located",
+    "read_sidecar",
+    "read_units",
+    "write_units",
+]
 
 FORMATS: dict[str, Format] = {
-    form.name: form for form in (KM, GSLM, TEXTLESSLIB, SLAMKIT_FEATURES, SLAMKIT_TOKENS, CODEC, RESYNTHESIS, PARQUET)
+    form.name: form
+    for form in (KM, GSLM, TEXTLESSLIB, SLAMKIT_FEATURES, SLAMKIT_TOKENS, CODEC, RESYNTHESIS, PARQUET)
 }
 SUFFIXES = {".km": "km", ".units": "textlesslib", ".npy": "codec", ".parquet": "parquet"}
 
@@ -49,7 +60,9 @@ def find_format(form: str, where: str = "") -> Format:
     if form in FORMATS:
         return FORMATS[form]
     near = difflib.get_close_matches(form, FORMATS, n=1)
-    raise ValueError(f"{where}no format {form!r}{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(FORMATS)})")
+    raise ValueError(
+        f"{where}no format {form!r}{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(FORMATS)})"
+    )
 
 
 def guess_format(path: str | Path) -> str:
@@ -60,12 +73,18 @@ def guess_format(path: str | Path) -> str:
     if sidecar := read_sidecar(path):
         return find_format(sidecar.format, f"{sidecar_path(path)}: ").name
     if path.is_dir():
-        found = {SUFFIXES[suffix] for suffix in (".npy", ".parquet") if next(path.rglob(f"*{suffix}"), None) is not None}
+        found = {
+            SUFFIXES[suffix]
+            for suffix in (".npy", ".parquet")
+            if next(path.rglob(f"*{suffix}"), None) is not None
+        }
     else:
         found = {SUFFIXES[path.suffix]} if path.suffix in SUFFIXES else _by_first_line(path)
     if len(found) == 1:
         return found.pop()
-    raise ValueError(f"{path}: its format is not clear from its name and first line; say which: format={'|'.join(FORMATS)}")
+    raise ValueError(
+        f"{path}: its format is not clear from its name and first line; say which: format={'|'.join(FORMATS)}"
+    )
 
 
 def _by_first_line(path: Path) -> set[str]:
@@ -73,7 +92,13 @@ def _by_first_line(path: Path) -> set[str]:
     if line.startswith("{"):
         try:
             row = json.loads(line)
-            return {"slamkit-tokens"} if "audio_repr" in row else {"slamkit-features"} if "units" in row else _python(row)
+            return (
+                {"slamkit-tokens"}
+                if "audio_repr" in row
+                else {"slamkit-features"}
+                if "units" in row
+                else _python(row)
+            )
         except (ValueError, RecursionError):
             try:
                 return _python(ast.literal_eval(line))
@@ -85,7 +110,11 @@ def _by_first_line(path: Path) -> set[str]:
 
 
 def _python(row: Any) -> set[str]:
-    return {"resynthesis"} if isinstance(row, dict) and "audio" in row and not row.keys().isdisjoint(CODE_KEYS) else set()
+    return (
+        {"resynthesis"}
+        if isinstance(row, dict) and "audio" in row and not row.keys().isdisjoint(CODE_KEYS)
+        else set()
+    )
 
 
 def describe_source(path: str | Path, form: str, **options: Any) -> Described:
@@ -97,13 +126,17 @@ def describe_source(path: str | Path, form: str, **options: Any) -> Described:
     options, per_frame = _checked_options(found, options)
     sidecar = read_parquet_description(path) if form == "parquet" else read_sidecar(path)
     if sidecar is not None and sidecar.format != form:
-        raise ValueError(f"{sidecar_path(path)}: says that {path.name} is {sidecar.format}, not {form}; correct one of the two")
+        raise ValueError(
+            f"{sidecar_path(path)}: says that {path.name} is {sidecar.format}, not {form}; correct one of the two"
+        )
     described = sidecar or Described(**found.describe(path, **options))
     if per_frame is None:
         return described
     if sidecar is not None and sidecar.deduplicated is per_frame:
         told = "deduplicated" if per_frame else "a label per frame"
-        raise ValueError(f"{path}: its units are {told} by its own account; leave per_frame = {str(per_frame).lower()} out")
+        raise ValueError(
+            f"{path}: its units are {told} by its own account; leave per_frame = {str(per_frame).lower()} out"
+        )
     timed = per_frame or (described.timed and not found.per_frame)
     return described.model_copy(update={"deduplicated": not per_frame, "timed": timed})
 
@@ -168,19 +201,29 @@ def _read(path: Path, form: Format, described: Described, options: dict[str, Any
         seen.add(document)
         levels = document.units.shape[1] if document.units.ndim == 2 else 1
         if levels != described.num_levels:
-            raise ValueError(f"{where}: {levels} levels of units, expected {described.num_levels} as in the rest")
+            raise ValueError(
+                f"{where}: {levels} levels of units, expected {described.num_levels} as in the rest"
+            )
         _require_below(document.units, described, where)
         if document.durations is None and described.timed and described.deduplicated is False:
             document = document._replace(durations=np.ones(len(document.units), np.uint16))
         if (document.durations is not None) != described.timed:
-            whether, told = ("no durations", "they are known") if described.timed else ("durations", "there are none")
-            raise ValueError(f"{where}: has {whether}, expected that {told}, as the first or {sidecar_path(path).name} says")
+            whether, told = (
+                ("no durations", "they are known") if described.timed else ("durations", "there are none")
+            )
+            raise ValueError(
+                f"{where}: has {whether}, expected that {told}, as the first or {sidecar_path(path).name} says"
+            )
         yield located._replace(document=document)
     beside = sidecar_path(path).name
     if isinstance(described, Sidecar) and described.num_documents not in (None, len(seen)):
-        raise ValueError(f"{path}: {len(seen)} utterances, expected {described.num_documents} ({beside}); it was changed")
+        raise ValueError(
+            f"{path}: {len(seen)} utterances, expected {described.num_documents} ({beside}); it was changed"
+        )
     if isinstance(described, Sidecar) and described.checksum not in (None, seen.checksum):
-        raise ValueError(f"{path}: its units are not those that {beside} describes; remove {beside} and say whose they are")
+        raise ValueError(
+            f"{path}: its units are not those that {beside} describes; remove {beside} and say whose they are"
+        )
     if repeated := seen.repeated():
         _name_repeated(form.read(path, **options), repeated)
 
@@ -224,10 +267,14 @@ def _name_repeated(rows: Iterable[Located], repeated: set[int]) -> None:
     first = dict[str, str]()
     for where, document, *_ in rows:
         if hash(document.id) in repeated and first.setdefault(document.id, where) != where:
-            raise ValueError(f"{where}: a second utterance named {document.id!r}, expected each once (first: {first[document.id]})")
+            raise ValueError(
+                f"{where}: a second utterance named {document.id!r}, expected each once (first: {first[document.id]})"
+            )
 
 
-def write_units(path: str | Path, form: str, documents: Iterable[Document], described: Described) -> dict[str, Any]:
+def write_units(
+    path: str | Path, form: str, documents: Iterable[Document], described: Described
+) -> dict[str, Any]:
     """Write documents to a new file (codec: folder) in one of FORMATS, one at a time, and the description beside it; returns counts.
 
     ValueError: the file or one beside it exists, there are no documents, or one is not what `described` says or not what the format
@@ -238,7 +285,9 @@ def write_units(path: str | Path, form: str, documents: Iterable[Document], desc
         if taken.exists():
             raise ValueError(f"{taken}: exists; remove it or choose another name")
     if path in found.companions(path):
-        raise ValueError(f"{path}: {form} needs this name for the file that goes with it; choose another suffix")
+        raise ValueError(
+            f"{path}: {form} needs this name for the file that goes with it; choose another suffix"
+        )
     stream = iter(documents)
     first = next(stream, None)
     if first is None:
@@ -252,7 +301,9 @@ def write_units(path: str | Path, form: str, documents: Iterable[Document], desc
         while document is not None:
             if (document.durations is None) != (first.durations is None):
                 known = "no durations" if document.durations is None else "durations"
-                raise ValueError(f"document {document.id!r}: has {known}, unlike the first; expected all or none to have them")
+                raise ValueError(
+                    f"document {document.id!r}: has {known}, unlike the first; expected all or none to have them"
+                )
             document = _as_held(document, found, described)
             seen.add(document)
             counts["units_written"] += len(document.units)
@@ -290,21 +341,31 @@ def _as_held(document: Document, form: Format, described: Described) -> Document
     _require_name(document.id, where)
     levels = units.shape[1] if units.ndim == 2 else 1
     if levels != described.num_levels:
-        raise ValueError(f"{where}: {levels} levels of units, expected {described.num_levels} as in the first")
+        raise ValueError(
+            f"{where}: {levels} levels of units, expected {described.num_levels} as in the first"
+        )
     if not len(units) or units.dtype.kind not in "iu" or units.min() < 0:
-        raise ValueError(f"{where}: expected units that are whole numbers, not negative, and at least one; leave it out")
+        raise ValueError(
+            f"{where}: expected units that are whole numbers, not negative, and at least one; leave it out"
+        )
     _require_below(units, described, where)
     if durations is not None:
         durations = check_durations(durations, units, where)
     units = units[:, 0] if units.ndim == 2 and levels == 1 else units
     if form.per_frame:
-        return document._replace(units=units if durations is None else expand(units, durations), durations=None)
+        return document._replace(
+            units=units if durations is None else expand(units, durations), durations=None
+        )
     if durations is not None and described.deduplicated is False and durations.max() > 1:
-        raise ValueError(f"{where}: a unit lasts {durations.max()} frames, expected 1 of units that are not deduplicated")
+        raise ValueError(
+            f"{where}: a unit lasts {durations.max()} frames, expected 1 of units that are not deduplicated"
+        )
     return document._replace(units=units, durations=durations)
 
 
-def export_corpus(corpus_folder: str | Path, out: str | Path, form: str, split: str | None = None) -> dict[str, Any]:
+def export_corpus(
+    corpus_folder: str | Path, out: str | Path, form: str, split: str | None = None
+) -> dict[str, Any]:
     """Write a unit corpus, or one split of it, as another tool's file. Unit BPE is undone: the file has the codebook's units.
 
     ValueError: a corpus of speech and text, and what `write_units` refuses.
@@ -316,14 +377,24 @@ def export_corpus(corpus_folder: str | Path, out: str | Path, form: str, split: 
         )
     rows = corpus.documents(split)
     described = Described(
-        codebook=corpus.codebook, num_units=corpus.num_units, num_levels=corpus.num_levels, frame_rate_hz=corpus.frame_rate_hz,
-        deduplicated=corpus.deduplicated, timed=corpus.timed, source=corpus.fingerprint,
-    )  # fmt: skip
+        codebook=corpus.codebook,
+        num_units=corpus.num_units,
+        num_levels=corpus.num_levels,
+        frame_rate_hz=corpus.frame_rate_hz,
+        deduplicated=corpus.deduplicated,
+        timed=corpus.timed,
+        source=corpus.fingerprint,
+    )
 
     def documents() -> Iterator[Document]:
         with progress("export", len(rows), "document") as advance:
             for i in rows.tolist():
-                yield Document(corpus.ids[i], corpus.splits[i], corpus.units(i), corpus.durations(i) if corpus.timed else None)
+                yield Document(
+                    corpus.ids[i],
+                    corpus.splits[i],
+                    corpus.units(i),
+                    corpus.durations(i) if corpus.timed else None,
+                )
                 advance(1)
 
     return write_units(out, form, documents(), described)

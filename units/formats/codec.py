@@ -11,13 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.artefact import atomic_folder
-from units.corpus import Document
+from pretrain.store.artefact import atomic_folder
+from units.corpus.unit_corpus import Document
 from units.formats.description import Described, Format, Located
 
 MAX_LEVELS = 64  # beyond what codecs have; more rows than this are frames
 # What numpy raises for headers that it reads as Python text and then cannot make sense of.
-DAMAGED = (ValueError, EOFError, SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError, MemoryError, KeyError)
+DAMAGED = (
+    ValueError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+    KeyError,
+)
 
 
 def codec_files(path: Path) -> Iterator[tuple[str, Path]]:
@@ -50,7 +60,9 @@ def _load(file: Path) -> np.ndarray:
     try:
         codes = np.load(file, mmap_mode="r", allow_pickle=False)
     except DAMAGED as error:
-        raise ValueError(f"{file}: cannot be read as a .npy of numbers ({str(error)[:100]}); pickled arrays are refused") from None
+        raise ValueError(
+            f"{file}: cannot be read as a .npy of numbers ({str(error)[:100]}); pickled arrays are refused"
+        ) from None
     if not isinstance(codes, np.ndarray):
         raise ValueError(f"{file}: is an archive of arrays, expected a .npy of codes [levels, frames]")
     if codes.dtype.kind not in "iu":
@@ -59,7 +71,9 @@ def _load(file: Path) -> np.ndarray:
     if codes.ndim == 3 and shape[0] == 1:
         codes = codes[0]
     if codes.ndim not in (1, 2):
-        raise ValueError(f"{file}: codes of shape {list(shape)}, expected [levels, frames], [frames] or [1, levels, frames]")
+        raise ValueError(
+            f"{file}: codes of shape {list(shape)}, expected [levels, frames], [frames] or [1, levels, frames]"
+        )
     if codes.ndim == 2 and len(codes) > MAX_LEVELS:
         raise ValueError(
             f"{file}: codes of shape {list(shape)} would have {len(codes)} levels; expected [levels, frames], transpose it"
@@ -73,9 +87,13 @@ def _codes(file: Path) -> np.ndarray:
     codes = np.asarray(_load(file))
     if codes.min() < 0 or codes.max() > 999_999_999:
         wrong = int(codes.min() if codes.min() < 0 else codes.max())
-        raise ValueError(f"{file}: has the code {wrong}, expected whole numbers that are not negative (padding is to be cut off)")
+        raise ValueError(
+            f"{file}: has the code {wrong}, expected whole numbers that are not negative (padding is to be cut off)"
+        )
     codes = codes.astype(np.int32)
-    return codes if codes.ndim == 1 else codes[0] if len(codes) == 1 else np.ascontiguousarray(codes.T)  # (frames, levels)
+    return (
+        codes if codes.ndim == 1 else codes[0] if len(codes) == 1 else np.ascontiguousarray(codes.T)
+    )  # (frames, levels)
 
 
 def _describe(path: Path, **options: Any) -> Mapping[str, Any]:
@@ -95,7 +113,9 @@ def write_codec(path: Path, documents: Iterator[Document], described: Described)
                 or parts[-1][0] == "."
                 or "\0" in document.id
             ):
-                raise ValueError(f"document {document.id!r}: its id is no name for a file; export it as parquet")
+                raise ValueError(
+                    f"document {document.id!r}: its id is no name for a file; export it as parquet"
+                )
             file = temporary / f"{document.id}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field
 
 from pretrain.config import Config, parse_config
-from units.corpus import Document
+from units.corpus.unit_corpus import Document
 from units.formats.lines import parse_json
 
 
@@ -32,7 +32,9 @@ class Sidecar(Described):
     checksum: str | None = Field(None, description="of the units of all documents, whatever their order")
 
     @classmethod
-    def of(cls, described: Described, form: str, num_documents: int | None = None, checksum: str | None = None) -> Self:
+    def of(
+        cls, described: Described, form: str, num_documents: int | None = None, checksum: str | None = None
+    ) -> Self:
         """The description of a file in format `form`."""
         known = described.model_dump(include=set(Described.model_fields))
         return cls(format=form, num_documents=num_documents, checksum=checksum, **known)
@@ -56,8 +58,12 @@ class Format:
 
     name: str
     read: Callable[..., Iterator[Located]]  # (path, **options), a document at a time
-    write: Callable[[Path, Iterator[Document], Described], None]  # makes the files visible when all is written
-    describe: Callable[..., Mapping[str, Any]]  # (path, **options): what can be told of a file that has no sidecar
+    write: Callable[
+        [Path, Iterator[Document], Described], None
+    ]  # makes the files visible when all is written
+    describe: Callable[
+        ..., Mapping[str, Any]
+    ]  # (path, **options): what can be told of a file that has no sidecar
     per_frame: bool = False  # a unit is a frame: documents that have durations are written frame by frame
     levels: bool = False  # can hold units of several levels
     sidecar: bool = True  # the description goes beside the file, not into it

@@ -10,10 +10,10 @@ from typing import Any, TextIO, cast
 
 import numpy as np
 
-from pretrain.artefact import atomic_path
-from pretrain.candidates import without_audio_suffix
-from pretrain.plain_text import decode_line, raw_lines
-from units.sequence import MAX_DURATION
+from pretrain.data.sources.candidates import without_audio_suffix
+from pretrain.store.artefact import atomic_path
+from pretrain.store.plain_text import decode_line, raw_lines
+from units.corpus.sequence import MAX_DURATION
 
 _NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)  # nine digits fit in 32 bits; no codebook has a billion units
 _NUMBERS = re.compile(r"[0-9]{1,9}(?: +[0-9]{1,9})*", re.ASCII)
@@ -23,14 +23,18 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(where, line) of a text file, one at a time, without their ends. ValueError: no such file, no lines, an empty line, a NUL
     byte, bytes that are no UTF-8 (nor UTF-16 with a byte-order mark)."""
     if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder; a file of units is needed' if path.is_dir() else 'no such file'}")
+        raise ValueError(
+            f"{path}: {'is a folder; a file of units is needed' if path.is_dir() else 'no such file'}"
+        )
     number = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(raw_lines(file, str(path)), start=1):
             where = f"{path}: line {number}"
             text = decode(raw, where)
             if not text.strip():
-                raise ValueError(f"{where}: is empty, expected an utterance; leave out utterances that have no units")
+                raise ValueError(
+                    f"{where}: is empty, expected an utterance; leave out utterances that have no units"
+                )
             yield where, text
     if not number:
         raise ValueError(f"{path}: is empty, expected a line for each utterance")
@@ -48,7 +52,9 @@ def parse_integers(text: str, where: str, what: str = "unit") -> np.ndarray:
     text = text.strip(" ")
     if not _NUMBERS.fullmatch(text):
         if not text:
-            raise ValueError(f"{where}: has no {what}s, expected whole numbers with spaces between; leave the utterance out")
+            raise ValueError(
+                f"{where}: has no {what}s, expected whole numbers with spaces between; leave the utterance out"
+            )
         words = [word for word in text.split(" ") if word]
         place, word = next((place, word) for place, word in enumerate(words) if not _NUMBER.fullmatch(word))
         raise ValueError(
@@ -72,8 +78,14 @@ def integers(values: Any, where: str, what: str = "unit") -> np.ndarray:
     if not values:
         raise ValueError(f"{where}: has no {what}s; leave the utterance out")
     if not set(map(type, values)) <= {int} or min(values) < 0 or max(values) > 999_999_999:
-        place, value = next((i, value) for i, value in enumerate(values) if type(value) is not int or not 0 <= value <= 999_999_999)
-        raise ValueError(f"{where}: {what} {place} (from 0) is {repr(value)[:40]}, expected a whole number that is not negative")
+        place, value = next(
+            (i, value)
+            for i, value in enumerate(values)
+            if type(value) is not int or not 0 <= value <= 999_999_999
+        )
+        raise ValueError(
+            f"{where}: {what} {place} (from 0) is {repr(value)[:40]}, expected a whole number that is not negative"
+        )
     return np.array(values, np.int32)
 
 
@@ -88,7 +100,9 @@ def check_durations(durations: np.ndarray, units: np.ndarray, where: str) -> np.
     wrong = np.flatnonzero((durations < 1) | (durations > MAX_DURATION))
     if len(wrong):
         place = int(wrong[0])
-        raise ValueError(f"{where}: duration {place} (from 0) is {int(durations[place])} frames, expected 1 to {MAX_DURATION}")
+        raise ValueError(
+            f"{where}: duration {place} (from 0) is {int(durations[place])} frames, expected 1 to {MAX_DURATION}"
+        )
     return durations.astype(np.uint16)
 
 

@@ -14,15 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pretrain.artefact import atomic_path
 from pretrain.config import parse_config
-from units.corpus import Document
+from pretrain.store.artefact import atomic_path
+from units.corpus.unit_corpus import Document
 from units.formats.codec import MAX_LEVELS
 from units.formats.description import Described, Format, Located, Sidecar
 from units.formats.lines import check_durations, id_of_path, parse_json
 
 IDS = ("id", "file_name", "utterance", "utterance_id", "audio_id", "name", "file", "path", "audio_filepath")
-PATHS = {"file_name", "file", "path", "audio_filepath"}  # columns of paths: without the suffix they name the utterance
+PATHS = {
+    "file_name",
+    "file",
+    "path",
+    "audio_filepath",
+}  # columns of paths: without the suffix they name the utterance
 UNITS = ("units", "codes", "audio_codes", "unit")
 DURATIONS = ("durations", "duration")  # if they are lists: a number of seconds says nothing of units
 METADATA_KEY = b"wordless"
@@ -51,7 +56,9 @@ def read_parquet_description(path: Path) -> Sidecar | None:
         for key in Described.model_fields:
             ours, theirs = getattr(known, key, None), getattr(other, key, None)
             if ours != theirs and key != "source":
-                raise ValueError(f"{first} and {file}: {key} {ours!r} and {theirs!r}; expected the same units in all of a folder")
+                raise ValueError(
+                    f"{first} and {file}: {key} {ours!r} and {theirs!r}; expected the same units in all of a folder"
+                )
             if ours != theirs and known is not None:
                 known = known.model_copy(update={"source": None})
     return known
@@ -72,7 +79,11 @@ def _opened(file: Path) -> pq.ParquetFile:
 
 
 def read_parquet(
-    path: Path, ids: str | None = None, units: str | None = None, durations: str | None = None, levels_first: bool = False
+    path: Path,
+    ids: str | None = None,
+    units: str | None = None,
+    durations: str | None = None,
+    levels_first: bool = False,
 ) -> Iterator[Located]:
     """Rows of a Hugging Face dataset. The options name the columns where they have none of the usual names; `levels_first`: the units
     of several levels are [levels][steps], as codecs give them, not [steps][levels]."""
@@ -82,13 +93,19 @@ def read_parquet(
             columns = [
                 _column(name, schema, ids, IDS, "ids", _is_text),
                 _column(name, schema, units, UNITS, "units", _is_list),
-                _column(name, schema, durations, DURATIONS, "durations", _is_list, needed=durations is not None),
+                _column(
+                    name, schema, durations, DURATIONS, "durations", _is_list, needed=durations is not None
+                ),
                 "split" if "split" in schema.names and _is_text(schema.field("split").type) else None,
             ]
             row = 0
             for batch in _batches(name, file, [column for column in dict.fromkeys(columns) if column]):
-                for values in zip(*(batch[column] if column else [None] * len(batch) for column in columns), strict=True):
-                    yield _located(f"{name}: row {row}", *values, is_path=columns[0] in PATHS, levels_first=levels_first)
+                for values in zip(
+                    *(batch[column] if column else [None] * len(batch) for column in columns), strict=True
+                ):
+                    yield _located(
+                        f"{name}: row {row}", *values, is_path=columns[0] in PATHS, levels_first=levels_first
+                    )
                     row += 1
 
 
@@ -99,7 +116,9 @@ def _batches(name: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[p
         raise ValueError(f"{name}: damaged ({error})") from None
 
 
-def _located(where: str, name: Any, coded: Any, timed: Any, split: Any, *, is_path: bool, levels_first: bool) -> Located:
+def _located(
+    where: str, name: Any, coded: Any, timed: Any, split: Any, *, is_path: bool, levels_first: bool
+) -> Located:
     try:
         known, part = name.as_py(), None if split is None else split.as_py()
     except UnicodeDecodeError as error:
@@ -107,7 +126,9 @@ def _located(where: str, name: Any, coded: Any, timed: Any, split: Any, *, is_pa
     if not known:
         raise ValueError(f"{where}: has no id")
     steps = _matrix(coded, where, levels_first)
-    durations = None if timed is None else check_durations(_integers(timed.values, where, "durations"), steps, where)
+    durations = (
+        None if timed is None else check_durations(_integers(timed.values, where, "durations"), steps, where)
+    )
     return Located(where, Document(id_of_path(known, where) if is_path else known, part, steps, durations))
 
 
@@ -120,9 +141,19 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _column(
-    file: Path, schema: pa.Schema, given: str | None, usual: Sequence[str], what: str, fits: Any, needed: bool = True
+    file: Path,
+    schema: pa.Schema,
+    given: str | None,
+    usual: Sequence[str],
+    what: str,
+    fits: Any,
+    needed: bool = True,
 ) -> str | None:
-    names = [name for name in ([given] if given else usual) if name in schema.names and fits(schema.field(name).type)]
+    names = [
+        name
+        for name in ([given] if given else usual)
+        if name in schema.names and fits(schema.field(name).type)
+    ]
     if names or not needed:
         return names[0] if names else None
     there = ", ".join(f"{field.name} {field.type}" for field in schema)
@@ -154,24 +185,35 @@ def _matrix(coded: Any, where: str, levels_first: bool) -> np.ndarray:
         return _integers(lists, where, "units")
     lengths = pc.list_value_length(lists)
     if lists.null_count or pc.count_distinct(lengths).as_py() != 1:
-        raise ValueError(f"{where}: its lists of units differ in length, expected as many levels at every step")
+        raise ValueError(
+            f"{where}: its lists of units differ in length, expected as many levels at every step"
+        )
     matrix = _integers(lists.flatten(), where, "units").reshape(len(lists), -1)
     matrix = np.ascontiguousarray(matrix.T) if levels_first else matrix
     if matrix.shape[1] > MAX_LEVELS:
-        remedy = "leave levels_first out" if levels_first else "if they are [levels][steps], say levels_first=true"
+        remedy = (
+            "leave levels_first out" if levels_first else "if they are [levels][steps], say levels_first=true"
+        )
         raise ValueError(f"{where}: units of {matrix.shape[1]} levels, expected [steps][levels]; {remedy}")
     return matrix[:, 0] if matrix.shape[1] == 1 else matrix
 
 
 def _describe(path: Path, **options: Any) -> Mapping[str, Any]:
     first = next(read_parquet(path, **options)).document
-    return {"timed": first.durations is not None, "num_levels": first.units.shape[1] if first.units.ndim == 2 else 1}
+    return {
+        "timed": first.durations is not None,
+        "num_levels": first.units.shape[1] if first.units.ndim == 2 else 1,
+    }
 
 
 def write_parquet(path: Path, documents: Iterator[Document], described: Described) -> None:
     """One file; whole numbers are int32, which every reader of a dataset has."""
     numbers = pa.list_(pa.int32())
-    columns = [("id", pa.string()), ("split", pa.string()), ("units", pa.list_(numbers) if described.num_levels > 1 else numbers)]
+    columns = [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("units", pa.list_(numbers) if described.num_levels > 1 else numbers),
+    ]
     schema = pa.schema([*columns, ("durations", numbers)] if described.timed else columns)
     sidecar = Sidecar.of(described, "parquet")
     schema = schema.with_metadata({METADATA_KEY: json.dumps(sidecar.resolved())})
@@ -191,12 +233,15 @@ def _table(group: list[Document], schema: pa.Schema) -> pa.Table:
     coded = [document.units for document in group]
     units = pa.array(np.concatenate(coded).reshape(-1).astype(np.int32))
     if coded[0].ndim == 2:
-        units = pa.ListArray.from_arrays(np.arange(0, len(units) + 1, coded[0].shape[1], dtype=np.int32), units)
+        units = pa.ListArray.from_arrays(
+            np.arange(0, len(units) + 1, coded[0].shape[1], dtype=np.int32), units
+        )
     offsets = np.cumsum([0, *map(len, coded)], dtype=np.int32)
     columns = [
-        pa.array([document.id for document in group]), pa.array([document.split for document in group], pa.string()),
+        pa.array([document.id for document in group]),
+        pa.array([document.split for document in group], pa.string()),
         pa.ListArray.from_arrays(offsets, units),
-    ]  # fmt: skip
+    ]
     if "durations" in schema.names:
         times = np.concatenate([document.durations for document in group if document.durations is not None])
         columns.append(pa.ListArray.from_arrays(offsets, times.astype(np.int32)))
@@ -205,6 +250,10 @@ def _table(group: list[Document], schema: pa.Schema) -> pa.Table:
 
 PARQUET = Format(
     "parquet",
-    read_parquet, write_parquet, _describe,
-    levels=True, sidecar=False, options=("ids", "units", "durations", "levels_first"),
-)  # fmt: skip
+    read_parquet,
+    write_parquet,
+    _describe,
+    levels=True,
+    sidecar=False,
+    options=("ids", "units", "durations", "levels_first"),
+)

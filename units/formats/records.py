@@ -9,10 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.audio import SAMPLE_RATE
-from units.corpus import Document
+from pretrain.data.audio import SAMPLE_RATE
+from units.corpus.unit_corpus import Document
 from units.formats.description import Described, Format, Located
-from units.formats.lines import check_durations, id_of_path, integers, parse_integers, parse_json, path_of_id, read_lines, written
+from units.formats.lines import (
+    check_durations,
+    id_of_path,
+    integers,
+    parse_integers,
+    parse_json,
+    path_of_id,
+    read_lines,
+    written,
+)
 
 CODE_KEYS = ("hubert", "codes", "hubert_km100", "cpc_km100", "vqvae256", "units", "code")
 _TOKENS = re.compile(r"(?:<Un[0-9]{1,9}>)+", re.ASCII)
@@ -23,18 +32,26 @@ def read_slamkit_features(path: Path, stem: bool = False) -> Iterator[Located]:
     for where, line in read_lines(path):
         row = parse_json(line, where)
         units = integers(row.get("units"), f"{where}: 'units'")
-        durations = check_durations(integers(row.get("duration"), f"{where}: 'duration'", "duration"), units, where)
+        durations = check_durations(
+            integers(row.get("duration"), f"{where}: 'duration'", "duration"), units, where
+        )
         yield Located(where, Document(_name(row, "file_name", where, stem), None, units, durations))
 
 
 def write_slamkit_features(path: Path, documents: Iterator[Document], described: Described) -> None:
     """Needs durations: slamkit has no rows without."""
     if not described.timed:
-        raise ValueError(f"{path}: slamkit-features needs durations, and these units have none; write slamkit-tokens")
+        raise ValueError(
+            f"{path}: slamkit-features needs durations, and these units have none; write slamkit-tokens"
+        )
     with written(path) as file:
         for document in documents:
             assert document.durations is not None
-            row = {"units": document.units.tolist(), "duration": document.durations.tolist(), "file_name": path_of_id(document.id)}
+            row = {
+                "units": document.units.tolist(),
+                "duration": document.durations.tolist(),
+                "file_name": path_of_id(document.id),
+            }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -50,7 +67,9 @@ def read_slamkit_tokens(path: Path, stem: bool = False) -> Iterator[Located]:
         units = np.fromstring(text[3:-1].replace("><Un", " "), np.int32, sep=" ")
         durations = None
         if "duration" in row:
-            durations = check_durations(integers(row["duration"], f"{where}: 'duration'", "duration"), units, where)
+            durations = check_durations(
+                integers(row["duration"], f"{where}: 'duration'", "duration"), units, where
+            )
         yield Located(where, Document(_name(row, "file_name", where, stem), None, units, durations))
 
 
@@ -80,12 +99,27 @@ def read_resynthesis(path: Path, key: str | None = None, stem: bool = False) -> 
         row = _literal(line, where)
         keys = [name for name in ((key,) if key else CODE_KEYS) if name in row]
         if len(keys) != 1:
-            found = f"units under {' and '.join(keys)}" if keys else f"no units, its keys are {', '.join(map(str, row)) or 'none'}"
-            raise ValueError(f"{where}: {found}; expected one of {key or ', '.join(CODE_KEYS)} (say which with key=…)")
+            found = (
+                f"units under {' and '.join(keys)}"
+                if keys
+                else f"no units, its keys are {', '.join(map(str, row)) or 'none'}"
+            )
+            raise ValueError(
+                f"{where}: {found}; expected one of {key or ', '.join(CODE_KEYS)} (say which with key=…)"
+            )
         value = row[keys[0]]
         label = f"{where}: {keys[0]!r}"
-        units = parse_integers(value, label, "label") if isinstance(value, str) else integers(value, label, "label")
-        yield Located(where, Document(_name(row, "audio", where, stem), None, units), _samples(row), f"{where}: 'duration'")
+        units = (
+            parse_integers(value, label, "label")
+            if isinstance(value, str)
+            else integers(value, label, "label")
+        )
+        yield Located(
+            where,
+            Document(_name(row, "audio", where, stem), None, units),
+            _samples(row),
+            f"{where}: 'duration'",
+        )
 
 
 def _samples(row: Mapping[Any, Any]) -> int | None:
@@ -100,7 +134,9 @@ def _literal(line: str, where: str) -> dict[Any, Any]:
     try:
         row = ast.literal_eval(line.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{where}: no Python literal ({type(error).__name__}), {expected}; nothing else is read") from None
+        raise ValueError(
+            f"{where}: no Python literal ({type(error).__name__}), {expected}; nothing else is read"
+        ) from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: is a {type(row).__name__}, {expected}")
     return row
@@ -110,7 +146,10 @@ def write_resynthesis(path: Path, documents: Iterator[Document], described: Desc
     """A label per frame; `duration` in seconds where the frame rate is known."""
     with written(path) as file:
         for document in documents:
-            row: dict[str, Any] = {"audio": path_of_id(document.id), "hubert": " ".join(map(str, document.units.tolist()))}
+            row: dict[str, Any] = {
+                "audio": path_of_id(document.id),
+                "hubert": " ".join(map(str, document.units.tolist())),
+            }
             if described.frame_rate_hz:
                 row["duration"] = round(len(document.units) / described.frame_rate_hz, 4)
             file.write(f"{row!r}\n")
@@ -126,14 +165,23 @@ def _name(row: Mapping[Any, Any], key: str, where: str, stem: bool) -> str:
 
 SLAMKIT_FEATURES = Format(
     "slamkit-features",
-    read_slamkit_features, write_slamkit_features, lambda path, **options: {"timed": True}, options=("stem",),
-)  # fmt: skip
+    read_slamkit_features,
+    write_slamkit_features,
+    lambda path, **options: {"timed": True},
+    options=("stem",),
+)
 SLAMKIT_TOKENS = Format(
     "slamkit-tokens",
-    read_slamkit_tokens, write_slamkit_tokens, _describe_slamkit_tokens, options=("stem",),
-)  # fmt: skip
+    read_slamkit_tokens,
+    write_slamkit_tokens,
+    _describe_slamkit_tokens,
+    options=("stem",),
+)
 RESYNTHESIS = Format(
     "resynthesis",
-    read_resynthesis, write_resynthesis, lambda path, **options: {"deduplicated": False, "timed": True},
-    per_frame=True, options=("key", "stem"),
-)  # fmt: skip
+    read_resynthesis,
+    write_resynthesis,
+    lambda path, **options: {"deduplicated": False, "timed": True},
+    per_frame=True,
+    options=("key", "stem"),
+)

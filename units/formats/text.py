@@ -11,9 +11,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 
-from units.corpus import Document
+from units.corpus.unit_corpus import Document
 from units.formats.description import Described, Format, Located
-from units.formats.lines import check_durations, id_of_path, parse_integers, path_of_id, read_lines, spaced, written
+from units.formats.lines import (
+    check_durations,
+    id_of_path,
+    parse_integers,
+    path_of_id,
+    read_lines,
+    spaced,
+    written,
+)
 
 SAMPLE_RATE = 16000
 
@@ -48,14 +56,19 @@ def read_km(path: Path, tsv: str | None = None, stem: bool = False) -> Iterator[
         match = re.fullmatch(r"(.+)\t([0-9]{1,15})", row[1])
         if match is None:
             raise ValueError(f"{row[0]}: expected path<TAB>samples, got {row[1][:80]!r}")
-        document = Document(id_of_path(match[1], row[0], stem), None, parse_integers(line[1], line[0], "label"))
+        document = Document(
+            id_of_path(match[1], row[0], stem), None, parse_integers(line[1], line[0], "label")
+        )
         yield Located(line[0], document, int(match[2]), row[0])
 
 
 def write_km(path: Path, documents: Iterator[Document], described: Described) -> None:
     """`.km`, and the `.tsv` that names its lines: root `.`, a path for each id, and the samples at 16 kHz that its frames span."""
     hop = SAMPLE_RATE / (described.frame_rate_hz or 50.0)
-    with written(path) as labels, written(_tsv(path)) as names:  # the labels, entered first, become visible last
+    with (
+        written(path) as labels,
+        written(_tsv(path)) as names,
+    ):  # the labels, entered first, become visible last
         names.write(".\n")
         for document in documents:
             require_writable(document.id, "\t", "km")
@@ -97,7 +110,9 @@ def _read_named(path: Path, durations: Path | None, split: Split) -> Iterator[Lo
         if durations:
             there, other = next(lasting, (str(durations), ""))
             if not other:
-                raise ValueError(f"{durations}: ends before {where}; expected a line of durations for every line of units")
+                raise ValueError(
+                    f"{durations}: ends before {where}; expected a line of durations for every line of units"
+                )
             named, text = split(other, there, number)
             if named != name:
                 raise ValueError(f"{there}: durations of {named!r}, expected those of {name!r} ({where})")
@@ -131,16 +146,24 @@ def _split_textlesslib(line: str, where: str, number: int) -> tuple[str, str]:
 def write_gslm(path: Path, documents: Iterator[Document], described: Described) -> None:
     """`name|3 49 7`; durations of deduplicated units likewise in `FILE.durations`, of which GSLM knows nothing."""
     _write_named(
-        path, documents, _gslm_durations(path) if described.timed and described.deduplicated is not False else None, "|", "gslm"
+        path,
+        documents,
+        _gslm_durations(path) if described.timed and described.deduplicated is not False else None,
+        "|",
+        "gslm",
     )
 
 
 def write_textlesslib(path: Path, documents: Iterator[Document], described: Described) -> None:
     """`name<TAB>3 49 7`; durations, where there are any, likewise in `X.durations` beside `X.units`."""
-    _write_named(path, documents, _textlesslib_durations(path) if described.timed else None, "\t", "textlesslib")
+    _write_named(
+        path, documents, _textlesslib_durations(path) if described.timed else None, "\t", "textlesslib"
+    )
 
 
-def _write_named(path: Path, documents: Iterator[Document], durations: Path | None, separator: str, form: str) -> None:
+def _write_named(
+    path: Path, documents: Iterator[Document], durations: Path | None, separator: str, form: str
+) -> None:
     with ExitStack() as stack:
         file = stack.enter_context(written(path))
         lasting: TextIO | None = stack.enter_context(written(durations)) if durations else None
@@ -162,20 +185,31 @@ def require_writable(name: str, separator: str, form: str) -> None:
 
 KM = Format(
     "km",
-    read_km, write_km, lambda path, **options: {"deduplicated": False, "timed": True},
-    per_frame=True, companions=lambda path, tsv=None, **options: [Path(tsv) if tsv else _tsv(path)],
-    options=("tsv", "stem"), paths=("tsv",),
-)  # fmt: skip
+    read_km,
+    write_km,
+    lambda path, **options: {"deduplicated": False, "timed": True},
+    per_frame=True,
+    companions=lambda path, tsv=None, **options: [Path(tsv) if tsv else _tsv(path)],
+    options=("tsv", "stem"),
+    paths=("tsv",),
+)
 GSLM = Format(
     "gslm",
-    read_gslm, write_gslm, lambda path, durations=None, **options: {"timed": _beside(durations, _gslm_durations(path)) is not None},
+    read_gslm,
+    write_gslm,
+    lambda path, durations=None, **options: {"timed": _beside(durations, _gslm_durations(path)) is not None},
     companions=lambda path, durations=None: [Path(durations) if durations else _gslm_durations(path)],
-    options=("durations",), paths=("durations",),
-)  # fmt: skip
+    options=("durations",),
+    paths=("durations",),
+)
 TEXTLESSLIB = Format(
     "textlesslib",
-    read_textlesslib, write_textlesslib,
-    lambda path, durations=None, **options: {"timed": _beside(durations, _textlesslib_durations(path)) is not None},
+    read_textlesslib,
+    write_textlesslib,
+    lambda path, durations=None, **options: {
+        "timed": _beside(durations, _textlesslib_durations(path)) is not None
+    },
     companions=lambda path, durations=None: [Path(durations) if durations else _textlesslib_durations(path)],
-    options=("durations",), paths=("durations",),
-)  # fmt: skip
+    options=("durations",),
+    paths=("durations",),
+)

@@ -8,17 +8,17 @@ import pytest
 import soundfile
 import torch
 
-from pretrain.audio import phone_frames
-from pretrain.checkpoint import save_checkpoint
 from pretrain.ctc.model import CTCBatch, Recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig
-from pretrain.indexing import IndexConfig, index
-from pretrain.labels import commit_labels, write_shard
-from pretrain.manifest import Manifest, Phone, write_manifest
-from pretrain.packing import pack
+from pretrain.data.audio import phone_frames
+from pretrain.data.indexing import IndexConfig, index
+from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.manifest import Manifest, Phone, write_manifest
+from pretrain.data.packing import pack
+from pretrain.model.encoder import EncoderConfig
+from pretrain.training.checkpoint import save_checkpoint
 from quantize.measuring import MeasureConfig, measure
 
 pytestmark = pytest.mark.slow  # `make test` is to stay short
@@ -48,7 +48,9 @@ def recognizer(tmp_path: Path) -> Path:
     encoder = EncoderConfig(architecture="tiny", dropout=0.0, input_dropout=0.0)
     model = Recognizer(encoder, VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    targets = torch.stack([torch.from_numpy(VOCABULARY.encode(" ".join(p.phone for p in phones))) for _, phones in spoken])
+    targets = torch.stack(
+        [torch.from_numpy(VOCABULARY.encode(" ".join(p.phone for p in phones))) for _, phones in spoken]
+    )
     waves, layout = pack([wave + 0.002 * rng.standard_normal(len(wave), np.float32) for wave, _ in spoken])
     for _ in range(60):
         loss = model(CTCBatch(waves, layout, targets, (6,) * 8))
@@ -57,40 +59,73 @@ def recognizer(tmp_path: Path) -> Path:
         optimizer.step()
     assert loss.total.detach() / 48 < 0.2  # it has learned them
     config = {"text": TextConfig(spelling="phones").resolved()}
-    extra = {"vocabulary": VOCABULARY.to_meta(), "config_encoder": encoder.resolved(), "codebook": None, "label_minutes": 1.0}
+    extra = {
+        "vocabulary": VOCABULARY.to_meta(),
+        "config_encoder": encoder.resolved(),
+        "codebook": None,
+        "label_minutes": 1.0,
+    }
     save_checkpoint(
-        tmp_path / "recognizer", 60, model, optimizer, {"kind": "recognizer", "config": config, "parents": {}, "extra": extra}
+        tmp_path / "recognizer",
+        60,
+        model,
+        optimizer,
+        {"kind": "recognizer", "config": config, "parents": {}, "extra": extra},
     )
     return tmp_path / "recognizer"
 
 
-def test_times_from_a_recogniser_become_the_phones_that_measure_counts(tmp_path: Path, recognizer: Path) -> None:
+def test_times_from_a_recogniser_become_the_phones_that_measure_counts(
+    tmp_path: Path, recognizer: Path
+) -> None:
     rng, rows = np.random.default_rng(1), []
     (tmp_path / "audio").mkdir()
     for number in range(6):
         wave, phones = say(rng)
         path = tmp_path / "audio" / f"u{number}.wav"
         soundfile.write(path, wave, 16000, subtype="FLOAT")
-        rows.append({
-            "id": path.stem, "path": str(path), "start": 0, "num_samples": len(wave), "sample_rate": 16000, "split": "train",
-            "phones": phones,
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": path.stem,
+                "path": str(path),
+                "start": 0,
+                "num_samples": len(wave),
+                "sample_rate": 16000,
+                "split": "train",
+                "phones": phones,
+            }
+        )
     write_manifest(tmp_path / "truth", rows, {}, {})
-    transcribe(TranscribeConfig(
-        out=str(tmp_path / "text"), manifest=str(tmp_path / "truth"), split="train", recognizer=str(recognizer), align="text",
-        device="cpu",
-    ))  # fmt: skip
-    index(IndexConfig(
-        source=str(tmp_path / "audio"), out=str(tmp_path / "manifest"), alignments=str(tmp_path / "text" / "alignments.jsonl"),
-        dev_share=0, test_share=0,
-    ))  # fmt: skip
+    transcribe(
+        TranscribeConfig(
+            out=str(tmp_path / "text"),
+            manifest=str(tmp_path / "truth"),
+            split="train",
+            recognizer=str(recognizer),
+            align="text",
+            device="cpu",
+        )
+    )
+    index(
+        IndexConfig(
+            source=str(tmp_path / "audio"),
+            out=str(tmp_path / "manifest"),
+            alignments=str(tmp_path / "text" / "alignments.jsonl"),
+            dev_share=0,
+            test_share=0,
+        )
+    )
     truth, aligned = Manifest(tmp_path / "truth"), Manifest(tmp_path / "manifest")
     inside, agree = [], []
     for true, found in zip(truth, aligned, strict=True):
         assert true.id == found.id and true.phones is not None and found.phones is not None
         assert [phone.phone for phone in found.phones] == [phone.phone for phone in true.phones]
-        inside += [t.start <= (f.start + f.end) / 2 < t.end for t, f in zip(true.phones, found.phones, strict=True)]
-        agree += (phone_frames(true.phones, true.num_frames) == phone_frames(found.phones, true.num_frames)).tolist()
+        inside += [
+            t.start <= (f.start + f.end) / 2 < t.end for t, f in zip(true.phones, found.phones, strict=True)
+        ]
+        agree += (
+            phone_frames(true.phones, true.num_frames) == phone_frames(found.phones, true.num_frames)
+        ).tolist()
     # CTC places a symbol somewhere in its tone of 5 to 12 frames, or a frame beside it, and each reaches 3 frames further; a phone of
     # the three or a pause drawn at random would agree in a third of the frames.
     assert np.mean(inside) > 0.8 and np.mean(agree) > 0.5
@@ -98,8 +133,14 @@ def test_times_from_a_recogniser_become_the_phones_that_measure_counts(tmp_path:
     counts = {row.id: row.num_frames for row in aligned}
     write_shard(tmp_path / "labels", 0, list(counts), [np.arange(count) % 5 for count in counts.values()])
     commit_labels(tmp_path / "labels", 1, {}, {}, codebook="c0de", num_classes=5)
-    summary = measure(MeasureConfig(
-        manifest=str(aligned.folder), labels=str(tmp_path / "labels"), out=str(tmp_path / "measured"), abx=False, probes=False
-    ))  # fmt: skip
+    summary = measure(
+        MeasureConfig(
+            manifest=str(aligned.folder),
+            labels=str(tmp_path / "labels"),
+            out=str(tmp_path / "measured"),
+            abx=False,
+            probes=False,
+        )
+    )
     assert summary["frames_with_phones"] == sum(counts.values())
     assert set(json.loads((tmp_path / "measured" / "phones.json").read_text())) - {""} == set(HERTZ)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.artefact import commit, read_meta, write_json
 from pretrain.ctc.comparison import (
     SMALLEST_P,
     CompareConfig,
@@ -22,6 +21,7 @@ from pretrain.ctc.comparison import (
     paired_test,
     sign_flip_p,
 )
+from pretrain.store.artefact import commit, read_meta, write_json
 
 REFERENCES: list[str | None] = ["a b c d", "a a b", "c d", None, "d c b a", "b"]
 BETTER = ["a b c d", "a a b", "c c", "x", "d c b a", "a"]
@@ -37,7 +37,12 @@ def folder(path: Path, hypotheses: list[str], **changes: Any) -> Path:
     """What `transcribe` leaves."""
     rows = table(hypotheses, **changes)
     path.mkdir()
-    columns = {"id": rows.ids, "speaker": rows.speakers, "text": rows.references, "hypothesis": rows.hypotheses}
+    columns = {
+        "id": rows.ids,
+        "speaker": rows.speakers,
+        "text": rows.references,
+        "hypothesis": rows.hypotheses,
+    }
     pq.write_table(pa.table(columns), path / "transcripts.parquet")
     write_json(path / "summary.json", {"utterances": len(rows.ids), "counted": rows.counted})
     commit(path, "transcripts", {}, {}, ["transcripts.parquet", "summary.json"])
@@ -48,17 +53,24 @@ def folder(path: Path, hypotheses: list[str], **changes: Any) -> Path:
 def test_the_permutation_p_value_is_that_of_all_patterns_of_signs(differences: list[int]) -> None:
     observed = abs(sum(differences))
     patterns = list(itertools.product((-1, 1), repeat=len(differences)))
-    extreme = sum(abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed for signs in patterns)
+    extreme = sum(
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True))) >= observed for signs in patterns
+    )
     assert sign_flip_p(np.array(differences, np.int64)) == pytest.approx(extreme / len(patterns), abs=1e-12)
 
 
 def test_the_permutation_p_value_of_ones_is_the_sign_test_s_at_any_size() -> None:
     for wins, losses in ((9, 1), (60, 40), (5_200, 4_800), (50_600, 49_400)):
         n = wins + losses
-        logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(wins, n + 1)]
+        logs = [
+            math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+            for k in range(wins, n + 1)
+        ]
         expected = 2 * math.fsum(math.exp(term) for term in logs)
         # lgamma near 1e6 is good to 1e-10, the transform to as much
-        assert sign_flip_p(np.repeat([1, -1, 0], [wins, losses, 50])) == pytest.approx(expected, rel=1e-6, abs=1e-10)
+        assert sign_flip_p(np.repeat([1, -1, 0], [wins, losses, 50])) == pytest.approx(
+            expected, rel=1e-6, abs=1e-10
+        )
     assert sign_flip_p(np.ones(200, np.int64)) == SMALLEST_P
 
 
@@ -85,8 +97,9 @@ def test_a_real_difference_is_found_more_often_the_larger_it_is() -> None:
     for drop in (0.0, 0.05, 0.1):
         difficulty = 0.2 + np.zeros(150)
         p = [
-            sign_flip_p(rng.binomial(words, difficulty - drop) - rng.binomial(words, difficulty)) for _ in range(100)
-        ]  # fmt: skip
+            sign_flip_p(rng.binomial(words, difficulty - drop) - rng.binomial(words, difficulty))
+            for _ in range(100)
+        ]
         power.append(np.mean(np.array(p) < 0.05))
     assert power[0] < 0.15 and power[0] < power[1] < power[2] and power[2] > 0.95
 
@@ -106,7 +119,9 @@ def test_the_paired_interval_is_narrower_than_one_of_the_rates_apart() -> None:
     b = np.maximum(0, a - (rng.random(200) < 0.2))
     found = paired_test(np.stack([a, b, words], axis=1), 2000, 0)
     low, high = found["interval"]
-    assert found["difference"] == pytest.approx(found["b"] - found["a"]) and low < found["difference"] < high < 0
+    assert (
+        found["difference"] == pytest.approx(found["b"] - found["a"]) and low < found["difference"] < high < 0
+    )
     alone = np.std(a / words.mean()) / math.sqrt(200)
     assert high - low < alone  # each rate alone spans four times that
     assert found["probability_of_improvement"] == 1.0 and found["permutation_p"] < 1e-6
@@ -124,7 +139,9 @@ def test_a_comparison_counts_utterances_and_differences() -> None:
     assert summary["worsened"] == [{"id": "u5", "edits": 1, "reference": "b", "a": "b", "b": "a"}]
     text = as_text(summary)
     assert (
-        "old" in text and "new has fewer edits in 3, more in 1, as many in 1" in text and "left out: 1 without a reference" in text
+        "old" in text
+        and "new has fewer edits in 3, more in 1, as many in 1" in text
+        and "left out: 1 without a reference" in text
     )
 
 
@@ -134,15 +151,23 @@ def test_systems_swapped_swap_everything() -> None:
         assert one[rate]["difference"] == -other[rate]["difference"]
         assert one[rate]["permutation_p"] == other[rate]["permutation_p"]
         # 10,000 draws, another order: 1 % is two standard errors of a share of a half, and these are far from it
-        assert one[rate]["probability_of_improvement"] == pytest.approx(1 - other[rate]["probability_of_improvement"], abs=0.02)
-    assert one["better"] == other["worse"] and [row["id"] for row in one["improved"]] == [row["id"] for row in other["worsened"]]
+        assert one[rate]["probability_of_improvement"] == pytest.approx(
+            1 - other[rate]["probability_of_improvement"], abs=0.02
+        )
+    assert one["better"] == other["worse"] and [row["id"] for row in one["improved"]] == [
+        row["id"] for row in other["worsened"]
+    ]
 
 
 def test_a_system_is_as_good_as_itself() -> None:
     summary = compare_tables(table(BETTER), table(BETTER))
     for rate in ("wer", "cer"):
         found = summary[rate]
-        assert found["difference"] == 0 and found["interval"] == [0, 0] and found["probability_of_improvement"] == 0.5
+        assert (
+            found["difference"] == 0
+            and found["interval"] == [0, 0]
+            and found["probability_of_improvement"] == 0.5
+        )
         assert found["permutation_p"] == found["matched_pairs_p"] == 1.0
 
 
@@ -150,7 +175,10 @@ def test_utterances_are_joined_by_id_and_those_of_one_side_counted() -> None:
     a = table(WORSE)
     rows = [4, 2, 0, 1]
     b = Transcripts(
-        [f"u{n}" for n in rows] + ["other"], [None] * 5, [REFERENCES[n] for n in rows] + ["a"], [BETTER[n] for n in rows] + ["a"]
+        [f"u{n}" for n in rows] + ["other"],
+        [None] * 5,
+        [REFERENCES[n] for n in rows] + ["a"],
+        [BETTER[n] for n in rows] + ["a"],
     )
     summary = compare_tables(a, b)
     assert (summary["utterances"], summary["only_a"], summary["only_b"], summary["unscored"]) == (4, 2, 1, 0)
@@ -178,11 +206,17 @@ def test_phones_are_compared_with_phones_only() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"references": ["A B C D", *REFERENCES[1:]]}, r"1 references differ, such as that of 'u0': 'a b c d' and 'A B C D'; transcribe"),
+        (
+            {"references": ["A B C D", *REFERENCES[1:]]},
+            r"1 references differ, such as that of 'u0': 'a b c d' and 'A B C D'; transcribe",
+        ),
         ({"references": ["a b c d", None, *REFERENCES[2:]]}, "1 references differ, such as that of 'u1'"),
-        ({"ids": [f"v{n}" for n in range(6)]}, r"no utterance in common: one has \['u0'\], the other \['v0'\]"),
+        (
+            {"ids": [f"v{n}" for n in range(6)]},
+            r"no utterance in common: one has \['u0'\], the other \['v0'\]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_compared_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     a, b = folder(tmp_path / "a", WORSE), folder(tmp_path / "b", BETTER, **changes)
     with pytest.raises(ValueError, match=message) as caught:
@@ -198,7 +232,9 @@ def test_transcripts_without_any_reference_are_refused() -> None:
 
 def test_words_written_of_silence_count(tmp_path: Path) -> None:
     silent = ["", *REFERENCES[1:]]
-    summary = compare_tables(table(WORSE, references=silent), table(["", *BETTER[1:]], references=silent), draws=200)
+    summary = compare_tables(
+        table(WORSE, references=silent), table(["", *BETTER[1:]], references=silent), draws=200
+    )
     assert summary["utterances"] == 5 and summary["reference_words"] == 10
     assert (summary["wer"]["a"], summary["wer"]["b"]) == (9 / 10, 2 / 10)  # four words inserted by the first
     assert summary["improved"][0] == {"id": "u0", "edits": -4, "reference": "", "a": WORSE[0], "b": ""}

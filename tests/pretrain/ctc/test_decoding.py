@@ -99,7 +99,9 @@ def symbol_sequence(symbols: list[str]) -> float:
 
 
 def emissions(frames: int, classes: int, seed: int) -> Tensor:
-    return torch.tensor(np.log(np.random.default_rng(seed).dirichlet(np.ones(classes), frames)), dtype=torch.float32)
+    return torch.tensor(
+        np.log(np.random.default_rng(seed).dirichlet(np.ones(classes), frames)), dtype=torch.float32
+    )
 
 
 def every_sequence(log_probs: Tensor) -> dict[tuple[int, ...], float]:
@@ -108,11 +110,15 @@ def every_sequence(log_probs: Tensor) -> dict[tuple[int, ...], float]:
     rows = log_probs.double().tolist()
     for path in itertools.product(range(log_probs.shape[1]), repeat=len(rows)):
         spelled = tuple(collapse(np.array(path)).tolist())
-        sums[spelled] = float(np.logaddexp(sums[spelled], sum(row[c] for row, c in zip(rows, path, strict=True))))
+        sums[spelled] = float(
+            np.logaddexp(sums[spelled], sum(row[c] for row, c in zip(rows, path, strict=True)))
+        )
     return sums
 
 
-def with_spaces(log_probs: Tensor, symbols: str, words: set[str], score: Callable[[tuple[str, ...]], float]) -> Oracle:
+def with_spaces(
+    log_probs: Tensor, symbols: str, words: set[str], score: Callable[[tuple[str, ...]], float]
+) -> Oracle:
     """Scores of texts whose words, with any number of spaces between and around, are in `words`."""
     found: Oracle = defaultdict(lambda: -math.inf)
     for spelled, log_prob in every_sequence(log_probs).items():
@@ -146,21 +152,27 @@ def arpa(tmp_path: Path) -> str:
 def test_search_with_a_lexicon_and_a_language_model_sums_over_every_path(arpa: str, seed: int) -> None:
     config = DecodingConfig(**EVERYTHING, lm=arpa, lm_weight=1.5, word_score=0.3)
     log_probs = emissions(7, 4, seed)
-    oracle = with_spaces(log_probs, "ab|", {"ab", "ba", "a"}, lambda words: 1.5 * sentence(words) + 0.3 * len(words))
+    oracle = with_spaces(
+        log_probs, "ab|", {"ab", "ba", "a"}, lambda words: 1.5 * sentence(words) + 0.3 * len(words)
+    )
     decoder = Decoder(config, Vocabulary(["a", "b", "|"]), TextConfig())
     require_equal(decoder, log_probs, oracle)
     assert "" in oracle and "a ab" in oracle and "ab ba" in oracle and not decoder.notes
     for hypothesis in decoder.decode(log_probs):
         words = tuple(hypothesis.text.split())
         assert hypothesis.lm_score == pytest.approx(sentence(words), abs=TOLERANCE)
-        assert hypothesis.score == pytest.approx(hypothesis.ctc_score + 1.5 * sentence(words) + 0.3 * len(words), abs=TOLERANCE)
+        assert hypothesis.score == pytest.approx(
+            hypothesis.ctc_score + 1.5 * sentence(words) + 0.3 * len(words), abs=TOLERANCE
+        )
         assert decoder.vocabulary.decode(hypothesis.classes) == hypothesis.text
         assert hypothesis.words == tuple(decoder.vocabulary.words(hypothesis.classes))
 
 
 def test_other_weights_search_as_if_they_had_been_given(arpa: str) -> None:
     vocabulary, log_probs = Vocabulary(["a", "b", "|"]), emissions(6, 4, 3)
-    given = Decoder(DecodingConfig(**EVERYTHING, lm=arpa, lm_weight=0.5, word_score=1.0), vocabulary, TextConfig())
+    given = Decoder(
+        DecodingConfig(**EVERYTHING, lm=arpa, lm_weight=0.5, word_score=1.0), vocabulary, TextConfig()
+    )
     changed = Decoder(DecodingConfig(**EVERYTHING, lm=arpa), vocabulary, TextConfig()).with_weights(0.5, 1.0)
     assert given.decode(log_probs) == changed.decode(log_probs)
 
@@ -178,7 +190,9 @@ def test_a_frame_of_space_is_paid_for_where_it_is_heard_and_not_at_the_end(tmp_p
 
 def test_words_of_several_spellings_sum_over_them_and_texts_written_alike_are_one(tmp_path: Path) -> None:
     lexicon = tmp_path / "words.lst"
-    lexicon.write_text("ab\ta b |\nab\tb |\nBA\tb a\nba\tb a |\n\n")  # a line without the separator; two words, one text
+    lexicon.write_text(
+        "ab\ta b |\nab\tb |\nBA\tb a\nba\tb a |\n\n"
+    )  # a line without the separator; two words, one text
     log_probs = emissions(5, 4, 5)
     spelled = {"ab": "ab", "b": "ab", "ba": "ba"}
     found: Oracle = defaultdict(lambda: -math.inf)
@@ -193,7 +207,9 @@ def test_words_of_several_spellings_sum_over_them_and_texts_written_alike_are_on
 
 
 @pytest.mark.parametrize("spelling", ["characters", "phones"])
-def test_a_line_of_a_lexicon_that_is_there_twice_counts_once(tmp_path: Path, spelling: Literal["characters", "phones"]) -> None:
+def test_a_line_of_a_lexicon_that_is_there_twice_counts_once(
+    tmp_path: Path, spelling: Literal["characters", "phones"]
+) -> None:
     lexicon = tmp_path / "words.lst"
     vocabulary = Vocabulary(["a", "b", "|" if spelling == "characters" else "c"], spelling)
     found = []
@@ -204,14 +220,26 @@ def test_a_line_of_a_lexicon_that_is_there_twice_counts_once(tmp_path: Path, spe
     assert found[0] == found[1]
 
 
-def test_of_many_words_spelled_alike_the_likeliest_are_searched_for_and_the_others_counted(tmp_path: Path) -> None:
-    rare = ["AB", "Ab", "aB", "ab,", "ab.", "ab!", "ab?"]  # before the likely one, and more than flashlight's tree holds
+def test_of_many_words_spelled_alike_the_likeliest_are_searched_for_and_the_others_counted(
+    tmp_path: Path,
+) -> None:
+    rare = [
+        "AB",
+        "Ab",
+        "aB",
+        "ab,",
+        "ab.",
+        "ab!",
+        "ab?",
+    ]  # before the likely one, and more than flashlight's tree holds
     unigrams = {"<unk>": -3.0, "<s>": -99.0, "</s>": -0.9, **dict.fromkeys(rare, -5.0), "ab": -0.3}
     listed = "".join(f"{score}\t{word}\t0\n" for word, score in unigrams.items())
     lm = tmp_path / "cased.arpa"
     head = f"\\data\\\nngram 1={len(unigrams)}\nngram 2=1\n\n\\1-grams:\n"
     lm.write_text(f"{head}{listed}\n\\2-grams:\n-9.0\tAB AB\n\n\\end\\\n")
-    decoder = Decoder(DecodingConfig(**EVERYTHING, lm=str(lm), lm_weight=1.0), Vocabulary(["a", "b", "|"]), TextConfig())
+    decoder = Decoder(
+        DecodingConfig(**EVERYTHING, lm=str(lm), lm_weight=1.0), Vocabulary(["a", "b", "|"]), TextConfig()
+    )
     assert decoder.notes == [f"2 words of {lm} are spelled like 6 likelier ones and are not searched for"]
     (said,) = [hypothesis for hypothesis in decoder.decode(emissions(4, 4, 0)) if hypothesis.text == "ab"]
     assert said.lm_score == pytest.approx(-0.3 - 0.9, abs=1e-5)  # KenLM has floats
@@ -286,14 +314,19 @@ def test_a_script_without_spaces_is_written_without_them(tmp_path: Path, arpa: s
     assert "abba" in texts and not any(" " in text for text in texts)
 
 
-@pytest.mark.parametrize("limits", [{"beam_size": 1}, {"beam_size": 3}, {"beam_threshold": 1.0}, {"beam_tokens": 2}])
+@pytest.mark.parametrize(
+    "limits", [{"beam_size": 1}, {"beam_size": 3}, {"beam_threshold": 1.0}, {"beam_tokens": 2}]
+)
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_small_beam_finds_no_more_than_there_is(arpa: str, limits: dict[str, Any], guided: bool) -> None:
     vocabulary = Vocabulary(["a", "b", "|"])
     tree: dict[str, Any] = {**EVERYTHING, **({"lm": arpa} if guided else {})}
     for seed in range(5):
         log_probs = emissions(7, 4, seed)
-        exact = {h.text: h.score for h in Decoder(DecodingConfig(**tree), vocabulary, TextConfig()).decode(log_probs)}
+        exact = {
+            h.text: h.score
+            for h in Decoder(DecodingConfig(**tree), vocabulary, TextConfig()).decode(log_probs)
+        }
         small = DecodingConfig(**{**tree, "nbest": 1, **limits})
         (found,) = Decoder(small, vocabulary, TextConfig()).decode(log_probs)
         if found.text in exact:  # else the beam held words half said, and nothing whole
@@ -308,7 +341,11 @@ def test_an_utterance_that_ends_inside_a_word_has_what_was_said_before_it(tmp_pa
         log_probs[frame, symbol] = 0.0
     config = DecodingConfig(method="beam", lexicon=str(lexicon), beam_size=1, word_score=-1.0)
     (found,) = Decoder(config, Vocabulary(["a", "b", "|"]), TextConfig()).decode(log_probs)
-    assert found.text == "ab" and found.ctc_score == pytest.approx(0.0, abs=1e-3) and found.score == pytest.approx(-1.0, abs=1e-3)
+    assert (
+        found.text == "ab"
+        and found.ctc_score == pytest.approx(0.0, abs=1e-3)
+        and found.score == pytest.approx(-1.0, abs=1e-3)
+    )
 
 
 def test_greedy_decoding_is_the_best_path() -> None:
@@ -331,10 +368,14 @@ def test_words_take_the_case_that_the_recogniser_writes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_spelled_or_is_not_known_is_counted_and_named(tmp_path: Path, arpa: str) -> None:
     few = Decoder(DecodingConfig(method="beam", lm=arpa), Vocabulary(["a", "|"]), TextConfig())
-    assert few.notes == [f"2 words of {arpa} cannot be spelled in the vocabulary and are never written, such as ab, ba"]
+    assert few.notes == [
+        f"2 words of {arpa} cannot be spelled in the vocabulary and are never written, such as ab, ba"
+    ]
     lexicon = tmp_path / "words.lst"
     lexicon.write_text("ab\ta b |\nbb\tb b |\n")
-    more = Decoder(DecodingConfig(**EVERYTHING, lm=arpa, lexicon=str(lexicon)), Vocabulary(["a", "b", "|"]), TextConfig())
+    more = Decoder(
+        DecodingConfig(**EVERYTHING, lm=arpa, lexicon=str(lexicon)), Vocabulary(["a", "b", "|"]), TextConfig()
+    )
     assert more.notes == [f"1 words of {lexicon} are not in {arpa} and score as <unk>, such as 'bb'"]
     scores = {h.text: h.lm_score for h in more.decode(emissions(6, 4, 0))}
     assert scores["bb ab"] == pytest.approx(sentence(("bb", "ab")), abs=TOLERANCE)
@@ -346,14 +387,23 @@ def test_what_cannot_be_spelled_or_is_not_known_is_counted_and_named(tmp_path: P
         ("zz\tz z |\n", "none of its 1 words can be spelled in the recogniser's vocabulary"),
         ("ab\n", "line 1: 'ab' has no spelling; a line is"),
         ("", "none of its 0 words"),
-        ("bb\tb b |\n", r"knows none of the 1 words of .*words.lst, such as 'bb'; is it of another language or case\?"),
+        (
+            "bb\tb b |\n",
+            r"knows none of the 1 words of .*words.lst, such as 'bb'; is it of another language or case\?",
+        ),
     ],
 )
-def test_a_lexicon_that_does_not_fit_is_an_error(tmp_path: Path, arpa: str, content: str, message: str) -> None:
+def test_a_lexicon_that_does_not_fit_is_an_error(
+    tmp_path: Path, arpa: str, content: str, message: str
+) -> None:
     lexicon = tmp_path / "words.lst"
     lexicon.write_text(content)
     with pytest.raises(ValueError, match=message):
-        Decoder(DecodingConfig(method="beam", lm=arpa, lexicon=str(lexicon)), Vocabulary(["a", "b", "|"]), TextConfig())
+        Decoder(
+            DecodingConfig(method="beam", lm=arpa, lexicon=str(lexicon)),
+            Vocabulary(["a", "b", "|"]),
+            TextConfig(),
+        )
 
 
 def test_phones_need_a_lexicon_and_missing_files_are_named(tmp_path: Path, arpa: str) -> None:
@@ -362,9 +412,17 @@ def test_phones_need_a_lexicon_and_missing_files_are_named(tmp_path: Path, arpa:
         Decoder(DecodingConfig(method="beam", lm=arpa), phones, TextConfig(spelling="phones"))
     for key in ("lm", "lexicon"):
         with pytest.raises(ValueError, match=f"decoding.{key}: nowhere does not exist"):
-            Decoder(DecodingConfig.model_validate({"method": "beam", key: "nowhere"}), phones, TextConfig(spelling="phones"))
+            Decoder(
+                DecodingConfig.model_validate({"method": "beam", key: "nowhere"}),
+                phones,
+                TextConfig(spelling="phones"),
+            )
         with pytest.raises(ValueError, match=f"decoding.{key}: {tmp_path} is a folder; it should be an? "):
-            Decoder(DecodingConfig.model_validate({"method": "beam", key: str(tmp_path)}), phones, TextConfig(spelling="phones"))
+            Decoder(
+                DecodingConfig.model_validate({"method": "beam", key: str(tmp_path)}),
+                phones,
+                TextConfig(spelling="phones"),
+            )
 
 
 @pytest.mark.parametrize(
@@ -382,11 +440,16 @@ def test_settings_that_contradict_each_other_are_errors(tree: dict[str, Any], me
         DecodingConfig.model_validate(tree)
 
 
-def test_beam_search_without_the_library_says_what_to_install(arpa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beam_search_without_the_library_says_what_to_install(
+    arpa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("flashlight.lib.text", "flashlight.lib.text.decoder", "flashlight.lib.text.decoder.kenlm"):
         monkeypatch.setitem(sys.modules, name, None)
     for tree in ({"method": "beam"}, {"method": "beam", "lm": arpa}):
-        with pytest.raises(ValueError, match=r"needs flashlight-text; pip install 'wordless\[lm\]', or in a checkout '\.\[lm\]'"):
+        with pytest.raises(
+            ValueError,
+            match=r"needs flashlight-text; pip install 'wordless\[lm\]', or in a checkout '\.\[lm\]'",
+        ):
             Decoder(DecodingConfig.model_validate(tree), Vocabulary(["a", "b", "|"]), TextConfig())
 
 
@@ -402,7 +465,8 @@ BROKEN = {
     "empty.arpa": "",
     "cut.arpa.gz": gzip.compress(ARPA.encode())[:60],
     "random.arpa": np.random.default_rng(0).bytes(2000),
-    "damaged.bin": b"mmap lm http://kheafield.com/code format version 5\n\0" + np.random.default_rng(0).bytes(2000),
+    "damaged.bin": b"mmap lm http://kheafield.com/code format version 5\n\0"
+    + np.random.default_rng(0).bytes(2000),
 }
 LOAD_ALL = """
 import json, sys
@@ -429,7 +493,11 @@ def test_no_file_that_is_no_language_model_gets_past_a_message(tmp_path: Path, a
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     paths = [str(tmp_path / name) for name in BROKEN]
     ran = subprocess.run(
-        [sys.executable, "-c", LOAD_ALL, str(lexicon), arpa, *paths], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", LOAD_ALL, str(lexicon), arpa, *paths],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr  # KenLM's bar of progress is not shown
@@ -447,7 +515,9 @@ BINARY = (
 )
 
 
-def test_a_binary_language_model_scores_as_the_arpa_it_was_made_of_and_needs_a_lexicon(tmp_path: Path, arpa: str) -> None:
+def test_a_binary_language_model_scores_as_the_arpa_it_was_made_of_and_needs_a_lexicon(
+    tmp_path: Path, arpa: str
+) -> None:
     path, lexicon = tmp_path / "lm.bin", tmp_path / "words.lst"
     path.write_bytes(zlib.decompress(base64.b85decode(BINARY)))
     lexicon.write_text("ab\ta b |\nba\tb a |\na\ta |\nbb\tb b |\n")

@@ -27,9 +27,17 @@ def rate(sums: np.ndarray) -> np.ndarray:
 @given(st.lists(st.tuples(WORDS.filter(bool), WORDS), min_size=1, max_size=5))
 def test_counts_are_those_of_jiwer(pairs: list[tuple[str, str]]) -> None:
     wanted, got = map(list, zip(*pairs, strict=True))
-    for counted, theirs in (("words", jiwer.process_words(wanted, got)), ("characters", jiwer.process_characters(wanted, got))):
+    for counted, theirs in (
+        ("words", jiwer.process_words(wanted, got)),
+        ("characters", jiwer.process_characters(wanted, got)),
+    ):
         ours = count_edits(wanted, got, counted)  # type: ignore[arg-type]
-        assert [int(column.sum()) for column in ours] == [theirs.hits, theirs.substitutions, theirs.insertions, theirs.deletions]
+        assert [int(column.sum()) for column in ours] == [
+            theirs.hits,
+            theirs.substitutions,
+            theirs.insertions,
+            theirs.deletions,
+        ]
         assert ours.total.sum() / ours.reference.sum() == (theirs.wer if counted == "words" else theirs.cer)
 
 
@@ -50,40 +58,90 @@ def test_edits_of_an_utterance_are_the_fewest_and_add_up(wanted: str, got: str) 
     assert edits.total[0] == slow_distance(wanted.split(), got.split())
     assert edits.reference[0] == len(wanted.split())
     assert edits.hits[0] + edits.substitutions[0] + edits.insertions[0] == len(got.split())
-    assert [sum(counter.values()) for counter in confusions] == [edits.substitutions[0], edits.deletions[0], edits.insertions[0]]
+    assert [sum(counter.values()) for counter in confusions] == [
+        edits.substitutions[0],
+        edits.deletions[0],
+        edits.insertions[0],
+    ]
     assert all(one != other for one, other in confusions.substitutions)
 
 
 def test_a_summary_counts_everything_once() -> None:
     summary = error_rates(
-        ids=["u0", "u1", "u2", "u3", "u4", "u5"], speakers=["x", "y", "x", "z", None, "x"],
-        references=["a b c", "a b", None, "", "b", "c"], hypotheses=["a x c", "", "whatever", "oh no", "b", "c d"],
-    )  # fmt: skip
+        ids=["u0", "u1", "u2", "u3", "u4", "u5"],
+        speakers=["x", "y", "x", "z", None, "x"],
+        references=["a b c", "a b", None, "", "b", "c"],
+        hypotheses=["a x c", "", "whatever", "oh no", "b", "c d"],
+    )
     assert {key: summary[key] for key in ("substitutions", "insertions", "deletions", "hits")} == {
-        "substitutions": 1, "insertions": 3, "deletions": 2, "hits": 4,
-    }  # fmt: skip
-    assert summary["scored_utterances"] == 5 and summary["reference_words"] == 7 and summary["hypothesis_words"] == 8
-    assert summary["wer"] == 6 / 7 and summary["cer"] == (1 + 3 + 5 + 0 + 2) / 10 and summary["reference_characters"] == 10
+        "substitutions": 1,
+        "insertions": 3,
+        "deletions": 2,
+        "hits": 4,
+    }
+    assert (
+        summary["scored_utterances"] == 5
+        and summary["reference_words"] == 7
+        and summary["hypothesis_words"] == 8
+    )
+    assert (
+        summary["wer"] == 6 / 7
+        and summary["cer"] == (1 + 3 + 5 + 0 + 2) / 10
+        and summary["reference_characters"] == 10
+    )
     assert summary["utterances_correct"] == 1 and summary["empty_hypotheses"] == 1
     assert summary["empty_references"] == 1 and summary["insertions_of_empty_references"] == 2
     assert summary["by_speaker"] == {
         "x": {
-            "utterances": 2, "reference_words": 4, "wer": 0.5, "cer": 3 / 6, "substitutions": 1, "insertions": 1, "deletions": 0
+            "utterances": 2,
+            "reference_words": 4,
+            "wer": 0.5,
+            "cer": 3 / 6,
+            "substitutions": 1,
+            "insertions": 1,
+            "deletions": 0,
         },
-        "y": {"utterances": 1, "reference_words": 2, "wer": 1.0, "cer": 1.0, "substitutions": 0, "insertions": 0, "deletions": 2},
-        "z": {"utterances": 1, "reference_words": 0, "wer": None, "cer": None, "substitutions": 0, "insertions": 2, "deletions": 0},
-    }  # fmt: skip
-    assert [(row["id"], row["edits"]) for row in summary["worst"]] == [("u3", 2), ("u1", 2), ("u5", 1), ("u0", 1)]
+        "y": {
+            "utterances": 1,
+            "reference_words": 2,
+            "wer": 1.0,
+            "cer": 1.0,
+            "substitutions": 0,
+            "insertions": 0,
+            "deletions": 2,
+        },
+        "z": {
+            "utterances": 1,
+            "reference_words": 0,
+            "wer": None,
+            "cer": None,
+            "substitutions": 0,
+            "insertions": 2,
+            "deletions": 0,
+        },
+    }
+    assert [(row["id"], row["edits"]) for row in summary["worst"]] == [
+        ("u3", 2),
+        ("u1", 2),
+        ("u5", 1),
+        ("u0", 1),
+    ]
     assert summary["worst"][1]["reference"] == "a b" and summary["worst"][1]["hypothesis"] == ""
     assert summary["confusions"] == {
-        "substitutions": [["b", "x", 1]], "deletions": [["a", 1], ["b", 1]], "insertions": [["d", 1], ["no", 1], ["oh", 1]],
-    }  # fmt: skip
+        "substitutions": [["b", "x", 1]],
+        "deletions": [["a", 1], ["b", 1]],
+        "insertions": [["d", 1], ["no", 1], ["oh", 1]],
+    }
     assert "wer_interval_speakers" not in summary  # whose voice u4 is, nobody knows
 
 
 def test_phones_are_words_without_characters() -> None:
     summary = error_rates(["u"], ["s"], ["ð ə oʊ"], ["ð ʌ"], counted="phones")
-    assert summary["wer"] == 2 / 3 and summary["counted"] == "phones" and not any("cer" in key for key in summary)
+    assert (
+        summary["wer"] == 2 / 3
+        and summary["counted"] == "phones"
+        and not any("cer" in key for key in summary)
+    )
     assert "PER" in as_text(summary) and "WER" not in as_text(summary)
 
 
@@ -91,7 +149,8 @@ def test_without_references_there_is_nothing_to_tell() -> None:
     assert error_rates([], [], [], []) == {}
     assert error_rates(["u", "v"], [None, None], [None, ""], ["a", ""]) == {}
     assert (
-        as_text({"utterances": 2, "audio_seconds_per_second": 3.5}) == "utterances                2\naudio_seconds_per_second  3.5"
+        as_text({"utterances": 2, "audio_seconds_per_second": 3.5})
+        == "utterances                2\naudio_seconds_per_second  3.5"
     )
 
 
@@ -106,7 +165,10 @@ def test_resampling_by_value_has_the_moments_of_resampling_rows() -> None:
     assert abs(fast.std() - s) < 4 * s * np.sqrt(2 / 40_000)
     # A tail quantile is surer than 4 * sqrt(2 * 0.025 * 0.975 / 20,000) / density, the normal density there being 0.058 / s.
     for share in (2.5, 97.5):
-        assert abs(np.percentile(fast, share) - np.percentile(slow, share)) < 4 * np.sqrt(2 * 0.0244 / 20_000) / 0.058 * s
+        assert (
+            abs(np.percentile(fast, share) - np.percentile(slow, share))
+            < 4 * np.sqrt(2 * 0.0244 / 20_000) / 0.058 * s
+        )
 
 
 def test_an_interval_covers_the_rate_of_the_population_as_often_as_it_says() -> None:
@@ -169,10 +231,19 @@ def test_the_text_for_a_terminal_has_rates_speakers_and_the_worst() -> None:
     rates = error_rates(["u0", "u1", "u2"], ["s", "t", "r"], wanted, got)
     text = as_text({"utterances": 4, "too_short": 0, "notes": ["2 words cannot be spelled"], **rates})
     lines = text.splitlines()
-    assert lines[0].startswith("WER") and "37.50%" in lines[0] and "over speakers [" in lines[0] and lines[1].startswith("CER")
+    assert (
+        lines[0].startswith("WER")
+        and "37.50%" in lines[0]
+        and "over speakers [" in lines[0]
+        and lines[1].startswith("CER")
+    )
     assert "3 substituted, 0 inserted, 0 deleted, of 8 words in 3 utterances" in lines[2]
     assert next(line for line in lines if line.startswith("r ")).split()[:2] == ["r", "100.00%"]
-    assert lines[3].split() == ["utterances", "4"] and "too_short" not in text and lines[-1] == "2 words cannot be spelled"
+    assert (
+        lines[3].split() == ["utterances", "4"]
+        and "too_short" not in text
+        and lines[-1] == "2 words cannot be spelled"
+    )
     assert "c → x (2), b → x (1)" in text and "u2" in text and all(line == line.rstrip() for line in lines)
 
 

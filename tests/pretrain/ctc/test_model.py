@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.checkpoint import save_checkpoint
 from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import CTCBatch, Recognizer, greedy, load_recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig, load_encoder
-from pretrain.packing import pack
+from pretrain.data.packing import pack
+from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.training.checkpoint import save_checkpoint
 from tests.pretrain.ctc.tones import TEXTS, MakeCorpus, save_encoder, settings, spell
 
 AB = Vocabulary(["a", "b"])
@@ -50,7 +50,9 @@ def test_the_loss_sums_over_all_alignments() -> None:
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("front_end", ["filterbank", "waveform"])
-def test_a_weighted_head_reads_the_average_of_all_layers_each_normalised(norm_first: bool, front_end: str) -> None:
+def test_a_weighted_head_reads_the_average_of_all_layers_each_normalised(
+    norm_first: bool, front_end: str
+) -> None:
     """Against the layers' features, one utterance after another, summed in a loop."""
     torch.manual_seed(0)
     tree = {"architecture": "tiny", "norm_first": norm_first, "front_end": front_end, "num_layers": 3}
@@ -66,7 +68,11 @@ def test_a_weighted_head_reads_the_average_of_all_layers_each_normalised(norm_fi
             mean = torch.zeros_like(layers[0][0])
             for share, layer in zip(shares, layers, strict=True):
                 x = layer[0]
-                mean += share * (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+                mean += (
+                    share
+                    * (x - x.mean(1, keepdim=True))
+                    / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+                )
             expected = F.linear(mean, model.head.weight, model.head.bias)
             # other batch shapes and orders of sums in float32
             torch.testing.assert_close(logits[row, : len(expected)], expected, rtol=1e-4, atol=1e-5)
@@ -74,10 +80,18 @@ def test_a_weighted_head_reads_the_average_of_all_layers_each_normalised(norm_fi
 
 def test_a_dropped_layer_counts_as_its_input_and_every_parameter_keeps_a_gradient() -> None:
     torch.manual_seed(0)
-    tree = {"architecture": "tiny", "dropout": 0.0, "input_dropout": 0.0, "norm_first": False, "num_layers": 3}
+    tree = {
+        "architecture": "tiny",
+        "dropout": 0.0,
+        "input_dropout": 0.0,
+        "norm_first": False,
+        "num_layers": 3,
+    }
     model = Recognizer(EncoderConfig.model_validate(tree), AB, layers="weighted").train()
     model.encoder.gates = [True, False, True]
-    batch = CTCBatch(*pack(noise(4000, 2000)), torch.tensor([[1, 2], [2, 0]]), (2, 1), torch.arange(18) % 2 == 0)
+    batch = CTCBatch(
+        *pack(noise(4000, 2000)), torch.tensor([[1, 2], [2, 0]]), (2, 1), torch.arange(18) % 2 == 0
+    )
     model(batch).total.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
@@ -88,7 +102,13 @@ def test_a_dropped_layer_counts_as_its_input_and_every_parameter_keeps_a_gradien
     assert weights is not None and weights[1] == weights[2] != weights[3]
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=8), st.text("ab |", max_size=8)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 3), max_size=8), st.text("ab |", max_size=8)),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_error_rates_of_a_validation_are_jiwers(rows: list[tuple[list[int], str]]) -> None:
     vocabulary, text = Vocabulary(["a", "b", "|"]), TextConfig()
     wanted = [text.normalize(target) or "a" for _, target in rows]
@@ -98,10 +118,14 @@ def test_error_rates_of_a_validation_are_jiwers(rows: list[tuple[list[int], str]
     for row, (path, _) in enumerate(rows):
         log_probs[row, range(frames[row]), path or [0]] = 0.0
     targets = [vocabulary.encode(target) for target in wanted]
-    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(target) for target in targets], batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(target) for target in targets], batch_first=True
+    )
     layout = pack([np.zeros(400 + 320 * (n - 1), np.float32) for n in frames])[1]
     batch = CTCBatch(torch.zeros(0), layout, padded, tuple(map(len, targets)))
-    rates = {name: float(total / count) for name, (total, count) in model._error_rates(log_probs, batch).items()}
+    rates = {
+        name: float(total / count) for name, (total, count) in model._error_rates(log_probs, batch).items()
+    }
     said = greedy(log_probs, frames, vocabulary)
     assert rates == pytest.approx({"wer": jiwer.wer(wanted, said), "cer": jiwer.cer(wanted, said)})
 
@@ -120,12 +144,19 @@ def test_a_loaded_recogniser_is_the_best_one_or_the_last(tmp_path: Path, make_co
     splits = ["train", "train", "dev", "train"]
     manifest = make_corpus(tmp_path, [spell(text) for text in TEXTS], texts=TEXTS, splits=splits)
     config = settings(
-        tmp_path, manifest, ctc={"layers": "weighted"}, training={"max_steps": 6, "validate_every": 1, "keep_checkpoints": 9}
+        tmp_path,
+        manifest,
+        ctc={"layers": "weighted"},
+        training={"max_steps": 6, "validate_every": 1, "keep_checkpoints": 9},
     )
     summary = finetune(config)
     assert summary["best_step"] in range(1, 7) and summary["best_valid_wer"] <= summary["valid_wer"]
     best, last = (load_recognizer(config.out, which) for which in ("best", "last"))  # type: ignore[arg-type]
-    assert best.vocabulary.symbols == ["a", "b", "c", "d", "|"] and best.text == TextConfig() and best.codebook is None
+    assert (
+        best.vocabulary.symbols == ["a", "b", "c", "d", "|"]
+        and best.text == TextConfig()
+        and best.codebook is None
+    )
     assert not best.model.training and best.model.layer_weights is not None and len(last.fingerprint) == 16
     assert (best.fingerprint == last.fingerprint) == (summary["best_step"] == 6)
     encoder, fingerprint = load_encoder(config.out)
@@ -140,5 +171,7 @@ def test_a_run_of_the_vocabularies_before_is_refused(tmp_path: Path) -> None:
     model = Recognizer(EncoderConfig(architecture="tiny"), AB)
     state = {"kind": "recognizer", "config": {}, "extra": {"vocabulary": ["a", "b"]}}
     save_checkpoint(tmp_path, 1, model, torch.optim.AdamW(model.parameters()), state)
-    with pytest.raises(ValueError, match="by an earlier wordless, whose vocabularies are not read; fine-tune again"):
+    with pytest.raises(
+        ValueError, match="by an earlier wordless, whose vocabularies are not read; fine-tune again"
+    ):
         load_recognizer(tmp_path)

@@ -17,10 +17,10 @@ from pretrain.ctc.model import CTCBatch, Recognizer, greedy
 from pretrain.ctc.online import Latency, OnlineRecognizer, recognize_online
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig
-from pretrain.packing import Layout, pack
+from pretrain.data.packing import Layout, pack
+from pretrain.model.encoder import EncoderConfig
 from tests.pretrain.ctc.tones import TEXTS, MakeCorpus, save_encoder, settings, spell
-from tests.pretrain.test_streaming import CHUNKS, KINDS, speech
+from tests.pretrain.model.test_streaming import CHUNKS, KINDS, speech
 from tests.reference.convolutions import randomize
 
 pytestmark = pytest.mark.slow  # `make test` is to stay short
@@ -34,9 +34,13 @@ LENGTHS = [20000, 399, 400, 401, 320 * 30 + 80, 320 * 30 + 240, 320 * 31 + 79]
 def recognizer(kind: str, cut: int = 0, **options: Any) -> Recognizer:
     torch.manual_seed(0)
     tree = {
-        "architecture": "tiny", "num_layers": 3, "conv_dim": 24, "num_mels": 20,
-        **KINDS.get(kind, {"front_end": "units", "num_units": 9}), "streaming": CHUNKS[cut],
-    }  # fmt: skip
+        "architecture": "tiny",
+        "num_layers": 3,
+        "conv_dim": 24,
+        "num_mels": 20,
+        **KINDS.get(kind, {"front_end": "units", "num_units": 9}),
+        "streaming": CHUNKS[cut],
+    }
     layers = options.pop("layers", "last")
     vocabulary = Vocabulary(**{"symbols": ["a", "b", "c", "|"], **options})
     model = Recognizer(EncoderConfig.model_validate(tree), vocabulary, layers=layers).eval()
@@ -71,7 +75,11 @@ def test_however_the_audio_comes_the_frames_and_the_text_are_those_of_the_whole(
     kind: str, cut: int, length: int, shares: list[float]
 ) -> None:
     model = recognizer(kind, cut)
-    wave = speech([length])[0] if kind != "units" else np.random.default_rng(length).integers(0, 9, length // 320)
+    wave = (
+        speech([length])[0]
+        if kind != "units"
+        else np.random.default_rng(length).integers(0, 9, length // 320)
+    )
     text, log_probs = online(model, wave, [int(share * len(wave)) for share in shares])
     if length < 400:
         assert text == "" and len(log_probs) <= 1
@@ -133,9 +141,11 @@ def pieces() -> str:
 @pytest.mark.parametrize("spelling", ["characters", "jamo", "phones", "tokenizer"])
 def test_words_come_whole_and_what_is_begun_is_partial(spelling: str) -> None:
     symbols = {
-        "characters": ["a", "b", "c", "|"], "jamo": ["ᄀ", "ᅡ", "ᆨ", "|"], "phones": ["AA", "B", "K", "SH"],
+        "characters": ["a", "b", "c", "|"],
+        "jamo": ["ᄀ", "ᅡ", "ᆨ", "|"],
+        "phones": ["AA", "B", "K", "SH"],
         "tokenizer": ["▁a", "▁", "b▁c", "b", "▁b"],
-    }[spelling]  # fmt: skip
+    }[spelling]
     tokenizer = pieces() if spelling == "tokenizer" else None
     model = recognizer("small", 0, symbols=tuple(symbols), spelling=spelling, tokenizer=tokenizer)
     (wave,) = speech([30000])
@@ -165,7 +175,9 @@ def test_after_the_end_another_utterance_begins() -> None:
     one = OnlineRecognizer(model)
     for wave in speech([9000, 12345]):
         parts = [one.accept(wave), one.finish()]
-        torch.testing.assert_close(torch.cat([part.log_probs for part in parts]), offline(model, wave)[1], **ROUNDING)
+        torch.testing.assert_close(
+            torch.cat([part.log_probs for part in parts]), offline(model, wave)[1], **ROUNDING
+        )
 
 
 def held(one: OnlineRecognizer) -> int:
@@ -233,18 +245,30 @@ def test_mistakes_are_named() -> None:
         OnlineRecognizer(model)
 
 
-def test_a_streaming_recogniser_learns_and_transcribes_alike_in_batches_and_online(tmp_path: Path, make_corpus: MakeCorpus) -> None:
+def test_a_streaming_recogniser_learns_and_transcribes_alike_in_batches_and_online(
+    tmp_path: Path, make_corpus: MakeCorpus
+) -> None:
     save_encoder(tmp_path / "encoder")
     texts = [*TEXTS, " ".join(TEXTS)]
     manifest = make_corpus(tmp_path, [spell(text) for text in texts], texts=texts)
     streaming = {"chunk_frames": 6, "look_ahead_frames": 3, "left_chunks": 2}
     config = settings(
-        tmp_path, manifest, initialization="random", streaming=streaming, training={"max_steps": 150, "log_every": 50}
+        tmp_path,
+        manifest,
+        initialization="random",
+        streaming=streaming,
+        training={"max_steps": 150, "log_every": 50},
     )
     assert finetune(config)["loss_last"] < 0.1
 
     def tables(name: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        tree = {"manifest": str(manifest.folder), "split": "train", "recognizer": config.out, "words": True, **options}
+        tree = {
+            "manifest": str(manifest.folder),
+            "split": "train",
+            "recognizer": config.out,
+            "words": True,
+            **options,
+        }
         summary = transcribe(TranscribeConfig(out=str(tmp_path / name), **tree))
         return summary, pq.read_table(tmp_path / name / "transcripts.parquet").to_pydict()
 
@@ -261,12 +285,20 @@ def test_a_streaming_recogniser_learns_and_transcribes_alike_in_batches_and_onli
     assert online["latency"]["real_time_factor"] > 0
 
 
-def test_a_recogniser_that_attends_whole_utterances_is_not_asked_to_run_online(tmp_path: Path, make_corpus: MakeCorpus) -> None:
+def test_a_recogniser_that_attends_whole_utterances_is_not_asked_to_run_online(
+    tmp_path: Path, make_corpus: MakeCorpus
+) -> None:
     save_encoder(tmp_path / "encoder")
     manifest = make_corpus(tmp_path, [spell("ab")], texts=["ab"])
     run = settings(tmp_path, manifest, training={"max_steps": 1, "log_every": 1})
     finetune(run)
     with pytest.raises(ValueError, match="online: .* attends whole utterances"):
         transcribe(
-            TranscribeConfig(out=str(tmp_path / "t"), manifest=str(manifest.folder), split="train", recognizer=run.out, online=True)
+            TranscribeConfig(
+                out=str(tmp_path / "t"),
+                manifest=str(manifest.folder),
+                split="train",
+                recognizer=run.out,
+                online=True,
+            )
         )

@@ -25,11 +25,17 @@ from pretrain.ctc.subsets import (
 )
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.manifest import ROW_GROUP, Manifest, write_manifest
+from pretrain.data.manifest import ROW_GROUP, Manifest, write_manifest
 
 
 def row(name: str, **columns: Any) -> dict[str, Any]:
-    return {"id": name, "path": f"/audio/{name}.wav", "start": 0, "num_samples": 16000, "sample_rate": 16000} | columns
+    return {
+        "id": name,
+        "path": f"/audio/{name}.wav",
+        "start": 0,
+        "num_samples": 16000,
+        "sample_rate": 16000,
+    } | columns
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> Manifest:
@@ -44,12 +50,15 @@ def corpus(folder: Path, count: int = 200, speakers: int = 4) -> Manifest:
         folder,
         [
             row(
-                f"u{n:04d}", num_samples=int(rng.integers(8000, 48000)), speaker=f"s{int(rng.integers(speakers))}",
-                text=f"text {n}" if rng.random() < 0.9 else None, split=["train", "train", "dev"][n % 3],
+                f"u{n:04d}",
+                num_samples=int(rng.integers(8000, 48000)),
+                speaker=f"s{int(rng.integers(speakers))}",
+                text=f"text {n}" if rng.random() < 0.9 else None,
+                split=["train", "train", "dev"][n % 3],
             )
             for n in range(count)
         ],
-    )  # fmt: skip
+    )
 
 
 def minutes(manifest: Manifest, rows: np.ndarray) -> float:
@@ -64,7 +73,9 @@ def draw_one_by_one(manifest: Manifest, rows: list[int], order: dict[int, int], 
     had = dict.fromkeys(queues, 0)
     drawn: list[int] = []
     while sum(manifest[number].length for number in drawn) < wanted:
-        speaker = min((name for name in queues if queues[name]), key=lambda name: had[name])  # the first drawn of equals
+        speaker = min(
+            (name for name in queues if queues[name]), key=lambda name: had[name]
+        )  # the first drawn of equals
         drawn.append(queues[speaker].pop(0))
         had[speaker] += manifest[drawn[-1]].length
     return drawn
@@ -89,14 +100,33 @@ class Of(Config):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "10 min", "10m", "-1h", "1e3s", "½h", "٣s", "All", "0s", "0%", "101%", "10min\n", "1.h", "infmin"]
+    "text",
+    [
+        "",
+        "10",
+        "10 min",
+        "10m",
+        "-1h",
+        "1e3s",
+        "½h",
+        "٣s",
+        "All",
+        "0s",
+        "0%",
+        "101%",
+        "10min\n",
+        "1.h",
+        "infmin",
+    ],
 )
 def test_anything_else_is_no_budget(text: str) -> None:
     with pytest.raises(ValueError, match=r"a\.toml: budget: .* is no budget"):
         parse_config(Of, {"budget": text}, "a.toml")
 
 
-def test_a_smaller_draw_lies_inside_a_larger_one_and_passes_its_budget_by_less_than_an_utterance(tmp_path: Path) -> None:
+def test_a_smaller_draw_lies_inside_a_larger_one_and_passes_its_budget_by_less_than_an_utterance(
+    tmp_path: Path,
+) -> None:
     manifest = corpus(tmp_path)
     rows = transcribed(manifest, TextConfig())
     budgets = [("6s", 0.1), ("0.5min", 0.5), ("2min", 2.0), ("0.06h", 3.6)]
@@ -104,7 +134,9 @@ def test_a_smaller_draw_lies_inside_a_larger_one_and_passes_its_budget_by_less_t
     for smaller, larger in pairwise(draws):
         assert larger[: len(smaller)] == smaller
     for draw, (_, wanted) in zip(draws, budgets, strict=True):
-        assert wanted <= minutes(manifest, draw) < wanted + minutes(manifest, draw[-1:]) and len(set(draw)) == len(draw)
+        assert wanted <= minutes(manifest, draw) < wanted + minutes(manifest, draw[-1:]) and len(
+            set(draw)
+        ) == len(draw)
         assert all(manifest[number].text for number in draw)
     assert draw_subset(manifest, rows, "0.5min", 4).tolist() != draws[1]
 
@@ -115,7 +147,9 @@ def test_a_share_is_of_the_audio_that_can_be_used(tmp_path: Path) -> None:
     quarter = draw_subset(manifest, rows, "25%", 0)
     assert 0.25 <= minutes(manifest, quarter) / minutes(manifest, rows) < 0.27
     assert (
-        sorted(draw_subset(manifest, rows, "100%", 0).tolist()) == rows.tolist() == draw_subset(manifest, rows, "all", 0).tolist()
+        sorted(draw_subset(manifest, rows, "100%", 0).tolist())
+        == rows.tolist()
+        == draw_subset(manifest, rows, "all", 0).tolist()
     )
     assert draw_subset(manifest, rows, "50%", 0)[: len(quarter)].tolist() == quarter.tolist()
 
@@ -136,13 +170,20 @@ def test_speakers_have_equal_audio_to_within_an_utterance(tmp_path: Path, budget
     st.integers(0, 3),
     st.data(),
 )
-def test_the_draw_is_the_greedy_one(tmp_path_factory: Any, utterances: list[tuple[str | None, int]], seed: int, data: Any) -> None:
-    rows = [row(f"u{n}", speaker=speaker, num_samples=16000 * length) for n, (speaker, length) in enumerate(utterances)]
+def test_the_draw_is_the_greedy_one(
+    tmp_path_factory: Any, utterances: list[tuple[str | None, int]], seed: int, data: Any
+) -> None:
+    rows = [
+        row(f"u{n}", speaker=speaker, num_samples=16000 * length)
+        for n, (speaker, length) in enumerate(utterances)
+    ]
     manifest = write(tmp_path_factory.mktemp("manifest"), rows)
     everything = draw_subset(manifest, np.arange(len(rows)), "100%", seed)
     assert sorted(everything.tolist()) == list(range(len(rows)))
     # Within each speaker the draw keeps the hashes' order, so a draw of a single speaker's rows gives it for the oracle.
-    turns = {name: [n for n, (speaker, _) in enumerate(utterances) if speaker == name] for name, _ in utterances}
+    turns = {
+        name: [n for n, (speaker, _) in enumerate(utterances) if speaker == name] for name, _ in utterances
+    }
     alone = [draw_subset(manifest, np.array(numbers), "100%", seed).tolist() for numbers in turns.values()]
     place = {number: index for index, number in enumerate(everything.tolist())}
     assert all(sorted(numbers, key=place.__getitem__) == numbers for numbers in alone)
@@ -176,7 +217,9 @@ def test_rows_without_a_speaker_are_one_speaker(tmp_path: Path) -> None:
 
 def test_more_than_there_is_names_both_amounts(tmp_path: Path) -> None:
     manifest = corpus(tmp_path)
-    with pytest.raises(ValueError, match=r"budget = '1h' is 60\.00 minutes, but only 5\.25 of the 6\.13 minutes there have"):
+    with pytest.raises(
+        ValueError, match=r"budget = '1h' is 60\.00 minutes, but only 5\.25 of the 6\.13 minutes there have"
+    ):
         draw_subset(manifest, transcribed(manifest, TextConfig()), "1h", 0)
     for budget in ("25%", "1s"):
         with pytest.raises(ValueError, match=r"only 0\.00 of the 6\.13 minutes"):
@@ -184,9 +227,14 @@ def test_more_than_there_is_names_both_amounts(tmp_path: Path) -> None:
 
 
 def test_a_row_with_a_transcript_is_one_whose_text_or_phones_are_known(tmp_path: Path) -> None:
-    manifest = write(tmp_path, [row("a", text="x"), row("b"), row("c", text="", phones=[(0.0, 0.1, "AH")]), row("d", phones=[])])
+    manifest = write(
+        tmp_path,
+        [row("a", text="x"), row("b"), row("c", text="", phones=[(0.0, 0.1, "AH")]), row("d", phones=[])],
+    )
     phones = TextConfig(spelling="phones")
-    assert transcribed(manifest, TextConfig()).tolist() == [0, 2] and transcribed(manifest, phones).tolist() == [2, 3]
+    assert transcribed(manifest, TextConfig()).tolist() == [0, 2] and transcribed(
+        manifest, phones
+    ).tolist() == [2, 3]
     assert transcribed(manifest.take(np.array([2, 1, 0])), TextConfig()).tolist() == [0, 2]
     assert next(targets(manifest, phones))[1] == [None, None, "AH", ""]
 
@@ -197,18 +245,28 @@ def test_targets_by_column_are_those_by_row(tmp_path: Path, spelling: Any) -> No
     names = ["SIL", "AH", "B", "é"]
     rows = [
         row(
-            str(n), text=None if n % 7 == 0 else f"Text {n}!",
-            phones=None if n % 5 == 0 else [(0.1 * i, 0.1 * i + 0.1, names[k]) for i, k in enumerate(rng.integers(4, size=rng.integers(5)))],
+            str(n),
+            text=None if n % 7 == 0 else f"Text {n}!",
+            phones=None
+            if n % 5 == 0
+            else [
+                (0.1 * i, 0.1 * i + 0.1, names[k])
+                for i, k in enumerate(rng.integers(4, size=rng.integers(5)))
+            ],
         )
         for n in range(ROW_GROUP + 300)
-    ]  # fmt: skip
+    ]
     manifest = write(tmp_path, rows)
     text = TextConfig(spelling=spelling)
     for chosen in (manifest, manifest.take(rng.permutation(len(rows))[:500])):
         blocks = [*targets(chosen, text)]
-        assert len(blocks) == 2 and sorted(np.concatenate([numbers for numbers, _ in blocks])) == list(range(len(chosen)))
+        assert len(blocks) == 2 and sorted(np.concatenate([numbers for numbers, _ in blocks])) == list(
+            range(len(chosen))
+        )
         for numbers, block in blocks:
-            assert [target or "" for target in block] == [text.target(chosen[number]) for number in numbers.tolist()]
+            assert [target or "" for target in block] == [
+                text.target(chosen[number]) for number in numbers.tolist()
+            ]
 
 
 def test_transcripts_that_cannot_be_used_are_named_and_counted(tmp_path: Path) -> None:
@@ -222,14 +280,19 @@ def test_transcripts_that_cannot_be_used_are_named_and_counted(tmp_path: Path) -
         f"{tmp_path}: 7 transcripts cannot be used (3 empty, 2 not in the vocabulary, 2 too long):\n  'u01': "
     )
     for line in (
-        "'u01': 'axb' has ['x'], not in the vocabulary", "'u02': nothing is left of the transcript once it is normalised",
-        "'u03': no transcript", "'u04': 16 symbols need 16 frames, it has 10: 'abababababababab'",
+        "'u01': 'axb' has ['x'], not in the vocabulary",
+        "'u02': nothing is left of the transcript once it is normalised",
+        "'u03': no transcript",
+        "'u04': 16 symbols need 16 frames, it has 10: 'abababababababab'",
         "'u05': 8 symbols need 15 frames, it has 10: 'aaaaaaaa'",  # 7 blanks between the same
-        "'u07': 'a b' has [' '], not in the vocabulary", "'u08': nothing is left",
-    ):  # fmt: skip
+        "'u07': 'a b' has [' '], not in the vocabulary",
+        "'u08': nothing is left",
+    ):
         assert f"\n  {line}" in message
     assert "u00" not in message and "u06" not in message
-    assert problems_message(manifest, problems, shown=2).endswith("'u02': " + problems[1]["reason"] + "\n  and 5 more")
+    assert problems_message(manifest, problems, shown=2).endswith(
+        "'u02': " + problems[1]["reason"] + "\n  and 5 more"
+    )
 
 
 def test_rows_are_examined_in_any_order_with_their_own_frames(tmp_path: Path) -> None:
@@ -237,17 +300,23 @@ def test_rows_are_examined_in_any_order_with_their_own_frames(tmp_path: Path) ->
     rows = np.array([2, 0, 1])
     kept, problems = examine(manifest, rows, TextConfig(), Vocabulary(["a", "b", "c"]), np.array([3, 1, 1]))
     assert kept.tolist() == [2, 0] and [problem["id"] for problem in problems] == ["u1"]
-    kept, problems = examine(manifest, np.zeros(0, np.int64), TextConfig(), Vocabulary(["a"]), np.zeros(0, np.int64))
+    kept, problems = examine(
+        manifest, np.zeros(0, np.int64), TextConfig(), Vocabulary(["a"]), np.zeros(0, np.int64)
+    )
     assert kept.tolist() == problems == []
 
 
 def test_a_transcript_that_its_tokenizer_would_write_otherwise_is_a_problem(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "▁a": 3}, [("▁", "a")]))
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = (
-        normalizers.Lowercase(), pre_tokenizers.Metaspace(), decoders.Metaspace(),
-    )  # fmt: skip
+        normalizers.Lowercase(),
+        pre_tokenizers.Metaspace(),
+        decoders.Metaspace(),
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    manifest = write(tmp_path / "manifest", [row("a", text="ab A"), row("b", text="ab"), row("c", text="acb")])
+    manifest = write(
+        tmp_path / "manifest", [row("a", text="ab A"), row("b", text="ab"), row("c", text="acb")]
+    )
     text = TextConfig(spelling="tokenizer", tokenizer=str(tmp_path / "tokenizer.json"), case="keep")
     kept, problems = examine(manifest, np.arange(3), text, Vocabulary.of([], text), np.full(3, 10))
     assert kept.tolist() == [1]
@@ -266,32 +335,53 @@ def test_a_subset_is_a_manifest_that_can_be_used_again(tmp_path: Path) -> None:
     meta = json.loads((tmp_path / "subset" / "meta.json").read_text())
     assert meta["parents"] == {"manifest": manifest.fingerprint} and meta["root"] == "/audio" == manifest.root
     assert (meta["budget"], meta["budget_seed"], meta["num_utterances"]) == ("10min", 2, len(rows))
-    assert 10 <= meta["minutes"] < 10.05 and meta["minutes"] == pytest.approx(meta["hours"] * 60) == pytest.approx(
-        minutes(train, rows)
-    )
+    assert 10 <= meta["minutes"] < 10.05 and meta["minutes"] == pytest.approx(
+        meta["hours"] * 60
+    ) == pytest.approx(minutes(train, rows))
     assert list(meta["minutes_by_speaker"]) == ["s0", "s1", "s2", "s3"]
     assert sum(meta["minutes_by_speaker"].values()) == pytest.approx(meta["minutes"])
     # A smaller budget drawn from it is that drawn from the corpus.
-    small = [chosen.take(draw_subset(chosen, transcribed(chosen, TextConfig()), "1min", 2)).ids for chosen in (train, subset)]
+    small = [
+        chosen.take(draw_subset(chosen, transcribed(chosen, TextConfig()), "1min", 2)).ids
+        for chosen in (train, subset)
+    ]
     assert small[0] == small[1]
 
 
 def test_a_subset_keeps_every_column_and_needs_no_more_than_its_rows(tmp_path: Path) -> None:
     phones, words = [(0.0, 0.5, "w"), (0.5, 1.0, "ʌ")], [(0.0, 1.0, "one")]
     rows = [
-        row("a", speaker=None, text="żółć", phones=phones, words=words, member_offset=512, member_size=9, split="dev"),
+        row(
+            "a",
+            speaker=None,
+            text="żółć",
+            phones=phones,
+            words=words,
+            member_offset=512,
+            member_size=9,
+            split="dev",
+        ),
         row("b"),
     ]
     manifest = write(tmp_path / "all", rows)
     subset = write_subset(tmp_path / "subset", manifest, np.array([0]))
     assert list(subset) == [manifest[0]] and subset.has_words
-    assert json.loads((tmp_path / "subset" / "meta.json").read_text())["minutes_by_speaker"] == {"": pytest.approx(1 / 60)}
-    assert write_manifest(tmp_path / "same", rows[:1], {}, {}, root="/audio") == subset.fingerprint  # as if indexed alone
+    assert json.loads((tmp_path / "subset" / "meta.json").read_text())["minutes_by_speaker"] == {
+        "": pytest.approx(1 / 60)
+    }
+    assert (
+        write_manifest(tmp_path / "same", rows[:1], {}, {}, root="/audio") == subset.fingerprint
+    )  # as if indexed alone
     assert pq.read_metadata(tmp_path / "subset" / "manifest.parquet").num_row_groups == 1
 
 
-def test_minutes_of_rows_without_a_speaker_and_of_one_without_a_name_are_told_together(tmp_path: Path) -> None:
-    manifest = write(tmp_path / "all", [row("a", speaker=None), row("b", speaker=""), row("c", speaker=""), row("d", speaker="x")])
+def test_minutes_of_rows_without_a_speaker_and_of_one_without_a_name_are_told_together(
+    tmp_path: Path,
+) -> None:
+    manifest = write(
+        tmp_path / "all",
+        [row("a", speaker=None), row("b", speaker=""), row("c", speaker=""), row("d", speaker="x")],
+    )
     write_subset(tmp_path / "subset", manifest, np.arange(4))
     told = json.loads((tmp_path / "subset" / "meta.json").read_text())["minutes_by_speaker"]
     assert told == {"": pytest.approx(3 / 60), "x": pytest.approx(1 / 60)}
@@ -303,16 +393,36 @@ def test_a_subset_that_stands_is_kept_and_another_one_is_refused(tmp_path: Path)
     first = write_subset(tmp_path / "subset", manifest, rows, budget="30s", seed=0)
     written = (tmp_path / "subset" / "meta.json").stat().st_mtime_ns
     again = write_subset(tmp_path / "subset", manifest, rows[::-1].copy(), budget="30s", seed=0)
-    assert again.fingerprint == first.fingerprint and (tmp_path / "subset" / "meta.json").stat().st_mtime_ns == written
+    assert (
+        again.fingerprint == first.fingerprint
+        and (tmp_path / "subset" / "meta.json").stat().st_mtime_ns == written
+    )
     with pytest.raises(ValueError, match="holds another labelled subset .*budget '30s' there, '1min' now"):
-        write_subset(tmp_path / "subset", manifest, draw_subset(manifest, np.arange(200), "1min", 0), budget="1min", seed=0)
+        write_subset(
+            tmp_path / "subset",
+            manifest,
+            draw_subset(manifest, np.arange(200), "1min", 0),
+            budget="1min",
+            seed=0,
+        )
     with pytest.raises(ValueError, match="other utterances"):
-        write_subset(tmp_path / "subset", manifest, np.setdiff1d(np.arange(200), rows)[: len(rows)], budget="30s", seed=0)
+        write_subset(
+            tmp_path / "subset",
+            manifest,
+            np.setdiff1d(np.arange(200), rows)[: len(rows)],
+            budget="30s",
+            seed=0,
+        )
     (tmp_path / "subset" / "meta.json").unlink()  # interrupted: written anew
-    assert write_subset(tmp_path / "subset", manifest, rows, budget="30s", seed=0).fingerprint == first.fingerprint
+    assert (
+        write_subset(tmp_path / "subset", manifest, rows, budget="30s", seed=0).fingerprint
+        == first.fingerprint
+    )
 
 
-def test_less_than_the_budget_is_all_of_it_where_that_is_at_least_enough(tmp_path: Path, make_corpus: Any) -> None:
+def test_less_than_the_budget_is_all_of_it_where_that_is_at_least_enough(
+    tmp_path: Path, make_corpus: Any
+) -> None:
     manifest = make_corpus(tmp_path, [np.zeros(16000, np.float32)] * 5, texts=["a"] * 5)
     rows = np.arange(5)
     assert draw_subset(manifest, rows, "10s", 0, "5s").tolist() == rows.tolist()

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 from pretrain.config import parse_config
 from pretrain.ctc.text import TextConfig
-from pretrain.manifest import Phone, Utterance
+from pretrain.data.manifest import Phone, Utterance
 
-SETTINGS = [TextConfig(case=case, punctuation=marks) for case, marks in product(["lower", "upper", "keep"], ["remove", "keep"])]  # type: ignore[arg-type]
+SETTINGS = [
+    TextConfig(case=case, punctuation=marks)
+    for case, marks in product(["lower", "upper", "keep"], ["remove", "keep"])
+]  # type: ignore[arg-type]
 
 
 def utterance(**columns: Any) -> Utterance:
@@ -20,12 +23,15 @@ def utterance(**columns: Any) -> Utterance:
 
 def assert_normal(config: TextConfig, text: str) -> None:
     normal = config.normalize(text)
-    assert unicodedata.is_normalized("NFC", normal) and " ".join(normal.split()) == normal and "|" not in normal, repr(text)
+    assert (
+        unicodedata.is_normalized("NFC", normal) and " ".join(normal.split()) == normal and "|" not in normal
+    ), repr(text)
     assert config.normalize(normal) == normal, repr(text)
 
 
 @given(
-    st.text(max_size=20) | st.text("aİßΣe\u0301\u200b\u200d'’‘·״|- \u1100\u1161\u11a8가", max_size=12), st.sampled_from(SETTINGS)
+    st.text(max_size=20) | st.text("aİßΣe\u0301\u200b\u200d'’‘·״|- \u1100\u1161\u11a8가", max_size=12),
+    st.sampled_from(SETTINGS),
 )
 def test_normalised_text_is_a_fixed_point_in_nfc_with_single_spaces(text: str, config: TextConfig) -> None:
     assert_normal(config, text)
@@ -35,7 +41,9 @@ def test_normalised_text_is_a_fixed_point_in_nfc_with_single_spaces(text: str, c
 def test_normalisation_is_a_fixed_point_for_every_character_of_unicode(config: TextConfig) -> None:
     for character in map(chr, range(sys.maxunicode + 1)):
         category = unicodedata.category(character)
-        plain = category == "Lo" and not unicodedata.decomposition(character)  # ideographs and the like: nothing is done to them
+        plain = category == "Lo" and not unicodedata.decomposition(
+            character
+        )  # ideographs and the like: nothing is done to them
         if not plain and category not in ("Cn", "Cs", "Co"):
             assert_normal(config, f"b{character}\u0301'")
 
@@ -45,7 +53,9 @@ def test_the_same_word_in_two_unicode_forms_is_one() -> None:
     assert TextConfig().normalize(composed) == TextConfig().normalize(decomposed) == "caf\u00e9"
     greek = TextConfig(case="upper")  # the iota below becomes a letter, whatever mark is written before it
     assert greek.normalize("\u03b1\u0345\u0301") == greek.normalize("\u03b1\u0301\u0345") == "\u0386\u0399"
-    assert TextConfig().normalize("e\u200b\u0301") == "\u00e9"  # something invisible between the letter and its accent
+    assert (
+        TextConfig().normalize("e\u200b\u0301") == "\u00e9"
+    )  # something invisible between the letter and its accent
 
 
 def test_case_and_punctuation_follow_the_config() -> None:
@@ -55,8 +65,12 @@ def test_case_and_punctuation_follow_the_config() -> None:
 
 
 def test_the_case_is_that_of_no_language() -> None:
-    assert TextConfig().normalize("DIYARBAKIR İ") == "diyarbakir i\u0307"  # Turkish would have dotless ı, and i
-    assert TextConfig().normalize("ΟΔΟΣ") == "οδος" and TextConfig(case="upper").normalize("Straße") == "STRASSE"
+    assert (
+        TextConfig().normalize("DIYARBAKIR İ") == "diyarbakir i\u0307"
+    )  # Turkish would have dotless ı, and i
+    assert (
+        TextConfig().normalize("ΟΔΟΣ") == "οδος" and TextConfig(case="upper").normalize("Straße") == "STRASSE"
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +96,10 @@ def test_punctuation_goes_and_what_belongs_to_words_stays(raw: str, normal: str)
 
 
 def test_punctuation_that_is_kept_still_has_one_apostrophe_and_nothing_unseen() -> None:
-    assert TextConfig(punctuation="keep").normalize("“Don’t…” \u200e(well-\u00adknown)") == "“don't…” (well-known)"
+    assert (
+        TextConfig(punctuation="keep").normalize("“Don’t…” \u200e(well-\u00adknown)")
+        == "“don't…” (well-known)"
+    )
 
 
 def test_targets_of_phones_leave_out_silences_and_keep_each_phone_one() -> None:

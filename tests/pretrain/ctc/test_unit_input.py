@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.batches import BatchConfig
 from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import CTCBatch, load_recognizer
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig, unit_batches
-from pretrain.labels import Labels, commit_labels, write_shard
-from pretrain.manifest import Manifest
+from pretrain.data.batches import BatchConfig
+from pretrain.data.labels import Labels, commit_labels, write_shard
+from pretrain.data.manifest import Manifest
 from tests.pretrain.ctc.tones import MakeCorpus, settings, spell, tone_labels
 
 pytestmark = pytest.mark.slow  # `make test` is to stay short
@@ -33,28 +33,43 @@ def over(labels: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("units", [{}, {"deduplicate": True}, {"levels": 2}])
-def test_a_recogniser_of_units_learns_what_they_spell(tmp_path: Path, manifest: Manifest, units: dict[str, Any]) -> None:
+def test_a_recogniser_of_units_learns_what_they_spell(
+    tmp_path: Path, manifest: Manifest, units: dict[str, Any]
+) -> None:
     """Texts that it has never seen, of the tones that it has."""
     labels = tone_labels(tmp_path / "labels", manifest, [*TRAIN, *DEV], levels=units.get("levels", 1))
     config = settings(
-        tmp_path, manifest, **over(labels, units=units), training={"max_steps": 120, "validate_every": 40, "log_every": 40},
+        tmp_path,
+        manifest,
+        **over(labels, units=units),
+        training={"max_steps": 120, "validate_every": 40, "log_every": 40},
         ctc={"mask_start_probability": 0.02, "mask_length": 2, "layer_drop": 0.1},
-    )  # fmt: skip
+    )
     summary = finetune(config)
     assert summary["valid_cer"] < 0.1
     found = load_recognizer(config.out)
     assert found.codebook == "c0de" and found.meta["parents"]["labels"] == Labels(labels).fingerprint
     assert found.model.encoder.front_end.embeddings.shape == (5 * units.get("levels", 1), 64)
-    result = transcribe(TranscribeConfig(
-        out=str(tmp_path / "text"), manifest=str(manifest.folder), split="dev", recognizer=config.out, labels=str(labels),
-    ))  # fmt: skip
+    result = transcribe(
+        TranscribeConfig(
+            out=str(tmp_path / "text"),
+            manifest=str(manifest.folder),
+            split="dev",
+            recognizer=config.out,
+            labels=str(labels),
+        )
+    )
     assert result["wer"] == pytest.approx(summary["best_valid_wer"])
     other = tone_labels(tmp_path / "other", manifest, [*TRAIN, *DEV], codebook="beef")
-    with pytest.raises(ValueError, match="are of codebook beef, and the recogniser learned units of codebook c0de"):
+    with pytest.raises(
+        ValueError, match="are of codebook beef, and the recogniser learned units of codebook c0de"
+    ):
         unit_batches(found, str(other), manifest, BatchConfig())
 
 
-def test_the_default_is_a_small_encoder_with_an_embedding_for_each_unit(tmp_path: Path, manifest: Manifest) -> None:
+def test_the_default_is_a_small_encoder_with_an_embedding_for_each_unit(
+    tmp_path: Path, manifest: Manifest
+) -> None:
     labels = tone_labels(tmp_path / "labels", manifest, [*TRAIN, *DEV])
     finetune(settings(tmp_path, manifest, labels=str(labels), training={"max_steps": 1}))
     model = load_recognizer(tmp_path / "recognizer").model
@@ -68,11 +83,20 @@ def test_the_default_is_a_small_encoder_with_an_embedding_for_each_unit(tmp_path
         "pos_groups": 4,
     }  # normalises waveforms
     finetune(
-        settings(tmp_path, manifest, out=str(tmp_path / "l"), labels=str(labels), unit_encoder=large, training={"max_steps": 1})
+        settings(
+            tmp_path,
+            manifest,
+            out=str(tmp_path / "l"),
+            labels=str(labels),
+            unit_encoder=large,
+            training={"max_steps": 1},
+        )
     )
     asked = {**SMALL, "front_end": "units", "num_units": 7}
     with pytest.raises(ValueError, match="unit_encoder.num_units = 7, but .*labels has 5 to read"):
-        finetune(settings(tmp_path, manifest, out=str(tmp_path / "n"), labels=str(labels), unit_encoder=asked))
+        finetune(
+            settings(tmp_path, manifest, out=str(tmp_path / "n"), labels=str(labels), unit_encoder=asked)
+        )
     with pytest.raises(ValueError, match="encoder: .* reads units and not audio"):
         finetune(settings(tmp_path, manifest, out=str(tmp_path / "x"), encoder=str(tmp_path / "recognizer")))
 
@@ -89,7 +113,9 @@ def test_units_are_read_as_asked_levels_and_repeats(tmp_path: Path, manifest: Ma
         UnitConfig(levels=3).num_embeddings(labels)
 
 
-def test_what_an_utterance_is_batched_with_does_not_change_its_frames(tmp_path: Path, manifest: Manifest) -> None:
+def test_what_an_utterance_is_batched_with_does_not_change_its_frames(
+    tmp_path: Path, manifest: Manifest
+) -> None:
     labels = tone_labels(tmp_path / "labels", manifest, [*TRAIN, *DEV], levels=2)
     config = settings(tmp_path, manifest, **over(labels, units={"levels": 2}))
     finetune(config)
@@ -100,7 +126,9 @@ def test_what_an_utterance_is_batched_with_does_not_change_its_frames(tmp_path: 
         together = found.model.logits(CTCBatch.untranscribed(*batches.pack(loaded)))
         for row, units in enumerate(loaded):
             alone = found.model.logits(CTCBatch.untranscribed(*batches.pack([units])))[0]
-            torch.testing.assert_close(together[row, : len(units)], alone, rtol=1e-4, atol=1e-5)  # other shapes in float32
+            torch.testing.assert_close(
+                together[row, : len(units)], alone, rtol=1e-4, atol=1e-5
+            )  # other shapes in float32
     table = found.model.encoder.front_end.embeddings
     summed = found.model.encoder.front_end(torch.from_numpy(loaded[0]), batches.pack(loaded[:1])[1])
     assert torch.equal(summed, torch.stack([table[a] + table[b] for a, b in loaded[0].tolist()]))
@@ -126,10 +154,20 @@ def test_what_tells_times_is_refused_where_repeats_are_taken_out(
     labels = tone_labels(tmp_path / "labels", manifest, ["ab"])
     streaming = {"chunk_frames": 8, "look_ahead_frames": 2}
     config = settings(
-        tmp_path, manifest, **over(labels, units={"deduplicate": True}), streaming=streaming, training={"max_steps": 1}
+        tmp_path,
+        manifest,
+        **over(labels, units={"deduplicate": True}),
+        streaming=streaming,
+        training={"max_steps": 1},
     )
     finetune(config)
-    tree = {"out": str(tmp_path / "text"), "manifest": str(manifest.folder), "split": "", "labels": str(labels), **asked}
+    tree = {
+        "out": str(tmp_path / "text"),
+        "manifest": str(manifest.folder),
+        "split": "",
+        "labels": str(labels),
+        **asked,
+    }
     with pytest.raises(ValueError, match="words, align, online: .* reads units without repeats"):
         transcribe(TranscribeConfig.model_validate({**tree, "recognizer": config.out}))
 
@@ -143,12 +181,17 @@ def test_labels_at_100_hz_are_read_at_50(tmp_path: Path, make_corpus: MakeCorpus
     assert batches.load(0, batches.rng(0, 0))[0].tolist() == (np.arange(0, 2 * frames, 2) % 7).tolist()
 
 
-def test_labels_of_other_utterances_or_lengths_are_named(tmp_path: Path, make_corpus: MakeCorpus, make_labels: Any) -> None:
+def test_labels_of_other_utterances_or_lengths_are_named(
+    tmp_path: Path, make_corpus: MakeCorpus, make_labels: Any
+) -> None:
     manifest = make_corpus(tmp_path, [spell("ab"), spell("cd")], texts=["ab", "cd"])
     frames = int(manifest.num_frames[0])
     for counts, message in (
         ({"u00": frames}, "no labels for utterance 'u01'"),
-        ({"u00": frames, "u01": frames + 5}, rf"{frames + 5} labels for utterance 'u01', which has {frames} frames"),
+        (
+            {"u00": frames, "u01": frames + 5},
+            rf"{frames + 5} labels for utterance 'u01', which has {frames} frames",
+        ),
         ({"u00": 2 * frames, "u01": 2 * frames}, "look like 100 Hz labels"),
     ):
         labels = make_labels(tmp_path / f"labels{len(message)}", counts)
@@ -157,4 +200,10 @@ def test_labels_of_other_utterances_or_lengths_are_named(tmp_path: Path, make_co
     with pytest.raises(ValueError, match=r"nowhere: no such labels"):
         finetune(settings(tmp_path, manifest, **over(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"units\.levels = 2, but .* has 1"):
-        finetune(settings(tmp_path, manifest, **over(tone_labels(tmp_path / "l", manifest, ["ab", "cd"]), units={"levels": 2})))
+        finetune(
+            settings(
+                tmp_path,
+                manifest,
+                **over(tone_labels(tmp_path / "l", manifest, ["ab", "cd"]), units={"levels": 2}),
+            )
+        )

@@ -9,29 +9,53 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary, collapse
 
-CORPUS = ["hello world the cat", "the dog said: don't!", "low lower lowest", "żółć naïve 안녕하세요", "a 🙂 b"]
+CORPUS = [
+    "hello world the cat",
+    "the dog said: don't!",
+    "low lower lowest",
+    "żółć naïve 안녕하세요",
+    "a 🙂 b",
+]
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>"]
 
 
 def byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     return tokenizer
 
 
 def sentencepiece(model: Any, trainer: Any, **options: Any) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.train_from_iterator(CORPUS, trainer(vocab_size=60, special_tokens=SPECIAL, show_progress=False, **options))
+    tokenizer.train_from_iterator(
+        CORPUS, trainer(vocab_size=60, special_tokens=SPECIAL, show_progress=False, **options)
+    )
     return tokenizer
 
 
@@ -39,7 +63,9 @@ def word_piece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=70, special_tokens=SPECIAL, show_progress=False))
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=70, special_tokens=SPECIAL, show_progress=False)
+    )
     return tokenizer
 
 
@@ -74,7 +100,9 @@ def test_any_transcript_survives_encoding_and_decoding(text: str, spelling: Any,
     vocabulary = Vocabulary.of([text], config)
     assert not vocabulary.unknown(text)
     classes = vocabulary.encode(text)
-    assert classes.dtype == np.int64 and (not len(classes) or (classes.min() >= 1 and classes.max() < len(vocabulary)))
+    assert classes.dtype == np.int64 and (
+        not len(classes) or (classes.min() >= 1 and classes.max() < len(vocabulary))
+    )
     assert vocabulary.decode(classes) == text
     assert vocabulary.decode(collapse(np.repeat(np.insert(classes, range(len(classes)), 0), 3))) == text
     assert [word for word, _, _ in vocabulary.words(classes)] == text.split()
@@ -82,12 +110,18 @@ def test_any_transcript_survives_encoding_and_decoding(text: str, spelling: Any,
 
 
 @given(st.lists(st.integers(1, 9), max_size=12), st.sampled_from(["characters", "jamo"]))
-def test_any_sequence_of_classes_decodes_to_normal_text_and_to_its_words(numbers: list[int], spelling: Any) -> None:
-    vocabulary = Vocabulary(["ᄀ", "ᄁ", "ᅡ", "ᅩ", "ᆨ", "|", "e", "\u0301", "ㅋ"], spelling)  # a final before any vowel, …
+def test_any_sequence_of_classes_decodes_to_normal_text_and_to_its_words(
+    numbers: list[int], spelling: Any
+) -> None:
+    vocabulary = Vocabulary(
+        ["ᄀ", "ᄁ", "ᅡ", "ᅩ", "ᆨ", "|", "e", "\u0301", "ㅋ"], spelling
+    )  # a final before any vowel, …
     text = vocabulary.decode(numbers)
     assert unicodedata.is_normalized("NFC", text) and text == " ".join(text.split())
     assert [word for word, _, _ in vocabulary.words(numbers)] == text.split()
-    assert all(vocabulary.decode(numbers[first:last]) == word for word, first, last in vocabulary.words(numbers))
+    assert all(
+        vocabulary.decode(numbers[first:last]) == word for word, first, last in vocabulary.words(numbers)
+    )
 
 
 def test_a_symbol_is_a_code_point() -> None:
@@ -102,14 +136,19 @@ def test_jamo_take_syllables_apart_and_leave_the_rest() -> None:
     assert vocabulary.symbols == sorted(["ᄀ", "ᅡ", "ᆨ", "|", "c", "a", "f", "é", "ㅋ"])
     spelled = [vocabulary.symbols[number - 1] for number in vocabulary.encode("각 가")]
     assert spelled == ["ᄀ", "ᅡ", "ᆨ", "|", "ᄀ", "ᅡ"]  # a first and a last ㄱ are two symbols
-    assert vocabulary.unknown("강 b") == {"ᆼ", "b"} and vocabulary.words(vocabulary.encode("각 가")) == [("각", 0, 3), ("가", 4, 6)]
+    assert vocabulary.unknown("강 b") == {"ᆼ", "b"} and vocabulary.words(vocabulary.encode("각 가")) == [
+        ("각", 0, 3),
+        ("가", 4, 6),
+    ]
     assert Vocabulary.given("각 ", text).symbols == ["ᄀ", "ᅡ", "ᆨ", "|"]
 
 
 def test_every_syllable_of_korean_is_spelled_with_67_jamo() -> None:
     syllables = "".join(map(chr, range(0xAC00, 0xD7A4)))
     vocabulary = Vocabulary.of([syllables], TextConfig(spelling="jamo"))
-    assert len(vocabulary) == 1 + 19 + 21 + 27 and vocabulary.decode(vocabulary.encode(syllables)) == syllables
+    assert (
+        len(vocabulary) == 1 + 19 + 21 + 27 and vocabulary.decode(vocabulary.encode(syllables)) == syllables
+    )
 
 
 def test_phones_are_words_of_one_symbol() -> None:
@@ -127,9 +166,14 @@ def test_phones_are_words_of_one_symbol() -> None:
 def test_greedy_paths_lose_repeats_and_blanks_and_text_has_single_spaces() -> None:
     vocabulary = Vocabulary(["a", "b", "|"])
     for path, text in (
-        ([], ""), ([0, 0], ""), ([1, 1, 2], "ab"), ([1, 0, 1], "aa"), ([0, 1, 1, 0, 0, 1, 3, 2, 2], "aa b"), ([3, 1, 3], "a"),
+        ([], ""),
+        ([0, 0], ""),
+        ([1, 1, 2], "ab"),
+        ([1, 0, 1], "aa"),
+        ([0, 1, 1, 0, 0, 1, 3, 2, 2], "aa b"),
+        ([3, 1, 3], "a"),
         ([1, 3, 0, 3, 2], "a b"),
-    ):  # fmt: skip
+    ):
         assert vocabulary.decode(collapse(np.array(path, dtype=np.int64))) == text
 
 
@@ -143,7 +187,12 @@ def test_words_know_which_classes_they_are_made_of() -> None:
 def test_given_characters_are_each_once_in_their_order_and_composed() -> None:
     assert Vocabulary.given("dcbaa e\u0301", TextConfig()).symbols == ["d", "c", "b", "a", "|", "\u00e9"]
     assert Vocabulary.given(" ab'\t", TextConfig()).symbols == ["|", "a", "b", "'"]
-    assert Vocabulary.given("a|B-", TextConfig(case="keep", punctuation="keep")).symbols == ["a", "|", "B", "-"]
+    assert Vocabulary.given("a|B-", TextConfig(case="keep", punctuation="keep")).symbols == [
+        "a",
+        "|",
+        "B",
+        "-",
+    ]
     assert Vocabulary.given("\u094dह", TextConfig()).symbols == ["\u094d", "ह"]
 
 
@@ -151,7 +200,10 @@ def test_given_characters_are_each_once_in_their_order_and_composed() -> None:
     ("characters", "message"),
     [
         ("", "characters: is empty; leave it out"),
-        ("abCD-", r"\['-', 'C', 'D'\] are in no transcript after text.case = 'lower' and text.punctuation = 'remove'"),
+        (
+            "abCD-",
+            r"\['-', 'C', 'D'\] are in no transcript after text.case = 'lower' and text.punctuation = 'remove'",
+        ),
         ("aß", None),
     ],
 )
@@ -174,7 +226,9 @@ def test_a_tokenizers_pieces_are_the_vocabulary_but_for_special_tokens(pieces: V
 
 @settings(max_examples=60)
 @given(st.data())
-def test_a_tokenizer_decodes_any_sequence_of_classes_to_words_that_cover_it(pieces: Vocabulary, data: st.DataObject) -> None:
+def test_a_tokenizer_decodes_any_sequence_of_classes_to_words_that_cover_it(
+    pieces: Vocabulary, data: st.DataObject
+) -> None:
     numbers = data.draw(st.lists(st.integers(1, len(pieces) - 1), max_size=10))
     text = pieces.decode(numbers)
     words = pieces.words(numbers)
@@ -221,7 +275,9 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, content: str | None) 
         Vocabulary.of([], TextConfig(spelling="tokenizer", tokenizer=str(path)))
 
 
-def test_a_tokenizer_with_nothing_but_special_tokens_and_characters_beside_one_are_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_nothing_but_special_tokens_and_characters_beside_one_are_refused(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "tokenizer.json"
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer.save(str(path))

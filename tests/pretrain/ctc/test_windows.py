@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.batches import BatchConfig, SpeechBatches
 from pretrain.ctc.model import LoadedRecognizer, Recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, _log_probs
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.encoder import EncoderConfig
+from pretrain.data.batches import BatchConfig, SpeechBatches
+from pretrain.model.encoder import EncoderConfig
 from tests.pretrain.conftest import write_corpus
-from tests.pretrain.test_streaming import KINDS, ROUNDING
+from tests.pretrain.model.test_streaming import KINDS, ROUNDING
 from tests.reference.convolutions import randomize
 
 SECONDS = 20
@@ -41,15 +41,30 @@ def test_a_long_recording_has_the_log_probabilities_of_the_whole_whatever_max_se
     """To rounding, but for attention, which sees its window: with drawn weights it attends everything alike, near and far, and the mean
     of seconds is not that of a recording that grows louder all the time. That is far more than with a trained recogniser."""
     rng, num_samples = np.random.default_rng(0), SECONDS * 16000 + 123
-    level = np.geomspace(0.005, 0.2, num_samples) * np.repeat(rng.uniform(0.3, 1.0, SECONDS + 1), 16000)[:num_samples]
+    level = (
+        np.geomspace(0.005, 0.2, num_samples)
+        * np.repeat(rng.uniform(0.3, 1.0, SECONDS + 1), 16000)[:num_samples]
+    )
     tones = np.repeat(rng.uniform(200, 4000, num_samples // 1600 + 1), 1600)[:num_samples]
-    wave = level * (np.sin(2 * np.pi * tones * np.arange(num_samples) / 16000) + 0.3 * rng.standard_normal(num_samples)) + 0.02
+    wave = (
+        level
+        * (
+            np.sin(2 * np.pi * tones * np.arange(num_samples) / 16000)
+            + 0.3 * rng.standard_normal(num_samples)
+        )
+        + 0.02
+    )
     manifest = write_corpus(tmp_path, [wave.astype(np.float32)])
     loaded = recognizer(kind, attends)
 
     def log_probs(max_seconds: float) -> Tensor:
         config = TranscribeConfig(
-            out="none", manifest="none", recognizer="none", max_seconds=max_seconds, batch_seconds=10, device="cpu"
+            out="none",
+            manifest="none",
+            recognizer="none",
+            max_seconds=max_seconds,
+            batch_seconds=10,
+            device="cpu",
         )
         source = SpeechBatches(manifest, BatchConfig(batch_seconds=10, crop_seconds=1e9), 0, crop=False)
         ((_, found),) = _log_probs(config, loaded, source, torch.device("cpu"), None)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.checkpoint import save_checkpoint
 from pretrain.ctc.finetuning import FinetuneConfig
-from pretrain.encoder import Encoder, EncoderConfig
-from pretrain.labels import commit_labels, write_shard
-from pretrain.manifest import Manifest
+from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.manifest import Manifest
+from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.training.checkpoint import save_checkpoint
 
 TONES = {"a": 300.0, "b": 700.0, "c": 1500.0, "d": 3100.0, " ": 0.0}
 TEXTS = ["ab cd", "da", "bb ca", "cab"]
@@ -26,7 +26,9 @@ def spell(text: str, seed: int = 0) -> np.ndarray:
     return (wave + 0.002 * np.random.default_rng(seed).standard_normal(len(wave))).astype(np.float32)
 
 
-def tone_labels(folder: Path, manifest: Manifest, said: list[str], levels: int = 1, codebook: str = "c0de") -> Path:
+def tone_labels(
+    folder: Path, manifest: Manifest, said: list[str], levels: int = 1, codebook: str = "c0de"
+) -> Path:
     """Which of the five tones is at the centre of each frame, as labels; further levels hold the frame's number modulo five."""
     labels = []
     for text, frames in zip(said, manifest.num_frames.tolist(), strict=True):
@@ -51,10 +53,13 @@ def save_encoder(run: Path, **changes: Any) -> Path:
 def settings(folder: Path, manifest: Manifest, **changes: Any) -> FinetuneConfig:
     """Four steps from `folder`/encoder into `folder`/recognizer without masks and dropout; tables among `changes` are merged."""
     tree: dict[str, Any] = {
-        "out": str(folder / "recognizer"), "manifest": str(manifest.folder), "encoder": str(folder / "encoder"),
-        "optimizer": {"lr": 5e-3}, "ctc": {"mask_start_probability": 0.0, "mask_channel_probability": 0.0, "final_dropout": 0.0},
+        "out": str(folder / "recognizer"),
+        "manifest": str(manifest.folder),
+        "encoder": str(folder / "encoder"),
+        "optimizer": {"lr": 5e-3},
+        "ctc": {"mask_start_probability": 0.0, "mask_channel_probability": 0.0, "final_dropout": 0.0},
         "training": {"max_steps": 4, "log_every": 2, "device": "cpu"},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
     if tree.get("labels"):

@@ -1,0 +1,1 @@
+"""Samples of recordings of many formats, and their true lengths."""

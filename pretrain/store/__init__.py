@@ -1,0 +1,1 @@
+"""Files: artefacts and their meta data, atomic writes, locks, destinations."""

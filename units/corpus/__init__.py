@@ -1,0 +1,1 @@
+"""Unit corpora: the documents that language models read."""

@@ -1,0 +1,1 @@
+"""Units back to sound."""

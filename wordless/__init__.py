@@ -1,0 +1,1 @@
+"""wordless: speech units and textless language models from raw audio."""
