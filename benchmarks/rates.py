@@ -89,7 +89,7 @@ def start_hubert(folder: Path) -> None:
 def draw_sample(folder: Path) -> None:
     """The plan of `cluster`: which frames to visit."""
     from pretrain.data.manifest import Manifest
-    from quantize.sampling import Sample
+    from quantize.subsample import Sample
 
     Sample(Manifest(folder / "manifest").select("train"), 1000, 0)
 

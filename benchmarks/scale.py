@@ -232,7 +232,7 @@ def summary(hours: Sequence[float], mfu: float) -> str:
 
 
 def _shards(hours: float) -> str:
-    from quantize.encoding import default_num_shards
+    from quantize.encoding_plan import default_num_shards
 
     shards = default_num_shards(3600 * hours)
     return f"{2 * shards:,} files, {duration(hours / shards)} of audio in each"

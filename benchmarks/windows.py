@@ -13,7 +13,8 @@ import numpy as np
 
 from pretrain.data.audio import SAMPLE_RATE, load_audio, num_frames
 from pretrain.data.manifest import Manifest
-from quantize.features import EncoderSource, open_encoder_source, plan_windows
+from pretrain.data.windows import equal_windows
+from quantize.features import CONTEXT_FRAMES, WINDOW_FRAMES, EncoderSource, open_encoder_source
 
 NUM_CLASSES = 100
 
@@ -34,8 +35,8 @@ def in_windows(source: EncoderSource, wave: np.ndarray, layers: list[int], own: 
     """The features of `layers` as `EncoderSource` computes them, or with each window's own statistics."""
     totals = None if own else source._totals(wave)
     parts = [
-        source._extract_window(wave, *window, layers, totals)
-        for window in plan_windows(num_frames(len(wave)))
+        source._extract_window(wave, window, layers, totals)
+        for window in equal_windows(num_frames(len(wave)), WINDOW_FRAMES, CONTEXT_FRAMES)
     ]
     return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 

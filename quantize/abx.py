@@ -9,52 +9,20 @@ frames of a token follow fastabx, which takes the last frame that Libri-light le
 or, of discrete units, "discrete": 0 where two are equal, 1 where not, which is the cosine distance of one-hot vectors.
 """
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from pretrain.data.audio import HOP, SAMPLE_RATE
-from pretrain.data.manifest import Phone, Utterance
 from pretrain.progress import progress
 from quantize.dtw import Block, Spans, Tokens, aligned
+from quantize.phone_tokens import FRAME_RATE_HZ, Items
 
-FRAME_RATE_HZ = SAMPLE_RATE / HOP
-ROUNDING = 1e-6  # frames: times are decimal seconds, and 0.29 s · 50 Hz is 14.499999999999998
 COMPARISONS = 2**22  # triples compared at a time
 
-Context = Literal["triphone", "phoneme", "any"]
 Mode = Literal["within", "across"]
 Distance = Literal["angular", "cosine", "discrete"]
-
-
-@dataclass(frozen=True)
-class Items:
-    """Tokens to compare. Arrays are (tokens,) int64; the numbers in them point into the tables of names, which are sorted.
-
-    A token is the frames `first` to `last` (exclusive) of its utterance.
-    """
-
-    utterance: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    phone: np.ndarray
-    context: np.ndarray
-    speaker: np.ndarray
-    ids: list[str]
-    phones: list[str]
-    contexts: list[str]
-    speakers: list[str]
-
-    def __len__(self) -> int:
-        return len(self.phone)
-
-    def take(self, chosen: np.ndarray) -> "Items":
-        """Some of the tokens, by number or mask, under the same tables."""
-        columns = ("utterance", "first", "last", "phone", "context", "speaker")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
 
 @dataclass(frozen=True)
@@ -70,55 +38,6 @@ class AbxScore:
     num_triples: int
     contrasts: np.ndarray
     reason: str = ""
-
-
-def phone_items(
-    rows: Iterable[Utterance], *, context: Context = "triphone", silence: Collection[str] = ()
-) -> Items:
-    """The tokens of every utterance that has phones and a speaker.
-
-    "triphone": a token is a phone with its two neighbours, first to last frame, and is compared with tokens of the same
-    neighbours: /bag/ with /beg/. "phoneme": the phone's own frames, the same neighbours. "any": the phone's own frames, whatever
-    surrounds it. Phones named in `silence` are no tokens, nor neighbours; neither is a phone one frame or more away.
-
-    Frame i stands for the time (i + ½)/50 s and belongs to a token if that time lies in it, both ends included (fastabx).
-    Tokens without a frame are left out, as in Libri-light.
-    """
-    usable = [utterance for utterance in rows if utterance.phones and utterance.speaker is not None]
-    spans: list[tuple[int, int]] = []
-    names: list[tuple[str, str, str, str]] = []
-    for utterance in usable:
-        for phone, around, start, end in _tokens(utterance.phones or [], context, frozenset(silence)):
-            first = max(0, math.ceil(start * FRAME_RATE_HZ - 0.5 - ROUNDING))
-            last = min(utterance.num_frames, math.floor(end * FRAME_RATE_HZ - 0.5 + ROUNDING) + 1)
-            if first < last:
-                spans.append((first, last))
-                names.append((utterance.id, phone, around, str(utterance.speaker)))
-    ids, phones, contexts, speakers = ([name[column] for name in names] for column in range(4))
-    tables, numbers = zip(*(_numbered(column) for column in (ids, phones, contexts, speakers)), strict=True)
-    firsts, lasts = np.array(spans, np.int64).reshape(-1, 2).T
-    return Items(numbers[0], firsts, lasts, *numbers[1:], *tables)
-
-
-def _tokens(
-    phones: list[Phone], context: Context, silence: frozenset[str]
-) -> Iterator[tuple[str, str, float, float]]:
-    """(phone, context, start, end) of the tokens among an utterance's phones."""
-    if context == "any":
-        yield from ((phone, "", start, end) for start, end, phone in phones if phone not in silence)
-        return
-    for before, this, after in zip(phones, phones[1:], phones[2:], strict=False):
-        apart = max(this.start - before.end, after.start - this.end) >= 1 / FRAME_RATE_HZ
-        if apart or not silence.isdisjoint({before.phone, this.phone, after.phone}):
-            continue
-        start, end = (before.start, after.end) if context == "triphone" else (this.start, this.end)
-        yield this.phone, f"{before.phone} {after.phone}", start, end
-
-
-def _numbered(names: list[str]) -> tuple[list[str], np.ndarray]:
-    table = sorted(set(names))
-    numbers = {name: number for number, name in enumerate(table)}
-    return table, np.array([numbers[name] for name in names], np.int64)
 
 
 def draw_tokens(items: Items, max_group: int | None, seed: int) -> Items:
@@ -140,9 +59,8 @@ def draw_speakers(items: Items, max_x_across: int | None, seed: int) -> dict[tup
     """From whom x comes: for (context, phone, speaker of a and b), at most `max_x_across` others with that phone in that context."""
     rng, chosen = np.random.default_rng([seed, 1]), {}
     speakers: dict[tuple[int, int], list[int]] = {}
-    for context, phone, speaker in sorted(
-        set(zip(items.context.tolist(), items.phone.tolist(), items.speaker.tolist(), strict=True))
-    ):
+    triples = zip(items.context.tolist(), items.phone.tolist(), items.speaker.tolist(), strict=True)
+    for context, phone, speaker in sorted(set(triples)):
         speakers.setdefault((context, phone), []).append(speaker)
     for (context, phone), group in speakers.items():
         for speaker in group:
@@ -176,17 +94,15 @@ def abx(
     """
     items = draw_tokens(_within_features(items, features, distance), max_group, seed)
     tokens = Tokens(items.ids, Spans(items.utterance, items.first, items.last), features, distance)
+    across = mode == "across"
     jobs = list(
-        _jobs_within(items)
-        if mode == "within"
-        else _jobs_across(items, draw_speakers(items, max_x_across, seed))
+        _jobs_across(items, draw_speakers(items, max_x_across, seed)) if across else _jobs_within(items)
     )
     cells: list[tuple[int, int, np.ndarray, np.ndarray]] = []
     num_triples = 0
     with progress(f"ABX {mode}", total=sum(job.num_pairs for job in jobs), unit="pair") as advance:
-        for job, (block, distances) in zip(
-            jobs, aligned(tokens, (job.block(items.phone) for job in jobs)), strict=True
-        ):
+        found = aligned(tokens, (job.block(items.phone) for job in jobs))
+        for job, (block, distances) in zip(jobs, found, strict=True):
             for speaker, phone, others, errors, triples in job.cells(items, block, distances):
                 cells.append((speaker, phone, others, errors))
                 num_triples += triples
@@ -318,16 +234,14 @@ def _jobs_within(items: Items) -> Iterator[_Job]:
 
 def _jobs_across(items: Items, chosen: dict[tuple[int, int, int], list[int]]) -> Iterator[_Job]:
     blocks = {(context, speaker): (tokens, sizes) for context, speaker, tokens, sizes in _blocks(items)}
-    queries: dict[
-        tuple[int, int, int], list[tuple[int, int]]
-    ] = {}  # by context and the two speakers, the smaller number first
+    # by context and the two speakers, the smaller number first
+    queries: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for (context, phone, speaker), others in chosen.items():
         if len(blocks[context, speaker][1]) > 1:
             for other in others:
                 side = int(speaker < other)  # x is the other's: the columns where the other is the second
-                queries.setdefault((context, min(speaker, other), max(speaker, other)), []).append(
-                    (side, phone)
-                )
+                pair = context, min(speaker, other), max(speaker, other)
+                queries.setdefault(pair, []).append((side, phone))
     for (context, one, two), wanted in queries.items():
         yield _Job(blocks[context, one][0], blocks[context, two][0], wanted)
 
@@ -338,9 +252,8 @@ def _averaged(cells: list[tuple[int, int, np.ndarray, np.ndarray]], num_phones: 
     if cells:
         speaker = np.concatenate([np.full(len(others), speaker) for speaker, _, others, _ in cells])
         pair = np.concatenate([phone * num_phones + others for _, phone, others, _ in cells])
-        groups, which, counts = np.unique(
-            speaker * num_phones**2 + pair, return_inverse=True, return_counts=True
-        )
+        keys = speaker * num_phones**2 + pair
+        groups, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
         errors = np.bincount(which, np.concatenate([errors for *_, errors in cells])) / counts
         pairs, which, counts = np.unique(groups % num_phones**2, return_inverse=True, return_counts=True)
         contrasts[pairs] = np.bincount(which, errors) / counts

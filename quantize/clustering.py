@@ -1,7 +1,7 @@
-"""The verb `cluster`: fit a codebook on a seeded sample of frames, and choose the encoder layer it reads.
+"""The verb `cluster`: fits a codebook on a seeded sample of frames, and chooses the layer of the encoder.
 
-What an interrupted run has done lies in `out/partial`: the chosen layer, the sample as far as it is collected, the state of
-k-means. The same command goes on from there and ends in the same codebook; `plan.json` keeps another one from doing so.
+`out/partial` holds the work of an interrupted run: the chosen layer, the sample as far as it is collected, the state of
+k-means. The same command goes on from there and ends in the same codebook; `plan.json` prevents another one from doing so.
 """
 
 import json
@@ -11,32 +11,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from pretrain.config import Config, PathStr, Seed, Split
+from pretrain.config import PathStr, Seed, Split
 from pretrain.data.labels import MAX_CLASSES
 from pretrain.data.manifest import Manifest
 from pretrain.progress import console
 from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
 from quantize.codebook import write_codebook
-from quantize.features import (
-    EncoderSource,
-    FeatureSource,
-    LayerConvention,
-    MfccSource,
-    Precision,
-    open_encoder_source,
-)
-from quantize.kmeans import kmeans
-from quantize.sampling import Balance, Sample, collect, load_sample, require_space
+from quantize.extraction import Extraction, open_encoder
+from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource
+from quantize.kmeans import Fit, kmeans
+from quantize.subsample import Balance, Sample, collect, load_sample, require_space
 from quantize.sweep import choose_layer, read_choice
 
 FRAMES_PER_HOUR = 50 * 3600
 DEFAULT_HOURS = 10.0
 
 
-class ClusterConfig(Config):
-    """`hours` or `frames`: how much to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`, or `sweep`'s."""
+class ClusterConfig(Extraction):
+    """`hours` or `frames` to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`, or that of `sweep`."""
 
     manifest: PathStr
     out: PathStr
@@ -75,14 +70,6 @@ class ClusterConfig(Config):
     restarts: int = Field(1, ge=1)
     max_iterations: int = Field(100, ge=1)
     tolerance: float = Field(1e-4, ge=0, description="stop when inertia falls by less, relatively")
-    device: str = "auto"
-    batch_seconds: float | None = Field(
-        None, ge=0, description="audio per batch on a GPU; a CPU takes utterances one by one"
-    )
-    precision: Precision = Field(
-        "float32", description="of the encoder's matrix products; int8 on a CPU only"
-    )
-    workers: int = Field(2, ge=1, description="threads that decode")
 
     @model_validator(mode="before")
     @classmethod
@@ -98,9 +85,7 @@ class ClusterConfig(Config):
             raise ValueError("cmvn is a matter of MFCC; remove it")
         if self.features == "mfcc" and self.precision != "float32":
             raise ValueError("precision is a matter of encoders; remove it or give features = 'encoder'")
-        if (
-            self.features == "mfcc" and self.layer != "best"
-        ):  # the default, which a resolved config spells out
+        if self.features == "mfcc" and self.layer != "best":  # the default, which a resolved config has
             raise ValueError("layer is a matter of encoders; remove it or give features = 'encoder'")
         if self.sweep is not None and (self.features == "mfcc" or self.layer != "best"):
             raise ValueError("sweep is what layer = 'best' of an encoder follows; remove it, or the layer")
@@ -113,15 +98,13 @@ class ClusterConfig(Config):
     @property
     def budget(self) -> int:
         """Frames to fit on, if the split has as many."""
-        return (
-            self.frames
-            if self.frames is not None
-            else max(1, round((self.hours or DEFAULT_HOURS) * FRAMES_PER_HOUR))
-        )
+        if self.frames is not None:
+            return self.frames
+        return max(1, round((self.hours or DEFAULT_HOURS) * FRAMES_PER_HOUR))
 
 
 def cluster(config: ClusterConfig) -> dict[str, Any]:
-    """Fit `levels` × `num_classes` centroids and write the codebook; returns the statistics of the fit and how the layer was chosen."""
+    """Fits `levels` × `num_classes` centroids and writes the codebook; returns statistics of the fit and the choice of a layer."""
     out, partial = Path(config.out), Path(config.out) / "partial"
     if is_complete(out):
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed right after its commit
@@ -129,7 +112,7 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
     began = time.monotonic()
     manifest = Manifest(config.manifest)
     sample = _draw(config, manifest)
-    source, parents = open_source(config), {"manifest": manifest.fingerprint}
+    source, parents = open_features(config), {"manifest": manifest.fingerprint}
     if isinstance(source, EncoderSource):
         parents["encoder"] = source.fingerprint
     if config.sweep is not None:
@@ -145,19 +128,24 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
     keep_to_plan(partial, plan)
     if choice:
         write_json(partial / "choice.json", choice)
+    fit = _fit(config, load_sample(collect(source, sample, partial), config.memory_gb), partial)
+    levels = [asdict(level) for level in fit.levels]
+    statistics = levels[0] | {"frames": sample.size, "utterances": len(sample), **_speakers(sample), **choice}
+    found, described = {**statistics, "levels": levels}, source.describe()
+    write_codebook(config.out, fit.centroids, fit.mean, described, found, config.resolved(), parents)
+    shutil.rmtree(partial)
+    summary = {"num_classes": config.num_classes, "num_levels": config.levels, **statistics}
+    if config.levels > 1:
+        summary["inertia_by_level"] = {str(level): found["inertia"] for level, found in enumerate(levels)}
+    return {**summary, "seconds": time.monotonic() - began}
 
-    points = load_sample(collect(source, sample, partial), config.memory_gb)
-    fit = kmeans(
-        points,
-        config.num_classes,
-        seed=config.seed,
-        levels=config.levels,
-        spherical=config.spherical,
-        max_iterations=config.max_iterations,
-        tolerance=config.tolerance,
-        restarts=config.restarts,
-        state=partial / "kmeans.safetensors",
+
+def _fit(config: ClusterConfig, points: np.ndarray, partial: Path) -> Fit:
+    """K-means of the sample; prints a note on empty classes."""
+    options = config.model_dump(
+        include={"num_classes", "seed", "levels", "spherical", "max_iterations", "tolerance", "restarts"}
     )
+    fit = kmeans(points, state=partial / "kmeans.safetensors", **options)
     for level, found in enumerate(fit.levels):
         if found.num_empty:
             where = f" of level {level}" if config.levels > 1 else ""
@@ -165,36 +153,16 @@ def cluster(config: ClusterConfig) -> dict[str, Any]:
             console.print(
                 f"{config.out}: {found.num_empty} of {config.num_classes} classes{where} are empty: {why}"
             )
-    by_level = [asdict(level) for level in fit.levels]
-    statistics = by_level[0] | {
-        "frames": sample.size,
-        "utterances": len(sample),
-        **_speakers(sample),
-        **choice,
-    }
-    write_codebook(
-        config.out,
-        fit.centroids,
-        fit.mean,
-        source.describe(),
-        {**statistics, "levels": by_level},
-        config.resolved(),
-        parents,
-    )
-    shutil.rmtree(partial)
-    summary = {"num_classes": config.num_classes, "num_levels": config.levels, **statistics}
-    if config.levels > 1:
-        summary["inertia_by_level"] = {str(level): found["inertia"] for level, found in enumerate(by_level)}
-    return {**summary, "seconds": time.monotonic() - began}
+    return fit
 
 
 def require_frames(config: ClusterConfig) -> None:
-    """ValueError where the split has fewer frames than classes; reads the manifest alone."""
+    """Raises ValueError if the split has fewer frames than classes. Reads the manifest only."""
     _draw(config, Manifest(config.manifest))
 
 
 def _draw(config: ClusterConfig, manifest: Manifest) -> Sample:
-    """The frames to fit on. ValueError where they are fewer than the classes."""
+    """The frames to fit on. Raises ValueError if they are fewer than the classes."""
     sample = Sample(manifest.select(config.split), config.budget, config.seed, config.balance)
     if sample.size < config.num_classes:
         few = "hours or frames allow no more" if sample.size == config.budget else "the manifest has no more"
@@ -204,23 +172,17 @@ def _draw(config: ClusterConfig, manifest: Manifest) -> Sample:
     return sample
 
 
-def open_source(config: ClusterConfig) -> FeatureSource:
-    """The features to fit on; an encoder's are of layer 0 while `layer` is yet to be chosen."""
+def open_features(config: ClusterConfig) -> FeatureSource:
+    """The features to fit on; of layer 0 of an encoder while `layer` is yet to be chosen."""
     if config.encoder is None:
         return MfccSource(config.cmvn, config.workers)
-    return open_encoder_source(
-        config.encoder,
-        0 if config.layer == "best" else config.layer,
-        device=config.device,
-        batch_seconds=config.batch_seconds,
-        workers=config.workers,
-        precision=config.precision,
-        convention=config.convention,
+    return open_encoder(
+        config.encoder, 0 if config.layer == "best" else config.layer, config, config.convention
     )
 
 
 def _plan(config: ClusterConfig, source: FeatureSource, parents: dict[str, str]) -> dict[str, Any]:
-    """All that decides the codebook: fingerprints instead of paths, the device instead of "auto", and nothing that only costs time."""
+    """Everything that decides the codebook: fingerprints instead of paths, the device instead of "auto"."""
     ignored = {"out", "workers", "memory_gb", "manifest", "encoder", "sweep"}
     keys = {key: value for key, value in config.resolved().items() if key not in ignored}
     return {**keys, **parents, "device": source.device if isinstance(source, EncoderSource) else "cpu"}
@@ -239,18 +201,19 @@ def _choose(
     choice = read_choice(config.sweep)
     if choice["encoder"] != source.fingerprint:
         raise ValueError(
-            f"sweep: {config.sweep} is of encoder {choice['encoder']}, and {config.encoder} is encoder {source.fingerprint}; "
-            "give this encoder's sweep, or a layer"
+            f"sweep: {config.sweep} is of encoder {choice['encoder']}, and {config.encoder} is encoder "
+            f"{source.fingerprint}; give this encoder's sweep, or a layer"
         )
     if choice["convention"] != source.convention:
         raise ValueError(
-            f"sweep: {config.sweep} is of {choice['convention']!r} features, and convention is {source.convention!r}; make them agree"
+            f"sweep: {config.sweep} is of {choice['convention']!r} features, and convention is {source.convention!r}; "
+            "make them agree"
         )
     return {key: choice[key] for key in ("layer", "chosen_by", "sweep")}
 
 
 def _speakers(sample: Sample) -> dict[str, Any]:
-    """How many speakers the sample has, and the smallest and the largest share of its frames that one has."""
+    """The number of speakers in the sample, and the smallest and largest share of its frames of one of them."""
     if sample.speaker_frames is None:
         return {}
     shares = sample.speaker_frames / sample.size

@@ -1,13 +1,18 @@
-"""ABX and probes over one draw of utterances, for whatever is known of their frames: units, centroids, features of a layer."""
+"""ABX and probes of one draw of utterances: of their units, centroids, or features of a layer."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.data.audio import phone_frames
+from pretrain.data.audio import SAMPLE_RATE, phone_frames
 from pretrain.data.manifest import Utterance
-from quantize.abx import Context, Distance, Mode, abx, phone_items
+from pretrain.progress import progress
+from quantize.abx import Distance, Mode, abx
+from quantize.codebook import Codebook
+from quantize.features import FeatureSource
+from quantize.phone_tokens import Context, phone_items
 from quantize.probes import (
     MAX_ITERATIONS,
     histogram,
@@ -17,23 +22,21 @@ from quantize.probes import (
     speaker_probe,
     split_utterances,
 )
+from quantize.subsample import frame_file, require_finite
 
 T = TypeVar("T")
 
-FULL = (
-    10,
-    5,
-    10_000,
-)  # tokens of a phone in a context and speakers of x, as in Libri-light; frames that a probe learns from
+# Tokens of a phone in a context and speakers of x, as in Libri-light; frames that a probe learns from.
+FULL = 10, 5, 10_000
 BRIEF = 5, 3, 5_000
 FEW_CELLS = 100  # of ABX: below, its error is a rough number, and a note says so
 
 
 class Judge:
-    """ABX and probes over one set of utterances, for whatever is known of their frames: units, centroids, features of a layer.
+    """ABX and probes of one set of utterances: of their units, centroids, or features of a layer.
 
-    What cannot be judged (no phones, one speaker, too few tokens) is left out of the results, and `notes` says why. `brief`: for
-    comparing layers, with fewer triples and frames, no ABX of units, and speakers told from units only.
+    Measures that cannot be computed (no phones, one speaker, too few tokens) are left out; `notes` has the reasons. `brief`: for
+    comparing layers, with fewer triples and frames, no ABX of units, and the speaker probe of units only.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Judge:
         brief: bool = False,
     ):
         self.utterances, self.notes, self.brief = utterances, list[str](), brief
-        self._distance, self._seed = distance, seed
+        self.distance, self._seed = distance, seed
         self._max_group, self._max_x_across, self._probe_frames = BRIEF if brief else FULL
         self._aligned = any(utterance.phones is not None for utterance in utterances)
         if not self._aligned:
@@ -78,7 +81,7 @@ class Judge:
         if not self.brief:
             found |= self.speakers(features, pooled)
         accuracies = {f"{key}_features": value for key, value in found.items() if key.endswith("accuracy")}
-        return self.abx(features, self._distance, "_features") | accuracies
+        return self.abx(features, self.distance, "_features") | accuracies
 
     def abx(
         self, features: Mapping[str, np.ndarray], distance: Distance, suffix: str = ""
@@ -89,15 +92,9 @@ class Judge:
         if self._items is None:
             return scores
         for mode in modes:
-            score = abx(
-                self._items,
-                features,
-                mode=mode,
-                distance=distance,
-                max_group=self._max_group,
-                max_x_across=self._max_x_across,
-                seed=self._seed,
-            )
+            groups, speakers = self._max_group, self._max_x_across
+            options: dict[str, Any] = {"max_group": groups, "max_x_across": speakers, "seed": self._seed}
+            score = abx(self._items, features, mode=mode, distance=distance, **options)
             if score.error is None:
                 self._note(f"no ABX {mode}: {score.reason}")
             else:
@@ -109,7 +106,7 @@ class Judge:
         return scores
 
     def phones(self, frames: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """How well the phone is told from a frame."""
+        """Accuracy of the phone probe, on frames."""
         if self._training is None or not self._aligned:
             return {}
         pieces = [
@@ -124,24 +121,24 @@ class Judge:
     def speakers(
         self, frames: Mapping[str, np.ndarray], vector: Callable[[np.ndarray], np.ndarray]
     ) -> dict[str, float]:
-        """How well the speaker is told from an utterance's vector, (frames, …) to (dim,), and from a frame."""
+        """Accuracy of the speaker probes: on an utterance's vector, (frames, …) to (dim,), and on frames."""
         if self._training is None:
             return {}
         found = speaker_probe(
             np.stack([vector(frames[name]) for name in self.ids]), self._speakers, seed=self._seed
         )
-        told = self._unless_reason("speaker probe", found, ("speaker_accuracy", "speaker_chance"))
-        if not told:
+        known = self._unless_reason("speaker probe", found, ("speaker_accuracy", "speaker_chance"))
+        if not known:
             return {}
         named = zip(self._speakers, self.ids, strict=True)
         pieces = [None if speaker is None else (speaker, frames[name]) for speaker, name in named]
         found = speaker_frame_probe(*self._halves(pieces), max_frames=self._probe_frames, seed=self._seed)
-        return told | self._unless_reason(
+        return known | self._unless_reason(
             "speaker probe of frames", found, ("speaker_frame_accuracy", "speaker_frame_majority")
         )
 
     def _halves(self, pieces: Sequence[T | None]) -> tuple[list[T], list[T]]:
-        """What is known of the utterances to learn from, and of those to be judged on."""
+        """The pieces of the utterances to learn from, and of those to be judged on; None is left out."""
         assert self._training is not None
         halves: tuple[list[T], list[T]] = [], []
         for piece, training in zip(pieces, self._training, strict=True):
@@ -162,3 +159,52 @@ class Judge:
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+
+def judge_features(
+    judge: Judge,
+    units: Mapping[str, np.ndarray],
+    codebook: Codebook,
+    source: FeatureSource,
+    folder: str | Path,
+) -> dict[str, Any]:
+    """ABX and probes of the features of a judge's utterances, ABX of their centroids, and the loss by quantising.
+
+    `units` are labels (frames, levels) by utterance. `quantisation_error` is the mean squared distance of a frame to the sum of
+    its centroids, over the variance of the frames: 1 is the error of the frames' mean alone. Spherical centroids are directions,
+    without such a distance. Features and centroids are in an unnamed file in `folder` meanwhile.
+    """
+    spherical = bool(codebook.meta["config"].get("spherical"))
+    total = sum(utterance.num_frames for utterance in judge.utterances)
+    stored = frame_file(folder, (2, total, codebook.dim))
+    features, centroids = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    errors, squares, sums, done = np.zeros(codebook.num_levels), 0.0, np.zeros(codebook.dim), 0
+    seconds = sum(utterance.length for utterance in judge.utterances) / SAMPLE_RATE
+    with progress("features", total=seconds, unit="s") as advance:
+        for utterance, found in source.features(judge.utterances):
+            require_finite(utterance, found)
+            levels = units[utterance.id]
+            count = min(len(found), len(levels))  # labels may be one frame short
+            found, levels, used = found[:count], levels[:count], slice(done, done + count)
+            stored[0, used], stored[1, used] = found, codebook.decode(levels)
+            features[utterance.id], centroids[utterance.id] = stored[0, used], stored[1, used]
+            done = used.stop
+            advance(utterance.length / SAMPLE_RATE)
+            if spherical:
+                continue
+            residual = found.astype(np.float64) - codebook.mean
+            squares, sums = squares + np.square(residual).sum(), sums + residual.sum(axis=0)
+            for level, centroid in enumerate(codebook.centroids):
+                residual -= centroid[levels[:, level]]
+                errors[level] += np.square(residual).sum()
+    scores: dict[str, Any] = {}
+    if spherical:
+        judge.notes.append(
+            "no quantisation error: the codebook is spherical, and its centroids are directions"
+        )
+    else:
+        variance = squares - np.square(sums).sum() / max(1, done)
+        relative = [float(error / variance) if variance > 0 else 0.0 for error in errors]
+        scores = {"quantisation_error": relative[-1]}
+        scores |= {"quantisation_error_by_level": relative} if len(relative) > 1 else {}
+    return scores | judge.abx(centroids, judge.distance, "_centroids") | judge.of_features(features)

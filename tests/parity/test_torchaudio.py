@@ -20,7 +20,7 @@ from pretrain.store.artefact import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from pretrain.weights.foreign import infer_encoder
 from pretrain.weights.naming import canonical, parameters, to_theirs
-from quantize.features import deltas, mfcc
+from quantize.mfcc import deltas, mfcc
 from tests.parity.peers import compare_gradients, load_pretraining, scatter, transformers_model
 from tests.parity.peers import import_peer as import_transformers
 

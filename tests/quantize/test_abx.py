@@ -10,7 +10,8 @@ import pytest
 from pretrain.data.manifest import Phone, Utterance
 from quantize import abx as abx_module
 from quantize import dtw
-from quantize.abx import Items, abx, draw_speakers, draw_tokens, phone_items
+from quantize.abx import abx, draw_speakers, draw_tokens
+from quantize.phone_tokens import Items, phone_items
 from tests.reference import abx as reference
 
 MODES = ("within", "across")

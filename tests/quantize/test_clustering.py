@@ -45,7 +45,7 @@ def test_the_summary_says_how_alike_the_speakers_shares_are(
     make_corpus: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = make_corpus(tmp_path, num_utterances=6)
-    monkeypatch.setattr("quantize.sampling.speaker_numbers", lambda rows: np.arange(len(rows)) % 2)
+    monkeypatch.setattr("quantize.subsample.speaker_numbers", lambda rows: np.arange(len(rows)) % 2)
     config = {"manifest": str(manifest), "num_classes": 2, "frames": 61}
     summary = cluster(ClusterConfig(**config, out=str(tmp_path / "codebook")))
     assert (summary["num_speakers"], summary["frames"], summary["utterances"]) == (2, 61, 6)
@@ -69,11 +69,11 @@ import json, os, random, signal, sys, time
 
 import torch  # here, so that no fork pays for it; nothing is computed before the forks, so that no thread is lost in them
 
-from quantize import assignment, clustering, features, kmeans, sampling
+from quantize import assignment, clustering, features, kmeans, subsample
 from pretrain.store.artefact import is_complete
 
 config, kills, rng = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0)
-sampling.PIECE_SECONDS, sampling.RECORD_SECONDS, kmeans.SAVE_SECONDS, assignment.BLOCK = 0.5, 0.0, 0.0, 64
+subsample.PIECE_SECONDS, subsample.RECORD_SECONDS, kmeans.SAVE_SECONDS, assignment.BLOCK = 0.5, 0.0, 0.0, 64
 partial = config["out"] + "/partial"
 
 def recorded():  # when that was written which a later run goes on from

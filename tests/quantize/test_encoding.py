@@ -26,7 +26,9 @@ from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook, write_codebook
-from quantize.encoding import EncodeConfig, _share_of_the_machine, default_num_shards, encode, plan_shards
+from quantize.encoding import EncodeConfig, encode
+from quantize.encoding_plan import default_num_shards, plan_shards
+from quantize.encoding_processes import _share_of_the_machine
 from quantize.features import FeatureSource, MfccSource, open_encoder_source
 
 

@@ -13,18 +13,19 @@ import quantize.features
 from pretrain.data.audio import num_frames
 from pretrain.data.manifest import Manifest, Utterance
 from pretrain.data.packing import Layout
+from pretrain.data.windows import equal_windows
 from pretrain.model.encoder import load_encoder
 from quantize.features import (
+    CONTEXT_FRAMES,
+    WINDOW_FRAMES,
     EncoderSource,
     LayerConvention,
     MfccSource,
     ahead,
-    deltas,
-    mfcc,
     open_encoder_source,
     plan_batches,
-    plan_windows,
 )
+from quantize.mfcc import deltas, mfcc
 from tests.pretrain.model.test_streaming import CHUNKS, KINDS, ROUNDING, encoder
 
 
@@ -218,7 +219,7 @@ def test_long_utterances_go_through_the_encoder_in_windows_that_keep_every_frame
     ((_, whole),) = source.features([utterance])
     monkeypatch.setattr(quantize.features, "WINDOW_FRAMES", 20)
     monkeypatch.setattr(quantize.features, "CONTEXT_FRAMES", 7)
-    assert len(plan_windows(utterance.num_frames)) > 2
+    assert len(equal_windows(utterance.num_frames, 20, CONTEXT_FRAMES)) > 2
     ((_, windowed),) = source.features([utterance])
     assert whole.shape == (utterance.num_frames, 1) and np.array_equal(windowed, whole)
 
@@ -269,11 +270,11 @@ def test_a_streaming_encoder_has_no_cuts_in_a_long_utterance(
 
 @given(st.integers(1, 30_000))
 def test_windows_cover_each_frame_once(total: int) -> None:
-    windows = plan_windows(total)
-    assert windows[0][0] == 0 and windows[-1][1] == total
-    assert all(left[1] == right[0] for left, right in pairwise(windows))
+    windows = equal_windows(total, WINDOW_FRAMES, CONTEXT_FRAMES)
+    assert windows[0].start == 0 and windows[-1].end == total
+    assert all(left.end == right.start for left, right in pairwise(windows))
     assert all(
-        0 < end - start <= 5000 and first <= start and last >= end for start, end, first, last in windows
+        0 < end - start <= 5000 and first <= start and last >= end for first, last, start, end in windows
     )
 
 

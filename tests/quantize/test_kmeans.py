@@ -13,8 +13,10 @@ import pytest
 from quantize import assignment
 from quantize import kmeans as module
 from quantize.assignment import MAX_BLOCK, nearest
-from quantize.kmeans import SKETCH, Fit, _draw_far, _sketch, kmeans
+from quantize.kmeans import Fit, _draw_far, kmeans
+from quantize.kmeans_state import Run
 from quantize.rows import FixedPoint, Rows
+from quantize.seeding import SKETCH, _sketch
 
 
 def blobs(num_points: int, dim: int, num_blobs: int, seed: int = 0, offset: float = 0.0) -> np.ndarray:
@@ -374,11 +376,11 @@ FITS = {
 }
 
 
-def started_badly(rows: Rows, num_classes: int, rng: np.random.Generator) -> module._Run:
+def started_badly(rows: Rows, num_classes: int, rng: np.random.Generator) -> Run:
     """Centroids of which half are too far from everything to win a row, so that rows are drawn in their place."""
     centroids = rows[:num_classes].copy()
     centroids[::2] *= 1000
-    return module._Run(centroids, rng)
+    return Run(centroids, rng)
 
 
 def same(one: Fit, other: Fit) -> bool:

@@ -16,12 +16,13 @@ from pretrain.data.labels import Labels, commit_labels, write_shard
 from pretrain.data.manifest import Manifest, Utterance
 from pretrain.objectives.pnmi import entropy_bits
 from pretrain.store.artefact import read_meta
-from quantize.abx import Mode, abx, phone_items
+from quantize.abx import Mode, abx
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook, write_codebook
 from quantize.encoding import EncodeConfig, encode
 from quantize.features import MfccSource
 from quantize.measuring import MeasureConfig, as_text, measure
+from quantize.phone_tokens import phone_items
 
 MODES: tuple[Mode, ...] = ("within", "across")
 NAMES = ["", "sil", "aa", "iy", "ss"]

@@ -17,12 +17,11 @@ from quantize.judging import Judge
 from quantize.kmeans import kmeans
 from quantize.measuring import MeasureConfig, as_text, measure
 from quantize.quality import usage_metrics
-from quantize.sampling import Sample
+from quantize.subsample import Sample, frame_file
 from quantize.sweep import (
     SWEEP_ITERATIONS,
     choose_layer,
     draw_utterances,
-    frame_file,
     plan_sweep,
     read_choice,
     recommend,

@@ -1,7 +1,7 @@
 """What a language model is to continue: beginnings of a corpus's documents, or recordings made into its units."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def audio_prompts(
     Errors: ValueError naming the recording, or both sides where the codebook is not the one whose units the model learned.
     """
     from quantize.codebook import Codebook
-    from quantize.encoding import EncodeConfig, open_source
+    from quantize.extraction import Extraction, open_source
 
     codebook = Codebook.open(codebook_folder)
     vocabulary, learned = lm.vocabulary, lm.meta["codebook"]
@@ -76,11 +76,7 @@ def audio_prompts(
             "give the codebook that its corpus was encoded with"
         )
     utterances = [_whole_recording(path) for path in paths]
-    target: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    source = open_source(
-        EncodeConfig(manifest="none", out="none", codebook=codebook_folder, encoder=encoder, device=target),
-        codebook,
-    )
+    source = open_source(codebook, encoder, Extraction(device="cuda" if device == "cuda" else "cpu"))
     merger = Merger(vocabulary) if vocabulary.merges else None
     prompts = []
     for utterance, features in source.features(utterances):

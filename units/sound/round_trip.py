@@ -9,7 +9,7 @@ from rapidfuzz.distance import Levenshtein
 from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.manifest import Utterance
 from quantize.codebook import Codebook
-from quantize.encoding import EncodeConfig, open_source
+from quantize.extraction import Extraction, open_source
 from units.corpus.sequence import deduplicate
 from units.corpus.unit_corpus import UnitCorpus
 
@@ -24,10 +24,7 @@ class RoundTrip:
                 f"codebook: {codebook} is codebook {self.codebook.fingerprint}, and {corpus.folder} has units of codebook "
                 f"{corpus.codebook}; give the one that its labels were encoded with"
             )
-        settings = EncodeConfig(
-            manifest="none", codebook=codebook, out="none", encoder=encoder
-        )  # for its features alone
-        self.source = open_source(settings, self.codebook)
+        self.source = open_source(self.codebook, encoder, Extraction())
 
     def measure(self, folder: Path, lines: list[dict[str, Any]]) -> dict[str, float]:
         """How much of the units comes back, of every kind of sound that was made of recorded utterances.

@@ -15,8 +15,8 @@ from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Utterance
 from pretrain.model.frontend import log_mel, mel_matrix
+from quantize.layer_figure import PANEL_INCHES, draw_panel, layer_panels
 from quantize.quality import matching_labels
-from quantize.sweep import PANEL_INCHES, draw_panel, layer_panels
 
 STYLE: Any = {
     "font.size": 9,

@@ -17,11 +17,12 @@ from pretrain.ctc.model import CTCBatch, LoadedRecognizer, Recognizer, greedy, l
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, _references, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.ctc.windows import in_windows, plan_windows
+from pretrain.ctc.windows import CONTEXT, in_windows
 from pretrain.data.audio import num_frames
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.manifest import Manifest, Utterance
 from pretrain.data.packing import pack
+from pretrain.data.windows import overlapping_windows
 from pretrain.store.artefact import read_meta
 from tests.pretrain.conftest import write_corpus
 from tests.pretrain.ctc.tones import TEXTS, save_encoder, settings, spell, tone_labels
@@ -282,7 +283,7 @@ def test_aligned_transcripts_can_be_indexed_and_what_cannot_be_aligned_is_listed
 
 @pytest.mark.parametrize(("frames", "size"), [(10, 10), (11, 10), (1499, 50), (30, 12), (31, 12), (100, 7)])
 def test_windows_cover_every_frame_once_with_context_on_both_sides(frames: int, size: int) -> None:
-    windows = plan_windows(frames, size)
+    windows = overlapping_windows(frames, size, CONTEXT)
     taken = [frame for _, _, begin, end in windows for frame in range(begin, end)]
     assert taken == list(range(frames))
     for first, last, begin, end in windows:

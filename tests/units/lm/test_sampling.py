@@ -13,7 +13,7 @@ from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
 from pretrain.training.task import TrainingConfig
 from quantize.codebook import Codebook, write_codebook
-from quantize.features import mfcc
+from quantize.mfcc import mfcc
 from units.corpus.patterns import PATTERNS, Pattern
 from units.corpus.sequence import deduplicate
 from units.corpus.unit_corpus import Document, ListedSequences, UnitCorpus, write_corpus

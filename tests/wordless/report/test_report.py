@@ -19,8 +19,8 @@ from pretrain.data.labels import commit_labels, write_shard
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.store.artefact import commit, write_json
 from quantize.codebook import write_codebook
+from quantize.layer_figure import draw_layers
 from quantize.measuring import MeasureConfig, measure
-from quantize.sweep import draw_layers
 from wordless.report.readings import in_words
 from wordless.report.report import ReportConfig, as_text, report
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.data.manifest import Manifest, Utterance, write_manifest
-from quantize import sampling
+from quantize import subsample
 from quantize.features import plan_batches
-from quantize.sampling import (
+from quantize.subsample import (
     VISIT,
     Sample,
     collect,
@@ -196,8 +196,8 @@ def test_the_file_holds_frames_of_the_corpus_in_manifest_order_each_once(tmp_pat
 @pytest.fixture
 def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of some utterances, each recorded as soon as it is written."""
-    monkeypatch.setattr(sampling, "PIECE_SECONDS", 5.0)
-    monkeypatch.setattr(sampling, "RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(subsample, "PIECE_SECONDS", 5.0)
+    monkeypatch.setattr(subsample, "RECORD_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("recorded_at_once")

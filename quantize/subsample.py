@@ -7,6 +7,7 @@ while the plan is made; the frames go to `sample.npy`, and what an interrupted r
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -223,3 +224,29 @@ def load_sample(path: Path, memory_gb: float) -> np.ndarray:
     fits = path.stat().st_size <= memory_gb * 1e9
     points: np.ndarray = np.load(path, mmap_mode=None if fits else "r", allow_pickle=False)
     return points
+
+
+def frame_file(folder: str | Path | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """A float32 array in a file without a name, which the system removes when the work ends.
+
+    Raises ValueError with the number of bytes if the disk has too little space.
+    """
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    if 0 in shape:
+        return np.empty(shape, np.float32)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        try:
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a full disk is an error here rather than a dead process later
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
+        except OSError as error:
+            where = folder or tempfile.gettempdir()
+            raise ValueError(
+                f"{where}: the features need {size:,} bytes of disk for a while ({error.strerror}); lower `frames`"
+            ) from None
+        return np.memmap(file, np.float32, "r+", shape=shape)
