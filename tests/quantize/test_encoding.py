@@ -334,12 +334,13 @@ def test_not_one_frame_on_a_border_depends_on_processes(corpus: Path, tmp_path: 
 
 HARNESS = """
 import json, os, random, signal, sys, time
+from pathlib import Path
 
 from pretrain.data.labels import shard_stands
 from quantize import encoding, features
 
 config, task = json.loads(sys.argv[1]), sys.argv[2]
-out, rng, load = encoding.Path(config["out"]), random.Random(0), features.load_audio
+out, rng, load = Path(config["out"]), random.Random(0), features.load_audio
 
 def slow(utterance):
     time.sleep(0.15)
@@ -509,7 +510,7 @@ def test_a_killed_process_ends_the_others_and_is_told_of(
         manifest=str(corpus), codebook=mfcc_codebook, num_shards=4, processes=2, out=str(tmp_path / "labels")
     )
     with pytest.raises(
-        ValueError, match=r"one of 2 processes was ended by SIGKILL, .* memory .* \d of 4 shards stand"
+        ValueError, match=r"one of 2 processes was ended by SIGKILL, .* memory .* \d of 4 shards are done"
     ):
         encode(config)
     killer.join()
