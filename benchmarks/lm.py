@@ -34,7 +34,7 @@ class OursTraining:
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         from benchmarks.training_peers import Update
-        from pretrain.model.cpu_kernels import keep_freed_memory
+        from pretrain.training.memory import keep_freed_memory
         from units.corpus.patterns import Pattern
         from units.corpus.unit_corpus import ListedSequences
         from units.lm.language_model import LanguageModel, Pieces

@@ -9,7 +9,7 @@ this machine consumes, when it is given: the loader should deliver at least twen
 
 fairseq2 decodes with the system's libsndfile, ours with the one in soundfile's wheel. `ours_system` is ours with the system's, which
 tells what of a difference is the pipeline's and what the C library's; `pip install --no-binary soundfile soundfile` installs it so.
-`ours_variants` has ours with fairseq2's decoder, too (`batches.decoder = "fairseq2"`), and the name of each contender of ours: OURS.
+`ours_variants` has the figures of both.
 """
 
 import argparse
@@ -23,10 +23,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import system_library  # noqa: F401  # before anything imports soundfile
 
@@ -45,19 +44,14 @@ from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.manifest import Manifest, Utterance
 from pretrain.data.packing import Layout, pack
-from pretrain.model.cpu_kernels import keep_freed_memory
 from pretrain.training.loading import load_ahead
+from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import World
 from pretrain.training.task import TrainingConfig
 
 FORMATS = ("flac", "wav", "tar")
 MODULE = "benchmarks.loader"
-OURS = (
-    "ours",
-    "decoder",
-    "system",
-    "system-decoder",
-)  # with soundfile and with `batches.decoder = "fairseq2"`, the wheel's library and the system's
+OURS = "ours", "system"  # with the wheel's library and with the system's
 
 
 class Packed(NamedTuple):
@@ -77,11 +71,8 @@ class LoadTask(SpeechTask):
         self,
         manifest: Manifest,
         settings: dict[str, Any],
-        decoder: Literal["soundfile", "fairseq2"] = "soundfile",
     ):
-        config = BatchConfig(
-            batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"], decoder=decoder
-        )
+        config = BatchConfig(batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"])
         self.train_set = SpeechBatches(manifest, config, settings["seed"])
 
     def collate(self, items: np.ndarray, epoch: int) -> Packed:
@@ -96,11 +87,9 @@ class Ours:
 
     amount = 0.0
 
-    def __init__(
-        self, settings: dict[str, Any], folder: Path, decoder: Literal["soundfile", "fairseq2"] = "soundfile"
-    ):
+    def __init__(self, settings: dict[str, Any], folder: Path):
         keep_freed_memory()
-        self.task = LoadTask(Manifest(folder / "manifest"), settings, decoder)
+        self.task = LoadTask(Manifest(folder / "manifest"), settings)
         self.training = TrainingConfig(max_steps=1, loader_threads=settings["threads"])
         self.steps = len(self.task.plan(0))
         self.parts: dict[str, float] = {}
@@ -217,8 +206,6 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
     contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {
         "ours": Ours,
         "system": Ours,
-        "decoder": partial(Ours, decoder="fairseq2"),
-        "system-decoder": partial(Ours, decoder="fairseq2"),
         "dataloader": Peer,
         "decoding": Decoding,
     }

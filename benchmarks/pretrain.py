@@ -32,8 +32,8 @@ class Ours:
     def __init__(self, settings: dict[str, Any], folder: Path):
         from pretrain.data.labels import Labels
         from pretrain.data.manifest import Manifest
-        from pretrain.model.cpu_kernels import keep_freed_memory
         from pretrain.objectives.pretraining import HubertTask, PretrainConfig, PretrainTask, Wav2Vec2Task
+        from pretrain.training.memory import keep_freed_memory
         from pretrain.training.parallel import compile_in_place
 
         torch.manual_seed(settings["seed"])

@@ -108,7 +108,7 @@ class EncoderSource:
         convention: LayerConvention = "residual",
     ):
         if device == "cpu":
-            from pretrain.model.cpu_kernels import keep_freed_memory
+            from pretrain.training.memory import keep_freed_memory
 
             keep_freed_memory()
         self.precision, self.convention = precision, convention

@@ -308,12 +308,13 @@ def check(
 ) -> None:
     """Validate a config, a recipe or an artefact; say what is wrong with it."""
     from pretrain.config import parse_config, read_toml
-    from pretrain.fairseq2.assets import asset_name, load_asset
     from pretrain.store.artefact import read_meta, require_as_written, sha256_file
+    from pretrain.store.schemes import plugin, split_scheme
     from slurm.resources import parse_resources
 
-    if (name := asset_name(path)) is not None:
-        _, meta, fingerprint = load_asset(name)
+    if (named := split_scheme(path)) is not None:
+        scheme, name = named
+        _, meta, fingerprint = plugin(scheme).load_asset(name)
         print(f"{path}: a complete {meta['kind']}, weights {fingerprint}")
         return
     if path.is_dir():

@@ -326,13 +326,13 @@ class Recipe:
 
     def reads(self, name: str) -> tuple[str, ...]:
         """The earlier stages that a stage follows: those it names by `@`, and those whose output a path leads into, or holds."""
-        from pretrain.fairseq2.assets import asset_name
+        from pretrain.store.schemes import split_scheme
 
         outs = {stage: os.path.abspath(self._out(stage)) for stage in self._earlier(name)}
         table = {key: value for key, value in self.stages[name].items() if key not in STAGE_KEYS}
         found = {text[1:].partition("/")[0] for text in _strings(table) if text.startswith("@")} - {""}
         for text in _strings({key: value for key, value in table.items() if key != "out"}):
-            if text and asset_name(text) is None:
+            if text and split_scheme(text) is None:
                 path = self._resolve(text, name)
                 with suppress(ValueError):  # a text that is no path, such as a regular expression
                     path = self._expand(path, name)

@@ -7,19 +7,17 @@ micro-batch has up to 25 % more to do). No utterance is left out for being short
 """
 
 import heapq
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout, pack
-from pretrain.fairseq2.available import require_fairseq2
 from pretrain.training.task import Task
 
 
@@ -31,15 +29,19 @@ class BatchConfig(Config):
         15.6, ge=0.025, description="longer utterances are cropped at random, on multiples of 320 samples"
     )
     min_seconds: float = Field(0.1, ge=0.025, description="shorter utterances are left out (counted)")
-    decoder: Literal["soundfile", "fairseq2"] = Field(
-        "soundfile",
-        description="fairseq2: its C++ decoder (extra `fairseq2`) for whole wav and flac recordings at 16 kHz, to the same bits, faster",
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_decoder(cls, keys: Any) -> Any:
+        """Ignores `decoder`, a key of earlier versions that changed no sample."""
+        return (
+            {key: value for key, value in keys.items() if key != "decoder"}
+            if isinstance(keys, dict)
+            else keys
+        )
 
 
-_ROWS = (
-    1 << 20
-)  # planned at a time: a rank holds this plan for every utterance there is, and nothing else should grow with it
+_ROWS = 1 << 20  # planned at a time: nothing but the plan itself should grow with the number of utterances
 
 
 class SpeechBatches:
@@ -54,12 +56,6 @@ class SpeechBatches:
         if not crop:
             fits &= lengths <= config.crop_seconds * SAMPLE_RATE
         self.items = _compact(np.flatnonzero(fits))
-        self._load_whole: Callable[[Utterance], np.ndarray] | None = None
-        if config.decoder == "fairseq2":
-            require_fairseq2('batches.decoder = "fairseq2"')
-            from pretrain.fairseq2.decoding import load_whole
-
-            self._load_whole = load_whole
         self.num_left_out = len(manifest) - len(self.items)
         self.lengths = _compact(
             np.minimum(lengths, self.crop_samples) if crop else lengths
@@ -102,7 +98,7 @@ class SpeechBatches:
         """Waveform (samples,) of one utterance, cropped, and the frame that the crop starts at."""
         utterance = self.manifest[item]
         if not self.crop or utterance.length <= self.crop_samples:
-            return (self._load_whole or load_audio)(utterance), 0
+            return load_audio(utterance), 0
         first = int(rng.integers((utterance.length - self.crop_samples) // HOP + 1))
         return load_audio(utterance, first * HOP, self.crop_samples), first
 
@@ -118,7 +114,7 @@ def require_audio(config: Any) -> None:
     """ValueError where the `manifest` of a config has no utterance in `split` that `batches` takes; reads the manifest alone."""
     manifest = Manifest(config.manifest)
     rows, limits = manifest.select(config.split), config.batches
-    if not len(SpeechBatches(rows, limits.model_copy(update={"decoder": "soundfile"}), 0).items):
+    if not len(SpeechBatches(rows, limits, 0).items):
         raise ValueError(
             f"{manifest.folder}: all {len(rows)} utterances of split {config.split!r} are shorter than batches.min_seconds = "
             f"{limits.min_seconds:g}, so there is nothing to learn from"

@@ -4,8 +4,7 @@ The card's checkpoint becomes what a run of `wordless import` would hold, in mem
 fingerprint, by which codebooks and labels know their encoder. fairseq2 itself finds cards and downloads (FAIRSEQ2_ASSET_DIR,
 FAIRSEQ2_USER_ASSET_DIR or ~/.config/fairseq2/assets, FAIRSEQ2_CACHE_DIR).
 
-Light to import: fairseq2, torch and pretrain.weights come when a card is read. The last must: it reads runs by pretrain.training.checkpoint,
-which reads `fairseq2:NAME` by this module.
+The scheme `fairseq2` of pretrain/store/schemes.py. Light to import: fairseq2, torch and pretrain.weights come when a card is read.
 """
 
 import contextlib
@@ -24,20 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pretrain.weights.cards import Card
+    from pretrain.weights.foreign import Foreign
 
 PREFIX = "fairseq2:"
-
-
-def asset_name(run: str | Path) -> str | None:
-    """NAME where `run` is fairseq2:NAME; None where it is a folder. ValueError for a prefix alone, and for spaces about a name: the
-    same card must be the same text, by which a stage's settings are compared."""
-    text = str(run)
-    if not text.startswith(PREFIX):
-        return None
-    name = text.removeprefix(PREFIX)
-    if not name or name != name.strip():
-        raise ValueError(f"{text!r}: names no asset card; write {PREFIX}NAME")
-    return name
 
 
 def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
@@ -46,7 +34,6 @@ def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
     ValueError: fairseq2 is missing, no such card, a family or an architecture that is no encoder of ours, a damaged checkpoint.
     """
     from pretrain.weights.conversion import in_memory
-    from pretrain.weights.fairseq2 import read_asset
 
     weights, meta = in_memory(read_asset(name))
     return weights, meta, fingerprint_of(weights)
@@ -63,6 +50,30 @@ def current_fingerprint(name: str) -> str | None:
             file=sys.stderr,
         )
         return None
+
+
+def read_asset(
+    name: str,
+    vocabulary: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    allow_pickle: bool = True,
+) -> "Foreign":
+    """The model of the asset card `name` (with or without `fairseq2:`), found and downloaded by fairseq2.
+
+    Torch's weights_only reads a card's `.pt`, as in fairseq2 itself. Raises ValueError if fairseq2 is missing or another, and for
+    unknown cards, families and architectures, and checkpoints that are missing or do not fit.
+    """
+    from pretrain.weights.fairseq2 import NO_OPTIONS, read_model
+
+    card = find_card(name)
+    return read_model(card, vocabulary, options or NO_OPTIONS, allow_pickle, card.source)
+
+
+def objective(name: str) -> str | None:
+    """The objective with which the model of a card was pretrained; None if the card does not say."""
+    from pretrain.weights.fairseq2 import objective_of
+
+    return objective_of(find_card(name))
 
 
 def fingerprint_of(weights: dict[str, "Tensor"]) -> str:

@@ -1,7 +1,7 @@
 """fairseq2's entry point for us (group `fairseq2.extension`): our models as its model families, our runs as its checkpoints.
 
 With wordless installed, `fairseq2.models.load_model("NAME")` loads what an asset card of one of the families names
-(pretrain/fairseq2/families.py says what a card has). What is loaded is our own module:
+(pretrain/weights/families.py says what a card has). What is loaded is our own module:
 
     model = load_model("my_hubert")
     layers = model.encoder.extract_all(waveforms, num_samples)  # (batch, samples) float32 16 kHz, (batch,) int64
@@ -36,7 +36,7 @@ def register(container: Any) -> None:
 
 
 def _register_families(container: Any) -> None:
-    from pretrain.fairseq2.families import ARCHS, FAMILIES, encoder_alone
+    from pretrain.weights.families import ARCHS, FAMILIES, encoder_alone
 
     for name, (config, model) in FAMILIES.items():
         register_family(container, name, config, model, encoder_alone if name == "wordless_encoder" else None)

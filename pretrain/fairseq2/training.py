@@ -55,7 +55,6 @@ from pretrain.fairseq2.checkpoints import (
 from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
 from pretrain.fairseq2.reader import MicroBatch, TaskReader
 from pretrain.fairseq2.recording import Sums, recorder
-from pretrain.model.cpu_kernels import keep_freed_memory
 from pretrain.progress import progress
 from pretrain.store.artefact import require_absent
 from pretrain.training.checkpoint import Best, remove_old_checkpoints, save_checkpoint
@@ -71,6 +70,7 @@ from pretrain.training.engine import (
     validate,
     weighted,
 )
+from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import World, scale_and_clip
 from pretrain.training.runlog import RunLog
 from pretrain.training.stopping import Stop, lost_ranks_told

@@ -5,8 +5,6 @@ are recomputed in backward, in blocks that stay in the cache, and gradients are 
 a plain formulation, which GPUs (where `torch.compile` fuses it) and autocast use, and which the tests compare with.
 """
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,21 +22,6 @@ except ImportError:  # pragma: no cover
 
 BLOCK_BYTES = 8 << 20  # of activations at a time
 TAPS = 8  # of a grouped convolution in one matrix product
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, for the next ones, instead of giving it back to the kernel page by page.
-
-    With glibc, which maps and unmaps every large block, that is a few per cent of a training step of BASE on a CPU; elsewhere nothing happens.
-    Memory that was needed once stays with the process.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the top of the heap is kept, whatever its size
 
 
 @torch.compiler.disable  # blocks are for the interpreter: a compiler would unroll them for every new length

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.fairseq2.assets import asset_name, current_fingerprint
+from pretrain.store.schemes import plugin, split_scheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -346,8 +346,9 @@ def is_complete(folder: str | Path) -> bool:
 def known_by(source: str | Path) -> set[str]:
     """The fingerprints by which what is made from `source` now knows it: of a run of training that of its weights, of everything else
     its own, of `fairseq2:NAME` that of the card's model. Empty where nothing finished is there, or the card cannot be read here."""
-    if (name := asset_name(source)) is not None:
-        return {fingerprint} if (fingerprint := current_fingerprint(name)) else set()
+    if (named := split_scheme(source)) is not None:
+        scheme, name = named
+        return {fingerprint} if (fingerprint := plugin(scheme).current_fingerprint(name)) else set()
     if not is_complete(source):
         return set()
     meta = read_meta(source)

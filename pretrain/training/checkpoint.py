@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pretrain.fairseq2.assets import asset_name, load_asset
 from pretrain.store.artefact import make_folder, read_meta, sha256_file, sync_folder, telling_full_disk
+from pretrain.store.schemes import plugin, split_scheme
 from pretrain.training.parallel import World, placed_like, whole
 
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
@@ -245,14 +245,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Weights, meta data and weights' fingerprint of a run's best checkpoint where one was kept (`keep_best`), else of the newest valid
-    one, as where `best` is not wanted; or of `fairseq2:NAME`, the model of an asset card (pretrain/fairseq2/assets.py).
+    one, as where `best` is not wanted; or of a model of another library, `scheme:NAME` (pretrain/store/schemes.py).
 
     `meta["config"]` is the resolved config. A run that is not finished can be used; its meta data then come from the checkpoint.
     The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. A best checkpoint that is damaged is a ValueError;
     of one that is gone stderr tells.
     """
-    if (name := asset_name(run)) is not None:
-        return load_asset(name)
+    if (named := split_scheme(run)) is not None:
+        scheme, name = named
+        return plugin(scheme).load_asset(name)
     run = Path(run)
     path = latest_checkpoint(run) if run.is_dir() else None
     if path is None and any(run.glob("fairseq2/checkpoints/step_*")):

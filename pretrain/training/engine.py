@@ -14,6 +14,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import differences, without_none
-from pretrain.fairseq2.available import require_fairseq2
-from pretrain.model.cpu_kernels import keep_freed_memory
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
 from pretrain.store.lock import locked
@@ -37,6 +36,7 @@ from pretrain.training.checkpoint import (
     save_checkpoint,
 )
 from pretrain.training.loading import load_ahead
+from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import (
     World,
     compile_in_place,
@@ -50,6 +50,12 @@ from pretrain.training.parallel import (
 from pretrain.training.runlog import RunLog, Window
 from pretrain.training.stopping import Stop, lost_ranks_told
 from pretrain.training.task import NEUTRAL, Loss, OptimizerConfig, Task, TrainingConfig
+
+# By `training.engine`: the function with the arguments of `train`.
+ENGINES = {
+    "wordless": "pretrain.training.engine:_train",
+    "fairseq2": "pretrain.fairseq2.engine:train",
+}
 
 
 def train(
@@ -76,12 +82,8 @@ def train(
     nothing to validate on, or the run diverges or collapses (the last good checkpoint stays and is named); ConnectionError when
     another rank is lost.
     """
-    loop: Callable[..., dict[str, Any]] = _train
-    if training.engine == "fairseq2":
-        require_fairseq2('training.engine = "fairseq2"')
-        from pretrain.fairseq2.training import train_with_fairseq2
-
-        loop = train_with_fairseq2
+    module, _, name = ENGINES[training.engine].partition(":")
+    loop: Callable[..., dict[str, Any]] = getattr(import_module(module), name)
     with locked(out):
         return loop(
             task,

@@ -185,7 +185,7 @@ NEUTRAL = {
     "training.compile",
     "training.device",
     "training.loader_threads",
-    "batches.decoder",
+    "batches.decoder",  # of earlier versions
     "training.keep_checkpoints",
     "training.keep_best",
     "training.collective_timeout_seconds",

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.fairseq2.families import FAMILIES
 from pretrain.store.artefact import sha256_file
 from pretrain.store.plain_text import read_text
 from pretrain.training.checkpoint import load_weights
 from pretrain.weights.card_config import DEFAULTS, complete_config
+from pretrain.weights.families import FAMILIES
 from pretrain.weights.foreign import load_pickle, load_safetensors
 
 OWN_FAMILIES, THEIR_FAMILIES = tuple(FAMILIES), tuple(DEFAULTS)

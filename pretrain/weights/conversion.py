@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pretrain.config import Config, PathStr, parse_config, without_none
 from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
 from pretrain.ctc.task import CTCConfig
-from pretrain.fairseq2.assets import asset_name, find_card
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
@@ -31,11 +30,12 @@ from pretrain.store.artefact import (
     sha256_file,
     write_json,
 )
+from pretrain.store.schemes import plugin, split_scheme
 from pretrain.training.checkpoint import latest_checkpoint, load_weights, save_checkpoint
 from pretrain.weights.card_writing import write_card
 from pretrain.weights.cards import is_card
 from pretrain.weights.fairseq import read_fairseq, write_fairseq
-from pretrain.weights.fairseq2 import objective_of, read_asset, read_folder, read_weights
+from pretrain.weights.fairseq2 import read_folder, read_weights
 from pretrain.weights.foreign import (
     NUM_HEADS,
     CTCHead,
@@ -78,8 +78,9 @@ def read_foreign(config: ImportConfig) -> Foreign:
         Path(config.source),
         {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform},
     )
-    if (name := asset_name(config.source)) is not None:
-        return read_asset(name, vocabulary, options, config.allow_pickle)
+    if (named := split_scheme(config.source)) is not None:
+        scheme, name = named
+        return plugin(scheme).read_asset(name, vocabulary, options, config.allow_pickle)
     if not (source / "config.json").is_file() and is_card(source):
         return read_folder(source, vocabulary, options, config.allow_pickle)
     if source.is_dir():
@@ -402,9 +403,10 @@ def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
     """The objective of a run, or of what it was fine-tuned from, where that still stands; None where nothing says."""
     named: Objective | None = meta.get("objective")
     source = meta["config"].get("encoder")
-    if named is None and isinstance(source, str) and (name := asset_name(source)) is not None:
-        with suppress(ValueError):  # the card, or fairseq2, is gone
-            return objective_of(find_card(name))
+    if named is None and isinstance(source, str) and (model := split_scheme(source)) is not None:
+        scheme, name = model
+        with suppress(ValueError):  # the model, or its library, is gone
+            return plugin(scheme).objective(name)
     if named is None and isinstance(source, str) and is_complete(source):
         return _pretrained_with(read_meta(source))
     return named

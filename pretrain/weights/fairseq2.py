@@ -20,8 +20,6 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.fairseq2.assets import find_card
-from pretrain.fairseq2.families import FAMILIES, EncoderModelConfig, RecognizerModelConfig
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
@@ -37,6 +35,7 @@ from pretrain.weights.card_config import (
     told_with,
 )
 from pretrain.weights.cards import OWN_FAMILIES, Card, load_checkpoint, read_card, tensors_of
+from pretrain.weights.families import FAMILIES, EncoderModelConfig, RecognizerModelConfig
 from pretrain.weights.foreign import (
     CTCHead,
     Foreign,
@@ -58,21 +57,6 @@ FIXED: tuple[tuple[str, Any, str], ...] = (
     ("pos_encoder_depth", 1, "several positional convolutions"),
 )
 NO_OPTIONS: dict[str, Any] = {"num_heads": None, "normalize_waveform": None}
-
-
-def read_asset(
-    name: str,
-    vocabulary: Path | None = None,
-    options: Mapping[str, Any] = NO_OPTIONS,
-    allow_pickle: bool = True,
-) -> Foreign:
-    """The model of the asset card `name` (with or without `fairseq2:`), found and downloaded by fairseq2.
-
-    A card's `.pt` is read by torch's weights_only, as by fairseq2 itself. ValueError: fairseq2 is missing or another, no such card, a
-    family or an architecture that is not supported, a checkpoint that cannot be had or does not fit.
-    """
-    card = find_card(name)
-    return read_model(card, vocabulary, options, allow_pickle, card.source)
 
 
 def read_folder(

@@ -24,11 +24,11 @@ from pretrain.ctc.model import CTCBatch, Recognizer
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import pack_padded
 from pretrain.fairseq2 import extension
-from pretrain.fairseq2.families import ARCHS, FAMILIES
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.training.checkpoint import save_checkpoint
+from pretrain.weights.families import ARCHS, FAMILIES
 from tests.parity.peers import scatter
 from tests.pretrain.conftest import run_two_processes
 from units.corpus.patterns import Pattern

@@ -34,7 +34,7 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.audio import num_frames
-from pretrain.fairseq2.assets import find_card, plain_config
+from pretrain.fairseq2.assets import find_card, plain_config, read_asset
 from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config, draw_distractors, wav2vec2_batch
@@ -50,7 +50,7 @@ from pretrain.weights.conversion import (
     import_weights,
     in_memory,
 )
-from pretrain.weights.fairseq2 import _encoder_keys, read_asset
+from pretrain.weights.fairseq2 import _encoder_keys
 from pretrain.weights.naming import parameters, to_theirs
 from pretrain.weights.sentencepiece import write_pieces
 from tests.parity.peers import compare_gradients, load_pretraining, scatter

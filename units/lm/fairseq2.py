@@ -7,10 +7,10 @@ from typing import Any
 from safetensors.torch import save_file
 
 from pretrain.config import parse_config
-from pretrain.fairseq2.families import ModelConfig, Tree
 from pretrain.store.artefact import atomic_folder
 from pretrain.weights.card_writing import TENSORS
 from pretrain.weights.cards import CARD
+from pretrain.weights.families import ModelConfig, Tree
 from units.corpus.patterns import PATTERNS, Pattern
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import LanguageModel, load_language_model

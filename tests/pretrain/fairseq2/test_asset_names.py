@@ -10,6 +10,7 @@ import pytest
 from pretrain.fairseq2 import assets, available
 from pretrain.model.encoder import load_encoder
 from pretrain.store.artefact import commit, known_by
+from pretrain.store.schemes import split_scheme
 from pretrain.training.checkpoint import load_weights
 from wordless.cli import main
 from wordless.recipe import Recipe
@@ -44,10 +45,10 @@ def without_fairseq2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_card_is_told_from_a_folder() -> None:
-    assert assets.asset_name(NAME) == assets.asset_name(Path(NAME)) == "wav2vec2_base"
-    assert assets.asset_name("runs/fairseq2:x") is None and assets.asset_name("fairseq2") is None
+    assert split_scheme(NAME) == split_scheme(Path(NAME)) == ("fairseq2", "wav2vec2_base")
+    assert split_scheme("runs/fairseq2:x") is None and split_scheme("fairseq2") is None
     with pytest.raises(ValueError, match="write fairseq2:NAME"):
-        assets.asset_name("fairseq2:")
+        split_scheme("fairseq2:")
 
 
 def test_the_name_of_a_card_is_read_without_torch() -> None:
@@ -124,4 +125,4 @@ def test_an_artefact_is_known_by_its_own_fingerprint_and_those_of_its_files(tmp_
 @pytest.mark.parametrize("text", ["fairseq2:", "fairseq2: small", "fairseq2:small "])
 def test_a_prefix_alone_and_spaces_about_a_name_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="names no asset card; write fairseq2:NAME"):
-        assets.asset_name(text)
+        split_scheme(text)

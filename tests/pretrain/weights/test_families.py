@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pretrain.ctc.model import Recognizer
-from pretrain.fairseq2.families import ARCHS, FAMILIES, EncoderModelConfig, encoder_alone
 from pretrain.model.encoder import ARCHITECTURES, EncoderConfig
 from pretrain.objectives.hubert import Hubert
+from pretrain.weights.families import ARCHS, FAMILIES, EncoderModelConfig, encoder_alone
 from units.lm.fairseq2 import UnitLMConfig
 
 TINY = {"architecture": "tiny"}
