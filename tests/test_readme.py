@@ -242,6 +242,13 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert not anchor or anchor in anchors(goal), link
 
 
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_the_modules_named_exist(page: Path) -> None:
+    rooms = "pretrain|quantize|units|slurm|wordless"
+    for path in re.findall(rf"`((?:{rooms})/[\w/]+(?:\.py|/))`", page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
 def test_the_questions_list_every_recipe() -> None:
     text = (DOCS / "questions.md").read_text(encoding="utf-8")
     for recipe in (ROOT / "recipes").glob("*.toml"):
