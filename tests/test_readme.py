@@ -24,7 +24,14 @@ ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 KNOWN = {"wordless", "make", ".venv/bin/pre-commit", ".venv/bin/python"}  # checked here, or need no check
-WALK = ["walk", "units-and-lms", "weights", "recognition", "questions", "results"]  # share a folder, in this order
+WALK = [
+    "walk",
+    "units-and-lms",
+    "weights",
+    "recognition",
+    "questions",
+    "results",
+]  # share a folder, in this order
 PYTHON_PAGES = ["README", "recognition", "questions"]  # their Python is run in that folder
 SHRUNK = {  # by verb: what makes the pages' sizes tiny
     "cluster": ["num_classes=8"],
@@ -62,7 +69,8 @@ def configs(page: Path) -> list[tuple[str, str]]:
     """File name and text of each config; those that no command reads have no name."""
     found = fences(page, "toml")
     return [
-        ((named[1] if (named := re.match(r"# (\S+\.toml)\b", text)) else "unnamed.toml"), text) for text in found
+        ((named[1] if (named := re.match(r"# (\S+\.toml)\b", text)) else "unnamed.toml"), text)
+        for text in found
     ]
 
 
