@@ -31,6 +31,7 @@ from benchmarks.command import argument_parser, run_main
 from benchmarks.measure import Child, Contender, Measurement, machine, say, sides, take_turns
 from pretrain.fairseq2.available import require_fairseq2
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import Loss, OptimizerConfig, Task, TrainingConfig
 
 MODULE = "benchmarks.engine"
@@ -98,7 +99,7 @@ class Clock:
         return last - first
 
 
-class Run:
+class Ranks:
     """A rank of a task under one engine. Rank 0 starts the others, tells them to begin and waits for them."""
 
     def __init__(self, name: str, settings: dict[str, Any], folder: Path):
@@ -182,13 +183,15 @@ def run_task(name: str, tree: dict[str, Any], folder: Path) -> None:
     if name == "idle":
         training = TrainingConfig.model_validate(tree["training"])
         train(
-            IdleTask(),
-            out=tree["out"],
-            kind="idle",
-            training=training,
-            optimizer=OptimizerConfig(),
-            config=tree,
-            parents={},
+            Run(
+                IdleTask(),
+                out=tree["out"],
+                kind="idle",
+                training=training,
+                optimizer=OptimizerConfig(),
+                config=tree,
+                parents={},
+            )
         )
     elif name == "lm":
         from units.lm.training import TrainLMConfig, train_lm
@@ -276,7 +279,7 @@ def write_inputs(folder: Path, settings: dict[str, Any], tasks: list[str]) -> np
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
     """ENGINE-TASK-PROCESSES."""
-    return Run(name, settings, folder)
+    return Ranks(name, settings, folder)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:

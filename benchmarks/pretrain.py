@@ -70,7 +70,7 @@ class Ours:
         self.batches = [self.task.collate(items, number) for items in self.plan]
 
     def run(self) -> None:
-        from pretrain.training.engine import autocast, to_device
+        from pretrain.training.step import autocast, to_device
 
         for batch in self.batches:
             self.task.before_step(self.step)

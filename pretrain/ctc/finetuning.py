@@ -39,6 +39,7 @@ from pretrain.model.streaming import StreamingConfig
 from pretrain.progress import console
 from pretrain.store.artefact import atomic_path, require_absent
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, TrainingConfig
 
 
@@ -218,20 +219,22 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         _write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
     minutes = float(labelled.lengths.sum() / SAMPLE_RATE / 60)
     summary = train(
-        task,
-        out=config.out,
-        kind="recognizer",
-        training=config.training,
-        optimizer=config.optimizer,
-        config=config.resolved(),
-        parents={"manifest": manifest.fingerprint, **parents},
-        monitor=("valid_wer", "valid_loss"),
-        extra={
-            "vocabulary": vocabulary.to_meta(),
-            "config_encoder": model.encoder.config.resolved(),
-            "codebook": labels.codebook if labels else None,
-            "label_minutes": minutes,
-        },
+        Run(
+            task,
+            out=config.out,
+            kind="recognizer",
+            training=config.training,
+            optimizer=config.optimizer,
+            config=config.resolved(),
+            parents={"manifest": manifest.fingerprint, **parents},
+            monitor=("valid_wer", "valid_loss"),
+            extra={
+                "vocabulary": vocabulary.to_meta(),
+                "config_encoder": model.encoder.config.resolved(),
+                "codebook": labels.codebook if labels else None,
+                "label_minutes": minutes,
+            },
+        )
     )
     return {
         **summary,

@@ -38,8 +38,8 @@ from pretrain.data.manifest import Manifest, Utterance, Word
 from pretrain.model.totals import utterance_totals
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
-from pretrain.training.engine import autocast
 from pretrain.training.parallel import resolve_device
+from pretrain.training.step import autocast
 
 __all__ = ["TranscribeConfig", "TuneConfig", "as_text", "transcribe"]
 

@@ -7,10 +7,9 @@ from typing import Any, Self
 import torch
 from fairseq2.datasets import DataReader
 
-from pretrain.training.engine import to_device
 from pretrain.training.loading import load_ahead
-from pretrain.training.parallel import World
-from pretrain.training.task import Task, TrainingConfig
+from pretrain.training.run import Run
+from pretrain.training.step import to_device
 
 
 class MicroBatch:
@@ -28,17 +27,16 @@ class MicroBatch:
 
 
 class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fairseq2 is not installed
-    """Steps of `task`: a list of this rank's micro-batches each; StopIteration at the end of every epoch, and once `ended()`.
+    """Steps of `run`: a list of this rank's micro-batches each; StopIteration at the end of every epoch, and once `ended()`.
 
     Its state is the position in the plan, (epoch, batch), which is the same on every rank and for any number of them, and the `seconds`
     that the run has taken, all sessions together.
     """
 
-    def __init__(self, task: Task, training: TrainingConfig, world: World, ended: Callable[[], bool]):
-        self._task, self._training, self._world, self._ended = task, training, world, ended
-        self.position = 0, 0  # of the next step
+    def __init__(self, run: Run, ended: Callable[[], bool]):
+        self._run, self._ended = run, ended
+        run.position, run.began = (0, 0), time.monotonic()
         self.amount = 0.0  # of the step given last, over all ranks, in the task's unit
-        self._began = time.monotonic()
         self._source: Any = None
         self._ahead: Any = None  # the first step of the next epoch, after the end of one was told
 
@@ -48,15 +46,16 @@ class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fai
     def __next__(self) -> list[MicroBatch]:
         if self._ended():
             raise StopIteration
+        run = self._run
         if self._source is None:
-            self._source = load_ahead(self._task, self.position, self._training, self._world)
+            self._source = load_ahead(run.task, run.position, run.training, run.world)
         if self._ahead is None:
             self._ahead = next(self._source)
-            if self._ahead[0][0] > self.position[0] and self.position[1] > 0:
-                self.position = self._ahead[0]
+            if self._ahead[0][0] > run.position[0] and run.position[1] > 0:
+                run.position = self._ahead[0]
                 raise StopIteration
         (epoch, number), parts, micro_batches, self.amount = self._ahead
-        self._ahead, self.position = None, (epoch, number + 1)
+        self._ahead, run.position = None, (epoch, number + 1)
         return [MicroBatch(micro_batches) for _ in range(parts)]
 
     def reset(self) -> None:
@@ -68,7 +67,8 @@ class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fai
             self._source.close()
 
     def state_dict(self) -> dict[str, object]:
-        return {"epoch": self.position[0], "batch": self.position[1], "seconds": self.seconds}
+        epoch, batch = self._run.position
+        return {"epoch": epoch, "batch": batch, "seconds": self._run.seconds}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         epoch, batch, seconds = state_dict["epoch"], state_dict["batch"], state_dict["seconds"]
@@ -76,13 +76,8 @@ class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fai
             raise ValueError(
                 f"not a position in a plan: epoch {epoch!r}, batch {batch!r}, after {seconds!r} seconds"
             )
-        self.position = epoch, batch
-        self._began = time.monotonic() - seconds
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
+        self._run.position, self._run.began = (epoch, batch), time.monotonic() - seconds
 
     @property
     def num_accumulate(self) -> int:
-        return self._training.accumulate
+        return self._run.training.accumulate

@@ -21,8 +21,8 @@ Some of fairseq2's (0.8.1) ways are gone around, each through its public interfa
 
 import math
 import time
-from collections.abc import MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,177 +55,82 @@ from pretrain.fairseq2.checkpoints import (
 from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
 from pretrain.fairseq2.reader import MicroBatch, TaskReader
 from pretrain.fairseq2.recording import Sums, recorder
-from pretrain.progress import progress
-from pretrain.store.artefact import require_absent
-from pretrain.training.checkpoint import Best, remove_old_checkpoints, save_checkpoint
-from pretrain.training.engine import (
-    autocast_dtype,
-    conclude,
-    make_optimizer,
-    mix_seed,
-    not_finite,
-    num_steps,
-    prepare,
-    resume_point,
-    validate,
-    weighted,
-)
-from pretrain.training.memory import keep_freed_memory
-from pretrain.training.parallel import World, scale_and_clip
-from pretrain.training.runlog import RunLog
+from pretrain.training.checkpoint import Best
+from pretrain.training.parallel import scale_and_clip
+from pretrain.training.run import Run
+from pretrain.training.step import autocast_dtype, mix_seed, validate, weighted
 from pretrain.training.stopping import Stop, lost_ranks_told
-from pretrain.training.task import OptimizerConfig, Task, TrainingConfig
 
 
-def train_with_fairseq2(
-    task: Task,
-    *,
-    out: str,
-    kind: str,
-    training: TrainingConfig,
-    optimizer: OptimizerConfig,
-    config: dict[str, Any],
-    parents: dict[str, str],
-    extra: dict[str, Any] | None = None,
-    monitor: Sequence[str] = ("valid_loss",),
-) -> dict[str, Any]:
-    """`pretrain.training.engine.train` under fairseq2's trainer: the same arguments, summary and errors."""
-    run, extra = Path(out), extra or {}
-    require_absent(run)
-    world = World.join(training.device, training.collective_timeout_seconds)
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    max_steps = num_steps(task, training, run)
-    folder = run / "fairseq2"
-    with lost_ranks_told(run, world, lambda: newest_checkpoint(folder)), causes_told(folder):
+def train_with_fairseq2(run: Run) -> dict[str, Any]:
+    """Trains `run` under fairseq2's trainer; returns the summary. Errors as in pretrain.training.engine.train."""
+    training, world = run.training, run.join()
+    folder = run.folder / "fairseq2"
+    with lost_ranks_told(run.folder, world, lambda: newest_checkpoint(folder)), causes_told(folder):
         sharded = training.sharding == "full" and world.size > 1
-        found = resume_point(run, config, world, lambda: last_step(folder), "step_*")
+        found = run.find_checkpoint(lambda: last_step(folder), "step_*")
         if found is not None:
             require_fitting_shards(folder, found, world.size if sharded else 1)
-        prepare(task, training)
-        stored = {"kind": kind, "extra": extra, "config": config}
-        steps = _Steps(task, run, training, optimizer, world, max_steps, Best(monitor), found or 0, stored)
+        run.prepare_model()
+        run.first = run.done = found or 0
+        steps = _Steps(run, folder)
         stop = steps.train(gangs_of(world, sharded), sharded)
-        finished, done, log = steps.finished, steps.done, steps.log
-        summary: dict[str, Any] = {}
-        if finished and log is not None:
-            summary = log.summarise(done, steps.reader.seconds, done - steps.first)
-            if training.patience is not None:
-                summary["stopped_early"] = done < max_steps
-            summary = conclude(run, summary, done, steps.best, kind, config, parents, extra)
+        run.unseen = steps.owed
+        summary = run.finish()
         del steps  # with the DDP in it
         world.leave()
-    if not finished:
-        stop.pass_on(run, done)
+    if not run.finished:
+        stop.pass_on(run.folder, run.done)
     return summary
 
 
 class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes are Any where it is not installed
     """The steps of a run, as fairseq2's trainer asks for them, and what lies between two."""
 
-    def __init__(
-        self,
-        task: Task,
-        run: Path,
-        training: TrainingConfig,
-        optimizer: OptimizerConfig,
-        world: World,
-        max_steps: int,
-        best: Best,
-        first: int,
-        stored: dict[str, Any],
-    ):
-        self.task, self.run, self.folder, self.training, self.optimizer = (
-            task,
-            run,
-            run / "fairseq2",
-            training,
-            optimizer,
-        )
-        self.world, self.max_steps, self.best, self.stored = world, max_steps, best, stored
-        self.first = self.done = first
+    def __init__(self, run: Run, folder: Path):
+        self.run, self.folder, self.world = run, folder, run.world
+        training = run.training
         self.window_began = time.monotonic()
         # fairseq2 wants the other intervals to be multiples of that of its metrics.
         self.publish_every = math.gcd(training.log_every, training.checkpoint_every, training.validate_every)
         self.phase: int | None = None
-        self.count = torch.zeros((), device=world.device)  # of this step and rank
+        self.count = torch.zeros((), device=run.world.device)  # of this step and rank
         self.parts, self.amount = 1, 0.0
         self.asked = False  # the trainer was asked to stop
-        self.best_due = False  # the best checkpoint is that of the step done last, and is not written yet
+        self.best_due = False  # the best checkpoint is that of the last step, and is not written yet
         self.refusal: str | None = None  # of the first rank: why the run must not go on
         self.judged: set[int] = set()  # steps whose validation is in the log
-        self.log = RunLog(run, first) if world.rank == 0 else None
+        run.open_log()
         self._recall()
 
     def _recall(self) -> None:
-        """What validations before `first` have said, from the log."""
-        lines = (
-            []
-            if self.log is None
-            else [line for line in self.log.lines if any(key.startswith("valid_") for key in line)]
-        )
+        """Reads the validations before `first` from the log."""
+        run, lines = self.run, []
+        if run.log is not None:
+            lines = [line for line in run.log.lines if any(key.startswith("valid_") for key in line)]
         for line in self.world.from_first(lines):
             self.judge(line["step"], line)
-        said, self.best = self.best.to_state(), Best(self.best.monitor)
-        self.best.resume(self.run, {**said, "step": self.first}, self.world)
-        self.best_due = self.first > 0 and self.best.step == self.first
+        state, run.best = run.best.to_state(), Best(run.best.monitor)
+        run.best.resume(run.folder, {**state, "step": run.first}, self.world)
+        self.best_due = run.first > 0 and run.best.step == run.first
 
     def train(self, gangs: Gangs, sharded: bool) -> Stop:
-        """Run the trainer to the end of training, or until a signal."""
-        training, task, world = self.training, self.task, self.world
+        """Runs the trainer to the end of training, or until a signal."""
+        run, task, training = self.run, self.run.task, self.run.training
         self.manager = checkpoint_manager(self.folder, gangs)
-        self.placed = wrapped(
-            task,
-            gangs,
-            sharded,
-            task.phase(self.max_steps - 1) != task.phase(0),
-            task.phase(self.max_steps - 1),
-        )
-        self.adamw = make_optimizer(task, self.optimizer)
-        for group in self.adamw.param_groups:
+        last_phase = task.phase(run.max_steps - 1)
+        self.placed = wrapped(task, gangs, sharded, last_phase != task.phase(0), last_phase)
+        adamw = self.adamw = run.make_optimizer()
+        adamw.register_step_post_hook(lambda *_: task.after_step(run.done - 1))
+        for group in adamw.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
-        last = self.max_steps - 1
-        schedule = LambdaLR(self.adamw, lambda step: self.optimizer.factor(min(step, last), self.max_steps))
-        self.reader = TaskReader(task, training, world, self.ended)
+        self.reader = TaskReader(run, self.ended)
         set_data_parallel_facade(self.placed, _CountedFacade(get_data_parallel_facade(self.placed), self))
-        metrics = recorder(self.folder, self.log) if self.log is not None else NOOP_METRIC_RECORDER
+        metrics = recorder(self.folder, run.log) if run.log is not None else NOOP_METRIC_RECORDER
         self.validator = _TaskValidator(self, metrics) if task.plan_validation() else NOOP_VALIDATOR
-        wall = Stopwatch()
-        wall.start()
-        bar: Any = nullcontext(lambda *_, **__: None)
-        if world.rank == 0:
-            bar = progress(f"train {self.run.name}", self.max_steps, "step", done=self.first)
-        with Stop(world, training.collective_timeout_seconds) as self.stop, bar as self.advance:
+        with Stop(self.world, training.collective_timeout_seconds) as self.stop, run.bar() as self.advance:
             self.stop.check(wait=True)
-            dtype = autocast_dtype(training.precision, world.device)
-            self.trainer = Trainer(
-                model=self.placed,
-                unit=self,
-                data_reader=self.reader,
-                gangs=gangs,
-                amp=dtype != torch.float32,
-                amp_dtype=dtype,
-                optimizer=self.adamw,
-                lr_scheduler=schedule,
-                fp16_loss_scaler=NOOP_FP16_LOSS_SCALER,
-                validator=self.validator,
-                early_stopper=_Patience(self) if training.patience is not None else NOOP_EARLY_STOPPER,
-                checkpoint_manager=self.manager,
-                hg_exporter=NOOP_HG_EXPORTER,
-                metric_recorder=metrics,
-                garbage_collector=NOOP_GARBAGE_COLLECTOR,
-                profiler=NOOP_PROFILER,
-                device_stat_tracker=NOOP_DEVICE_STAT_TRACKER,
-                wall_watch=wall,
-                progress_reporter=NOOP_PROGRESS_REPORTER,
-                seed=training.seed % 2**31,
-                no_sync_grad_accumulation=not sharded,
-                max_grad_norm=self.optimizer.clip_norm or None,
-                validate_every_n_steps=training.validate_every or None,
-                publish_metrics_every_n_steps=self.publish_every,
-                checkpoint_every_n_steps=training.checkpoint_every,
-                keep_last_n_checkpoints=max(training.keep_checkpoints, 2),
-            )
+            self.trainer = self._trainer(gangs, sharded, metrics)
             with suppress(TaskStopException):  # how it ends when it was asked to
                 self.trainer.run()
             self.reader.close()
@@ -235,30 +140,63 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
             metrics.close()
         return self.stop
 
-    @property
-    def out_of_patience(self) -> bool:
-        return self.training.patience is not None and self.best.stale >= self.training.patience
+    def _trainer(self, gangs: Gangs, sharded: bool, metrics: MetricRecorder) -> Trainer:
+        run, training = self.run, self.run.training
+        last, wall = run.max_steps - 1, Stopwatch()
+        wall.start()
+        dtype = autocast_dtype(training.precision, self.world.device)
+        return Trainer(
+            model=self.placed,
+            unit=self,
+            data_reader=self.reader,
+            gangs=gangs,
+            amp=dtype != torch.float32,
+            amp_dtype=dtype,
+            optimizer=self.adamw,
+            lr_scheduler=LambdaLR(
+                self.adamw, lambda step: run.optimizer.factor(min(step, last), run.max_steps)
+            ),
+            fp16_loss_scaler=NOOP_FP16_LOSS_SCALER,
+            validator=self.validator,
+            early_stopper=_Patience(run) if training.patience is not None else NOOP_EARLY_STOPPER,
+            checkpoint_manager=self.manager,
+            hg_exporter=NOOP_HG_EXPORTER,
+            metric_recorder=metrics,
+            garbage_collector=NOOP_GARBAGE_COLLECTOR,
+            profiler=NOOP_PROFILER,
+            device_stat_tracker=NOOP_DEVICE_STAT_TRACKER,
+            wall_watch=wall,
+            progress_reporter=NOOP_PROGRESS_REPORTER,
+            seed=training.seed % 2**31,
+            no_sync_grad_accumulation=not sharded,
+            max_grad_norm=run.optimizer.clip_norm or None,
+            validate_every_n_steps=training.validate_every or None,
+            publish_metrics_every_n_steps=self.publish_every,
+            checkpoint_every_n_steps=training.checkpoint_every,
+            keep_last_n_checkpoints=max(training.keep_checkpoints, 2),
+        )
 
     @property
     def owed(self) -> bool:
         """Whether the validation after the step done last is still to be done: a stop, or a kill, came before it."""
-        every = self.training.validate_every
-        due = self.done == self.max_steps or bool(every and self.done % every == 0)
-        return due and self.done > 0 and self.done not in self.judged and self.validator is not NOOP_VALIDATOR
+        done, validated = self.run.done, self.validator is not NOOP_VALIDATOR
+        return self.run.validation_due and done > 0 and done not in self.judged and validated
 
     @property
     def finished(self) -> bool:
-        return not self.owed and (self.done == self.max_steps or self.out_of_patience)
+        self.run.unseen = self.owed
+        return self.run.finished
 
     def ended(self) -> bool:
         """Asked before every step: whether none follows. What the one before has left to do is done here."""
-        if self.done == self.first and self.owed:
-            self.task.before_step(self.done - 1)  # what it had set when the step was done
+        run = self.run
+        if run.done == run.first and self.owed:
+            run.task.before_step(run.done - 1)  # what it had set when the step was done
             self.placed.eval()
             with get_data_parallel_facade(self.placed).summon_full_parameters():
-                self.validator.run(self.done)
+                self.validator.run(run.done)
             self.placed.train()
-        if self.done % self.publish_every == 0:
+        if run.done % self.publish_every == 0:
             self.require_sound()
         if self.best_due:
             self.save()
@@ -278,12 +216,12 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
 
     def set_step_nr(self, step_nr: int) -> None:
         """`step_nr`, from 1, begins."""
-        step = step_nr - 1
-        if self.phase != self.task.phase(step):
-            self.phase = self.task.phase(step)
-            self.task.enter_phase(self.phase)
-        self.task.before_step(step)
-        torch.manual_seed(mix_seed(self.training.seed, step, self.world.rank))
+        step, task = step_nr - 1, self.run.task
+        if self.phase != task.phase(step):
+            self.phase = task.phase(step)
+            task.enter_phase(self.phase)
+        task.before_step(step)
+        torch.manual_seed(mix_seed(self.run.training.seed, step, self.world.rank))
         self.count, self.parts = torch.zeros((), device=self.world.device), 0
 
     def process_batch(self, batch: MicroBatch, metric_bag: MetricBag) -> tuple[Tensor, None]:
@@ -298,12 +236,12 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         """All gradients are there: divide and clip them. Returns their norm before clipping."""
         # The trainer has divided by the number of micro-batches.
         scale = self.world.size * self.parts / self.world.sum(self.count).clamp(min=1e-8)
-        norm = scale_and_clip(self.task.model, scale, self.optimizer.clip_norm)
+        norm = scale_and_clip(self.run.task.model, scale, self.run.optimizer.clip_norm)
         self.metric_bag.get("task", Sums).add("gradient_norm", norm, 1.0)
         self.amount += self.reader.amount
-        self.done += 1
+        self.run.done += 1
         self.advance(1)
-        if self.stop.check() or self.done == self.max_steps:
+        if self.stop.check() or self.run.done == self.run.max_steps:
             self.ask_to_stop()
         return norm
 
@@ -311,26 +249,24 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         """Called on the first rank: what the task says of its metrics, for every recorder."""
         reduced = values.pop("task")
         assert isinstance(reduced, dict)
-        assert self.log is not None
+        run = self.run
+        assert run.log is not None
         if not reduced:  # stopped right after a line
             return
-        described = self.task.describe(reduced)
+        described = run.task.describe(reduced)
         values.update(described)
         rate = self.amount / max(time.monotonic() - self.window_began, 1e-9)
         self.amount, self.window_began = 0.0, time.monotonic()
-        factor = self.optimizer.factor(self.done - 1, self.max_steps)
-        lr = self.optimizer.lr * self.adamw.param_groups[0].get("lr_scale", 1.0) * factor
-        metrics = {**described, "lr": lr, f"{self.task.unit}_per_second": rate}
-        self.log.write(self.done, metrics)
+        factor = run.optimizer.factor(run.done - 1, run.max_steps)
+        lr = run.optimizer.lr * self.adamw.param_groups[0].get("lr_scale", 1.0) * factor
+        metrics = {**described, "lr": lr, f"{run.task.unit}_per_second": rate}
+        run.log.write(run.done, metrics)
         self.advance(0, note=f"loss {metrics['loss']:.3f}")
         self.examine(metrics)
 
     def examine(self, metrics: dict[str, float]) -> None:
         """On the first rank: whether the run must not go on."""
-        reason = not_finite(metrics, None, self.training, self.optimizer) or self.task.alarm(
-            metrics, self.done
-        )
-        self.refusal = self.refusal or reason
+        self.refusal = self.refusal or self.run.fault(metrics)
 
     def require_sound(self) -> None:
         """On every rank: a ValueError where the first one has found that the run must not go on; this step's checkpoint goes."""
@@ -338,33 +274,21 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         if reason is None:
             return
         self.manager.maybe_complete_save_operation(blocking=True)
-        self.manager.delete_checkpoint(self.done)
-        kept = newest_checkpoint(self.folder) or "none yet"
-        raise ValueError(
-            f"{self.run}: stopped at step {self.done}: {reason.removesuffix('.')}. The last good checkpoint: {kept}"
-        )
+        self.manager.delete_checkpoint(self.run.done)
+        self.run.require_sound(reason, newest_checkpoint(self.folder))
 
     def judge(self, step: int, metrics: dict[str, float]) -> float | None:
-        """Take down a validation on every rank; the score of `keep_best`, of which fairseq2 wants the higher, or None."""
+        """Records a validation on every rank; the score of `keep_best`, of which fairseq2 wants the higher, or None."""
         self.judged.add(step)
-        if not self.training.keep_best or any(name not in metrics for name in self.best.monitor):
+        values = self.run.judge(step, metrics)
+        if values is None:
             return None
-        values = self.world.from_first([metrics[name] for name in self.best.monitor])
-        self.best_due = self.best.judge(
-            step, values, counts=self.task.phase(step - 1) == self.task.phase(self.max_steps - 1)
-        )
+        self.best_due = self.run.best.step == step
         return -float(values[0])
 
     def save(self) -> None:
-        """Write a checkpoint of ours after the step done last: the best so far, or the end of the run."""
-        epoch, batch = self.reader.position
-        state = {"epoch": epoch, "batch": batch, "seconds": self.reader.seconds, **self.stored}
-        state |= self.best.to_state() if self.training.keep_best else {}
-        main = self.world.rank == 0
-        save_checkpoint(self.run, self.done, self.task.model, self.adamw, state, write=main)
-        if main:
-            remove_old_checkpoints(self.run, 1, self.best.step, self.done)
-        self.world.barrier()
+        """Writes a checkpoint of ours after the last step: the best so far, or the end of the run."""
+        self.run.save(self.adamw, keep=1)
         self.best_due = False
 
 
@@ -403,17 +327,17 @@ class _TaskValidator(Validator):  # type: ignore[misc]
         steps = self._steps
         if train_step_nr in steps.judged:
             return None
-        judgement = validate(steps.task, steps.world, steps.training, steps.stop)
+        judgement = validate(steps.run.task, steps.world, steps.run.training, steps.stop)
         if judgement is None:
             steps.ask_to_stop()
             return None
         values = {f"valid_{name}": value for name, value in judgement.items()}
-        if steps.log is not None:
+        if (log := steps.run.log) is not None:
             self._metrics.record_metric_values("valid", values, train_step_nr)
-            steps.examine(steps.log.lines[-1])
+            steps.examine(log.lines[-1])
         steps.window_began = (
             time.monotonic()
-        )  # a line has just been written: the next tells the rate of training alone
+        )  # a line has just been written: the next has the rate of training alone
         return steps.judge(train_step_nr, values)
 
     def reset(self) -> None: ...
@@ -422,8 +346,8 @@ class _TaskValidator(Validator):  # type: ignore[misc]
 class _Patience(EarlyStopper):  # type: ignore[misc]
     """Whether `patience` validations in a row were not the best."""
 
-    def __init__(self, steps: _Steps):
-        self._steps = steps
+    def __init__(self, run: Run):
+        self._run = run
 
     def should_stop(self, step_nr: int, score: float) -> bool:
-        return self._steps.out_of_patience
+        return self._run.out_of_patience

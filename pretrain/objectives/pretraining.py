@@ -33,6 +33,7 @@ from pretrain.objectives.wav2vec2 import (
 from pretrain.progress import console
 from pretrain.training.checkpoint import load_weights
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, TrainingConfig
 
 
@@ -323,14 +324,16 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     if config.init is not None:
         parents["init"] = initialize(task.model, config.init, extra.get("codebook"))
     summary = train(
-        task,
-        out=config.out,
-        kind="encoder",
-        training=config.training,
-        optimizer=config.optimizer,
-        config=config.resolved(),
-        parents=parents,
-        extra=extra,
+        Run(
+            task,
+            out=config.out,
+            kind="encoder",
+            training=config.training,
+            optimizer=config.optimizer,
+            config=config.resolved(),
+            parents=parents,
+            extra=extra,
+        )
     )
     return {
         **summary,

@@ -63,6 +63,9 @@ class Task:
     def before_step(self, step: int) -> None:
         """Set what depends on the step alone: temperatures, layer gates."""
 
+    def after_step(self, step: int) -> None:
+        """Called after the optimiser's update of `step`, such as for moving averages of parameters."""
+
     def phase(self, step: int) -> int:
         """A number that changes where the set of trained parameters changes; `enter_phase` then sets requires_grad."""
         return 0

@@ -101,6 +101,20 @@ def test_both_engines_give_the_same_losses_for_fifty_steps(runs: Path, task: str
     assert_same_run(ours, theirs)
 
 
+def test_a_task_is_called_after_every_update(tmp_path: Path) -> None:
+    class Averaged(LinearTask):
+        def after_step(self, step: int) -> None:
+            steps.append(step)
+            averages.append(next(self.model.parameters()).detach().clone())
+
+    steps: list[int] = []
+    averages: list[torch.Tensor] = []
+    for settings in ({}, THEIRS):
+        run_linear(tmp_path / f"run{len(settings)}", Averaged(), {"max_steps": 6, **settings})
+    assert steps == [*range(6), *range(6)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(averages[:6], averages[6:], strict=True))
+
+
 @pytest.mark.parametrize("processes", ["one", "two"])
 @pytest.mark.parametrize("run", ["accumulated", "noisy", "linear", "single"])
 def test_accumulation_phases_and_ranks_without_items_are_the_same_in_both(

@@ -24,7 +24,8 @@ import torch
 from tensorboard.compat.proto import event_pb2  # noqa: F401  # here, so that no fork pays for it
 from torch.utils.tensorboard import summary  # noqa: F401
 
-from pretrain.training import checkpoint, engine
+from pretrain.training import checkpoint
+from pretrain.training import run as run_module
 from tests.pretrain.linear_task import LinearTask, Pairs, run_linear
 
 MAX_STEPS, INTERVAL = 200, 2
@@ -57,7 +58,7 @@ class TracedTask(LinearTask):
 def session(run: Path, keep: int, told: int | None = None) -> None:
     """Train to the end; `told` is a pipe that hears of the beginning of every save (b"s") and of its end (b"e")."""
     torch.set_num_threads(1)
-    save = engine.save_checkpoint
+    save = run_module.save_checkpoint
 
     def telling(*arguments: Any, **named: Any) -> Path:
         if told is not None:
@@ -67,7 +68,7 @@ def session(run: Path, keep: int, told: int | None = None) -> None:
             os.write(told, b"e")
         return path
 
-    engine.save_checkpoint = telling
+    run_module.save_checkpoint = telling
     task = TracedTask(run.with_suffix(".trace"))
     training = {
         "max_steps": MAX_STEPS,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.training import checkpoint
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import Loss, OptimizerConfig, Task, TrainingConfig
 
 
@@ -126,15 +127,17 @@ def run_linear(
     config = {"training": settings.resolved(), "optimizer": adamw.resolved(), "nothing": None}
     parents, extra = {"data": "0"}, {"objective": "regression"}
     return train(
-        task or LinearTask(),
-        out=str(out),
-        kind="test",
-        training=settings,
-        optimizer=adamw,
-        config=config,
-        parents=parents,
-        extra=extra,
-        monitor=monitor,
+        Run(
+            task or LinearTask(),
+            out=str(out),
+            kind="test",
+            training=settings,
+            optimizer=adamw,
+            config=config,
+            parents=parents,
+            extra=extra,
+            monitor=monitor,
+        )
     )
 
 

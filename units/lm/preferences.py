@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from pretrain.config import Config, PathStr
 from pretrain.progress import progress
 from pretrain.store.plain_text import read_text
-from pretrain.training.engine import autocast, to_device
 from pretrain.training.parallel import World
+from pretrain.training.step import autocast, to_device
 from pretrain.training.task import Loss, Task, TrainingConfig
 from units.corpus.bpe import Merger
 from units.corpus.patterns import Pattern

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pretrain.config import Config, PathStr, Split
 from pretrain.store.artefact import sha256_file
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, Task, TrainingConfig
 from units.corpus.patterns import Pattern
 from units.corpus.unit_corpus import Sequences, UnitCorpus
@@ -225,12 +226,14 @@ def train_lm(config: TrainLMConfig) -> dict[str, Any]:
     decoder = task.model.decoder
     num_parameters = sum(parameter.numel() for parameter in decoder.parameters())
     return train(
-        task,
-        out=config.out,
-        kind=KIND,
-        training=config.training,
-        optimizer=config.optimizer,
-        config=config.resolved(),
-        parents=parents,
-        extra={**described, "decoder": decoder.config.resolved(), "num_parameters": num_parameters},
+        Run(
+            task,
+            out=config.out,
+            kind=KIND,
+            training=config.training,
+            optimizer=config.optimizer,
+            config=config.resolved(),
+            parents=parents,
+            extra={**described, "decoder": decoder.config.resolved(), "num_parameters": num_parameters},
+        )
     )

@@ -19,6 +19,7 @@ from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.data.manifest import Manifest
 from pretrain.training.checkpoint import load_weights
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, TrainingConfig
 from units.corpus.unit_corpus import UnitCorpus
 from units.sound.griffin_lim import log_mel
@@ -138,14 +139,16 @@ def train_synthesizer(config: SynthesizerConfig) -> dict[str, Any]:
         "num_parameters": sum(parameter.numel() for parameter in task.model.parameters()),
     }
     summary = train(
-        task,
-        out=config.out,
-        kind=KIND,
-        training=config.training,
-        optimizer=config.optimizer,
-        config=config.resolved(),
-        parents={"manifest": manifest.fingerprint, "corpus": corpus.fingerprint},
-        extra=described,
+        Run(
+            task,
+            out=config.out,
+            kind=KIND,
+            training=config.training,
+            optimizer=config.optimizer,
+            config=config.resolved(),
+            parents={"manifest": manifest.fingerprint, "corpus": corpus.fingerprint},
+            extra=described,
+        )
     )
     left_out = {"utterances": len(task.train_set.items), "utterances_left_out": task.train_set.num_left_out}
     return {

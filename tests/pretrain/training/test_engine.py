@@ -298,6 +298,23 @@ def test_validation_is_over_all_items_without_dropout_and_repeats_itself(tmp_pat
     assert summary["valid_absolute_error"] > 0 and "valid_gradient_norm" not in summary
 
 
+def test_a_task_is_called_after_every_update_with_the_new_parameters(tmp_path: Path) -> None:
+    class Averaged(LinearTask):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[int] = []
+            self.average = torch.zeros(())
+
+        def after_step(self, step: int) -> None:
+            self.steps.append(step)
+            self.average = next(self.model.parameters()).detach().clone()
+
+    task = Averaged()
+    run_linear(tmp_path / "run", task, {"max_steps": 6})
+    assert task.steps == list(range(6))
+    assert torch.equal(task.average, next(task.model.parameters()))
+
+
 def test_what_a_task_evaluates_is_logged_with_the_validation(tmp_path: Path) -> None:
     class Judged(LinearTask):
         def evaluate(self) -> dict[str, float]:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import wordless.cli
 from pretrain.store.artefact import is_complete, read_meta
-from pretrain.training import engine, stopping
+from pretrain.training import run as run_module
+from pretrain.training import stopping
 from pretrain.training.checkpoint import latest_checkpoint
 from pretrain.training.parallel import World
 from pretrain.training.runlog import Window
@@ -219,7 +220,7 @@ def test_a_kill_after_a_late_validation_is_logged_does_not_log_it_twice(
         raise OSError("power cut")
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="power cut"):
-        patched.setattr(engine, "save_checkpoint", fail)
+        patched.setattr(run_module, "save_checkpoint", fail)
         run_linear(tmp_path / "cut", Validated(SCORES, dropout=0.3), PATIENT, MONITOR)
     assert [line["step"] for line in curve(tmp_path / "cut")] == [2, 4]
     run_linear(tmp_path / "cut", Validated(SCORES, dropout=0.3), PATIENT, MONITOR)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain.training.engine import train
+from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, TrainingConfig
 from units.corpus.bpe import Merger
 from units.corpus.patterns import PATTERNS, Pattern
@@ -190,13 +191,15 @@ def test_training_raises_the_margin_of_pairs_it_has_not_seen(tmp_path: Path) -> 
     assert task.held_out_reference is not None
     before = {name: weights.clone() for name, weights in task.model.state_dict().items()}
     summary = train(
-        task,
-        out=str(tmp_path / "run"),
-        kind="unit-lm",
-        training=ON_CPU,
-        optimizer=OptimizerConfig(lr=3e-3),
-        config={},
-        parents={},
+        Run(
+            task,
+            out=str(tmp_path / "run"),
+            kind="unit-lm",
+            training=ON_CPU,
+            optimizer=OptimizerConfig(lr=3e-3),
+            config={},
+            parents={},
+        )
     )
     assert summary["valid_accuracy"] > 0.9
     assert summary["valid_margin"] > 0.3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.store.artefact import read_meta, sha256_file
-from pretrain.training import engine
+from pretrain.training import run as run_module
 from pretrain.training.task import TrainingConfig
 from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
 from units.corpus.vocabulary import Vocabulary
@@ -57,9 +57,9 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
             raise RuntimeError("power cut")
         return save(run, step, *rest, **options)
 
-    save = engine.save_checkpoint
+    save = run_module.save_checkpoint
     train_small(tmp_path / "whole", 8, **keys)
-    monkeypatch.setattr(engine, "save_checkpoint", save_until_step_4)
+    monkeypatch.setattr(run_module, "save_checkpoint", save_until_step_4)
     with pytest.raises(RuntimeError, match="power cut"):
         train_small(tmp_path / "cut", 8, **keys)
     monkeypatch.undo()
