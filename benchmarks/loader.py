@@ -39,11 +39,11 @@ from benchmarks import corpus
 from benchmarks.command import argument_parser, run_main
 from benchmarks.loader_fairseq2 import WAYS, Fairseq2, crop
 from benchmarks.measure import KEPT, Contender, Measurement, machine, say, sides, take_turns
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout, pack
+from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.training.loading import load_ahead
 from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import World

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.corpus import SAMPLE_RATE
 from pretrain.data.batches import SpeechBatches
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 
 WAYS = ("recipe", "threads", "joined", "bucket", "packed")
 PARALLEL_RECIPE = 10
@@ -125,7 +125,7 @@ class Fairseq2:
 
 def crop(speech: SpeechBatches, item: int, epoch: int) -> int:
     """The sample that our crop of an utterance starts at."""
-    from pretrain.data.audio import HOP
+    from pretrain.data.utterance import HOP
 
     spare = int(speech.manifest.lengths[item]) - speech.crop_samples
     return HOP * int(speech.rng(item, epoch).integers(spare // HOP + 1)) if spare > 0 else 0

@@ -11,8 +11,9 @@ import argparse
 
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE, load_audio, num_frames
+from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE, num_frames
 from pretrain.data.windows import equal_windows
 from quantize.features import CONTEXT_FRAMES, WINDOW_FRAMES, EncoderSource, open_encoder_source
 

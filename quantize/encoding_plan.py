@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import Field
 
 from pretrain.config import PathStr, Split, part_of, share
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.labels import id_hashes, shard_fault, shard_stands, write_shard
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.progress import console
 from pretrain.store.artefact import is_complete, keep_to_plan
 from quantize.codebook import Codebook

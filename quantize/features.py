@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE, load_audio, num_frames
-from pretrain.data.manifest import Utterance
+from pretrain.data.audio import load_audio
+from pretrain.data.utterance import SAMPLE_RATE, Utterance, num_frames
 from pretrain.data.windows import Window, equal_windows
 from quantize.mfcc import NUM_CEPSTRA, mfcc
 

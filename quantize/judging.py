@@ -6,8 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE, phone_frames
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import SAMPLE_RATE, Utterance, phone_frames
 from pretrain.progress import progress
 from quantize.abx import Distance, Mode, abx
 from quantize.codebook import Codebook

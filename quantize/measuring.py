@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 
 from pretrain.config import PathStr, Seed, Split
 from pretrain.data.labels import MAX_CLASSES, Labels
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import Utterance
 from pretrain.objectives.pnmi import JointCounts, phone_metrics
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, require_absent, write_json

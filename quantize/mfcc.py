@@ -3,7 +3,7 @@
 import kaldi_native_fbank
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.utterance import SAMPLE_RATE
 
 NUM_CEPSTRA = 13
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.audio import HOP, SAMPLE_RATE
-from pretrain.data.manifest import Phone, Utterance
+from pretrain.data.utterance import HOP, SAMPLE_RATE, Phone, Utterance
 
 FRAME_RATE_HZ = SAMPLE_RATE / HOP
 ROUNDING = 1e-6  # frames: times are decimal seconds, and 0.29 s · 50 Hz is 14.499999999999998

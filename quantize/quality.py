@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 from pretrain.objectives.pnmi import entropy_bits
 
 # By group: key of a summary, how tables call it, and its format, in the order of the tables.

@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.progress import progress
 from pretrain.store.artefact import telling_full_disk, write_json
 from quantize.features import FeatureSource

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.objectives.pnmi import JointCounts, phone_metrics
 from pretrain.progress import console, progress
 from pretrain.store.artefact import read_meta

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr, Seed, Split
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import Utterance
 from pretrain.progress import progress
 from pretrain.store.artefact import read_meta, require_absent
 from units.corpus.bpe import learn

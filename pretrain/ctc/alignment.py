@@ -19,8 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from pretrain.ctc.vocabulary import BLANK, Vocabulary
-from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
-from pretrain.data.manifest import Word
+from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE, Word
 from pretrain.store.artefact import atomic_path
 
 # On the dev voices of synthetic speech, whose times are known: of 0 to 0.15 s the one that is nearly best for words (0.02 to 0.04) and

@@ -30,10 +30,10 @@ from pretrain.ctc.task import CTCConfig, CTCTask
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.model.encoder import EncoderConfig, load_encoder
 from pretrain.model.streaming import StreamingConfig
 from pretrain.progress import console

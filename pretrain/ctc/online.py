@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pretrain.ctc.model import Recognizer
 from pretrain.ctc.vocabulary import BLANK
-from pretrain.data.audio import HOP, SAMPLE_RATE
+from pretrain.data.utterance import HOP, SAMPLE_RATE
 from pretrain.model.online import OnlineEncoder
 
 PIECE_SAMPLES = 1600  # what a sound card gives at a time, about

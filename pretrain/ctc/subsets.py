@@ -20,8 +20,8 @@ from pydantic import AfterValidator
 
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.manifest import Manifest, copy_manifest
+from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.store.artefact import disagreements, is_complete, read_meta
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(s|min|h|%)", re.ASCII)

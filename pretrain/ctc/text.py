@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 
 SPACE = "|"  # how the space between words is spelled in a vocabulary
 

@@ -32,9 +32,9 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches, unit_batches
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.ctc.windows import in_windows
-from pretrain.data.audio import MIN_SAMPLES, SAMPLE_RATE
 from pretrain.data.batches import BatchConfig, SpeechBatches
-from pretrain.data.manifest import Manifest, Utterance, Word
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import MIN_SAMPLES, SAMPLE_RATE, Utterance, Word
 from pretrain.model.totals import utterance_totals
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, require_absent, write_json

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pretrain.config import Config, parse_config
 from pretrain.ctc.model import LoadedRecognizer
-from pretrain.data.audio import HOP, MIN_SAMPLES
 from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout
+from pretrain.data.utterance import HOP, MIN_SAMPLES
 
 
 class UnitConfig(Config):

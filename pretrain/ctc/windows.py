@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.audio import HOP, SAMPLE_RATE, num_frames
+from pretrain.data.utterance import HOP, SAMPLE_RATE, num_frames
 from pretrain.data.windows import overlapping_windows
 
 CONTEXT = 1 / 6  # of a window, on each side

@@ -1,50 +1,28 @@
-"""Audio in: any recording that libsndfile decodes becomes a float32 mono waveform at 16 kHz, and every fault becomes a ValueError.
+"""Recordings to waveforms: float32, mono, 16 kHz. Every fault of a recording is a ValueError.
 
-A recording is a file or a member of an uncompressed tar; of either only the samples that are wanted are read.
-
-Frames are the encoder's: 400-sample windows (25 ms) every 320 samples (20 ms), so frame t is centred on t * 20 + 12.5 ms.
+A recording is a file or a member of an uncompressed tar. Only the samples of the utterance are read.
 """
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import soxr
 
 from pretrain.data.decoding.recordings import open_recording
-from pretrain.data.decoding.spans import Member as Member
+from pretrain.data.decoding.spans import Member
+from pretrain.data.utterance import MIN_SAMPLES, SAMPLE_RATE, Utterance
 
-if TYPE_CHECKING:
-    from pretrain.data.manifest import Phone, Utterance
-
-SAMPLE_RATE = 16000
-MIN_SAMPLES = 400
-HOP = 320
-
-_BLOCK = (
-    1 << 20
-)  # native samples, of all channels, decoded at a time while probing: a day-long file needs no day-long array
+_BLOCK = 1 << 20  # native samples of all channels, decoded at a time while probing
 _LARGEST_READ = 1 << 24  # the same, while loading: 17 minutes at 16 kHz
 
 
-def num_frames(num_samples: int) -> int:
-    """50 Hz frames of `num_samples` at 16 kHz: floor((n - 400) / 320) + 1, and 0 below 400 samples."""
-    return (num_samples - MIN_SAMPLES) // HOP + 1 if num_samples >= MIN_SAMPLES else 0
-
-
-def load_audio(utterance: "Utterance", first: int = 0, count: int | None = None) -> np.ndarray:
+def load_audio(utterance: Utterance, first: int = 0, count: int | None = None) -> np.ndarray:
     """Decode one utterance: float32, (utterance.length,), mono (channels averaged), 16 kHz; or `count` samples of it from `first`.
 
     Only these samples are read from a longer recording, except of one that must be resampled, where the whole utterance is. An
     unreadable, truncated or too short recording, another sample rate than the manifest recorded, and NaN or infinite samples are
     ValueErrors that name the file and the utterance.
     """
-    rate, start, wanted, length = (
-        utterance.sample_rate,
-        utterance.start,
-        utterance.num_samples,
-        utterance.length,
-    )
+    rate, start = utterance.sample_rate, utterance.start
+    wanted, length = utterance.num_samples, utterance.length
     if rate == SAMPLE_RATE and count is not None:
         start, wanted, length = start + first, count, count
         first = 0
@@ -86,9 +64,7 @@ def probe_audio(
     """
     with open_recording(path, member, header_only=not decode) as recording:
         rate, available = recording.sample_rate, recording.num_samples
-        start = round(
-            min(offset_seconds, 1e9) * rate
-        )  # beyond any recording, and short of what is no integer
+        start = round(min(offset_seconds, 1e9) * rate)  # beyond any recording, and still an integer
         count = available - start
         if count < 0:
             raise ValueError(
@@ -110,21 +86,6 @@ def probe_audio(
     if length < MIN_SAMPLES:
         raise ValueError(_too_short(length))
     return start, count, rate
-
-
-def phone_frames(phones: "Sequence[Phone]", num_frames: int) -> np.ndarray:
-    """The phone at the centre of each frame's window, (num_frames,) of str, "" where there is none.
-
-    `phones` are (start, end, phone) in seconds, in order and without overlap; a phone covers start <= t < end.
-    """
-    if not phones:
-        return np.full(num_frames, "")
-    starts, ends, names = (np.array(column) for column in zip(*phones, strict=True))
-    centres = (np.arange(num_frames) * HOP + MIN_SAMPLES // 2) / SAMPLE_RATE
-    last = (
-        np.searchsorted(starts, centres, side="right") - 1
-    )  # the last phone that has begun; -1 before the first
-    return np.where((last >= 0) & (centres < ends[last]), names[last], "")
 
 
 def _require_samples(found: int, wanted: int, sample_rate: int) -> None:

@@ -15,9 +15,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pretrain.config import Config
-from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
+from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout, pack
+from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE
 from pretrain.training.task import Task
 
 

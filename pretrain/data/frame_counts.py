@@ -6,7 +6,7 @@ give or take one. Other tools pad, cut and round in their own ways, which `count
 
 import numpy as np
 
-from pretrain.data.audio import MIN_SAMPLES, SAMPLE_RATE
+from pretrain.data.utterance import MIN_SAMPLES, SAMPLE_RATE
 
 SLACK = 1  # frames: a tool that pads or cuts by half a window has one more or fewer
 CHUNK = (
@@ -24,7 +24,7 @@ COMMON_RATES_HZ = (
 
 
 def count_frames(num_samples: int, rate_hz: float) -> int:
-    """Frames at `rate_hz` of a recording of `num_samples` at 16 kHz, by the rule of `pretrain.data.audio.num_frames`, which is that of 50 Hz."""
+    """Frames at `rate_hz` of a recording of `num_samples` at 16 kHz, by the rule of `pretrain.data.utterance.num_frames`, which is that of 50 Hz."""
     return max(0, int((num_samples - MIN_SAMPLES) * rate_hz // SAMPLE_RATE) + 1)
 
 

@@ -15,78 +15,21 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, Member, num_frames
 from pretrain.data.manifest_table import MOST_SAMPLES, REQUIRED, SCHEMA, Table, hash_footer, take
+from pretrain.data.utterance import HOP, MIN_SAMPLES, Phone, Utterance, Word
 from pretrain.store.artefact import atomic_path, commit, read_meta
 
 ROW_GROUP = 1024  # rows read together: reading one at random takes half a millisecond, and ten million make 9,766 groups
 
 
-class Phone(NamedTuple):
-    """One phone of an alignment, in seconds from the utterance's start."""
-
-    start: float
-    end: float
-    phone: str
-
-
-class Word(NamedTuple):
-    """One word of an alignment, in seconds from the utterance's start."""
-
-    start: float
-    end: float
-    word: str
-
-
 Timed = TypeVar("Timed", Phone, Word)
-
-
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """One row: where its samples lie, and what is known of them. `start` and `num_samples` count at `sample_rate`.
-
-    In a tar at `path`, the recording is the `member_size` bytes from `member_offset`.
-    """
-
-    id: str
-    path: str
-    start: int
-    num_samples: int
-    sample_rate: int
-    split: str | None = None
-    speaker: str | None = None
-    text: str | None = None
-    phones: list[Phone] | None = None
-    member_offset: int | None = None
-    member_size: int | None = None
-    words: list[Word] | None = None
-
-    @property
-    def member(self) -> Member | None:
-        """Where the recording lies in the tar at `path`; None for a file of its own."""
-        return (
-            None
-            if self.member_offset is None or self.member_size is None
-            else Member(self.member_offset, self.member_size)
-        )
-
-    @property
-    def length(self) -> int:
-        """Samples at 16 kHz."""
-        return self.num_samples * SAMPLE_RATE // self.sample_rate
-
-    @property
-    def num_frames(self) -> int:
-        """50 Hz frames."""
-        return num_frames(self.length)
 
 
 class Manifest:

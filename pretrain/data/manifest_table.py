@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.utterance import SAMPLE_RATE
 
 MOST_SAMPLES = 2**48  # of a row: 557 years at 16 kHz, and even at 1 Hz the length at 16 kHz fits into 64 bits
 

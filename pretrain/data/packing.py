@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.audio import HOP, num_frames
+from pretrain.data.utterance import HOP, num_frames
 
 
 @dataclass(frozen=True)

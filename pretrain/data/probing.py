@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.data.audio import Member, probe_audio
+from pretrain.data.audio import probe_audio
+from pretrain.data.decoding.spans import Member
 
 SECONDS_PER_MB = 5.0  # added to a recording's limit: sixty times what mp3 and ogg take here, the slowest to decode for their size
 WAITING = 10.0  # times its limit may pass on the clock

@@ -18,8 +18,8 @@ import soxr
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr, Seed
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.espeak import Espeak, library_paths
+from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, require_absent
 from pretrain.store.interrupts import process_pool

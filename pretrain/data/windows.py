@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pretrain.data.audio import HOP, MIN_SAMPLES
+from pretrain.data.utterance import HOP, MIN_SAMPLES
 
 
 class Window(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.data.audio import HOP
 from pretrain.data.packing import Layout
+from pretrain.data.utterance import HOP
 from pretrain.model.cpu_kernels import Int8Linear, gelu_conv, segment_linear
 from pretrain.model.streaming import Blocks
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.data.audio import HOP, num_frames
 from pretrain.data.packing import Layout
+from pretrain.data.utterance import HOP, num_frames
 from pretrain.model.encoder import Encoder, LayerConvention
 from pretrain.model.streaming import Blocks
 

@@ -31,8 +31,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.config import Config
-from pretrain.data.audio import HOP, MIN_SAMPLES
 from pretrain.data.packing import Layout
+from pretrain.data.utterance import HOP, MIN_SAMPLES
 
 QUERY_ROWS = 256  # attended at a time, about: more waste products that the mask discards, fewer are many small products
 FRAME_MS = 20.0

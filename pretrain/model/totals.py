@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.data.audio import HOP
 from pretrain.data.packing import Layout
+from pretrain.data.utterance import HOP
 from pretrain.model.encoder import Encoder
 from pretrain.model.frontend import UnitFrontEnd, normalize_so_far
 from pretrain.model.streaming import Blocks, Windows

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pretrain.data.audio import phone_frames
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance, phone_frames
 
 
 class JointCounts:

@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.config import Config, PathStr, Split
-from pretrain.data.audio import num_frames
 from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.packing import pack
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import EncoderConfig
 from pretrain.objectives.collapse import AlarmConfig, Variation, hubert_alarm, variation_alarm, wav2vec2_alarm
 from pretrain.objectives.hubert import Hubert, HubertBatch, HubertConfig, hubert_batch, perplexity

@@ -10,7 +10,8 @@ from benchmarks import loader
 from benchmarks.loader_fairseq2 import WAYS, Fairseq2, crop, name
 from benchmarks.measure import Measurement
 from pretrain.data.audio import load_audio
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import Utterance
 
 SETTINGS = {"batch_seconds": 2.0, "crop_seconds": 30.0, "seed": 0, "threads": 1}
 

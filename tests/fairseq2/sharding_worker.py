@@ -17,7 +17,7 @@ from fairseq2.models import ModelFamily, load_model
 from fairseq2.nn.fsdp import to_fsdp2
 from torch.distributed.tensor import DTensor
 
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from pretrain.fairseq2.assets import resolver
 from pretrain.objectives.hubert import HubertBatch, hubert_batch
 from tests.fairseq2.test_extension import WAVEFORM

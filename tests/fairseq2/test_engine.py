@@ -14,8 +14,8 @@ import torch
 from fairseq2.checkpoint import StandardCheckpointManager
 from safetensors.torch import load_file
 
-from pretrain.data.audio import num_frames
 from pretrain.data.manifest import write_manifest
+from pretrain.data.utterance import num_frames
 from pretrain.fairseq2.available import require_fairseq2
 from pretrain.training.checkpoint import load_weights
 from tests.fairseq2.engine_worker import ENGINES, STEPS, TASKS, main

@@ -33,7 +33,7 @@ from pretrain.ctc.model import Recognizer, load_recognizer
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from pretrain.fairseq2.assets import find_card, plain_config, read_asset
 from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig

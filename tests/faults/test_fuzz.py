@@ -103,7 +103,7 @@ def test_any_damage_to_a_recording_is_refused_or_its_parts_are_those_of_the_whol
     requests = [Request(str(path)) for path in paths]
     with in_time("index"):
         answers = dict(probe_recordings(iter(requests), len(requests), 2, Limits(seconds=10)))
-    from pretrain.data.manifest import Utterance
+    from pretrain.data.utterance import Utterance
 
     num_read = 0
     for number, answer in answers.items():

@@ -15,10 +15,12 @@ import pytest
 import soundfile
 
 from pretrain.data import audio
-from pretrain.data.audio import Member, load_audio, probe_audio
+from pretrain.data.audio import load_audio, probe_audio
+from pretrain.data.decoding.spans import Member
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
 from pretrain.data.probing import Limits, Probed, Request, probe_recordings
+from pretrain.data.utterance import Utterance
 from tests.faults.hostile_audio import (
     TEN_HOURS,
     encoded,

@@ -16,12 +16,12 @@ import soundfile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.audio import phone_frames
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.manifest_table import SCHEMA
 from pretrain.data.sources.lists import attach_alignments
 from pretrain.data.sources.sources import name_speakers, read_sources, require_distinct_ids
+from pretrain.data.utterance import phone_frames
 
 
 def row(number: int, **columns: Any) -> dict[str, Any]:

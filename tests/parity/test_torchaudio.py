@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.ctc.model import CTCBatch, load_recognizer
-from pretrain.data.audio import num_frames
 from pretrain.data.packing import pack
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import Encoder, load_encoder
 from pretrain.objectives.hubert import Hubert, hubert_batch
 from pretrain.store.artefact import sha256_file

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
 from pretrain.weights.huggingface import HUGGINGFACE_KEYS
 from pretrain.weights.naming import canonical, parameters, to_ours

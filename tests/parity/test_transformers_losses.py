@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from pretrain.objectives.hubert import Hubert, hubert_batch
 from pretrain.objectives.wav2vec2 import Wav2Vec2, draw_distractors, wav2vec2_batch
 from tests.parity.peers import compare_gradients, import_peer, load_pretraining, transformers_model

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pretrain.data.manifest import Phone, Utterance
+from pretrain.data.utterance import Phone, Utterance
 from quantize import abx as abx_module
 from quantize import dtw
 from quantize.abx import abx, draw_speakers, draw_tokens

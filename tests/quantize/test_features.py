@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantize.features
-from pretrain.data.audio import num_frames
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout
+from pretrain.data.utterance import Utterance, num_frames
 from pretrain.data.windows import equal_windows
 from pretrain.model.encoder import load_encoder
 from quantize.features import (

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pretrain.config import parse_config
-from pretrain.data.audio import phone_frames
 from pretrain.data.labels import Labels, commit_labels, write_shard
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import Utterance, phone_frames
 from pretrain.objectives.pnmi import entropy_bits
 from pretrain.store.artefact import read_meta
 from quantize.abx import Mode, abx

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from pretrain.data.audio import phone_frames
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import phone_frames
 from pretrain.objectives.pnmi import JointCounts, entropy_bits, phone_metrics
 from quantize.quality import (
     deduplicated,

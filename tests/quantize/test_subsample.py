@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.manifest import Manifest, Utterance, write_manifest
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import Utterance
 from quantize import subsample
 from quantize.features import plan_batches
 from quantize.subsample import (

@@ -9,9 +9,9 @@ import soundfile
 import torch
 
 import quantize.features
-from pretrain.data.audio import num_frames
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Manifest, Utterance, write_manifest
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import Utterance, num_frames
 from pretrain.model.encoder import Encoder
 from quantize.clustering import ClusterConfig, cluster
 from quantize.encoding import EncodeConfig, encode

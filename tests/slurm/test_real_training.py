@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file
 
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from slurm.jobs import Queue
 from slurm.launch import Launched, launch
 from slurm.resources import Resources

@@ -1,6 +1,6 @@
 """Words with their times, for tests of text beside units."""
 
-from pretrain.data.manifest import Word
+from pretrain.data.utterance import Word
 
 
 def at(milliseconds: list[tuple[int, int, str]]) -> list[Word]:

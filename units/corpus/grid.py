@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pretrain.data.manifest import Utterance, Word
+from pretrain.data.utterance import Utterance, Word
 from units.corpus.text import WORD, TextConfig, TextPieces, spoken_words, word_frames
 from units.corpus.unit_corpus import Document
 

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr, Seed, Split
-from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE
-from pretrain.data.manifest import Manifest, Utterance, Word
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE, Utterance, Word
 from pretrain.store.artefact import read_meta
 
 WORD = "▁"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.utterance import SAMPLE_RATE
 from units.corpus.unit_corpus import Document
 from units.formats.description import Described, Format, Located
 from units.formats.lines import (

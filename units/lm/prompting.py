@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.data.audio import probe_audio
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 from units.corpus.bpe import Merger
 from units.corpus.sequence import deduplicate
 from units.corpus.unit_corpus import UnitCorpus

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.config import Config, PathStr, PathStrs, Seed, Split
-from pretrain.data.audio import SAMPLE_RATE
+from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, require_absent
 from units.corpus.patterns import Continuation as Growth

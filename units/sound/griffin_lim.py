@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.audio import HOP, MIN_SAMPLES, num_frames
+from pretrain.data.utterance import HOP, MIN_SAMPLES, num_frames
 from pretrain.model.frontend import mel_matrix
 
 MEL_HOP = 160  # samples

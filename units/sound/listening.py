@@ -27,8 +27,9 @@ import torch
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr, Seed, Split
-from pretrain.data.audio import HOP, SAMPLE_RATE, load_audio
+from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import HOP, SAMPLE_RATE
 from pretrain.progress import progress
 from pretrain.store.artefact import atomic_path, commit, read_meta, require_absent, write_json
 from units.corpus.unit_corpus import UnitCorpus

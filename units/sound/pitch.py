@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.audio import SAMPLE_RATE, num_frames
+from pretrain.data.utterance import SAMPLE_RATE, num_frames
 from units.sound.griffin_lim import MARGIN, MEL_HOP, NUM_MELS, PER_FRAME, log_mel, num_samples
 
 LOWEST_HZ, HIGHEST_HZ = 60.0, 400.0

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from pretrain.data.audio import SAMPLE_RATE
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from quantize.codebook import Codebook
 from quantize.extraction import Extraction, open_source
 from units.corpus.sequence import deduplicate

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import nn
 
 from pretrain.config import Config, PathStr, Split
-from pretrain.data.audio import load_audio, num_frames
+from pretrain.data.audio import load_audio
 from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import num_frames
 from pretrain.training.checkpoint import load_weights
 from pretrain.training.engine import train
 from pretrain.training.run import Run

@@ -11,9 +11,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, load_audio
+from pretrain.data.audio import load_audio
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE, Utterance
 from pretrain.model.frontend import log_mel, mel_matrix
 from quantize.layer_figure import PANEL_INCHES, draw_panel, layer_panels
 from quantize.quality import matching_labels

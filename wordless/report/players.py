@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from pretrain.data.audio import SAMPLE_RATE, load_audio
+from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE
 from units.sound.listening import as_data_uri
 from wordless.report.run_stages import Stage
 

@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from pretrain.config import Config, PathStr, Split, flatten
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.store.artefact import atomic_path, git_commit, library_versions, write_json
 from quantize.quality import matching_labels, measures_text, table_groups
 from wordless.report import readings, recognition

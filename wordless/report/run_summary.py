@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.store.artefact import is_complete, read_meta
 from quantize.quality import FORMATS
 from wordless.report import recognition

@@ -11,8 +11,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from pretrain.data.audio import Member
-from pretrain.data.manifest import Phone, Word
+from pretrain.data.decoding.spans import Member
+from pretrain.data.utterance import Phone, Word
 
 # What libsndfile reads, by the usual names: AIFF, AU, CAF, NIST sphere, Sony Wave64 and RF64 among them.
 SUFFIXES = {

@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.data.manifest import Word
 from pretrain.data.sources.candidates import OTHER_SUFFIXES, SUFFIXES, Candidate, Names, as_words
 from pretrain.data.sources.tar import is_tar, read_tar
+from pretrain.data.utterance import Word
 from pretrain.store.plain_text import decode_line, joined_lines, raw_lines, read_text
 
 # A line of LibriSpeech's alignments: `84-1-0000 ",GO,DO," "0.49,0.89,1.27,1.61"`.

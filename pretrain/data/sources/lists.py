@@ -9,7 +9,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from pretrain.data.manifest import Phone, Word
 from pretrain.data.sources.candidates import (
     About,
     Candidate,
@@ -20,6 +19,7 @@ from pretrain.data.sources.candidates import (
     as_words,
     parse_row,
 )
+from pretrain.data.utterance import Phone, Word
 from pretrain.store.plain_text import read_text
 
 

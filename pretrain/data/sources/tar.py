@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pretrain.data.audio import Member
+from pretrain.data.decoding.spans import Member
 from pretrain.data.sources.candidates import (
     OTHER_SUFFIXES,
     SUFFIXES,

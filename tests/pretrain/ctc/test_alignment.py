@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pretrain.ctc.alignment import Span, forced_alignment, stretch, word_times, write_alignments
 from pretrain.ctc.vocabulary import Vocabulary, collapse
-from pretrain.data.audio import HOP, MIN_SAMPLES, SAMPLE_RATE, phone_frames
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest, Word
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE, Word, phone_frames
 from quantize.measuring import MeasureConfig, measure
 
 

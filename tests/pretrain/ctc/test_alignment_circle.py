@@ -12,11 +12,11 @@ from pretrain.ctc.model import CTCBatch, Recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.data.audio import phone_frames
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.labels import commit_labels, write_shard
-from pretrain.data.manifest import Manifest, Phone, write_manifest
+from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.packing import pack
+from pretrain.data.utterance import Phone, phone_frames
 from pretrain.model.encoder import EncoderConfig
 from pretrain.training.checkpoint import save_checkpoint
 from quantize.measuring import MeasureConfig, measure

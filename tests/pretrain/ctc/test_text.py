@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pretrain.config import parse_config
 from pretrain.ctc.text import TextConfig
-from pretrain.data.manifest import Phone, Utterance
+from pretrain.data.utterance import Phone, Utterance
 
 SETTINGS = [
     TextConfig(case=case, punctuation=marks)

@@ -18,10 +18,10 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, _references, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.ctc.windows import CONTEXT, in_windows
-from pretrain.data.audio import num_frames
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest, Utterance
+from pretrain.data.manifest import Manifest
 from pretrain.data.packing import pack
+from pretrain.data.utterance import Utterance, num_frames
 from pretrain.data.windows import overlapping_windows
 from pretrain.store.artefact import read_meta
 from tests.pretrain.conftest import write_corpus

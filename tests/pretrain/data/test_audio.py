@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.data import audio
-from pretrain.data.audio import load_audio, num_frames, phone_frames, probe_audio
-from pretrain.data.manifest import Phone, Utterance
+from pretrain.data.audio import load_audio, probe_audio
+from pretrain.data.utterance import Phone, Utterance, num_frames, phone_frames
 
 RATES = [8000, 16000, 22050, 44100, 48000]
 

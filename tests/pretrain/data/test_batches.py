@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import parse_config
-from pretrain.data.audio import num_frames
 from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask, pad
 from pretrain.data.labels import Labels, commit_labels, write_shard
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import EncoderConfig
 from pretrain.objectives.hubert import HubertBatch
 from pretrain.objectives.pretraining import HubertTask, PretrainConfig

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.audio import num_frames
 from pretrain.data.frame_counts import count_bounds, count_frames, differing, likely_rate
+from pretrain.data.utterance import num_frames
 
 
 def convolved(num_samples: int, layers: list[tuple[int, int]]) -> int:

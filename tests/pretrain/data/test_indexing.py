@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pretrain.config import parse_config
 from pretrain.data.audio import load_audio
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest, Phone, Word
+from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import Phone, Word
 from pretrain.store.artefact import read_meta
 from wordless.cli import main
 

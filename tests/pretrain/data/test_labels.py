@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import labels as module
-from pretrain.data.audio import num_frames
 from pretrain.data.labels import (
     Labels,
     commit_labels,
@@ -18,6 +17,7 @@ from pretrain.data.labels import (
     shard_stands,
     write_shard,
 )
+from pretrain.data.utterance import num_frames
 
 
 def label_arrays(lengths: list[int], levels: int | None = None, seed: int = 0) -> list[np.ndarray]:

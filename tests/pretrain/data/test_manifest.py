@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.batches import BatchConfig, SpeechBatches
-from pretrain.data.manifest import ROW_GROUP, Manifest, Phone, Utterance, Word, copy_manifest, write_manifest
+from pretrain.data.manifest import ROW_GROUP, Manifest, copy_manifest, write_manifest
 from pretrain.data.manifest_table import take
+from pretrain.data.utterance import Phone, Utterance, Word
 from pretrain.store.artefact import commit
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.audio import num_frames
 from pretrain.data.packing import Layout, pack, pack_padded
+from pretrain.data.utterance import num_frames
 
 EDGES = [400, 639, 640, 641, 719, 720, 960, 1039, 1040]  # of slots and of frames
 LENGTHS = st.lists(st.integers(400, 3000) | st.sampled_from(EDGES), min_size=1, max_size=6)

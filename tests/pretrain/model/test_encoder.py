@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pretrain.ctc.model import Recognizer
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.data.audio import num_frames
 from pretrain.data.packing import Layout, pack, pack_padded
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import Encoder, EncoderConfig, PositionalConv, load_encoder
 from pretrain.training.checkpoint import save_checkpoint
 from quantize.assignment import nearest

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.data.audio import num_frames
 from pretrain.data.packing import Layout, pack
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import EncoderConfig
 from pretrain.model.frontend import (
     CONV_KERNELS,

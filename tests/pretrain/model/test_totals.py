@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data.audio import HOP, MIN_SAMPLES, num_frames
 from pretrain.data.packing import pack
+from pretrain.data.utterance import HOP, MIN_SAMPLES, num_frames
 from pretrain.model import totals
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.model.frontend import log_mel

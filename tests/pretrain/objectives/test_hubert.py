@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.data.audio import num_frames
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import EncoderConfig
 from pretrain.objectives import pretraining
 from pretrain.objectives.hubert import (

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Manifest, Phone, Utterance, write_manifest
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import Phone, Utterance
 from pretrain.model.encoder import Encoder
 from pretrain.objectives.collapse import AlarmConfig, Variation, hubert_alarm, variation_alarm, wav2vec2_alarm
 from pretrain.objectives.pnmi import pnmi_of_features

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.audio import num_frames
 from pretrain.data.manifest import Manifest
+from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import EncoderConfig
 from pretrain.objectives import pretraining
 from pretrain.objectives.pretraining import PretrainConfig, Wav2Vec2Task, pretrain

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.data.audio import num_frames
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import num_frames
 from tests.pretrain.distributed_worker import main
 from tests.pretrain.runs import curve
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 from tests.units.spoken import at
 from units.corpus.grid import from_grid, grid_document, to_grid
 from units.corpus.text import TextConfig, TextPieces, word_frames

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 from tests.units.spoken import at
 from units.corpus.interleaving import deinterleave, draw_written, interleave, interleaved_document
 from units.corpus.text import TextConfig, TextPieces

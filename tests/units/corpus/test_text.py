@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import parse_config
-from pretrain.data.audio import phone_frames
-from pretrain.data.manifest import Manifest, Phone, Utterance, Word, write_manifest
+from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import Phone, Utterance, Word, phone_frames
 from units.corpus.text import (
     WORD,
     TextConfig,

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain.data.audio import num_frames
 from pretrain.data.manifest import write_manifest
+from pretrain.data.utterance import num_frames
 from units.corpus.unit_corpus import Document, UnitCorpus
 from units.formats import FORMATS, Described, write_units
 from units.packing import PackConfig, pack

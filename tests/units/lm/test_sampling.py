@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from pretrain.data.audio import load_audio
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
 from pretrain.training.task import TrainingConfig

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from pretrain.model.frontend import mel_matrix
 from units.sound.griffin_lim import (
     MARGIN,

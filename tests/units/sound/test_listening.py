@@ -11,10 +11,10 @@ import soundfile
 import torch
 
 from pretrain.config import parse_config
-from pretrain.data.audio import num_frames
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import num_frames
 from pretrain.store.artefact import commit, read_meta
 from quantize.clustering import ClusterConfig, cluster
 from quantize.encoding import EncodeConfig, encode

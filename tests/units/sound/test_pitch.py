@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data.audio import num_frames
+from pretrain.data.utterance import num_frames
 from units.sound.pitch import patterns, pitch
 
 

@@ -9,8 +9,8 @@ import soundfile
 import torch
 
 from pretrain.config import parse_config
-from pretrain.data.audio import num_frames
 from pretrain.data.manifest import Manifest, write_manifest
+from pretrain.data.utterance import num_frames
 from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
 from units.corpus.vocabulary import Vocabulary
 from units.sound.synthesis import (

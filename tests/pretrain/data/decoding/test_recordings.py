@@ -14,7 +14,7 @@ from pretrain.data.audio import load_audio, probe_audio
 from pretrain.data.decoding import mpeg, recordings
 from pretrain.data.decoding.recordings import open_recording
 from pretrain.data.decoding.spans import Member
-from pretrain.data.manifest import Utterance
+from pretrain.data.utterance import Utterance
 
 CASES = Path(__file__).parents[5] / "shared/data/cases"
 RNG = np.random.default_rng(0)

@@ -15,8 +15,9 @@ from pretrain.data import audio
 from pretrain.data.audio import load_audio
 from pretrain.data.decoding import mpeg, recordings, spans
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest, Phone, Word
+from pretrain.data.manifest import Manifest
 from pretrain.data.sources.tar import list_members
+from pretrain.data.utterance import Phone, Word
 
 
 def encoded(num_samples: int = 4000, suffix: str = "flac", rate: int = 16000) -> bytes:
