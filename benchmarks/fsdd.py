@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import machine
 from pretrain.ctc.curve import as_text, summarize, write_curve
-from pretrain.store.artefact import read_meta, write_json
+from pretrain.store.artefact import read_meta
+from pretrain.store.disk import write_json
 
 WORDS = "zero one two three four five six seven eight nine".split()
 CHOSEN_WITH = {"lucas", "nicolas"}

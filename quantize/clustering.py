@@ -18,7 +18,8 @@ from pretrain.config import PathStr, Seed, Split
 from pretrain.data.labels import MAX_CLASSES
 from pretrain.data.manifest import Manifest
 from pretrain.progress import console
-from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent, write_json
+from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent
+from pretrain.store.disk import write_json
 from quantize.codebook import write_codebook
 from quantize.extraction import Extraction, open_encoder
 from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource

@@ -16,7 +16,9 @@ from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr
 from pretrain.data.labels import MAX_CLASSES
-from pretrain.store.artefact import atomic_path, require_absent, sha256_file
+from pretrain.store.artefact import require_absent
+from pretrain.store.disk import atomic_path
+from pretrain.store.hashes import sha256_file
 from quantize.codebook import Codebook, write_codebook
 from quantize.features import FeatureSource, LayerConvention, MfccSource, open_encoder_source
 from quantize.joblib_file import read_arrays

@@ -11,7 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pretrain.store.artefact import atomic_path, disagreements
+from pretrain.store.artefact import disagreements
+from pretrain.store.disk import atomic_path
 from quantize.rows import Rows
 
 

@@ -21,7 +21,8 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import Utterance
 from pretrain.objectives.pnmi import JointCounts, phone_metrics
 from pretrain.progress import progress
-from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from quantize.codebook import Codebook
 from quantize.extraction import Extraction, open_encoder, open_source
 from quantize.features import LayerConvention

@@ -20,7 +20,7 @@ import numpy as np
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.progress import progress
-from pretrain.store.artefact import telling_full_disk, write_json
+from pretrain.store.disk import telling_full_disk, write_json
 from quantize.features import FeatureSource
 
 Balance = Literal["speaker", "none"]

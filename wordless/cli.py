@@ -308,7 +308,8 @@ def check(
 ) -> None:
     """Validate a config, a recipe or an artefact; say what is wrong with it."""
     from pretrain.config import parse_config, read_toml
-    from pretrain.store.artefact import read_meta, require_as_written, sha256_file
+    from pretrain.store.artefact import read_meta, require_as_written
+    from pretrain.store.hashes import sha256_file
     from pretrain.store.schemes import plugin, split_scheme
     from slurm.resources import parse_resources
 

@@ -476,7 +476,7 @@ class Recipe:
         import socket
         import traceback
 
-        from pretrain.store.artefact import DiskFull
+        from pretrain.store.disk import DiskFull
         from wordless.stage_records import lacking, reasons
 
         verb, config = self.stages[name]["verb"], self.parse(name)
@@ -610,7 +610,7 @@ class Recipe:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _write_record(self, name: str, record: dict[str, Any]) -> None:
-        from pretrain.store.artefact import write_json
+        from pretrain.store.disk import write_json
 
         if os.environ.get("RANK", "0") == "0":
             write_json(self._record_path(name), record)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pretrain.ctc.vocabulary import BLANK, Vocabulary
 from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE, Word
-from pretrain.store.artefact import atomic_path
+from pretrain.store.disk import atomic_path
 
 # On the dev voices of synthetic speech, whose times are known: of 0 to 0.15 s the one that is nearly best for words (0.02 to 0.04) and
 # for phones (0.06 to 0.1) alike, by the share of frames in the right one.

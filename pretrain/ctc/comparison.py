@@ -29,7 +29,8 @@ from pretrain.ctc.error_rates import (
     resample,
     sum_by,
 )
-from pretrain.store.artefact import commit, read_meta, require_absent, write_json
+from pretrain.store.artefact import commit, read_meta, require_absent
+from pretrain.store.disk import write_json
 
 SMALLEST_P = 1e-10  # what rounding leaves exact
 NUM_SHOWN = 20  # utterances that differ most, each way

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pretrain.ctc.comparison import sign_flip_p
 from pretrain.ctc.error_rates import count_edits, format_columns, format_interval, interval
-from pretrain.store.artefact import atomic_path
+from pretrain.store.disk import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

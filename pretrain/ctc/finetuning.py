@@ -37,7 +37,8 @@ from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.model.encoder import EncoderConfig, load_encoder
 from pretrain.model.streaming import StreamingConfig
 from pretrain.progress import console
-from pretrain.store.artefact import atomic_path, require_absent
+from pretrain.store.artefact import require_absent
+from pretrain.store.disk import atomic_path
 from pretrain.training.engine import train
 from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, TrainingConfig

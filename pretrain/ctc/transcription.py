@@ -37,7 +37,8 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import MIN_SAMPLES, SAMPLE_RATE, Utterance, Word
 from pretrain.model.totals import utterance_totals
 from pretrain.progress import progress
-from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from pretrain.training.parallel import resolve_device
 from pretrain.training.step import autocast
 

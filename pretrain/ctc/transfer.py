@@ -27,15 +27,8 @@ from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.progress import console
-from pretrain.store.artefact import (
-    atomic_path,
-    commit,
-    is_complete,
-    known_by,
-    read_meta,
-    require_absent,
-    write_json,
-)
+from pretrain.store.artefact import commit, is_complete, known_by, read_meta, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from pretrain.store.lock import locked
 from pretrain.training.checkpoint import load_weights
 from pretrain.training.parallel import resolve_device

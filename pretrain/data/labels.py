@@ -23,16 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.data.frame_counts import differing
-from pretrain.store.artefact import (
-    CheckedNpy,
-    atomic_path,
-    commit,
-    damaged,
-    map_npy,
-    read_meta,
-    require_as_written,
-    sha256_file,
-)
+from pretrain.store.arrays import CheckedNpy, damaged, map_npy
+from pretrain.store.artefact import commit, read_meta, require_as_written
+from pretrain.store.disk import atomic_path
+from pretrain.store.hashes import sha256_file
 
 MAX_CLASSES = 2**16
 SHARD_SCHEMA = pa.schema([("id", pa.string()), ("num_frames", pa.int64())])

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from pretrain.data.manifest_table import MOST_SAMPLES, REQUIRED, SCHEMA, Table, hash_footer, take
 from pretrain.data.utterance import HOP, MIN_SAMPLES, Phone, Utterance, Word
-from pretrain.store.artefact import atomic_path, commit, read_meta
+from pretrain.store.artefact import commit, read_meta
+from pretrain.store.disk import atomic_path
 
 ROW_GROUP = 1024  # rows read together: reading one at random takes half a millisecond, and ten million make 9,766 groups
 

@@ -21,7 +21,8 @@ from pretrain.config import Config, PathStr, Seed
 from pretrain.data.espeak import Espeak, library_paths
 from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.progress import progress
-from pretrain.store.artefact import atomic_path, commit, require_absent
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path
 from pretrain.store.interrupts import process_pool
 
 # espeak-ng's variants that sound like people.

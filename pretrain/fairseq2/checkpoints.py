@@ -23,7 +23,7 @@ from fairseq2.io import (
 from fairseq2.utils.rng import RngBag
 from fairseq2.utils.threading import ThreadPool
 
-from pretrain.store.artefact import telling_full_disk
+from pretrain.store.disk import telling_full_disk
 
 
 class Dumper(TensorFileDumper):  # type: ignore[misc]

@@ -5,7 +5,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.store.artefact import FULL
+from pretrain.store.disk import FULL
 
 
 def require_writable(out: str | Path, *, may_be_file: bool = False) -> None:

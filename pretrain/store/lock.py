@@ -23,7 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pretrain.store.artefact import FULL, DiskFull, is_complete
+from pretrain.store.artefact import is_complete
+from pretrain.store.disk import FULL, DiskFull
 from pretrain.store.holder import Holder
 
 BEAT_SECONDS = 10.0

@@ -27,7 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pretrain.store.artefact import make_folder, read_meta, sha256_file, sync_folder, telling_full_disk
+from pretrain.store.artefact import read_meta
+from pretrain.store.disk import make_folder, sync_folder, telling_full_disk
+from pretrain.store.hashes import sha256_file
 from pretrain.store.schemes import plugin, split_scheme
 from pretrain.training.parallel import World, placed_like, whole
 

@@ -3,43 +3,24 @@
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pretrain.training.parallel import World
+from pretrain.training.task import Task, TrainingConfig
 
-if TYPE_CHECKING:
-    from pretrain.training.task import Task, TrainingConfig
+Place = tuple[int, int]  # epoch, and the number of a batch in its plan
 
 
 def load_ahead(
-    task: "Task", position: tuple[int, int], training: "TrainingConfig", world: World
-) -> Generator[tuple[tuple[int, int], int, Iterator[tuple[Any, float]], float], None, None]:
-    """(epoch, batch), how many micro-batches this rank has of it, those, and the global amount; from `position` on, for ever.
+    task: Task, position: Place, training: TrainingConfig, world: World
+) -> Generator[tuple[Place, int, Iterator[tuple[Any, float]], float], None, None]:
+    """From `position` on, for ever: (epoch, batch), the number of this rank's micro-batches, those, and the global amount.
 
-    Threads load a few micro-batches ahead, in a fixed order, however many make up a step.
+    Threads load a few micro-batches ahead, in a fixed order, whatever their number in a step.
     """
-
-    def order() -> Generator[tuple[tuple[int, int], list[tuple[np.ndarray, float]], float], None, None]:
-        epoch, first = position
-        while True:
-            plan = task.plan(epoch)
-            if not plan:
-                raise ValueError(
-                    "the training data hold no batch: the manifest's split is empty or every utterance was left out"
-                )
-            for number in range(first, len(plan)):
-                parts = task.split(plan[number], world.size * training.accumulate)[world.rank :: world.size]
-                # Every rank runs the same number of forwards; one left without items repeats an item with weight 0.
-                weighted = [
-                    (part, 1.0) if len(part) else (plan[number][:1], 0.0)
-                    for part in parts
-                    if len(part) or world.size > 1
-                ]
-                yield (epoch, number), weighted, task.amount(plan[number])
-            epoch, first = epoch + 1, 0
 
     def load(items: np.ndarray, epoch: int) -> Any:
         batch = task.collate(items, epoch)
@@ -50,7 +31,7 @@ def load_ahead(
         )  # copied without waiting
 
     def jobs() -> Generator[tuple[np.ndarray, int, float], None, None]:
-        for place, parts, amount in order():
+        for place, parts, amount in _order(task, position, world, training.accumulate):
             steps.append((place, len(parts), amount))
             yield from ((items, place[0], weight) for items, weight in parts)
 
@@ -66,7 +47,7 @@ def load_ahead(
             yield future.result(), weight
 
     pool = ThreadPoolExecutor(training.loader_threads)
-    steps: deque[tuple[tuple[int, int], int, float]] = deque()
+    steps: deque[tuple[Place, int, float]] = deque()
     pending: deque[tuple[Future[Any], float]] = deque()
     source = jobs()
     try:
@@ -76,3 +57,26 @@ def load_ahead(
             yield place, count, take(count), amount
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _order(
+    task: Task, position: Place, world: World, accumulate: int
+) -> Generator[tuple[Place, list[tuple[np.ndarray, float]], float], None, None]:
+    """The plan from `position` on: each batch's place, this rank's items and weights of its micro-batches, and its amount.
+
+    Every rank runs the same number of forwards: one without items repeats an item with weight 0.
+    """
+    epoch, first = position
+    while True:
+        plan = task.plan(epoch)
+        if not plan:
+            raise ValueError(
+                "the training data hold no batch: the manifest's split is empty or every utterance was left out"
+            )
+        for number in range(first, len(plan)):
+            items = plan[number]
+            parts = task.split(items, world.size * accumulate)[world.rank :: world.size]
+            kept = [part for part in parts if len(part) or world.size > 1]
+            weighted = [(part, 1.0) if len(part) else (items[:1], 0.0) for part in kept]
+            yield (epoch, number), weighted, task.amount(items)
+        epoch, first = epoch + 1, 0

@@ -17,7 +17,8 @@ import torch
 
 from pretrain.config import differences, without_none
 from pretrain.progress import progress
-from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from pretrain.training.checkpoint import Best, checkpoint_path, remove_old_checkpoints, save_checkpoint
 from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import World, compile_in_place, recompute_in_backward

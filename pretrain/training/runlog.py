@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pretrain.store.artefact import atomic_path, make_folder, telling_full_disk
+from pretrain.store.disk import atomic_path, make_folder, telling_full_disk
 from pretrain.training.parallel import World
 
 if TYPE_CHECKING:

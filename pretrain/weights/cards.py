@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.store.plain_text import read_text
 from pretrain.training.checkpoint import load_weights
 from pretrain.weights.card_config import DEFAULTS, complete_config

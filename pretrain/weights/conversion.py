@@ -20,16 +20,9 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from pretrain.store.artefact import (
-    atomic_folder,
-    atomic_path,
-    commit,
-    is_complete,
-    read_meta,
-    require_absent,
-    sha256_file,
-    write_json,
-)
+from pretrain.store.artefact import commit, is_complete, read_meta, require_absent
+from pretrain.store.disk import atomic_folder, atomic_path, write_json
+from pretrain.store.hashes import sha256_file
 from pretrain.store.schemes import plugin, split_scheme
 from pretrain.training.checkpoint import latest_checkpoint, load_weights, save_checkpoint
 from pretrain.weights.card_writing import write_card

@@ -19,7 +19,7 @@ from pretrain.model.encoder import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.weights.foreign import FairseqDictionary, Foreign, infer_encoder, leave_out, make_encoder
 from pretrain.weights.naming import Objective, canonical, head_in
 from pretrain.weights.recognizer import read_head

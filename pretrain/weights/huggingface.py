@@ -18,7 +18,7 @@ from pretrain.model.encoder import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.weights.foreign import (
     CTCHead,
     Foreign,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.objectives.hubert import HubertConfig
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.weights.foreign import Foreign, infer_encoder
 from pretrain.weights.naming import canonical
 from pretrain.weights.recognizer import read_head

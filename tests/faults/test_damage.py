@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from pretrain.data.labels import Labels, commit_labels, count_classes, shard_fault, write_shard
-from pretrain.store import artefact
-from pretrain.store.artefact import CheckedNpy, sha256_blocks
+from pretrain.store import arrays, hashes
+from pretrain.store.arrays import CheckedNpy
+from pretrain.store.hashes import sha256_blocks
 from pretrain.training.checkpoint import (
     checkpoint_damage,
     latest_checkpoint,
@@ -256,12 +257,13 @@ def test_any_damage_to_any_file_of_a_corpus_is_told_by_its_name_and_nothing_is_r
 def test_only_blocks_that_are_read_are_compared_and_each_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artefact, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(artefact, "PIECE_BYTES", 16)
+    monkeypatch.setattr(hashes, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(hashes, "PIECE_BYTES", 16)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 16)
     path, array = tmp_path / "a.npy", np.arange(300, dtype=np.uint16).reshape(-1, 2)
     np.save(path, array)
     whole, blocks = sha256_blocks(path)
-    assert whole == artefact.sha256_file(path) and len(blocks) == -(-path.stat().st_size // 64)
+    assert whole == hashes.sha256_file(path) and len(blocks) == -(-path.stat().st_size // 64)
     flip(path, 128 + 4 * 100)  # row 100, in block 8
     checked = CheckedNpy(path, np.load(path, mmap_mode="r"), blocks, 64)
     for start in range(150):

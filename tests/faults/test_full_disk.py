@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from pretrain.data.labels import Labels, shard_stands, write_shard
 from pretrain.store import artefact
-from pretrain.store.artefact import DiskFull, atomic_folder, atomic_path, keep_to_plan, read_meta, write_json
+from pretrain.store.artefact import keep_to_plan, read_meta
+from pretrain.store.disk import DiskFull, atomic_folder, atomic_path, write_json
 from pretrain.training.checkpoint import checkpoint_damage, latest_checkpoint
 from quantize.codebook import write_codebook
 from tests.faults.conftest import Disk
@@ -34,7 +35,7 @@ from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
 from units.corpus.vocabulary import Vocabulary
 from wordless.cli import main
 
-BYTES = r"needs (more than )?[\d,]+ bytes, [\d,]+ are free\. What stood before is unharmed; make room and run the same command again"
+BYTES = r"needs (more than )?[\d,]+ bytes, [\d,]+ are free\. Earlier work is unharmed; make room and run the same command again"
 
 
 def write_sound(path: Path) -> None:

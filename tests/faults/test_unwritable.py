@@ -23,8 +23,8 @@ import tomli_w
 import wordless.cli
 from pretrain.data.indexing import IndexConfig
 from pretrain.data.manifest import Manifest
-from pretrain.store.artefact import atomic_folder, atomic_path
 from pretrain.store.destination import require_writable
+from pretrain.store.disk import atomic_folder, atomic_path
 from tests.faults.conftest import Disk
 from tests.faults.test_full_disk import WRITERS
 from wordless.cli import main

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pretrain.model.encoder import load_encoder
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from tests.parity.peers import import_peer, transformers_model
 

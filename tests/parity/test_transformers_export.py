@@ -12,7 +12,7 @@ from safetensors import safe_open
 from pretrain.config import parse_config
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from pretrain.weights.huggingface import HUGGINGFACE_KEYS
 from pretrain.weights.naming import canonical, parameters, to_theirs

@@ -12,7 +12,8 @@ import pytest
 
 from pretrain.config import parse_config
 from pretrain.data.manifest import Manifest
-from pretrain.store.artefact import commit, read_meta, write_json
+from pretrain.store.artefact import commit, read_meta
+from pretrain.store.disk import write_json
 from quantize import clustering
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook

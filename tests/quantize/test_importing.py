@@ -16,7 +16,8 @@ from safetensors.torch import save_file as save_torch_file
 from sklearn.cluster import BisectingKMeans, KMeans, MiniBatchKMeans
 
 from pretrain.config import parse_config
-from pretrain.store.artefact import is_complete, read_meta, sha256_file
+from pretrain.store.artefact import is_complete, read_meta
+from pretrain.store.hashes import sha256_file
 from quantize import joblib_file
 from quantize.codebook import Codebook, write_codebook
 from quantize.importing import CodebookImportConfig, export_codebook, import_codebook, read_centroid_file

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import tomli_w
 
-from pretrain.store.artefact import DiskFull
+from pretrain.store.disk import DiskFull
 from wordless.cli import Recipe, main
 from wordless.stage_records import reasons
 

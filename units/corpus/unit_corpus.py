@@ -37,24 +37,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.data.labels import id_hashes
-from pretrain.store.artefact import (
-    BLOCK_BYTES,
-    CheckedNpy,
-    DiskFull,
-    atomic_path,
-    commit,
-    damaged,
-    keep_to_plan,
-    make_folder,
-    map_npy,
-    read_meta,
-    require_as_written,
-    sha256_blocks,
-    sha256_file,
-    sync_folder,
-    telling_full_disk,
-    write_json,
-)
+from pretrain.store.arrays import CheckedNpy, damaged, map_npy
+from pretrain.store.artefact import commit, keep_to_plan, read_meta, require_as_written
+from pretrain.store.disk import DiskFull, atomic_path, make_folder, sync_folder, telling_full_disk, write_json
+from pretrain.store.hashes import BLOCK_BYTES, sha256_blocks, sha256_file
 from units.corpus.bpe import Merger
 from units.corpus.patterns import Pattern
 from units.corpus.sequence import MAX_DURATION, expand

@@ -23,7 +23,8 @@ import numpy as np
 
 from pretrain.config import expand_path
 from pretrain.progress import progress
-from pretrain.store.artefact import sha256_file, write_json
+from pretrain.store.disk import write_json
+from pretrain.store.hashes import sha256_file
 from units.corpus.sequence import expand
 from units.corpus.unit_corpus import Document, UnitCorpus
 from units.formats.codec import CODEC

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.store.artefact import atomic_folder
+from pretrain.store.disk import atomic_folder
 from units.corpus.unit_corpus import Document
 from units.formats.description import Described, Format, Located
 

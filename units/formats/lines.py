@@ -11,7 +11,7 @@ from typing import Any, TextIO, cast
 import numpy as np
 
 from pretrain.data.sources.candidates import without_audio_suffix
-from pretrain.store.artefact import atomic_path
+from pretrain.store.disk import atomic_path
 from pretrain.store.plain_text import decode_line, raw_lines
 from units.corpus.sequence import MAX_DURATION
 

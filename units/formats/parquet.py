@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pretrain.config import parse_config
-from pretrain.store.artefact import atomic_path
+from pretrain.store.disk import atomic_path
 from units.corpus.unit_corpus import Document
 from units.formats.codec import MAX_LEVELS
 from units.formats.description import Described, Format, Located, Sidecar

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain.store.artefact import atomic_folder, library_versions, write_json
+from pretrain.store.artefact import library_versions
+from pretrain.store.disk import atomic_folder, write_json
 from units.corpus.bpe import BOS, EOS, tokenizer
 from units.lm.language_model import LoadedLM, load_language_model
 from units.lm.model import DecoderConfig

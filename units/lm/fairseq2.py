@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from pretrain.config import parse_config
-from pretrain.store.artefact import atomic_folder
+from pretrain.store.disk import atomic_folder
 from pretrain.weights.card_writing import TENSORS
 from pretrain.weights.cards import CARD
 from pretrain.weights.families import ModelConfig, Tree

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from pretrain.config import Config, PathStr, PathStrs, Seed, Split
 from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.progress import progress
-from pretrain.store.artefact import atomic_path, commit, require_absent
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path
 from units.corpus.patterns import Continuation as Growth
 from units.corpus.patterns import Pattern
 from units.corpus.unit_corpus import Sequences, UnitCorpus

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr, Split
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.training.engine import train
 from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, Task, TrainingConfig

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.config import parse_config
-from pretrain.store.artefact import sha256_file
+from pretrain.store.hashes import sha256_file
 from pretrain.training.checkpoint import load_weights
 from pretrain.weights.foreign import read_json
 from units.corpus.patterns import Pattern

@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr, Seed, Split
-from pretrain.store.artefact import atomic_path, commit, require_absent, write_json
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from units.corpus.unit_corpus import Sequences, UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import LoadedLM, load_language_model, log_likelihoods

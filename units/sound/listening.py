@@ -31,7 +31,8 @@ from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import HOP, SAMPLE_RATE
 from pretrain.progress import progress
-from pretrain.store.artefact import atomic_path, commit, read_meta, require_absent, write_json
+from pretrain.store.artefact import commit, read_meta, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from units.corpus.unit_corpus import UnitCorpus
 from units.sound.griffin_lim import ITERATIONS, log_mel, to_waveform
 from units.sound.round_trip import RoundTrip

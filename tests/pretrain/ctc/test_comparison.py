@@ -21,7 +21,8 @@ from pretrain.ctc.comparison import (
     paired_test,
     sign_flip_p,
 )
-from pretrain.store.artefact import commit, read_meta, write_json
+from pretrain.store.artefact import commit, read_meta
+from pretrain.store.disk import write_json
 
 REFERENCES: list[str | None] = ["a b c d", "a a b", "c d", None, "d c b a", "b"]
 BETTER = ["a b c d", "a a b", "c c", "x", "d c b a", "a"]

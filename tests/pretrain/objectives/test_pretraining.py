@@ -18,7 +18,8 @@ from pretrain.objectives.collapse import AlarmConfig, Variation, hubert_alarm, v
 from pretrain.objectives.pnmi import pnmi_of_features
 from pretrain.objectives.pretraining import HubertTask, PretrainConfig, Wav2Vec2Task, pretrain
 from pretrain.objectives.wav2vec2 import GumbelQuantizer
-from pretrain.store.artefact import read_meta, sha256_file
+from pretrain.store.artefact import read_meta
+from pretrain.store.hashes import sha256_file
 from pretrain.training.checkpoint import latest_checkpoint
 from pretrain.training.task import Loss
 

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.store import artefact
-from pretrain.store.artefact import (
-    atomic_folder,
-    atomic_path,
-    commit,
-    is_complete,
-    keep_to_plan,
-    read_meta,
-    require_absent,
-    sha256_file,
-    write_json,
-)
+from pretrain.store.artefact import commit, is_complete, keep_to_plan, read_meta, require_absent
+from pretrain.store.disk import atomic_folder, atomic_path, write_json
+from pretrain.store.hashes import sha256_file
 
 
 def make(

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pretrain.store import lock
-from pretrain.store.artefact import DiskFull
+from pretrain.store.disk import DiskFull
 from pretrain.store.holder import Holder
 from pretrain.store.lock import Occupied, locked, taking_turns
 from tests.pretrain.linear_task import LinearTask, run_linear

@@ -21,7 +21,8 @@ from pretrain.ctc.model import load_recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
-from pretrain.store.artefact import read_meta, sha256_file
+from pretrain.store.artefact import read_meta
+from pretrain.store.hashes import sha256_file
 from pretrain.training.checkpoint import save_checkpoint
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from pretrain.weights.foreign import weights_only_hole

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.store.artefact import read_meta, sha256_file
+from pretrain.store.artefact import read_meta
+from pretrain.store.hashes import sha256_file
 from pretrain.training import run as run_module
 from pretrain.training.task import TrainingConfig
 from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus

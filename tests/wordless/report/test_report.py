@@ -17,7 +17,8 @@ from pretrain.ctc.curve import write_curve
 from pretrain.ctc.error_rates import error_rates
 from pretrain.data.labels import commit_labels, write_shard
 from pretrain.data.manifest import Manifest, write_manifest
-from pretrain.store.artefact import commit, write_json
+from pretrain.store.artefact import commit
+from pretrain.store.disk import write_json
 from quantize.codebook import write_codebook
 from quantize.layer_figure import draw_layers
 from quantize.measuring import MeasureConfig, measure
