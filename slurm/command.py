@@ -1,9 +1,10 @@
-"""What runs inside a job: the command, told where its tasks meet, and what becomes of it when a signal comes.
+"""Runs a command inside a job, and requeues the job after a signal.
 
-SLURM says SIGUSR2 when a job's time is almost up (and, where so configured, at preemption), SIGTERM at preemption with a grace
-time and whenever it ends a job. A training loop notes the signal, saves on all ranks and hands it on (`pretrain/training/stopping.py`);
-in every other verb it comes here at once. Here the first task requeues the job, through submitit, where nobody else does. The
-command then runs again with the same arguments and goes on from what it finds on disk.
+SLURM sends SIGUSR2 when a job's time is almost up (and, if configured so, at preemption), SIGTERM at
+preemption with a grace time and whenever it ends a job. A training loop notes the signal, saves on all ranks
+and raises it again (`pretrain/training/stopping.py`); in every other verb it arrives here at once. The first
+task then requeues the job through submitit, unless SLURM does. The command runs again with the same arguments
+and continues from its files.
 """
 
 import atexit
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from slurm.rendezvous import export_rendezvous, remove_leftovers
 from slurm.submission import (
     Heartbeat,
     TaskStatus,
@@ -37,14 +39,11 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 TARGET = "wordless.cli:main"
-MAX_TIMEOUTS = 20  # in a row without getting any further, so that a job that gets nowhere ends; preemption is not counted
-EARLY_SECONDS = (
-    60  # how much too early SLURM may send the signal of a time that is almost up (sbatch(1), --signal)
-)
+MAX_TIMEOUTS = 20  # in a row without progress, before a job ends; preemptions do not count
+EARLY_SECONDS = 60  # how much too early SLURM may send the signal before the end (sbatch(1), --signal)
 SIGNAL_AT = "WORDLESS_SIGNAL_AT"  # when a local job's time is almost up, by the monotonic clock
-FAILURE_GRACE_SECONDS = (
-    30.0  # how long the other tasks of a local job outlive one that failed, or asked for the requeue
-)
+# how long the tasks of a local job outlive one that failed or asked for the requeue
+FAILURE_GRACE_SECONDS = 30.0
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 
@@ -56,8 +55,9 @@ class CommandFailed(Exception):
 class Command:
     """What a job runs, in each of its tasks: `target` ("module:function") on `argv`, verb first.
 
-    The function returns an exit status (None is 0); a nonzero one fails the job with `CommandFailed`. `code` is the snapshot
-    that must be what runs, `commit` that of its checkout; `signal_seconds` from the signal to save until the end of the time.
+    The function returns an exit status (None is 0); a nonzero one fails the job with `CommandFailed`. `code`
+    is the snapshot that must be what runs, `commit` that of its checkout; `signal_seconds` from the signal to
+    save until the end of the time.
     """
 
     argv: list[str]
@@ -113,9 +113,8 @@ class Attempt:
         self.delayed = DelayedSubmission.load(self.paths.submitted_pickle)
         self.over = False  # the command has ended, and a signal finds nothing to stop
         self.noted = 0  # the signal that the first task is to decide on
-        self.exit_code: int | None = (
-            None  # set once a signal has decided how this task ends, whatever the command does
-        )
+        # set once a signal has decided how this task ends, whatever the command does
+        self.exit_code: int | None = None
         self.progress_before = read_json(self.progress_path)
         before = read_status(self.path)
         self.status = TaskStatus(
@@ -131,30 +130,31 @@ class Attempt:
 
     def prepare(self) -> None:
         """The task's folder and environment for the command."""
-        _remove_leftovers(self.environment)
-        _export_rendezvous(self.environment)
+        remove_leftovers(self.environment)
+        export_rendezvous(self.environment)
         os.environ.pop("WORDLESS_PROGRESS", None)
-        os.environ["WORDLESS_ATTEMPT"] = str(
-            self.status.attempt
-        )  # a later one may find its work done: killed after the last file
+        # a later one may find its work done: killed after the last file
+        os.environ["WORDLESS_ATTEMPT"] = str(self.status.attempt)
         if self.rank == 0:
             os.environ["WORDLESS_PROGRESS"] = str(self.progress_path)
         if self.command.code and self.command.commit:
             os.environ["WORDLESS_COMMIT"] = self.command.commit  # a snapshot's folder knows no git
 
     def take_signals(self) -> None:
-        """Our handlers instead of submitit's, which bypass SIGTERM and count any signal in a job's last ten minutes as a timeout.
+        """Our handlers instead of submitit's, which bypass SIGTERM and count any signal in a job's last ten
+        minutes as a timeout.
 
-        They stay to the end of the process: a second signal must not find submitit's in place and requeue the job again.
+        They stay to the end of the process: a second signal must not find submitit's in place and requeue the
+        job again.
         """
         for number in (signal.SIGTERM, self.environment._usr_sig()):
             signal.signal(number, self.on_signal)
-            # At the very end Python would put back the default, and a late signal (SLURM delivers one to a node that was away when
-            # a partner failed) would turn a finished task into a killed one. What does not end by itself is killed all the same.
+            # At the very end Python would put back the default, and a late signal (SLURM delivers one to a
+            # node that was away when a partner failed) would turn a finished task into a killed one. What
+            # does not end by itself is killed all the same.
             atexit.register(signal.signal, number, signal.SIG_IGN)
-        signal.signal(
-            signal.SIGCONT, signal.SIG_DFL
-        )  # which submitit's would warn of at the end of every job
+        # which submitit's would warn of at the end of every job
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
     def say(self, **changes: Any) -> None:
         """Write the status file. A full disk must not end the work."""
@@ -169,13 +169,12 @@ class Attempt:
     def end(self, status: int, error: BaseException | None) -> int:
         """Say how the command ended, and end the task so: return 0, or raise."""
         self.over = True
-        if self.exit_code is not None:  # and its reason said
+        if self.exit_code is not None:  # its reason is in the status file
             if self.status.state == "failed":
                 raise CommandFailed(self.status.reason)
             sys.exit(self.exit_code)
-        if (
-            self.noted and status == 128 + self.noted
-        ):  # saved, and the first task sees to the rest: srun must not kill it for our status
+        # saved, and the first task sees to the rest: srun must not kill it for our status
+        if self.noted and status == 128 + self.noted:
             self.say(
                 state="stopped", status=status, ended=time.time(), reason=signal.Signals(self.noted).name
             )
@@ -196,11 +195,12 @@ class Attempt:
         )
         if error is not None:
             raise error
-        sys.tracebacklimit = 0  # the command has said what is wrong; our frames add nothing
+        sys.tracebacklimit = 0  # the command has printed what is wrong; our frames add nothing
         raise CommandFailed(f"exit status {status} of {self.command}")
 
     def on_signal(self, number: int, frame: "FrameType | None") -> None:
-        """What a signal means, decided in the first task; the others note it (their exit would have srun kill the first)."""
+        """What a signal means, decided in the first task; the others note it (their exit would have srun kill
+        the first)."""
         if os.getpid() != self.pid:  # a forked child has our handlers and is no task
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
@@ -230,7 +230,8 @@ class Attempt:
         elif number != signal.SIGTERM and self._is_time_up(job):
             self._requeue("timeout", charged=True)
         else:
-            # Perhaps a partner was killed, and srun ends us; only counting keeps such a job from coming back for ever.
+            # Perhaps a partner was killed, and srun ends us; only counting keeps such a job from coming back
+            # for ever.
             self._requeue(name, charged=number == signal.SIGTERM and self.environment.num_tasks > 1)
 
     def _is_time_up(self, job: dict[str, str]) -> bool:
@@ -303,7 +304,8 @@ class Attempt:
 
 
 def _ask_slurm(job_id: str) -> dict[str, str]:
-    """`scontrol show job`: JobState, Restarts, RunTime, TimeLimit, PreemptTime (where it preempts) … Empty without an answer."""
+    """`scontrol show job`: JobState, Restarts, RunTime, TimeLimit, PreemptTime (where it preempts) … Empty
+    without an answer."""
     try:
         shown = subprocess.run(
             ["scontrol", "show", "job", "--oneliner", job_id], capture_output=True, text=True, timeout=20
@@ -312,9 +314,8 @@ def _ask_slurm(job_id: str) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for name, value in re.findall(r"(\w+)=(\S*)", shown.stdout):
-        found.setdefault(
-            name, value
-        )  # a value with spaces (the command, a comment) may hold what looks like a field
+        # a value with spaces (the command, a comment) may hold what looks like a field
+        found.setdefault(name, value)
     return found
 
 
@@ -328,46 +329,11 @@ def _seconds(text: str | None) -> int:
 
 
 def _check_origin(code: Path, files: dict[str, str]) -> None:
-    """Modules that the snapshot `code` has must come from there. `setup` cannot come between, but a site's Python can."""
+    """Modules that the snapshot `code` has must come from there. `setup` cannot come between, but a site's
+    Python can."""
     for module, file in files.items():
         name = module.split(".")[0]
         if ((code / f"{name}.py").is_file() or (code / name).is_dir()) and not Path(file).is_relative_to(
             code
         ):
             raise ImportError(f"{module} comes from {file}, not from the snapshot {code}")
-
-
-def _remove_leftovers(environment: "JobEnvironment") -> None:
-    """Remove this task's result of an attempt before a requeue, and half-written files, which submitit stumbles over."""
-    paths = environment.paths
-    half_written = [paths.submitted_pickle] if environment.global_rank == 0 else []
-    for path in [*half_written, paths.result_pickle]:
-        path.with_suffix(path.suffix + ".save_tmp").unlink(missing_ok=True)
-    paths.result_pickle.unlink(missing_ok=True)
-
-
-def _export_rendezvous(environment: "JobEnvironment") -> None:
-    """Set the variables of torch.distributed's env:// in a job of several tasks; a job of one task gets none.
-
-    Every task must arrive at the same port by itself, hence from the job id (of an array each element has its own); below 32768
-    the kernel gives none away. A `MASTER_PORT` that `setup` exports has precedence.
-    """
-    if environment.num_tasks == 1:
-        return
-    address = "127.0.0.1"
-    if environment.num_nodes > 1:
-        address = environment.hostnames[0]
-        try:
-            socket.getaddrinfo(address, None)
-        except (
-            OSError
-        ):  # a node's name need not be a host's; the first node is where the batch script calls srun
-            address = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", address)
-    os.environ.update(
-        RANK=str(environment.global_rank),
-        LOCAL_RANK=str(environment.local_rank),
-        WORLD_SIZE=str(environment.num_tasks),
-        LOCAL_WORLD_SIZE=str(environment.num_tasks // environment.num_nodes),
-        MASTER_ADDR=address,
-    )
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(environment.raw_job_id) % 12000))

@@ -1,7 +1,9 @@
-"""The process around the tasks of a local job: submitit's, which gives up after six attempts and ends tasks by SIGINT alone.
+"""The process around the tasks of a local job: submitit's, which gives up after six attempts and ends tasks
+by SIGINT alone.
 
-SIGINT is ignored in whatever a background shell without job control starts, and then by everything below it. So SIGTERM is what
-ends a local job: the tasks get it, have as long to save as before the end of their time, and are then killed.
+SIGINT is ignored in whatever a background shell without job control starts, and then by everything below it.
+So SIGTERM is what ends a local job: the tasks get it, have as long to save as before the end of their time,
+and are then killed.
 """
 
 import os
@@ -27,9 +29,8 @@ class Controller(local.Controller):
         self.failure_grace_seconds = failure_grace_seconds
         self.stopping, self.ends_at = False, float("inf")
         for number in (signal.SIGTERM, signal.SIGINT):
-            if (
-                signal.getsignal(number) is not signal.SIG_IGN
-            ):  # a Ctrl-C that the shell keeps from us is not meant for us
+            # a Ctrl-C that the shell keeps from us is not meant for us
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
 
     def _stop(self, *_: Any) -> None:
@@ -64,7 +65,8 @@ class Controller(local.Controller):
         self.tasks, self.stdouts, self.stderrs = [], [], []
 
     def run(self, max_retry: int | None = None) -> None:
-        """`max_retry` is not looked at: preemption may come any number of times, and timeouts are counted by the job."""
+        """`max_retry` is not looked at: preemption may come any number of times, and timeouts are counted by
+        the job."""
         codes: Sequence[int | None] = [local.LOCAL_REQUEUE_RETURN_CODE]
         while local.LOCAL_REQUEUE_RETURN_CODE in codes and not self.stopping:
             began = time.monotonic()

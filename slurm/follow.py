@@ -1,10 +1,14 @@
-"""A submitted job, and following it: its output as it comes, its exit status, and where to look when it failed."""
+"""Follows a submitted job: copies its output as it comes, and ends with its exit status and, if it failed,
+its logs."""
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -20,10 +24,16 @@ SHARED_DISK_SECONDS = 15.0  # how late a result may show on a cluster's file sys
 TAIL_LINES = 20
 
 
+Tasks = dict[tuple[str, int], TaskStatus | None]  # by an element's job id and rank
+
+
 @dataclass(frozen=True)
 class Launched:
-    """A submitted job. `stdout` and `stderr` are the logs of its first task (of an array: of its first element); `status` is
-    None until it was followed."""
+    """A submitted job.
+
+    `stdout` and `stderr` are the logs of its first task (of an array: of its first element); `status` is None
+    until the job was followed.
+    """
 
     job_id: str
     place: Place
@@ -35,79 +45,107 @@ class Launched:
 
 
 def follow(launched: Launched) -> Launched:
-    """Copy the first task's output to stdout and stderr as it comes; at the end return `launched` with its exit status.
+    """Copy the first task's output to stdout and stderr as it comes; at the end return `launched` with its
+    exit status.
 
-    A failure is told on stderr: which task, the end of its stderr unless that was copied already, and where its logs are.
-    An interrupt (Ctrl-C) or SIGTERM ends a local job, which may save first: an interrupt is raised when it has. A SLURM job goes on.
+    After a failure stderr has the task that failed, the end of its stderr unless that was copied already, and
+    the paths of its logs. An interrupt (Ctrl-C) or SIGTERM ends a local job, which may save first: the
+    interrupt is raised after that. A SLURM job continues.
     """
-    local, submission = launched.place == "local", read_submission(launched.folder)
-
-    def tasks() -> dict[tuple[str, int], TaskStatus | None]:
-        elements = zip(submission.elements, task_statuses(launched.folder, submission), strict=True)
-        return {(job_id, rank): status for job_id, ranks in elements for rank, status in enumerate(ranks)}
-
-    # submitit's log goes to stdout and, from warnings on, to stderr as well; stdout is for the command's own output.
+    submission = read_submission(launched.folder)
+    # submitit logs to stdout and, from warnings on, to stderr as well; stdout is for the command's own
+    # output.
     logs = [_Log(launched.stdout, sys.stdout, hidden="submitit "), _Log(launched.stderr, sys.stderr)]
-    asked_at, over = time.monotonic(), False
-    before = signal.getsignal(signal.SIGTERM)
-    if local and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: _end(launched))
-    try:
-        while not over:
-            time.sleep(0.1 if local else 1.0)
-            now = time.monotonic()
-            if local:
-                over = launched.job.done()
-            elif all(
-                status is not None and status.state in ("finished", "failed") for status in tasks().values()
-            ):
-                over = True
-            elif now - asked_at > QUEUE_SECONDS:
-                over, asked_at = not _may_be_queued(submission), now
-            for log in logs:
-                log.copy(rest=over)
-    except KeyboardInterrupt:
-        if local:  # a terminal's Ctrl-C has reached the job as well: a signal of ours only if it has not
-            deadline = time.monotonic() + 3.0
-            while not launched.job.done() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            _end(launched)
-            while (
-                not launched.job.done()
-            ):  # for as long as it may take to save; a second interrupt is not waited for
-                time.sleep(0.1)
-            for log in logs:
-                log.copy(rest=True)
-        else:
-            print(f"job {launched.job_id} goes on; `scancel {launched.job_id}` ends it", file=sys.stderr)
-        raise
-    finally:
-        if local and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-    ended = tasks()
-    deadline = time.monotonic() + (0.0 if local else SHARED_DISK_SECONDS)
-    while (
-        not all(map(_is_over, ended.values()))
-        and not any(map(_exit_status, ended.values()))
-        and time.monotonic() < deadline
-    ):
-        time.sleep(1.0)
-        launched.folder.chmod(0o700)  # changes nothing, but makes an NFS client look again
-        ended = tasks()
+    with _sigterm_ends(launched):
+        try:
+            _copy_until_over(launched, submission, logs)
+        except KeyboardInterrupt:
+            _interrupt(launched, logs)
+            raise
+    ended = _await_results(launched, submission)
     failed = {task: status for task, status in ended.items() if _exit_status(status) != 0}
     if not failed:
         return replace(launched, status=0)
-    # One that failed knows why; one that was stopped, or killed without a word, was so, perhaps, on account of the other.
+    # A task that failed has the cause; one that was stopped or killed may have been so because of the other.
     rank_of = {"failed": 0, "stopped": 1}
     task = min(failed, key=lambda task: rank_of.get(getattr(failed[task], "state", ""), 2))
     _report_failure(launched, task, failed[task])
     return replace(launched, status=_exit_status(failed[task]) or 1)
 
 
+@contextmanager
+def _sigterm_ends(launched: Launched) -> Iterator[None]:
+    """Within, SIGTERM ends a local job."""
+    if launched.place != "local" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _end(launched))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tasks(launched: Launched, submission: Submission) -> Tasks:
+    elements = zip(submission.elements, task_statuses(launched.folder, submission), strict=True)
+    return {(job_id, rank): status for job_id, ranks in elements for rank, status in enumerate(ranks)}
+
+
+def _copy_until_over(launched: Launched, submission: Submission, logs: list["_Log"]) -> None:
+    asked_at, over, local = time.monotonic(), False, launched.place == "local"
+    while not over:
+        time.sleep(0.1 if local else 1.0)
+        if local:
+            over = launched.job.done()
+        elif all(
+            status is not None and status.state in ("finished", "failed")
+            for status in _tasks(launched, submission).values()
+        ):
+            over = True
+        elif time.monotonic() - asked_at > QUEUE_SECONDS:
+            over, asked_at = not _may_be_queued(submission), time.monotonic()
+        for log in logs:
+            log.copy(rest=over)
+
+
+def _interrupt(launched: Launched, logs: list["_Log"]) -> None:
+    """End a local job and wait for as long as it takes to save, unless a second interrupt comes."""
+    if launched.place != "local":
+        print(f"job {launched.job_id} goes on; `scancel {launched.job_id}` ends it", file=sys.stderr)
+        return
+    # A terminal's Ctrl-C has reached the job as well; it needs our signal only if it has not.
+    _wait(launched, 3.0)
+    _end(launched)
+    _wait(launched, math.inf)
+    for log in logs:
+        log.copy(rest=True)
+
+
+def _wait(launched: Launched, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not launched.job.done() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def _end(launched: Launched) -> None:
-    """A local job, by its controller. Not by SIGINT, which whatever a background shell without job control starts ignores."""
+    """End a local job by its controller.
+
+    Not by SIGINT: everything that a background shell without job control starts ignores it.
+    """
     if not launched.job.done():
         os.kill(int(launched.job_id), signal.SIGTERM)
+
+
+def _await_results(launched: Launched, submission: Submission) -> Tasks:
+    """How the tasks ended. The file system of a cluster may show it late."""
+    deadline = time.monotonic() + (0.0 if launched.place == "local" else SHARED_DISK_SECONDS)
+    while True:
+        ended = _tasks(launched, submission)
+        known = all(map(_is_over, ended.values())) or any(map(_exit_status, ended.values()))
+        if known or time.monotonic() >= deadline:
+            return ended
+        time.sleep(1.0)
+        launched.folder.chmod(0o700)  # changes nothing, but makes an NFS client look again
 
 
 def _is_over(status: TaskStatus | None) -> bool:
@@ -115,12 +153,12 @@ def _is_over(status: TaskStatus | None) -> bool:
 
 
 def _exit_status(status: TaskStatus | None) -> int | None:
-    """None for a task that has not said how it ended."""
+    """None for a task without a recorded end."""
     return status.status if status is not None and _is_over(status) else None
 
 
 def _may_be_queued(submission: Submission) -> bool:
-    """Whether SLURM still has any of the job waiting or running; no answer is no reason to give it up."""
+    """Whether SLURM has any of the job waiting or running, or does not answer."""
     jobs = Queue().jobs
     return jobs is None or any(job_id in jobs for job_id in submission.elements)
 

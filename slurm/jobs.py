@@ -1,7 +1,8 @@
-"""How submitted jobs fare: from the files that they leave, and from squeue where it answers.
+"""The state of submitted jobs, from the files that they write and, if it answers, from squeue.
 
-The files alone (slurm/submission.py) tell all but one thing: whether a job that has not begun is still queued, and one that gives no
-sign of life still there. squeue tells that; sacct, which few small clusters have, is not asked.
+The files (slurm/submission.py) have everything but whether a job that has not begun is still queued, and one
+that gives no sign of life is still there. squeue has that; sacct is not used, because few small clusters have
+it.
 """
 
 import os
@@ -24,21 +25,19 @@ SQUEUE_SECONDS = 10.0
 
 
 class Queue:
-    """What SLURM has waiting or running, asked for once, when first needed. `answered` is False where squeue does not say."""
+    """What SLURM has waiting or running, asked once, when first needed."""
 
     @cached_property
     def jobs(self) -> dict[str, tuple[str, str]] | None:
         """Job id (of an array: each element's, 41_3) -> state and reason; None without an answer."""
         asked = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i|%T|%r"]
         try:
-            squeue = subprocess.run(
-                asked, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False
+            answer = subprocess.check_output(
+                asked, stderr=subprocess.DEVNULL, text=True, timeout=SQUEUE_SECONDS
             )
-        except (OSError, subprocess.TimeoutExpired):
+        except (OSError, subprocess.SubprocessError):
             return None
-        if squeue.returncode:
-            return None
-        rows = [line.strip().split("|", 2) for line in squeue.stdout.splitlines()]
+        rows = [line.strip().split("|", 2) for line in answer.splitlines()]
         return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
     @property
@@ -57,13 +56,13 @@ class Queue:
         if not state:
             return "gone", ""
         pending = state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-        return (
-            "pending" if pending else "running"
-        ), "" if reason == "None" else reason  # as SLURM says before it has looked
+        # "None" is SLURM's reason before it has looked
+        return ("pending" if pending else "running"), "" if reason == "None" else reason
 
 
 def controller_runs(folder: Path, submission: Submission) -> bool:
-    """Whether the process that controls a local job is alive, on this machine, and is that: numbers of processes come again."""
+    """Whether the process that controls a local job is alive, on this machine, and is that: numbers of
+    processes come again."""
     try:
         command = Path(f"/proc/{submission.pid}/cmdline").read_bytes().replace(b"\0", b" ")
     except OSError:
@@ -81,7 +80,7 @@ class Element:
     job_id: str
     state: State
     why: str = ""
-    task: TaskStatus | None = None  # the one that tells most: the first that failed, else the first
+    task: TaskStatus | None = None  # the first that failed, else the first
     rank: int = 0
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -110,7 +109,7 @@ class Job:
         return any(element.task for element in self.elements)
 
     @property
-    def telling(self) -> Element:
+    def decisive(self) -> Element:
         """The element that its state is of."""
         return next(element for element in self.elements if element.state == self.state)
 
@@ -124,81 +123,74 @@ def latest_jobs(folder: Path, queue: Queue) -> dict[str, Job]:
         ]
         found += [max(submissions, key=lambda item: item[0].submitted)] if submissions else []
     jobs: dict[str, Job] = {}
-    for submission, path in sorted(
-        found, key=lambda item: item[0].submitted
-    ):  # what a job waits for was submitted before it
+    # what a job waits for was submitted before it
+    for submission, path in sorted(found, key=lambda item: item[0].submitted):
         jobs[path.parent.name] = judge(path, submission, jobs, queue)
     return jobs
 
 
 def require_no_job(jobs: Path, cancels: dict[str, str]) -> None:
-    """ValueError where a job of one of the names in `cancels` runs or will: two at work on one folder spoil it.
+    """Raises ValueError if a job of one of the names in `cancels` runs or will: two jobs would spoil their
+    folder.
 
-    `cancels` has what `wordless cancel` is to be given for each. Without an answer of squeue, one that has not begun may never do.
+    `cancels` has the arguments of `wordless cancel` by name. If squeue does not answer, a job that has not
+    begun is ignored, since it may never begin.
     """
     queue = Queue()
     for name, job in latest_jobs(jobs, queue).items():
-        if (
-            name in cancels
-            and job.alive
-            and (job.state == "running" or job.submission.place == "local" or queue.answered)
-        ):
+        certain = job.state == "running" or job.submission.place == "local" or queue.answered
+        if name in cancels and job.alive and certain:
             raise ValueError(
-                f"{name}: job {job.submission.job_id}, which makes it, is {job.state}; wait, or `wordless cancel {cancels[name]}`"
+                f"{name}: job {job.submission.job_id}, which makes it, is {job.state}; wait, or "
+                f"`wordless cancel {cancels[name]}`"
             )
 
 
 def judge(folder: Path, submission: Submission, others: dict[str, Job], queue: Queue) -> Job:
-    """How a submission fares. `others` are those that it may wait for, by name."""
+    """The state of a submission. `others` are those that it may wait for, by name."""
     tasks = task_statuses(folder, submission)
     if all(_outcome(ranks) and _all_ended(ranks) for ranks in tasks):
         there: list[tuple[Presence, str]] = [("unknown", "")] * len(tasks)  # nothing that squeue could add
     else:
         there = [queue.presence(folder, submission, job_id) for job_id in submission.elements]
-        folder.chmod(
-            0o700
-        )  # changes nothing, but makes an NFS client look again: a job may have ended between two looks
+        # changes nothing, but makes an NFS client look again: a job may have ended between two looks
+        folder.chmod(0o700)
         tasks = task_statuses(folder, submission)
     upstream = {name: other for name, other in others.items() if other.submission.job_id in submission.after}
     elements = []
     for job_id, ranks, (presence, reason) in zip(submission.elements, tasks, there, strict=True):
         state, why = _outcome(ranks) or _whereabouts(ranks, presence, reason)
         if state == "failed" and not _all_ended(ranks) and presence in ("running", "pending"):
-            # The partner of a task on a node that went away fails first; SLURM notices later, and then requeues the job.
-            state, why = (
-                ("requeued" if presence == "pending" else "running"),
-                f"{why}; SLURM has not ended the job",
-            )
-        cancelled = (folder / "cancelled.json").is_file()
-        if cancelled and (
-            state == "stopped" or (presence in ("gone", "unknown") and state in ("lost", *ACTIVE))
-        ):
+            # If a node goes away, the partners of its task fail first; SLURM notices later and requeues the
+            # job.
+            state = "requeued" if presence == "pending" else "running"
+            why += "; SLURM has not ended the job"
+        absent = presence in ("gone", "unknown")
+        ended = state == "stopped" or (absent and state in ("lost", *ACTIVE))
+        if ended and (folder / "cancelled.json").is_file():
             state, why = "stopped", "cancelled"
-        elif state == "queued" and presence in ("gone", "unknown"):
+        elif state == "queued" and absent:
             state, why = _never_begun(presence, upstream)
         elif state == "waiting" and why == "Dependency":
             why = _awaited(upstream)
         current = _of_this_attempt(ranks)
-        known = [(rank, task) for rank, task in enumerate(ranks) if task and task in current]
-        rank, task = next(
-            (item for item in known if item[1].state == "failed"), known[0] if known else (0, None)
-        )
-        elements.append(
-            Element(job_id, state, why, task, rank, _read_progress(progress_path(folder, job_id), task))
-        )
+        known = [(rank, task) for rank, task in enumerate(ranks) if task in current]
+        failed = [(rank, task) for rank, task in known if task and task.state == "failed"]
+        rank, task = next(iter([*failed, *known]), (0, None))
+        progress = _read_progress(progress_path(folder, job_id), task)
+        elements.append(Element(job_id, state, why, task, rank, progress))
     return Job(folder, submission, tuple(elements))
 
 
 def _outcome(ranks: list[TaskStatus | None]) -> tuple[State, str] | None:
-    """What the tasks say of their end; None where they have not all said it."""
+    """How the tasks ended, by their status files; None if not all have ended."""
     known = _of_this_attempt(ranks)
     if ranks[0] in known and ranks[0] is not None and ranks[0].state == "requeued":
         return None
     if failed := next((task for task in known if task.state == "failed"), None):
         return "failed", failed.reason or f"exit status {failed.status}"
-    return (
-        ("done", "") if len(known) == len(ranks) and all(task.state == "finished" for task in known) else None
-    )
+    finished = [task for task in known if task.state == "finished"]
+    return ("done", "") if len(finished) == len(ranks) else None
 
 
 def _all_ended(ranks: list[TaskStatus | None]) -> bool:
@@ -206,17 +198,17 @@ def _all_ended(ranks: list[TaskStatus | None]) -> bool:
 
 
 def _of_this_attempt(ranks: list[TaskStatus | None]) -> list[TaskStatus]:
-    """Without the words of earlier attempts. A task counts its own, and one that was killed before it began counted one less."""
+    """The states of the last attempt. Each task counts its attempts; one that was killed before it began has
+    one less."""
     known = [task for task in ranks if task]
-    attempt, began = (
-        max((task.attempt for task in known), default=0),
-        max((task.began for task in known), default=0.0),
-    )
+    attempt = max((task.attempt for task in known), default=0)
+    began = max((task.began for task in known), default=0.0)
     return [task for task in known if task.attempt == attempt or (task.ended or began) >= began]
 
 
 def _whereabouts(ranks: list[TaskStatus | None], presence: Presence, reason: str) -> tuple[State, str]:
-    """Of a job whose tasks have not said how it ended. "queued" of one that never began: squeue alone knows where it is."""
+    """The state of a job whose tasks have not ended. "queued" if it never began: squeue alone knows where it
+    is."""
     known = _of_this_attempt(ranks)
     if not known:
         if presence == "pending":
@@ -227,12 +219,10 @@ def _whereabouts(ranks: list[TaskStatus | None], presence: Presence, reason: str
     first, silent = known[0], time.time() - heard > SILENT_SECONDS
     if presence == "pending":
         return "requeued", first.reason or reason
+    if first.state == "requeued" and presence == "gone":
+        return "lost", "was to be requeued, but is no longer in the queue"
     if first.state == "requeued":
-        return (
-            ("lost", "was to be requeued, but is no longer in the queue")
-            if presence == "gone"
-            else ("requeued", first.reason or "")
-        )
+        return "requeued", first.reason or ""
     if first.state == "stopped" or (presence == "gone" and any(task.state == "stopped" for task in known)):
         return "stopped", first.reason or ""
     if presence == "gone":
@@ -243,13 +233,12 @@ def _whereabouts(ranks: list[TaskStatus | None], presence: Presence, reason: str
 
 
 def _never_begun(presence: Presence, upstream: dict[str, Job]) -> tuple[State, str]:
-    """Of a job that has left no trace and is not known to be queued."""
+    """The state of a job that has left no trace and is not known to be queued."""
     for name, other in upstream.items():
         if other.state not in (*ACTIVE, "done"):
-            cause = other.telling.why
-            return "stopped", cause if cause.startswith(
-                "never began"
-            ) else f"never began: {name} {other.state}"
+            cause = other.decisive.why
+            first = cause.startswith("never began")
+            return "stopped", cause if first else f"never began: {name} {other.state}"
     if presence == "gone":
         return "lost", "never began, and is no longer in the queue"
     if awaited := _awaited(upstream):
@@ -258,20 +247,15 @@ def _never_begun(presence: Presence, upstream: dict[str, Job]) -> tuple[State, s
 
 
 def _awaited(upstream: dict[str, Job]) -> str:
-    """The stages that a job still waits for, in a few words; empty where all have succeeded."""
+    """The stages that a job still waits for, in a few words; empty if all have succeeded."""
     left = {name: other for name, other in upstream.items() if other.state != "done"}
-    before = {
-        job_id for other in left.values() for job_id in other.submission.after
-    }  # they wait for these themselves
-    names = [name for name, other in left.items() if other.submission.job_id not in before]
-    return (
-        f"for {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        if names
-        else ""
-    )
+    indirect = {job_id for other in left.values() for job_id in other.submission.after}
+    names = [name for name, other in left.items() if other.submission.job_id not in indirect]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"for {', '.join(names[:3])}{more}" if names else ""
 
 
 def _read_progress(path: Path, task: TaskStatus | None) -> dict[str, Any]:
-    """The last word of the progress bar of this attempt; empty where there is none."""
+    """The last state of the progress bar of this attempt; empty if there is none."""
     progress = read_json(path)
     return progress if task and progress.get("time", 0.0) >= task.began - 1.0 else {}

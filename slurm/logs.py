@@ -13,9 +13,11 @@ QUEUE_SECONDS = 10.0  # between questions to SLURM whether the job is still ther
 
 
 def find_logs(run: Path, stage: str | None, element: int | None, task: int | None) -> tuple[Job, list[Path]]:
-    """The last job of a stage, and the paths of stdout and stderr of one of its tasks: by default the one that tells most.
+    """The last job of a stage, and the paths of stdout and stderr of one of its tasks: by default the one
+    that tells most.
 
-    `element` (from 0) is of an array, `task` the rank. ValueError, naming what there is, where there is no such job or task.
+    `element` (from 0) is of an array, `task` the rank. ValueError, naming what there is, where there is no
+    such job or task.
     """
     parent = run
     if stage is None or not (run / "jobs").is_dir():
@@ -29,15 +31,16 @@ def find_logs(run: Path, stage: str | None, element: int | None, task: int | Non
         raise ValueError(f"--element {element}: job {job.submission.job_id} has {elements}, from 0")
     if task is not None and not 0 <= task < tasks:
         raise ValueError(f"--task {task}: job {job.submission.job_id} has {tasks}, from 0")
-    told = job.telling if element is None else job.elements[element]
-    rank = told.rank if task is None else task
-    return job, [job.folder / f"{told.job_id}_{rank}_log.{stream}" for stream in ("out", "err")]
+    shown = job.decisive if element is None else job.elements[element]
+    rank = shown.rank if task is None else task
+    return job, [job.folder / f"{shown.job_id}_{rank}_log.{stream}" for stream in ("out", "err")]
 
 
 def show(
     run: Path, stage: str | None, element: int | None, task: int | None, lines: int, follow: bool
 ) -> None:
-    """Print the last `lines` of a task's stdout and stderr, each under its path; with `follow`, what comes until the job ends."""
+    """Print the last `lines` of a task's stdout and stderr, each under its path; with `follow`, what comes
+    until the job ends."""
     job, paths = find_logs(run, stage, element, task)
     for path in paths:
         print(f"==> {path} <==")

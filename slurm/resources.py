@@ -9,15 +9,14 @@
     time_minutes = 1440
     setup = ["module load cuda"]
 
-The same table serves `--on slurm` and `--on local`; a local job has one node, and no queue that partition, account, qos,
-constraint, memory, chosen nodes or mail could mean anything to. A stage of a recipe may lay its own `[STAGE.slurm]` over it.
+The same table serves `--on slurm` and `--on local`; a local job has one node, and no queue that partition,
+account, qos, constraint, memory, chosen nodes or mail could mean anything to. A stage of a recipe may lay its
+own `[STAGE.slurm]` over it.
 """
 
-import difflib
-import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 # A newline in one of these would end its #SBATCH line and start a shell command.
 Word = Annotated[str, StringConstraints(pattern=r"^\S+$")]
@@ -25,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Resources(BaseModel):
-    """Frozen and strict. A key left out is left to the cluster's own default, except where a default stands here."""
+    """What a job asks for. A key that is left out, and has no default here, has the cluster's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -39,12 +38,10 @@ class Resources(BaseModel):
     gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0 hides a local machine's GPUs from the job
     cpus_per_task: Positive = 2
     memory_gb: Positive | None = None  # per node
-    time_minutes: Positive = (
-        60  # per attempt: a job out of time is requeued and resumes from its last checkpoint
-    )
-    signal_seconds: Positive | None = (
-        None  # from the signal to save until the end; default: a fifth of the time, at most 90 s
-    )
+    # per attempt: a job out of time is requeued and resumes from its last checkpoint
+    time_minutes: Positive = 60
+    # from the signal to save until the end; default: a fifth of the time, at most 90 s
+    signal_seconds: Positive | None = None
     array: Positive = 1  # elements that share the work of a stage whose verb has `part`
     array_parallelism: Positive = 256  # elements of an array that run at a time
     exclude: Word | None = None  # nodes that must not be used, e.g. "node[3,7]"
@@ -52,32 +49,28 @@ class Resources(BaseModel):
     gres: Word | None = None  # generic resources besides gpus_per_node, e.g. "lscratch:200"
     mail_user: Word | None = None
     mail_type: Word | None = None  # e.g. "END,FAIL"
-    snapshot: bool = (
-        False  # run a copy of the code as it was when the job was submitted, whatever becomes of the checkout
-    )
+    # run a copy of the code as it was when the job was submitted, whatever becomes of the checkout
+    snapshot: bool = False
     setup: tuple[str, ...] = ()  # shell lines before the job
 
     @model_validator(mode="after")
     def _signal_comes_before_the_end(self) -> "Resources":
         if self.signal_seconds is not None and self.signal_seconds >= 60 * self.time_minutes:
             raise ValueError(
-                f"signal_seconds ({self.signal_seconds}) must be less than time_minutes ({self.time_minutes} minutes)"
+                f"signal_seconds ({self.signal_seconds}) must be less than time_minutes "
+                f"({self.time_minutes} minutes)"
             )
         return self
 
     @property
     def signal_delay_seconds(self) -> int:
-        """How long before the end of its time a job is told to save."""
+        """How long before the end of its time a job gets the signal to save."""
         return self.signal_seconds or min(90, 60 * self.time_minutes // 5)
 
-    def overlaid(self, table: Any, source: str | None = None) -> "Resources":
-        """These with a stage's own `[STAGE.slurm]` table over them; ValueError as from `parse_resources`."""
-        return parse_resources(
-            {**self.model_dump(mode="json"), **table} if isinstance(table, dict) else table, source
-        )
-
     def slurm_parameters(self) -> dict[str, Any]:
-        """The parameters of `submitit.SlurmExecutor`, under its names; what is None there is not written to the sbatch file."""
+        """The parameters of `submitit.SlurmExecutor`, under its names; what is None there is not written to
+        the sbatch file."""
+        # a cluster without GPUs refuses even a request for none
         return {
             "job_name": self.name,
             "partition": self.partition,
@@ -86,8 +79,7 @@ class Resources(BaseModel):
             "constraint": self.constraint,
             "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node,
-            "gpus_per_node": self.gpus_per_node
-            or None,  # a cluster without GPUs refuses even a request for none
+            "gpus_per_node": self.gpus_per_node or None,
             "cpus_per_task": self.cpus_per_task,
             "mem": None if self.memory_gb is None else f"{self.memory_gb}GB",
             "time": self.time_minutes,
@@ -100,24 +92,3 @@ class Resources(BaseModel):
             "mail_type": self.mail_type,
             "setup": list(self.setup),
         }
-
-
-def parse_resources(table: Any, source: str | None = None) -> Resources:
-    """Validate a `[slurm]` table as `tomllib` gives it.
-
-    All mistakes come in one ValueError, a line each, `slurm.KEY: what is wrong`, after `source: ` (the file) when given.
-    """
-    try:
-        return Resources.model_validate_json(json.dumps(table, default=str))
-    except ValidationError as error:
-        valid = sorted(Resources.model_fields)
-        lines = []
-        for problem in error.errors():
-            key = ".".join(["slurm", *map(str, problem["loc"])])
-            if problem["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1)
-                lines.append(f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
-            else:
-                lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
-        lines.append(f"valid keys of [slurm]: {', '.join(valid)}")
-        raise ValueError("\n".join(f"{source}: {line}" if source else line for line in lines)) from None

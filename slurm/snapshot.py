@@ -14,7 +14,7 @@ NAMES = ("pretrain", "quantize", "units", "slurm", "wordless")
 
 
 def snapshot_path(root: Path, names: Sequence[str], folder: Path) -> Path:
-    """Where `snapshot` puts the code as it is now: its name says what it holds."""
+    """The folder of a snapshot of the code as it is now, named by the hash of its contents."""
     digest = hashlib.sha256()
     for path in _files(root, names):
         content = path.read_bytes()
@@ -23,9 +23,11 @@ def snapshot_path(root: Path, names: Sequence[str], folder: Path) -> Path:
 
 
 def snapshot(root: Path, names: Sequence[str], folder: Path) -> Path:
-    """Copy the modules and packages `names` of `root` to `folder/code-SHA256`, once for each state of them; returns that folder.
+    """Copy the modules and packages `names` of `root` to `folder/code-SHA256`, once for each state of them;
+    returns that folder.
 
-    Packages come with their data, without what Python compiled. ValueError where the code changes while it is copied.
+    Packages come with their data, without what Python compiled. ValueError where the code changes while it is
+    copied.
     """
     target = snapshot_path(root, names, folder)
     if target.is_dir():
@@ -50,10 +52,10 @@ def snapshot(root: Path, names: Sequence[str], folder: Path) -> Path:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """{"commit": full hash, "dirty": whether files differ from it or are new}; None where `root` is no checkout of wordless."""
-    if (
-        _git(root, "ls-files", "--error-unmatch", f"{NAMES[-1]}/__init__.py") is None
-    ):  # an installed wordless may lie within another's checkout
+    """{"commit": full hash, "dirty": whether files differ from it or are new}; None where `root` is no
+    checkout of wordless."""
+    # an installed wordless may lie within another's checkout
+    if _git(root, "ls-files", "--error-unmatch", f"{NAMES[-1]}/__init__.py") is None:
         return None
     commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
     if commit is None or changes is None:

@@ -21,7 +21,8 @@ from slurm.jobs import ACTIVE, FAULTY, Job, Queue, latest_jobs
 from slurm.submission import read_json, write_json
 
 TAIL_LINES = 8
-# What begins lines in a log that say nothing of the cause; torch puts the rank before the last words of a task.
+# What begins lines in a log that say nothing of the cause; torch puts the rank before the last words of a
+# task.
 MACHINERY = re.compile(r"(\[rank\d+\]: )?(submitit |srun: |slurm\.command\.CommandFailed)")
 
 
@@ -41,13 +42,13 @@ class Row:
     elapsed_seconds: float | None = None
     note: str = ""
     out: str | None = None
-    log: str | None = None  # of a fault: the stderr of the task that tells most
+    log: str | None = None  # of a fault: the stderr of the task that failed first
     command: str | None = None  # that submits it again; of a job that is no stage of a recipe
 
 
 def write_recipe(run: Path, command: list[str], stages: list[dict[str, Any]], given: float) -> None:
-    """Write `recipe.json`: the stages in order (`name`, `verb`, `out`, `left_out`), the command line that runs them, where, and when
-    (Unix time) it was given."""
+    """Write `recipe.json`: the stages in order (`name`, `verb`, `out`, `left_out`), the command line that
+    runs them, where, and when (Unix time) it was given."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(
         run / "recipe.json", {"command": command, "folder": os.getcwd(), "given": given, "stages": stages}
@@ -55,7 +56,8 @@ def write_recipe(run: Path, command: list[str], stages: list[dict[str, Any]], gi
 
 
 def read_rows(run: Path, queue: Queue) -> list[Row]:
-    """A row per stage of the run in `run`, or of the artefact `run` that one job made. ValueError where nothing is known of it."""
+    """A row per stage of the run in `run`, or of the artefact `run` that one job made. ValueError where
+    nothing is known of it."""
     parent, names = run, None
     if not (run / "recipe.json").is_file() and not (run / "jobs").is_dir():
         parent, names = run.absolute().parent, {run.absolute().name}
@@ -107,29 +109,25 @@ def _stage_row(run: Path, stage: dict[str, Any], job: Job | None, whole: Job | N
             return replace(_job_row(name, verb, within), out=out)
         elapsed = time.time() - record["began"]
         if record["host"] != socket.gethostname():
-            return replace(
-                row, state="running", elapsed_seconds=elapsed, note=f"here, it was said on {record['host']}"
-            )
+            note = f"here, it was said on {record['host']}"
+            return replace(row, state="running", elapsed_seconds=elapsed, note=note)
         if Path(f"/proc/{record['pid']}").exists():
-            return replace(
-                row,
-                state="running",
-                elapsed_seconds=elapsed,
-                note=_last_metric(out) or f"process {record['pid']}",
-            )
+            note = _last_metric(out) or f"process {record['pid']}"
+            return replace(row, state="running", elapsed_seconds=elapsed, note=note)
         return replace(row, state="stopped", note="began, and did not come to its end")
     return row
 
 
 def _left_out(record: dict[str, Any]) -> tuple[str, str] | None:
-    """State and note of a stage that a recipe skipped, or left out because it could not be made; None for any other."""
+    """State and note of a stage that a recipe skipped, or left out because it could not be made; None for any
+    other."""
     if "left_out" in record:
         return "left out", next(iter(record["left_out"].splitlines()), "")
     return ("skipped", record["skipped"]) if "skipped" in record else None
 
 
 def _job_row(name: str, verb: str, job: Job) -> Row:
-    told, now = job.telling, time.time()
+    shown, now = job.decisive, time.time()
     tasks = [element.task for element in job.elements if element.task]
     running = [
         element.progress for element in job.elements if element.state == "running" and element.progress
@@ -144,7 +142,7 @@ def _job_row(name: str, verb: str, job: Job) -> Row:
         max(0.0, p["seconds_left"] - (now - p["time"])) for p in running if p.get("seconds_left") is not None
     ]
     pending = any(element.state in ("queued", "waiting", "requeued") for element in job.elements)
-    note = told.why or (
+    note = shown.why or (
         " ".join(filter(None, (running[0].get("note") or running[0].get("what"),))) if running else ""
     )
     if len(job.elements) > 1:
@@ -154,7 +152,7 @@ def _job_row(name: str, verb: str, job: Job) -> Row:
             filter(None, (", ".join([f"{shares.count(1.0)} of {len(shares)} done", *others]), note))
         )
     ended = None if job.alive else max((task.ended or task.heartbeat for task in tasks), default=None)
-    log = job.folder / f"{told.job_id}_{told.rank}_log.err"
+    log = job.folder / f"{shown.job_id}_{shown.rank}_log.err"
     return Row(
         name,
         verb,
@@ -234,7 +232,8 @@ def duration(seconds: float | None) -> str:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log, without what would move a terminal's cursor; none where there is no such file."""
+    """The last lines of a log, without what would move a terminal's cursor; none where there is no such
+    file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 400 * max(lines, 1)))
@@ -248,12 +247,12 @@ def tail(path: Path, lines: int) -> list[str]:
 def _fault(run: Path, row: Row) -> str:
     assert row.log is not None
     lines = [line for line in tail(Path(row.log), 3 * TAIL_LINES) if not MACHINERY.match(line)][-TAIL_LINES:]
-    said = [f"  | {line}" for line in lines] or ["  | (nothing on stderr)"]
+    last = [f"  | {line}" for line in lines] or ["  | (nothing on stderr)"]
     more = shlex.join(["wordless", "logs", str(run), row.stage])
     return "\n".join(
         [
             f"{row.stage} {row.state} (job {row.job}): {row.note}",
-            *said,
+            *last,
             f"  all of it: {more}",
             f"  in {row.log}",
         ]
@@ -261,7 +260,8 @@ def _fault(run: Path, row: Row) -> str:
 
 
 def _command(run: Path) -> str | None:
-    """The recorded command line, to be given again; from another folder with a `cd`, for its paths may be relative."""
+    """The recorded command line, to be given again; from another folder with a `cd`, for its paths may be
+    relative."""
     recipe = read_json(run / "recipe.json")
     if "command" not in recipe:
         return None

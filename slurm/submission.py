@@ -1,18 +1,23 @@
-"""What a submission leaves on disk: what was submitted, and how each of its tasks fares.
+"""The files of a submission: what was submitted, and the state of each of its tasks.
 
     PARENT/jobs/NAME/20261121-165431-x7k2/   readable by its user alone
         submission.json                      `Submission`, by the launcher
-        41_0_status.json                     `TaskStatus`, by the task itself; touched every 15 s while it runs
-        41_progress.json                     how far the command is, by its progress bar (`pretrain/progress.py`)
+        41_0_status.json                     `TaskStatus`, by the task; touched every 15 s while it runs
+        41_progress.json                     the progress of the command, by `pretrain/progress.py`
         41_0_log.out, 41_0_log.err           submitit's logs
 
-Of an array, 41_3 stands for 41: its fourth element. All of it can be read where neither SLURM nor its accounts answer.
+The fourth element of an array has 41_3 in place of 41. All files can be read when neither SLURM nor its
+accounts answer.
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +31,9 @@ HEARTBEAT_SECONDS = 15.0
 class Submission:
     """What was submitted, as `submission.json` has it.
 
-    `array` is the number of elements, None where there is no array; `pid` the controller's of a local job, on `host`; `git` is
-    {"commit", "dirty"} of the checkout, `code` the folder of the snapshot that runs. `submitted` is a Unix time.
+    `array` is the number of elements, None where there is no array; `pid` the controller's of a local job, on
+    `host`; `git` is {"commit", "dirty"} of the checkout, `code` the folder of the snapshot that runs.
+    `submitted` is a Unix time.
     """
 
     name: str
@@ -62,13 +68,14 @@ class Submission:
 
 @dataclass(frozen=True)
 class TaskStatus:
-    """How a task fares, as it says itself. Of a job of several tasks, the first one's `state` tells what becomes of the job.
+    """The state of a task, written by itself. Of a job of several tasks, that of the first decides.
 
-    `running` may be a task that was killed: its `heartbeat` (Unix time, of the file system's clock) then stays behind.
-    `requeued`: it waits for its next attempt, by its own doing or SLURM's. `stopped`: a signal ended it, and it does not come back
-    by itself; a task other than the first is also `stopped` where the first one was requeued. `status` is the exit status, None
-    while it runs or waits; `attempt` counts from 1; `timeouts` are the requeues for want of time, since it last got further; `began` is when this
-    attempt did.
+    `running` may be a task that was killed: its `heartbeat` (Unix time, of the file system's clock) then
+    stays behind. `requeued`: it waits for its next attempt, requeued by itself or by SLURM. `stopped`: a
+    signal ended it, and it does not start again by itself; a task other than the first is also `stopped` if
+    the first was requeued. `status` is the exit status, None while it runs or waits; `attempt` counts from 1;
+    `timeouts` are the requeues for lack of time since it last made progress; `began` is when this attempt
+    began.
     """
 
     state: State
@@ -84,7 +91,7 @@ class TaskStatus:
 
 
 def read_submission(folder: Path) -> Submission:
-    """ValueError where `folder` is no submission's."""
+    """Raises ValueError if `folder` is not a submission's."""
     path = folder / "submission.json"
     try:
         return Submission(**json.loads(path.read_text(encoding="utf-8")))
@@ -129,7 +136,7 @@ def read_status(path: Path) -> TaskStatus | None:
 
 
 def task_statuses(submission_folder: Path, submission: Submission) -> list[list[TaskStatus | None]]:
-    """Of each element, of each rank; None for a task that has not begun."""
+    """The states of each element's ranks; None for a task that has not begun."""
     ranks = range(submission.num_tasks)
     return [
         [read_status(status_path(submission_folder, job_id, rank)) for rank in ranks]
@@ -138,14 +145,50 @@ def task_statuses(submission_folder: Path, submission: Submission) -> list[list[
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically; not forced to the disk, which nobody needs after a crash of the machine."""
+    """Write JSON atomically, but not forced to the disk: after a crash of the machine nobody needs it."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
+def freeze(text: str, folder: Path, *, write: bool = True) -> Path:
+    """Write the settings that a job runs on to a file in `folder`, which later edits of the user's file do
+    not reach.
+
+    The name follows from the content; with `write` False it is returned and no file is made.
+    """
+    path = folder / f"settings-{hashlib.sha256(text.encode()).hexdigest()[:12]}.toml"
+    if write and not path.is_file():
+        for private in (folder.parent, folder):  # as `launch` makes them
+            private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    return path
+
+
+@contextmanager
+def submitting(jobs: Path) -> Iterator[None]:
+    """Within, no other command submits to `jobs` or cancels there: it waits, and then finds what this one
+    did."""
+    jobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(jobs / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{jobs}: another command is submitting to it; waiting for that", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            print(
+                f"{jobs}: cannot be locked ({error.strerror}); do not submit to it twice at the same moment",
+                file=sys.stderr,
+            )
+        yield
+
+
 class Heartbeat:
-    """Touches a file every `seconds` from a thread that keeps no process alive, for as long as the block lasts."""
+    """Touches a file every `seconds` from a thread that keeps no process alive, for as long as the block
+    lasts."""
 
     def __init__(self, path: Path, seconds: float = HEARTBEAT_SECONDS):
         self.path, self.seconds = path, seconds
@@ -159,7 +202,6 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._over.wait(self.seconds):
-            with suppress(
-                OSError
-            ):  # a file server that does not answer for a while: the next beat may reach it
+            # a file server that does not answer for a while: the next beat may reach it
+            with suppress(OSError):
                 os.utime(self.path)

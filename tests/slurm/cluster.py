@@ -1,10 +1,13 @@
-"""A real SLURM of two nodes on this machine, below one folder and on loopback ports of its own; it ends with the process that asked for it.
+"""A real SLURM of two nodes on this machine, below one folder and on loopback ports of its own; it ends with
+the process that asked for it.
 
-`python -m tests.slurm.cluster FOLDER` runs one by hand: it prints what to export, and stays until interrupted.
+`python -m tests.slurm.cluster FOLDER` runs one by hand: it prints what to export, and stays until
+interrupted.
 
-The nodes claim more CPUs than the machine has, so that jobs wait for each other only where a test wants it. There is no
-accounting (hence no sacct), and memory is not tracked. Everything that could take minutes is set to take seconds; what remains is
-that a requeued job waits for its old credential to run out (about half a minute with `cred_expire=5`).
+The nodes claim more CPUs than the machine has, so that jobs wait for each other only where a test wants it.
+There is no accounting (hence no sacct), and memory is not tracked. Everything that could take minutes is set
+to take seconds; what remains is that a requeued job waits for its old credential to run out (about half a
+minute with `cred_expire=5`).
 """
 
 import getpass
@@ -27,8 +30,9 @@ START_SECONDS = 60.0
 MAX_SOCKET_PATH = 90  # bytes; the kernel's limit is 107, and slurmd appends a node, a job and a step
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 
-# `main` is never preempted. A job in `high` takes CPUs from jobs in `low` at once, and from jobs in `grace` after GraceTime, for
-# which SLURM sends SIGCONT and SIGTERM first. Shutdown and requeue delays: see the module's docstring.
+# `main` is never preempted. A job in `high` takes CPUs from jobs in `low` at once, and from jobs in `grace`
+# after GraceTime, for which SLURM sends SIGCONT and SIGTERM first. Shutdown and requeue delays: see the
+# module's docstring.
 CONFIG = """\
 ClusterName=wordless
 SlurmctldHost={host}(127.0.0.1)
@@ -82,7 +86,8 @@ class Unavailable(Exception):
 
 @dataclass
 class Cluster:
-    """A running cluster; `environment` is what its users' processes need: SLURM_CONF, and where SLURM's programs are."""
+    """A running cluster; `environment` is what its users' processes need: SLURM_CONF, and where SLURM's
+    programs are."""
 
     folder: Path
     environment: dict[str, str]
@@ -119,7 +124,8 @@ class Cluster:
         self._start(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL the slurmd of a node and everything that runs on it, as if the machine had lost its power."""
+        """SIGKILL the slurmd of a node and everything that runs on it, as if the machine had lost its
+        power."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -136,7 +142,8 @@ class Cluster:
             time.sleep(0.1)
 
     def wait_until_idle(self, *names: str, seconds: float = START_SECONDS) -> None:
-        """Wait until nodes (all of them if none is named) are up and without jobs; RuntimeError with the daemons' last words."""
+        """Wait until nodes (all of them if none is named) are up and without jobs; RuntimeError with the
+        daemons' last words."""
         deadline = time.monotonic() + seconds
         while True:
             lines = self.command("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).splitlines()
@@ -171,12 +178,11 @@ class Cluster:
 def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     """A cluster that lives in `folder` (new or empty, with a short path) while the context lasts.
 
-    Raises Unavailable with the reason where it cannot run, ValueError where `folder` holds something. However the asking process ends, a watchdog stops all the cluster's
-    processes and jobs.
+    Raises Unavailable with the reason where it cannot run, ValueError where `folder` holds something. However
+    the asking process ends, a watchdog stops all the cluster's processes and jobs.
     """
-    path = os.pathsep.join(
-        [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
-    )  # Debian's daemons are not on a user's PATH
+    # Debian's daemons are not on a user's PATH
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if absent:
         raise Unavailable(
@@ -196,14 +202,13 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     ports = _free_ports(3)
+    # jobs of two clusters at a time must not meet at one rendezvous
     text = CONFIG.format(
         host=socket.gethostname().split(".")[0],
         user=getpass.getuser(),
         folder=folder,
         cpus=CPUS_PER_NODE,
-        first_job=random.SystemRandom().randrange(
-            1, 12000
-        ),  # jobs of two clusters at a time must not meet at one rendezvous
+        first_job=random.SystemRandom().randrange(1, 12000),
         controller_port=ports[0],
         n1_port=ports[1],
         n2_port=ports[2],
@@ -236,7 +241,8 @@ _MUNGE_FILES = {
 
 @contextmanager
 def _watchdog(folder: Path) -> Iterator[None]:
-    """A process that sweeps the cluster away as soon as its stdin closes: at the context's end, or with the death of this process."""
+    """A process that sweeps the cluster away as soon as its stdin closes: at the context's end, or with the
+    death of this process."""
     argv = [sys.executable, str(Path(__file__).resolve()), "--watch", str(folder)]
     watchdog = subprocess.Popen(argv, stdin=subprocess.PIPE, start_new_session=True)
     try:
@@ -246,7 +252,8 @@ def _watchdog(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """SIGKILL every process of the cluster in `folder`: daemons, the steps of jobs, and what those have started."""
+    """SIGKILL every process of the cluster in `folder`: daemons, the steps of jobs, and what those have
+    started."""
     for _ in range(100):
         pids = processes(folder)
         for pid in pids:
@@ -258,7 +265,8 @@ def _sweep(folder: Path) -> None:
 
 
 def processes(folder: Path) -> list[int]:
-    """The cluster's daemons and what runs in its jobs, zombies aside; a user's shell that has its SLURM_CONF is not among them."""
+    """The cluster's daemons and what runs in its jobs, zombies aside; a user's shell that has its SLURM_CONF
+    is not among them."""
     found = []
     for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()):
         variables = _environment(pid)
@@ -292,12 +300,12 @@ def _null_separated(pid: int, name: str) -> list[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below 32768 so that the kernel gives none of them away before they are used."""
+    """Ports that nobody listens on, below 32768 so that the kernel gives none of them away before they are
+    used."""
     found: list[int] = []
     while len(found) < count:
-        port = random.SystemRandom().randrange(
-            15000, 20000
-        )  # 20000 to 32000 are the rendezvous ports of jobs
+        # 20000 to 32000 are the rendezvous ports of jobs
+        port = random.SystemRandom().randrange(15000, 20000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             if port not in found:

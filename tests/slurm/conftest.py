@@ -18,7 +18,8 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def real_slurm(_cluster: Cluster) -> Iterator[Cluster]:
-    """Two nodes. Its environment is in effect for the module's tests; they skip with the reason where there can be no cluster."""
+    """Two nodes. Its environment is in effect for the module's tests; they skip with the reason where there
+    can be no cluster."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _cluster.environment.items():
             patch.setenv(name, value)

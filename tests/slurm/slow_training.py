@@ -1,4 +1,5 @@
-"""wordless as the tests' jobs run it: each step of training takes STEP_SECONDS longer, so that things can happen in its middle."""
+"""wordless as the tests' jobs run it: each step of training takes STEP_SECONDS longer, so that things can
+happen in its middle."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""What a task of a job says of itself, and what it does when a signal comes: each case as SLURM or a local job brings it about."""
+"""What a task of a job says of itself, and what it does when a signal comes: each case as SLURM or a local
+job brings it about."""
 
 import json
 import os
@@ -18,7 +19,10 @@ from submitit.core.utils import DelayedSubmission
 from slurm.command import MAX_TIMEOUTS, SIGNAL_AT, Attempt, Command, CommandFailed
 from slurm.submission import Heartbeat, TaskStatus, read_status, write_json
 
-RUNNING = "JobId=41 JobState=RUNNING RunTime=00:03:00 TimeLimit=00:10:00 PreemptEligibleTime=X PreemptTime=None Comment=a JobState=X"
+RUNNING = (
+    "JobId=41 JobState=RUNNING RunTime=00:03:00 TimeLimit=00:10:00 PreemptEligibleTime=X PreemptTime=None "
+    "Comment=a JobState=X"
+)
 SCONTROL = """#!/bin/bash
 echo "$@" >>"$FAKE/asked"
 [ "$1" = show ] && cat "$FAKE/shown"
@@ -38,7 +42,8 @@ NEVER = "out of time 21 times"
 
 
 class Job:
-    """A task of a job as submitit starts it, in this process: its folder, and a scontrol that says what we tell it to."""
+    """A task of a job as submitit starts it, in this process: its folder, and a scontrol that says what we
+    tell it to."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -123,9 +128,8 @@ def test_preemption_is_no_timeout_even_of_a_job_of_ten_minutes(job: Job) -> None
 
 @pytest.mark.parametrize(("run_time", "charged"), [("00:07:29", 0), ("00:07:30", 1), ("1-00:00:00", 1)])
 def test_a_timeout_is_one_from_when_slurm_may_send_its_signal(job: Job, run_time: str, charged: int) -> None:
-    job.shows(
-        RUNNING.replace("00:03:00", run_time)
-    )  # 10 minutes less the 90 s of the signal less the 60 s it may be early
+    # 10 minutes less the 90 s of the signal less the 60 s it may be early
+    job.shows(RUNNING.replace("00:03:00", run_time))
     leaves(job.attempt("slurm"), signal.SIGUSR2)
     assert (job.status().timeouts, job.countdown()) == (charged, MAX_TIMEOUTS - charged)
     assert job.status().reason == ("timeout" if charged else "SIGUSR2")
@@ -142,9 +146,8 @@ def test_only_timeouts_in_a_row_without_getting_further_end_a_job(job: Job) -> N
         left = job.countdown()
     assert counted == [1, 2, 3, 1, 2]
     attempt = job.attempt("slurm", countdown=left)
-    (job.folder / "41_progress.json").write_text(
-        json.dumps({"what": "validate", "done": 99})
-    )  # other work, perhaps done again
+    # other work, perhaps done again
+    (job.folder / "41_progress.json").write_text(json.dumps({"what": "validate", "done": 99}))
     leaves(attempt, signal.SIGUSR2)
     assert job.status().timeouts == 3
 
@@ -227,9 +230,8 @@ def test_the_other_tasks_note_a_signal_and_end_quietly_once_the_command_has_save
     attempt = job.attempt("slurm", rank=1, num_tasks=2)
     attempt.on_signal(signal.SIGUSR2, None)
     assert job.status(1).state == "running"
-    assert (
-        attempt.end(128 + signal.SIGUSR2, None) == 0
-    )  # any other exit status would have srun kill the first task
+    # any other exit status would have srun kill the first task
+    assert attempt.end(128 + signal.SIGUSR2, None) == 0
     assert (job.status(1).state, job.status(1).status, job.status(1).reason) == ("stopped", 140, "SIGUSR2")
     assert job.requeues() == 0
     attempt = job.attempt("slurm", rank=1, num_tasks=2)
@@ -442,5 +444,8 @@ def test_the_heart_beats_until_the_end_and_survives_a_file_server_that_does_not_
 
 
 def test_the_heart_keeps_no_process_alive(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from slurm.submission import Heartbeat; Heartbeat(Path({str(tmp_path)!r})).__enter__()"
+    code = (
+        "from pathlib import Path; from slurm.submission import Heartbeat; "
+        f"Heartbeat(Path({str(tmp_path)!r})).__enter__()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,5 @@
-"""Launching: the sbatch text, local jobs from start to exit status, requeues, and a SLURM of two shell scripts."""
+"""Launching: the sbatch text, local jobs from start to exit status, requeues, and a SLURM of two shell
+scripts."""
 
 import json
 import os
@@ -13,9 +14,11 @@ import pytest
 
 import slurm.follow
 import slurm.launch
-from slurm.launch import Launched, follow, launch, read_submission, sbatch_text, task_statuses
+from slurm.follow import Launched, follow
+from slurm.launch import launch, sbatch_text
 from slurm.resources import Resources
 from slurm.snapshot import NAMES, ROOT, snapshot_path
+from slurm.submission import read_submission, task_statuses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ONE, TWO = Resources(), Resources(tasks_per_node=2, cpus_per_task=1)
@@ -178,9 +181,8 @@ def test_a_local_job_streams_its_output_and_returns_zero(
     done = launch(["two", "words"], "local", ONE, tmp_path / "jobs", wait=True, target="launch_targets:echo")
     assert done.status == 0
     output = capsys.readouterr()
-    assert (
-        output.out == "hello two words\n" and "to stderr\n" in output.err
-    )  # submitit's own lines stay in the log
+    # submitit's own lines stay in the log
+    assert output.out == "hello two words\n" and "to stderr\n" in output.err
     assert done.stdout.parent == done.folder and done.job_id in done.stdout.name
 
 
@@ -343,9 +345,8 @@ def test_a_preempted_local_job_of_two_tasks_saves_and_is_requeued_without_a_time
 
 @pytest.mark.slow
 def test_a_local_job_of_two_tasks_out_of_time_is_requeued_and_charged(tmp_path: Path) -> None:
-    resources = Resources(
-        tasks_per_node=2, cpus_per_task=1, time_minutes=1, signal_seconds=45
-    )  # told after 15 s
+    # told after 15 s
+    resources = Resources(tasks_per_node=2, cpus_per_task=1, time_minutes=1, signal_seconds=45)
     job = launch(
         [str(tmp_path)], "local", resources, tmp_path / "jobs", wait=True, target="launch_targets:trains"
     )

@@ -1,6 +1,8 @@
-"""A recipe as dependent jobs: what is submitted, what is kept, how it goes on after a failure, and taking it back.
+"""A recipe as dependent jobs: what is submitted, what is kept, how it goes on after a failure, and taking it
+back.
 
-The SLURM here is four shell scripts and a folder, and no program of a real one is asked for: nothing of what is submitted runs, except where a test runs it.
+The SLURM here is four shell scripts and a folder, and no program of a real one is asked for: nothing of what
+is submitted runs, except where a test runs it.
 """
 
 import json
@@ -20,12 +22,15 @@ import soundfile
 import tomli_w
 
 from pretrain.store.artefact import is_complete
+from slurm.cancelling import cancel
 from slurm.jobs import Job, Queue, latest_jobs
 from slurm.launch import launch
-from slurm.pipeline import cancel, freeze, in_words
+from slurm.pipeline import in_words
 from slurm.resources import Resources
-from slurm.submission import Submission, status_path, write_json
-from wordless.cli import Recipe, main
+from slurm.submission import Submission, freeze, status_path, write_json
+from wordless.cli import main
+from wordless.recipe import Recipe
+from wordless.recipe_run import RecipeRun
 
 ROOT = Path(__file__).parents[2]
 FAKE_SBATCH = """#!/bin/bash
@@ -55,7 +60,8 @@ rm -f "$FAKE_SLURM/queue/$1" "$FAKE_SLURM/queue/$1"_*
 
 
 class Cluster:
-    """The fake SLURM's folder: a file of `STATE|REASON` per job in the queue, and every script that sbatch got."""
+    """The fake SLURM's folder: a file of `STATE|REASON` per job in the queue, and every script that sbatch
+    got."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -193,9 +199,8 @@ def test_the_table_names_the_jobs_and_what_they_ask_for(
     told = capsys.readouterr()
     lines = [line.split("  ") for line in told.out.splitlines()]
     assert [line[0] for line in lines] == ["stage", "manifest", "codebook", "labels", "units", "other"]
-    assert (
-        "labels    encode   43   3 x 2 CPUs, 5 min, cpu  codebook\n" in told.out
-    )  # codebook itself waits for manifest
+    # codebook itself waits for manifest
+    assert "labels    encode   43   3 x 2 CPUs, 5 min, cpu  codebook\n" in told.out
     assert "wordless status" in told.err
 
 
@@ -212,9 +217,8 @@ def test_the_parts_of_an_array_share_a_stage_and_its_jobs_take_it_to_its_end(
         assert main([*labels.submission.argv, f"labels.part={part + 1}/3"]) == 0  # as launch puts it
         say(labels, "finished", element=part)
     assert is_complete(run / "labels")
-    assert (
-        json.loads((run / "stages" / "labels.json").read_text())["summary"]["utterances"] == 6
-    )  # of the part that was the last
+    # of the part that was the last
+    assert json.loads((run / "stages" / "labels.json").read_text())["summary"]["utterances"] == 6
     capsys.readouterr()
     assert submit_recipe(recipe, "labels.num_shards=3") == 0
     told = capsys.readouterr()
@@ -339,9 +343,8 @@ def test_a_running_job_with_other_settings_stands_in_the_way(
         assert main(["run", str(recipe), *arguments]) == 2
         assert f"`wordless cancel {run} other`" in capsys.readouterr().err
         assert cluster.queued == queued and (run / "recipe.json").read_text() == recorded
-    assert (
-        main(["run", str(recipe), "--only", "codebook"]) == 2
-    )  # it would begin while this process is at work
+    # it would begin while this process is at work
+    assert main(["run", str(recipe), "--only", "codebook"]) == 2
     assert "codebook: job 42, which makes it, is waiting" in capsys.readouterr().err
     (cluster.folder / "silent").touch()  # without a SLURM, what never began may never do so
     assert main(["run", str(recipe), "--only", "manifest"]) == 0
@@ -395,12 +398,12 @@ def test_of_several_processes_one_removes_what_is_to_be_made_again_and_the_other
     assert main(["run", str(recipe), "--only", "manifest"]) == 0
     changed = tomllib.loads(recipe.read_text())
     changed["manifest"]["dev_share"] = 0.5
-    ours = Recipe(changed, "recipe.toml")
+    ours = RecipeRun(Recipe(changed, "recipe.toml"), ["manifest"], redo=True)
     for new_work in (False, True):  # the second process decided when the first had not removed it yet
         if new_work:
             (run / "manifest").mkdir()
             (run / "manifest" / "half").touch()
-        ours._remove("manifest", ours.parse("manifest"))
+        ours._remove("manifest")
         assert (run / "manifest" / "half").is_file() == new_work
     assert not list(run.glob(".*.removed"))
     all_of_it = Recipe({"run": str(run), "all": {**changed["manifest"], "out": "@"}}, "recipe.toml")
@@ -409,7 +412,7 @@ def test_of_several_processes_one_removes_what_is_to_be_made_again_and_the_other
     for path in (run / "other").iterdir():
         path.rename(run / path.name)
     with pytest.raises(ValueError, match="holds the whole run; remove what is to be made again by hand"):
-        all_of_it._remove("all", all_of_it.parse("all"))
+        RecipeRun(all_of_it, ["all"], redo=True)._remove("all")
 
 
 def test_nothing_is_submitted_where_squeue_does_not_say_what_is_there(
@@ -430,9 +433,8 @@ def test_a_job_that_sbatch_refuses_is_named_and_the_same_command_goes_on_from_th
     told = capsys.readouterr().err
     assert "labels: sbatch refused the job" in told and "manifest, codebook: submitted before" in told
     recorded = run / "recipe.json"
-    assert (
-        "labels.slurm.partition=closed" in json.loads(recorded.read_text())["command"]
-    )  # two of its jobs are there
+    # two of its jobs are there
+    assert "labels.slurm.partition=closed" in json.loads(recorded.read_text())["command"]
     recorded.unlink()
     assert submit_recipe(recipe, "slurm.partition=closed", "--only", "units") == 2
     assert "units: sbatch refused the job" in capsys.readouterr().err and not recorded.exists()
@@ -599,8 +601,8 @@ def test_every_mistake_in_the_resources_of_stages_is_told_at_once(
         assert main(command) == 2
         told = capsys.readouterr().err
         assert (
-            f"{path}: a.slurm.tasks_per_node: 2, but `index` runs in one process; several take pretrain, train-lm"
-            in told
+            f"{path}: a.slurm.tasks_per_node: 2, but `index` runs in one process; several take pretrain, "
+            "train-lm" in told
         )
         assert f"{path}: b.slurm.node: unknown key; did you mean 'nodes'?" in told
         assert f"{path}: c.slurm.array: 2, but `index` has no `part`" in told
@@ -621,9 +623,9 @@ def test_several_processes_take_one_stage_that_trains(
         assert main(["run", str(recipe), *only]) == 2
         assert "a recipe runs in one process. Several take one stage that trains" in capsys.readouterr().err
     train = stages_of(hubert={"verb": "pretrain"})
-    monkeypatch.setattr(Recipe, "_run_stage", lambda *_: {})
-    monkeypatch.setattr(Recipe, "_occupied_stage", lambda *_: nullcontext())
-    assert train.run(["hubert"], redo=False) == (None, {})
+    monkeypatch.setattr(RecipeRun, "_run_stage", lambda *_: {})
+    monkeypatch.setattr(RecipeRun, "_occupied_stage", lambda *_: nullcontext())
+    assert RecipeRun(train, ["hubert"]).run() == (None, {})
 
 
 def test_settings_have_one_name_for_one_content(tmp_path: Path) -> None:
@@ -731,7 +733,7 @@ def test_a_job_that_is_requeued_when_its_work_is_done_ends_well(
     )
     assert launched.status == 0 and "stands already, by an earlier attempt" in capfd.readouterr().err
     job = job_of(tmp_path, "m")
-    assert job.state == "done" and job.telling.task is not None and job.telling.task.attempt == 2
+    assert job.state == "done" and job.decisive.task is not None and job.decisive.task.attempt == 2
 
 
 def test_a_process_that_took_the_number_of_a_local_job_is_left_alone(tmp_path: Path) -> None:

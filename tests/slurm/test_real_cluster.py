@@ -1,4 +1,5 @@
-"""The tests' own SLURM: it runs jobs on two nodes, loses a node when told to, and leaves no process behind, however it ends."""
+"""The tests' own SLURM: it runs jobs on two nodes, loses a node when told to, and leaves no process behind,
+however it ends."""
 
 import os
 import subprocess
@@ -42,9 +43,8 @@ def test_nothing_of_a_cluster_outlives_the_process_that_asked_for_it(
         )
         own, others = Cluster(folder, exported), processes(real_slurm.folder)
         own.command("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 100")
-        wait_for(
-            lambda: len(processes(folder)) > 12
-        )  # 5 daemons; script, srun and its twin, 3 slurmstepd, 2 sleeps
+        # 5 daemons; script, srun and its twin, 3 slurmstepd, 2 sleeps
+        wait_for(lambda: len(processes(folder)) > 12)
         asker.kill()
     wait_for(lambda: not processes(folder))
     assert set(others) <= set(processes(real_slurm.folder))

@@ -1,5 +1,5 @@
-"""Recipes and single verbs on a real SLURM, through the command line: the demo as dependent jobs, a stage that fails, jobs that
-are cancelled, code that changes under a job."""
+"""Recipes and single verbs on a real SLURM, through the command line: the demo as dependent jobs, a stage
+that fails, jobs that are cancelled, code that changes under a job."""
 
 import io
 import json

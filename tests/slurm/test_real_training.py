@@ -1,5 +1,5 @@
-"""Training on a real SLURM whose jobs are preempted, requeued, out of time, cancelled and robbed of a node; all at once, as that
-takes SLURM its time. Each run must end as if nothing had happened."""
+"""Training on a real SLURM whose jobs are preempted, requeued, out of time, cancelled and robbed of a node;
+all at once, as that takes SLURM its time. Each run must end as if nothing had happened."""
 
 import re
 import shlex
@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.data.utterance import num_frames
+from slurm.follow import Launched
 from slurm.jobs import Queue
-from slurm.launch import Launched, launch
+from slurm.launch import launch
 from slurm.resources import Resources
 from slurm.status import read_rows
 from slurm.submission import TaskStatus, read_submission, task_statuses
@@ -31,9 +32,8 @@ ROOT = Path(__file__).parents[2]
 STEPS, STEP_SECONDS = 30, 0.4
 STILL = {"input_dropout": 0.0, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 TWO_NODES = Resources(nodes=2, cpus_per_task=1)
-BIG = (
-    CPUS_PER_NODE // 3
-)  # two jobs of this size leave no room for a third one beside them and some small ones
+# two jobs of this size leave no room for a third one beside them and some small ones
+BIG = CPUS_PER_NODE // 3
 
 
 @dataclass
@@ -138,12 +138,14 @@ def write_config(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scene(real_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """Every scenario, from submission to end. Where no node dies, nothing is saved but what a signal makes be saved."""
+    """Every scenario, from submission to end. Where no node dies, nothing is saved but what a signal makes be
+    saved."""
     scene = Scene(tmp_path_factory.mktemp("training"), real_slurm)
     write_config(scene.folder)
     on_one = Resources(nodelist="n1", cpus_per_task=1, time_minutes=10)
     noisy = "encoder.dropout=0.1"
-    # The signal comes after 40 s, or up to half a minute before that: this SLURM looks at its clock every 30 s.
+    # The signal comes after 40 s, or up to half a minute before that: this SLURM looks at its clock every 30
+    # s.
     short = {"time_minutes": 1, "signal_seconds": 20}
     scene.submit("out_of_time", on_one.model_copy(update=short), noisy, step_seconds=48 / STEPS)
     with pytest.MonkeyPatch.context() as limit:
@@ -187,7 +189,8 @@ def scene(real_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Scen
 
 
 def lose_a_node(scene: Scene) -> None:
-    """The second node dies in the middle of a job of two nodes and of one that it has to itself, and comes back."""
+    """The second node dies in the middle of a job of two nodes and of one that it has to itself, and comes
+    back."""
     often = "training.checkpoint_every=5"
     scene.submit("two_lost", TWO_NODES, often)
     scene.submit("lost", Resources(nodelist="n2", cpus_per_task=1), often)
@@ -224,9 +227,8 @@ def test_what_a_signal_saved_is_gone_on_from(scene: Scene, name: str) -> None:
     signal = "SIGUSR2" if name == "out_of_time" else "SIGTERM"
     stopped = re.search(rf"stopped by {signal} after step (\d+), saved", scene.stderr(name))
     assert stopped is not None
-    assert (
-        int(stopped[1]) >= 1
-    )  # each step's line is in the log once, or `curve` would not be the same: none was done again
+    # each step's line is in the log once, or `curve` would not be the same: none was done again
+    assert int(stopped[1]) >= 1
 
 
 def test_only_running_out_of_time_is_charged_as_a_timeout(scene: Scene) -> None:
@@ -253,7 +255,8 @@ def test_a_cancelled_job_has_saved_and_does_not_come_back(scene: Scene) -> None:
 
 
 def test_a_signal_at_the_very_end_does_not_fail_a_finished_job(scene: Scene) -> None:
-    """SLURM sends one to a node that was away for a moment, for a step of the same number that has ended long since."""
+    """SLURM sends one to a node that was away for a moment, for a step of the same number that has ended long
+    since."""
     assert scene.record("told_too_late")["JobState"] == "COMPLETED", scene.tell()
 
 
@@ -290,9 +293,8 @@ def test_a_job_of_a_node_that_died_is_requeued_and_ends_as_an_undisturbed_one(sc
 
 
 def test_a_job_that_lost_one_of_its_nodes_goes_on_from_its_last_checkpoint(scene: Scene) -> None:
-    if (
-        scene.record("two_lost")["JobState"] != "COMPLETED"
-    ):  # its own end came before SLURM knew of the node's
+    # its own end came before SLURM knew of the node's
+    if scene.record("two_lost")["JobState"] != "COMPLETED":
         assert "lost another one" in scene.stderr("two_lost")
         scene.submit("two_lost", TWO_NODES, "training.checkpoint_every=5", step_seconds=0)
         scene.wait_until_over("two_lost", seconds=60)

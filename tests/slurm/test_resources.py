@@ -7,11 +7,12 @@ import pytest
 from pydantic import ValidationError
 from submitit.slurm.slurm import _get_default_parameters
 
-from slurm.resources import Resources, parse_resources
+from slurm.resources import Resources
+from wordless.job_resources import overlaid, parse_resources
 
 
 def test_an_empty_table_gives_the_defaults_of_one_small_job() -> None:
-    resources = parse_resources({})
+    resources = parse_resources({}, "base.toml")
     assert (resources.nodes, resources.tasks_per_node, resources.gpus_per_node, resources.cpus_per_task) == (
         1,
         1,
@@ -29,27 +30,25 @@ def test_all_mistakes_are_reported_at_once_with_dotted_keys() -> None:
         parse_resources(table, "base.toml")
     lines = str(error.value).splitlines()
     assert "base.toml: slurm.partion: unknown key; did you mean 'partition'?" in lines
-    assert "base.toml: slurm.zzz: unknown key" in lines
+    known = "account, array, array_parallelism, constraint, cpus_per_task, "
+    assert any(line.startswith(f"base.toml: slurm.zzz: unknown key; known here: {known}") for line in lines)
     for key in ("slurm.nodes", "slurm.cpus_per_task", "slurm.setup.1", "slurm.qos"):
         assert sum(line.startswith(f"base.toml: {key}: ") for line in lines) == 1
-    assert lines[-1].startswith(
-        "base.toml: valid keys of [slurm]: account, array, array_parallelism, constraint, cpus_per_task, "
-    )
-    assert len(lines) == 7
+    assert len(lines) == 6
 
 
 @pytest.mark.parametrize("table", [3, "gpu", ["gpu"]])
 def test_a_value_instead_of_the_table_is_an_error(table: object) -> None:
-    with pytest.raises(ValueError, match=r"^slurm: "):
-        parse_resources(table)
+    with pytest.raises(ValueError, match=r"^base.toml: slurm: "):
+        parse_resources(table, "base.toml")
 
 
 @pytest.mark.parametrize(
     "table", [{"nodes": True}, {"nodes": "2"}, {"nodes": 1.5}, {"memory_gb": 0}, {"gpus_per_node": -1}]
 )
 def test_types_are_strict_and_ranges_checked(table: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=rf"^slurm\.{next(iter(table))}: "):
-        parse_resources(table)
+    with pytest.raises(ValueError, match=rf"^base.toml: slurm\.{next(iter(table))}: "):
+        parse_resources(table, "base.toml")
 
 
 def test_resources_are_frozen() -> None:
@@ -93,10 +92,10 @@ def test_a_signal_before_the_job_begins_is_an_error() -> None:
 
 def test_a_stage_lays_its_own_table_over_the_recipes() -> None:
     recipe = Resources(partition="gpu", nodes=2, setup=("module load cuda",), array=4)
-    stage = recipe.overlaid({"nodes": 1, "setup": []})
+    stage = overlaid(recipe, {"nodes": 1, "setup": []}, "r.toml")
     assert (stage.partition, stage.nodes, stage.setup, stage.array) == ("gpu", 1, (), 4)
-    assert recipe.overlaid({}) == recipe
+    assert overlaid(recipe, {}, "r.toml") == recipe
     with pytest.raises(ValueError, match=r"r\.toml: slurm\.nodez: unknown key; did you mean 'nodes'"):
-        recipe.overlaid({"nodez": 1}, "r.toml")
-    with pytest.raises(ValueError, match=r"^slurm: "):
-        recipe.overlaid(3)
+        overlaid(recipe, {"nodez": 1}, "r.toml")
+    with pytest.raises(ValueError, match=r"^r.toml: slurm: "):
+        overlaid(recipe, 3, "r.toml")

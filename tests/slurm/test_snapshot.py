@@ -9,9 +9,10 @@ import pytest
 
 import slurm.launch
 from pretrain.store.artefact import git_commit
-from slurm.launch import launch, read_submission
+from slurm.launch import launch
 from slurm.resources import Resources
 from slurm.snapshot import NAMES, ROOT, git_state, snapshot, snapshot_path, uncommitted
+from slurm.submission import read_submission
 
 MAIN = """
 import os
@@ -126,7 +127,7 @@ def test_a_job_runs_the_snapshot_though_the_checkout_is_edited_before_it_starts(
     assert submission.git is not None and submission.git["dirty"] is True
     if kept:
         code = tmp_path / "run" / "jobs" / Path(str(submission.code)).name
-        assert word == "one" and Path(file).parent == code and (code / "slurm" / "note.py").exists()
+        assert word == "one" and Path(file).parents[1] == code and (code / "slurm" / "note.py").exists()
         assert commit == submission.git["commit"][:12] + "+"
         monkeypatch.setenv("WORDLESS_COMMIT", commit)
         assert git_commit() == commit  # what a `meta.json` gets

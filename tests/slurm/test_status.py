@@ -1,4 +1,5 @@
-"""What `status` and `logs` tell of jobs, from files written by hand, with a squeue that answers, that does not, and that is not there."""
+"""What `status` and `logs` tell of jobs, from files written by hand, with a squeue that answers, that does
+not, and that is not there."""
 
 import json
 import os
@@ -170,9 +171,8 @@ def test_a_squeue_that_fails_or_hangs_is_as_good_as_none(run: Run, monkeypatch: 
     monkeypatch.setattr("slurm.jobs.SQUEUE_SECONDS", 0.2)
     squeue(run, body="exec sleep 60\n" if Path("/bin/sleep").exists() else "while :; do :; done\n")
     began = time.monotonic()
-    assert (
-        run.row("a").state == "running" and time.monotonic() - began < 30
-    )  # a tenth of a second where nothing else runs
+    # a tenth of a second where nothing else runs
+    assert run.row("a").state == "running" and time.monotonic() - began < 30
 
 
 def test_squeue_is_not_asked_of_jobs_that_said_how_they_ended(run: Run) -> None:
@@ -234,9 +234,8 @@ def test_what_waited_for_a_failed_stage_is_told_with_the_first_cause(
     assert main(["status", str(run.folder)]) == 1
     told = capsys.readouterr().out
     assert "a failed (job 41): exit status 2\n" in told
-    assert (
-        "  | wordless: x.toml: [31mno such\tfile[0m\n" in told and told.count("much before") == 7
-    )  # eight lines, no escape codes
+    # eight lines, no escape codes
+    assert "  | wordless: x.toml: [31mno such\tfile[0m\n" in told and told.count("much before") == 7
     assert f"wordless logs {run.folder} a" in told and str(folder / "41_0_log.err") in told
     assert told.endswith(
         "to go on from there, once the cause is gone:\n  wordless run 'my recipe.toml' --on slurm\n"
@@ -276,9 +275,8 @@ def test_an_array_counts_its_elements_and_sums_their_rates(run: Run) -> None:
         progress(folder, element, done)
     row = run.row("a")
     assert (row.state, row.rate, row.note) == ("running", 6.0, "1 of 4 done, 2 running, 1 queued; loss 3.1")
-    assert (
-        row.share == pytest.approx((1 + 0.25 + 0.75 + 0) / 4) and row.seconds_left is None
-    )  # one has not begun
+    # one has not begun
+    assert row.share == pytest.approx((1 + 0.25 + 0.75 + 0) / 4) and row.seconds_left is None
     say(folder, "41_2", "failed")
     row = run.row("a")
     assert row.state == "failed" and row.note == "1 of 4 done, 1 running, 1 failed, 1 queued; exit status 2"
@@ -373,7 +371,7 @@ def test_a_single_verbs_job_is_found_by_its_out_and_beside_others(
 def test_status_is_0_while_all_is_well_and_imports_no_torch(run: Run) -> None:
     say(run.submit("a", "41"), "41", "running")
     code = f"""
-import sys, wordless
+import sys, wordless.cli
 status = wordless.cli.main(["status", {str(run.folder)!r}])
 sys.exit(status or {{"torch", "numpy", "submitit"}} & sys.modules.keys() or 0)"""
     done = subprocess.run(

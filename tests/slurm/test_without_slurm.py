@@ -1,4 +1,5 @@
-"""`--on slurm` on a machine without SLURM: a sentence and status 2 before anything is written; a dry run needs none of it."""
+"""`--on slurm` on a machine without SLURM: a sentence and status 2 before anything is written; a dry run
+needs none of it."""
 
 from pathlib import Path
 
