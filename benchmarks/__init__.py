@@ -1,1 +1,2 @@
-"""Ours beside the peers: one runnable module per claim (`python -m benchmarks.NAME --json`); see README.md here."""
+"""Ours beside the peers: one runnable module per claim (`python -m benchmarks.NAME --json`); see README.md
+here."""

@@ -1,16 +1,16 @@
-"""K-means beside the peers' on the same features: seconds, the inertia that is reached, peak memory, and assignment at its limit.
+"""K-means beside the peers' on the same features: seconds, the inertia that is reached, peak memory, and
+assignment at its limit.
 
-Ours is the product's `kmeans` with the defaults of the verb `cluster`. scikit-learn's is MiniBatchKMeans as HuBERT's authors call
-it, and once more with a single initialisation in place of their twenty, its cheapest; FAISS's is `faiss.Kmeans` with its
-defaults, with our start, points and stopping rule, and its approximate SuperKmeans. A fit of scikit-learn's takes minutes: each way
-of a peer runs `--peer-rounds` times, alone, between the two halves of our rounds. Every inertia is computed by one float64 oracle
-from the centroids that a contender leaves. The limit is the matrix-product rate, in turn with `nearest` on our centroids.
+Ours is the product's `kmeans` with the defaults of the verb `cluster`. scikit-learn's is MiniBatchKMeans as
+HuBERT's authors call it, and once more with a single initialisation in place of their twenty, its cheapest;
+FAISS's is `faiss.Kmeans` with its defaults, with our start, points and stopping rule, and its approximate
+SuperKmeans. A fit of scikit-learn's takes minutes: each way of a peer runs `--peer-rounds` times, alone,
+between the two halves of our rounds. Every inertia is computed by one float64 oracle from the centroids that
+a contender leaves. The limit is the matrix-product rate, in turn with `nearest` on our centroids.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import corpus
+from benchmarks.cluster_fitters import ROWS, Assignment, Faiss, Fitter, Ours, Sklearn
 from benchmarks.command import argument_parser, run_main
-from benchmarks.measure import Contender, Measurement, machine, say, take_turns
+from benchmarks.measure import Contender, Measurement, load_before, machine, say, take_turns
 
 MODULE = "benchmarks.cluster"
 # The published or default setting first: the headline is against it, whichever is fastest.
@@ -31,120 +31,8 @@ VARIANTS = {
     "faiss": ["faiss-default", "faiss-matched", "faiss-matched-kernels", "faiss-super-kernels"],
     "none": [],
 }
-ROWS = 8192  # drawn, hashed or compared at a time
 COMPONENTS = 4000
 SILENCE_SHARE = 0.2
-
-
-class Fitter:
-    """A contender with the points in memory, whose round is one fit."""
-
-    amount = 1.0  # a fit: the rate's inverse is its seconds
-
-    def __init__(self, name: str, settings: dict[str, Any], folder: Path):
-        self.name, self.settings, self.folder = name, settings, folder
-        self.points = np.load(settings["points_file"])
-
-    def about(self) -> dict[str, Any]:
-        rows = range(0, len(self.points), ROWS)
-        return {"inputs_sha256": corpus.digest(self.points[first : first + ROWS] for first in rows)}
-
-    def prepare(self, number: int) -> None: ...
-
-    def run(self) -> None:
-        centroids, facts = self.fit()
-        # within the round for everybody: two megabytes after seconds of arithmetic
-        np.save(self.folder / f"{self.name}.npy", centroids)
-        with open(self.folder / f"{self.name}.jsonl", "a") as file:
-            file.write(
-                json.dumps({"centroids_sha256": hashlib.sha256(centroids.tobytes()).hexdigest(), **facts})
-                + "\n"
-            )
-
-    def fit(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Centroids (K, dim) in the points' own coordinates, and what to report of this round."""
-        raise NotImplementedError
-
-
-class Ours(Fitter):
-    """As the verb `cluster` calls it."""
-
-    def fit(self) -> tuple[np.ndarray, dict[str, Any]]:
-        from quantize.kmeans import kmeans
-
-        fit = kmeans(self.points, self.settings["classes"], seed=self.settings["seed"])
-        (centroids,), (level,) = fit.centroids, fit.levels
-        np.savez(self.folder / "codebook.npz", centroids=centroids, mean=fit.mean)
-        return centroids.astype(np.float64) + fit.mean, {
-            "iterations": level.iterations,
-            "claimed_inertia": level.inertia,
-        }
-
-
-class Assignment(Ours):
-    """`nearest` on the centroids that ours has fitted. `amount`: multiplications and additions of x·c alone."""
-
-    def __init__(self, name: str, settings: dict[str, Any], folder: Path):
-        super().__init__(name, settings, folder)
-        codebook = np.load(folder / "codebook.npz")
-        self.centroids, self.mean = codebook["centroids"], codebook["mean"]
-        self.amount = 2.0 * self.points.size * len(self.centroids)
-
-    def run(self) -> None:
-        from quantize.assignment import nearest
-
-        nearest(self.points, self.centroids, self.mean)
-
-
-class Sklearn(Fitter):
-    """`learn_kmeans.py` of HuBERT (fairseq): its defaults, and `compute_labels=False` as there. "single": one start, not twenty."""
-
-    def fit(self) -> tuple[np.ndarray, dict[str, Any]]:
-        from sklearn.cluster import MiniBatchKMeans
-
-        model = MiniBatchKMeans(
-            n_clusters=self.settings["classes"],
-            init="k-means++",
-            batch_size=10000,
-            max_iter=100,
-            tol=0.0,
-            max_no_improvement=100,
-            n_init=1 if self.name == "sklearn-single" else 20,
-            reassignment_ratio=0.0,
-            compute_labels=False,
-            random_state=self.settings["seed"],
-        ).fit(self.points)
-        return model.cluster_centers_, {"iterations": int(model.n_iter_), "batches": int(model.n_steps_)}
-
-
-class Faiss(Fitter):
-    """FAISS's own loops. "default": as it comes (25 iterations from random points, 256 points a class). "matched": k-means++,
-    all points, at most 100 iterations, the same relative change ends it. "super": SuperKmeans, which prunes by a statistical
-    bound, on all points. "kernels": with the OpenBLAS kernels that ours asks for, where the wheel chooses slower ones."""
-
-    def fit(self) -> tuple[np.ndarray, dict[str, Any]]:
-        if self.name.endswith("kernels"):
-            from quantize.assignment import faiss
-        else:
-            import faiss
-        dim, classes, seed = self.points.shape[1], self.settings["classes"], self.settings["seed"]
-        everything = len(self.points) // classes + 1
-        if "default" in self.name:
-            model = faiss.Kmeans(dim, classes, seed=seed)
-        elif "super" in self.name:
-            model = faiss.SuperKmeans(dim, classes, seed=seed, max_points_per_centroid=everything)
-        else:
-            model = faiss.Kmeans(
-                dim,
-                classes,
-                seed=seed,
-                niter=100,
-                max_points_per_centroid=everything,
-                early_stop_threshold=1e-4,
-                init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
-            )
-        model.train(self.points)
-        return model.centroids, {"iterations": len(model.obj)}
 
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
@@ -161,8 +49,9 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
 def draw_points(path: Path, num_points: int, dim: int, seed: int) -> None:
     """Write (num_points, dim) float32 that look like an encoder's features.
 
-    Some thousands of components of very different weights, a fifth of all points in a narrow one (silence); a variance
-    that falls as 1 / rank, in rotated directions; Student's t with 4 degrees of freedom around each centre; and a mean far from zero.
+    Some thousands of components of very different weights, a fifth of all points in a narrow one (silence); a
+    variance that falls as 1 / rank, in rotated directions; Student's t with 4 degrees of freedom around each
+    centre; and a mean far from zero.
     """
     rng = np.random.default_rng([seed, 5])
     spectrum = np.arange(1, dim + 1) ** -0.5
@@ -186,7 +75,8 @@ def draw_points(path: Path, num_points: int, dim: int, seed: int) -> None:
 
 
 def mean_squared_distance(points: np.ndarray, centroids: np.ndarray) -> float:
-    """Inertia of `centroids` (K, dim) on `points` (n, dim), divided by n: nearest by float64 distances, summed from differences."""
+    """Inertia of `centroids` (K, dim) on `points` (n, dim), divided by n: nearest by float64 distances,
+    summed from differences."""
     wide, total = centroids.astype(np.float64), 0.0
     squares = np.square(wide).sum(axis=1)
     for first in range(0, len(points), ROWS):
@@ -217,7 +107,8 @@ def read_features(path: Path, classes: int) -> np.ndarray:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Draw the points or take the user's, let the contenders fit them, and hold what they leave against the oracle."""
+    """Draw the points or take the user's, let the contenders fit them, and hold what they leave against the
+    oracle."""
     for name, least in (("points", 1), ("dim", 1), ("classes", 2), ("peer_rounds", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(
@@ -225,11 +116,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             )
     if arguments.features is None and arguments.points < arguments.classes:
         raise ValueError(f"--points {arguments.points}: fewer than --classes {arguments.classes}")
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        say(
-            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
-        )
+    load = load_before()
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
         file = folder / "points.npy" if arguments.features is None else arguments.features.resolve()
@@ -266,7 +153,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[Measurement]]:
-    """By contender: half of our fits, the peer's ways one after another, the other half; then assignment and matrix product."""
+    """By contender: half of our fits, the peer's ways one after another, the other half; then assignment and
+    matrix product."""
 
     def turns(
         names: list[str], rounds: int, warmup: int, python: str = sys.executable
@@ -294,7 +182,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list[Measu
 
 
 def figures(name: str, measurements: list[Measurement], points: np.ndarray, folder: Path) -> dict[str, Any]:
-    """One contender: operations a second of "assignment" and "gemm", else seconds and memory of a fit and what it left."""
+    """One contender: operations a second of "assignment" and "gemm", else seconds and memory of a fit and
+    what it left."""
     rates = [rate for measurement in measurements for rate in measurement.rates]
     if name in ("assignment", "gemm"):
         return {"rate": statistics.median(rates)}
@@ -310,7 +199,8 @@ def figures(name: str, measurements: list[Measurement], points: np.ndarray, fold
 
 
 def sides(found: dict[str, dict[str, Any]], variants: list[str]) -> dict[str, Any]:
-    """DESIGN.md's keys, ours against the first of the peer's `variants`; ratios are above 1 where ours is better."""
+    """DESIGN.md's keys, ours against the first of the peer's `variants`; ratios are above 1 where ours is
+    better."""
     ours, peer = found["ours"], found[variants[0]] if variants else None
     fastest = min(variants, key=lambda name: found[name]["seconds"], default=None)
     return {

@@ -1,4 +1,5 @@
-"""The command line of every benchmark, and its report: a table for people, a JSON line for programs, a dated file to keep."""
+"""The command line of every benchmark, and its report: a table for people, a JSON line for programs, a dated
+file to keep."""
 
 import argparse
 import json
@@ -55,7 +56,8 @@ def run_main(
     compare: Callable[[argparse.Namespace], dict[str, Any]],
     show: Callable[[dict[str, Any]], str],
 ) -> int:
-    """A contender if we were started as one, else the comparison and its report. Exit status 2 for a user's mistake."""
+    """A contender if we were started as one, else the comparison and its report. Exit status 2 for a user's
+    mistake."""
     arguments = parser.parse_args(given)
     if arguments.contender:
         serve(build, arguments.contender, arguments.inputs)
@@ -131,13 +133,15 @@ def table(result: dict[str, Any]) -> str:
         rows.append((label, ours, theirs, default))
     lines = [f"{label:36}{ours:>12}{peer:>36}{default:>36}".rstrip() for label, ours, peer, default in rows]
     lines.append(
-        f"limit {result['limit']:.2f} {result['unit']}: {result['gemm_tflops']:.3f} TFLOP/s of matrix products"
+        f"limit {result['limit']:.2f} {result['unit']}: {result['gemm_tflops']:.3f} TFLOP/s of matrix "
+        "products"
     )
     if result["peer"]:
         lines.append(f"{result['ratio']:.2f} times as fast, {result['memory_ratio']:.2f} times less memory")
     if both:
         speed, memory = result["ratio_default"], result["memory_ratio_default"]
         lines.append(
-            f"{speed:.2f} times as fast, {memory:.2f} times less memory, beside the peer with the C library's defaults"
+            f"{speed:.2f} times as fast, {memory:.2f} times less memory, beside the peer with the C "
+            "library's defaults"
         )
     return "\n".join(lines)

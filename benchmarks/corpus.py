@@ -1,7 +1,8 @@
 """The audio that contenders share: drawn from a seed, written once, read by each.
 
-`waveforms.npy` int16 and `labels.npy` uint16 hold the utterances end to end, `lengths.npy` their samples: all that a peer in
-another Python needs. Ours reads the same samples from 16-bit wav files through a manifest, and the labels from a labels folder.
+`waveforms.npy` int16 and `labels.npy` uint16 hold the utterances end to end, `lengths.npy` their samples: all
+that a peer in another Python needs. Ours reads the same samples from 16-bit wav files through a manifest, and
+the labels from a labels folder.
 """
 
 import argparse
@@ -39,7 +40,8 @@ def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Those arguments as settings, with the audio of a batch and of a round."""
     if arguments.seconds < 0.025 or arguments.batch < 1:
         raise ValueError(
-            f"--seconds {arguments.seconds} --batch {arguments.batch}: at least 0.025 s and one utterance are needed"
+            f"--seconds {arguments.seconds} --batch {arguments.batch}: at least 0.025 s and one utterance "
+            "are needed"
         )
     batches = 4 if arguments.lengths == "mixed" else 20 if arguments.device == "cuda" else 1
     given = {name: getattr(arguments, name) for name in ("seconds", "batch", "lengths")}
@@ -49,7 +51,8 @@ def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_lengths(kind: str, seconds: float, total_seconds: float, seed: int) -> np.ndarray:
-    """Samples of each utterance. `equal`: all `seconds` long; `mixed`: log-uniform from 1 to 20 s. About `total_seconds` in all."""
+    """Samples of each utterance. `equal`: all `seconds` long; `mixed`: log-uniform from 1 to 20 s. About
+    `total_seconds` in all."""
     if kind == "equal":
         return np.full(max(1, round(total_seconds / seconds)), round(seconds * SAMPLE_RATE))
     rng = np.random.default_rng([seed, 3])
@@ -133,7 +136,8 @@ def digest(waveforms: Iterable[np.ndarray]) -> str:
 
 
 def plan_padded(lengths: np.ndarray, batch_seconds: float) -> list[np.ndarray]:
-    """Peers' batches: utterances of like length together (they all advise it), at most so much audio with padding."""
+    """Peers' batches: utterances of like length together (they all advise it), at most so much audio with
+    padding."""
     batches: list[list[int]] = []
     for item in np.argsort(lengths, kind="stable").tolist():
         if batches and lengths[item] * (len(batches[-1]) + 1) <= batch_seconds * SAMPLE_RATE:

@@ -1,23 +1,24 @@
-"""The whole way from wav files to labels on disk, beside a peer's: audio seconds per second, memory, and which labels differ.
+"""The whole way from wav files to labels on disk, beside a peer's: audio seconds per second, memory, and
+which labels differ.
 
-Ours is the verb `encode` on a manifest, an untrained HuBERT in a run folder and a codebook fitted on features of its own. The
-peer is the usual script with the same weights (our `export`) and the same centroids: soundfile, `HubertModel` with every
-hidden state, one utterance at a time, scikit-learn's `predict`, a line of labels for each utterance. `ratio_usual` is
-against that script as people run it; `ratio` against the fastest of the peer's ways, which are those that leave the labels
-alone: the layers beyond the codebook's cut off, and fairseq's formula for the nearest centroid. (Padded batches would change
-the units: GroupNorm's statistics go over the padding.) Both sides load their weights within the round.
+Ours is the verb `encode` on a manifest, an untrained HuBERT in a run folder and a codebook fitted on features
+of its own. The peer is the usual script with the same weights (our `export`) and the same centroids:
+soundfile, `HubertModel` with every hidden state, one utterance at a time, scikit-learn's `predict`, a line of
+labels for each utterance. `ratio_usual` is against that script as people run it; `ratio` against the fastest
+of the peer's ways, which are those that leave the labels alone: the layers beyond the codebook's cut off, and
+fairseq's formula for the nearest centroid. (Padded batches would change the units: GroupNorm's statistics go
+over the padding.) Both sides load their weights within the round.
 
-Where labels differ, the margin says by how much: how much farther the peer's centroid is than ours from the float32 feature.
+Where labels differ, the margin says by how much: how much farther the peer's centroid is than ours from the
+float32 feature.
 """
 
 import argparse
 import hashlib
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,134 +26,15 @@ from torch import nn
 
 from benchmarks import corpus
 from benchmarks.command import add_model_arguments, argument_parser, run_main, table
+from benchmarks.contest import contest
+from benchmarks.encode_pipelines import USUAL, Ours, TransformersPeer, labels_folder
 from benchmarks.flops import forward_flops
-from benchmarks.measure import Contender, ask, contest, say, take_turns
+from benchmarks.measure import Contender, ask, say, take_turns
 
 MODULE = "benchmarks.encode"
-USUAL = "transformers-usual"
 VARIANTS = {"transformers": [USUAL, "transformers-cut", "transformers-cut-torch"], "none": []}
 FRAMES_PER_CLASS = 25  # of those that the codebook is fitted on
 TIMES_LONGER = 4
-
-
-class Ours:
-    """The verb. "ours-long" has every utterance four times; "agreement" is not timed and says what the verb's own check found."""
-
-    def __init__(self, name: str, settings: dict[str, Any], folder: Path):
-        import pretrain.model.encoder  # noqa: F401  # so that no round pays for it, as with the peer's
-        import quantize.encoding
-        from pretrain.data.manifest import Manifest
-
-        self.name, self.settings, self.folder, self.number = name, settings, folder, 0
-        self.encoding = quantize.encoding
-        self.manifest = Manifest(folder / ("manifest_long" if name == "ours-long" else "manifest"))
-        self.amount = float(self.manifest.lengths.sum()) / corpus.SAMPLE_RATE
-
-    def about(self) -> dict[str, Any]:
-        from pretrain.data.audio import load_audio
-
-        if self.name == "agreement":
-            return {key: value for key, value in self.encode().items() if key.startswith("label_agreement")}
-        return {
-            "inputs_sha256": corpus.digest(map(load_audio, self.manifest)) if self.name == "ours" else None
-        }
-
-    def prepare(self, number: int) -> None:
-        self.number = number
-
-    def run(self) -> None:
-        # In low precision the verb encodes 50 utterances once more in float32: nothing beside hours of audio, half of a corpus
-        # like this. It is left out here and done by "agreement".
-        with patch.object(self.encoding, "label_agreement", return_value={}):
-            self.encode()
-
-    def encode(self) -> dict[str, Any]:
-        summary: dict[str, Any] = self.encoding.encode(
-            self.encoding.EncodeConfig(
-                manifest=str(self.manifest.folder),
-                codebook=str(self.folder / "codebook"),
-                encoder=str(self.folder / "run"),
-                out=str(labels_folder(self.folder, self.name, self.number)),
-                precision=self.settings["precision"],
-                batch_seconds=self.settings["ours_batch_seconds"],
-                device=self.settings["device"],
-                workers=self.settings["threads"],
-            )
-        )
-        return summary
-
-
-def labels_folder(folder: Path, name: str, number: int) -> Path:
-    """Where a contender of ours leaves round `number`: the verb never writes over anything."""
-    return folder / f"labels_{name}_{number}"
-
-
-class TransformersPeer:
-    """The script, in float32 whatever the precision of ours: "usual", "cut" (the model is loaded with the layers up to the
-    codebook's and no others), "cut-torch" (and fairseq's `ApplyKmeans` instead of scikit-learn's `predict`)."""
-
-    def __init__(self, name: str, settings: dict[str, Any], folder: Path):
-        import sklearn.cluster  # noqa: F401  # no round pays for an import
-        import soundfile  # noqa: F401
-        import transformers
-
-        transformers.logging.set_verbosity_error()  # of the weights that "cut" leaves in the file
-        transformers.logging.disable_progress_bar()
-        self.model_class = transformers.HubertModel
-        self.settings, self.folder, self.name = settings, folder, name
-        self.device, self.layer = settings["device"], settings["layer"]
-        self.paths = sorted(folder.glob("u*.wav"))
-        self.amount = 0.0
-
-    def about(self) -> dict[str, Any]:
-        return {"inputs_sha256": corpus.digest(map(read_audio, self.paths))}
-
-    def prepare(self, number: int) -> None: ...
-
-    def run(self) -> None:
-        cut = {} if self.name == USUAL else {"num_hidden_layers": self.layer}
-        model = self.model_class.from_pretrained(self.folder / "huggingface", **cut).eval().to(self.device)
-        predict = (open_formula if self.name.endswith("torch") else open_kmeans)(
-            self.folder / "centroids.npy", self.device
-        )
-        samples = 0
-        with open(self.folder / f"{self.name}.km", "w") as file, torch.inference_mode():
-            for path in self.paths:
-                wave = read_audio(path)
-                hidden = model(torch.from_numpy(wave)[None].to(self.device), output_hidden_states=not cut)
-                features = (
-                    hidden.last_hidden_state if cut else hidden.hidden_states[self.layer]
-                )  # (1, frames, dim)
-                file.write(" ".join(map(str, predict(features[0]).tolist())) + "\n")
-                samples += len(wave)
-        self.amount = samples / corpus.SAMPLE_RATE
-
-
-def read_audio(path: Path) -> np.ndarray:
-    """By soundfile alone."""
-    import soundfile
-
-    wave: np.ndarray = soundfile.read(path, dtype="float32")[0]
-    return wave
-
-
-def open_kmeans(path: Path, device: str) -> Callable[[torch.Tensor], np.ndarray]:
-    """scikit-learn's `predict`. A model with these centroids is made here, where the script would read it from a pickle."""
-    from sklearn.cluster import MiniBatchKMeans
-
-    centroids = np.load(path)
-    model = MiniBatchKMeans(len(centroids), init=centroids, n_init=1, max_iter=1).fit(centroids)
-    model.cluster_centers_ = centroids  # not what the one step made of them
-    return lambda features: model.predict(features.cpu().numpy())
-
-
-def open_formula(path: Path, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """|x|² - 2x·c + |c|² in float32, as fairseq's `dump_km_label.py` has it."""
-    columns = torch.from_numpy(np.load(path)).to(device).T.contiguous()  # (dim, K)
-    squares = columns.square().sum(0, keepdim=True)
-    return lambda features: (
-        features.square().sum(1, keepdim=True) - 2 * features @ columns + squares
-    ).argmin(1)
 
 
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
@@ -183,7 +65,8 @@ def write_model(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_codebook(folder: Path, settings: dict[str, Any]) -> None:
-    """K-means on features of the corpus's first utterances, as a codebook and as plain centroids in the features' coordinates."""
+    """K-means on features of the corpus's first utterances, as a codebook and as plain centroids in the
+    features' coordinates."""
     import quantize.codebook
     from pretrain.data.manifest import Manifest
     from quantize.features import open_encoder_source
@@ -225,8 +108,9 @@ def write_longer(folder: Path) -> None:
 def compare_labels(folder: Path, ours: Path, lines: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """How many frames have another label in the peer's `lines`, and the widest margin among those.
 
-    The margin of a frame is (|x - theirs|² - |x - ours|²) / |x - ours|² in float64, of the float32 feature x; its size is what
-    counts. Two float32 computations of |x - c|² in the usual form differ by about 1e-7 |x|² each.
+    The margin of a frame is (|x - theirs|² - |x - ours|²) / |x - ours|² in float64, of the float32 feature x;
+    its size is what counts. Two float32 computations of |x - c|² in the usual form differ by about 1e-7 |x|²
+    each.
     """
     from pretrain.data.labels import Labels
     from pretrain.data.manifest import Manifest
@@ -291,17 +175,19 @@ def measure_flatness(folder: Path, threads: int) -> dict[str, Any]:
     }
 
 
+def _require_possible(arguments: argparse.Namespace, num_layers: int) -> None:
+    if not 1 <= arguments.layer <= num_layers:
+        raise ValueError(f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {num_layers}")
+    if arguments.precision == "int8" and arguments.device != "cpu":
+        raise ValueError("--precision int8: runs on a CPU; use bfloat16 or --device cpu")
+
+
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the corpus, make model and codebook, let the contenders take turns, and compare what they left."""
     from pretrain.model.encoder import EncoderConfig
 
     encoder = EncoderConfig(architecture=arguments.architecture, front_end="waveform", norm_first=False)
-    if not 1 <= arguments.layer <= encoder.num_layers:
-        raise ValueError(
-            f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {encoder.num_layers}"
-        )
-    if arguments.precision == "int8" and arguments.device != "cpu":
-        raise ValueError("--precision int8: runs on a CPU; use bfloat16 or --device cpu")
+    _require_possible(arguments, encoder.num_layers)
     shape = corpus.resolve(arguments)
     lengths = corpus.draw_lengths(
         arguments.lengths, arguments.seconds, shape["total_seconds"], arguments.seed
@@ -309,9 +195,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     frames, seconds = int(((lengths - 400) // 320 + 1).sum()), lengths.sum() / corpus.SAMPLE_RATE
     if not 2 <= arguments.classes <= frames // 4:
         raise ValueError(
-            f"--classes {arguments.classes}: 2 to {frames // 4} can be fitted on this corpus of {frames} frames"
+            f"--classes {arguments.classes}: 2 to {frames // 4} can be fitted on this corpus of {frames} "
+            "frames"
         )
-    given = "architecture layer classes precision device threads rounds warmup seed peak_tflops ours_batch_seconds".split()
+    given = (
+        "architecture layer classes precision device threads rounds warmup seed peak_tflops "
+        "ours_batch_seconds".split()
+    )
     settings = {**{name: getattr(arguments, name) for name in given}, **shape, "sizes": encoder.resolved()}
     flops = (
         forward_flops(settings["sizes"], lengths, arguments.layer)
@@ -346,7 +236,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         if arguments.check_memory:
             result |= measure_flatness(folder, arguments.threads)
-    name = f"encode {arguments.architecture} layer {arguments.layer} {arguments.lengths} {arguments.precision} {arguments.device}"
+    name = (
+        f"encode {arguments.architecture} layer {arguments.layer} {arguments.lengths} {arguments.precision} "
+        f"{arguments.device}"
+    )
     return {"name": name, "unit": "audio seconds per second", **result, "corpus": corpus.describe(lengths)}
 
 
@@ -362,7 +255,8 @@ def show(result: dict[str, Any]) -> str:
     )
     for name, found in result["peer_labels"].items():
         lines.append(
-            f"{name}: {found['labels_differ']} labels differ, by a margin of {found['largest_margin']:.1e} at most"
+            f"{name}: {found['labels_differ']} labels differ, by a margin of {found['largest_margin']:.1e} "
+            "at most"
         )
     if "label_agreement" in result:
         lines.append(f"label agreement with float32 {result['label_agreement']:.4f}")

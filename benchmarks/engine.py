@@ -1,10 +1,12 @@
-"""Both engines on the same tasks: milliseconds a step under `training.engine = "wordless"` and `"fairseq2"`, and peak memory.
+"""Both engines on the same tasks: milliseconds a step under `training.engine = "wordless"` and `"fairseq2"`,
+and peak memory.
 
-A round is a whole run of a verb (`pretrain`, `finetune`, `train-lm`) of `--steps` steps in a folder of its own, the two engines in turn.
-What counts are the steps after the first ten, from the end of one update to the end of the last: loading, forward, backward, exchange,
-clipping, AdamW and the log lines between them, without what begins and ends a run, which is in `run_seconds`. The task `idle` has one
-weight and no data: what its steps take is the trainer. With `--processes 2` the ranks are processes of this machine
-(gloo, or nccl where there are GPUs), which share the threads and the same global batches. Weights, batches and random numbers are
+A round is a whole run of a verb (`pretrain`, `finetune`, `train-lm`) of `--steps` steps in a folder of its
+own, the two engines in turn. What counts are the steps after the first ten, from the end of one update to the
+end of the last: loading, forward, backward, exchange, clipping, AdamW and the log lines between them, without
+what begins and ends a run, which is in `run_seconds`. The task `idle` has one weight and no data: what its
+steps take is the trainer. With `--processes 2` the ranks are processes of this machine (gloo, or nccl where
+there are GPUs), which share the threads and the same global batches. Weights, batches and random numbers are
 the same in both engines, and so should be `loss`, that of the last log line.
 """
 
@@ -19,84 +21,27 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import corpus
 from benchmarks.command import argument_parser, run_main
-from benchmarks.measure import Child, Contender, Measurement, machine, say, sides, take_turns
+from benchmarks.engine_tasks import SKIPPED, Clock, IdleTask
+from benchmarks.measure import Child, Contender, Measurement, load_before, machine, sides, take_turns
 from pretrain.fairseq2.available import require_fairseq2
 from pretrain.training.engine import train
 from pretrain.training.run import Run
-from pretrain.training.task import Loss, OptimizerConfig, Task, TrainingConfig
+from pretrain.training.task import OptimizerConfig, TrainingConfig
 
 MODULE = "benchmarks.engine"
 TASKS = ("hubert", "wav2vec2", "ctc", "lm", "idle")
 ENGINES = ("wordless", "fairseq2")
 NUM_CLASSES = 100
-SKIPPED = 10  # the first steps of a run, which do not count
 LOG_EVERY = 10  # the default; fairseq2 wants the checkpoint to fall on a log line, or writes more of these
 PORTS = "BENCHMARK_PORTS"
-
-
-class Nothing(NamedTuple):
-    """A batch of the idle task."""
-
-    x: Tensor
-
-
-class Weight(nn.Module):
-    """One weight, and a loss that is never nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, batch: Nothing) -> Loss:
-        error = (self.weight - batch.x).square().sum()
-        return Loss(error, torch.ones((), device=error.device), {})
-
-
-class IdleTask(Task):
-    """Steps in which nothing is done."""
-
-    unit = "item"
-
-    def __init__(self) -> None:
-        self.model = Weight()
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        return [np.arange(2 * number, 2 * number + 2) for number in range(1000)]
-
-    def collate(self, items: np.ndarray, epoch: int) -> Nothing:
-        return Nothing(torch.zeros(1))
-
-    def amount(self, items: np.ndarray) -> float:
-        return float(len(items))
-
-
-class Clock:
-    """The time of the updates `SKIPPED` and `last` of a run, by a hook of torch's on every optimizer's step."""
-
-    def __init__(self, last: int, device: str):
-        self.last, self.device, self.done = last, device, 0
-        self.times: list[float] = []
-
-    def __call__(self, *_: Any) -> None:
-        self.done += 1
-        if self.done in (SKIPPED, self.last):
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> float:
-        first, last = self.times
-        return last - first
 
 
 class Ranks:
@@ -240,7 +185,8 @@ def free_ports(count: int) -> list[int]:
 
 
 def write_inputs(folder: Path, settings: dict[str, Any], tasks: list[str]) -> np.ndarray:
-    """The drawn corpus with labels; for `ctc` with texts and an encoder that has had one step, for `lm` packed. Returns lengths."""
+    """The drawn corpus with labels; for `ctc` with texts and an encoder that has had one step, for `lm`
+    packed. Returns lengths."""
     from pretrain.data.manifest import write_manifest
 
     lengths = corpus.draw_lengths("mixed", 10.0, settings["total_seconds"], settings["seed"])
@@ -284,16 +230,16 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """For every task and number of processes the engines in turn."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        say(
-            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
-        )
-    given = "threads rounds warmup seed steps architecture batch_seconds total_seconds device precision sharding".split()
+    load = load_before()
+    given = (
+        "threads rounds warmup seed steps architecture batch_seconds total_seconds device precision "
+        "sharding".split()
+    )
     settings = {name: getattr(arguments, name) for name in given}
     if settings["steps"] <= SKIPPED or settings["steps"] % LOG_EVERY:
         raise ValueError(
-            f"--steps {settings['steps']}: the first {SKIPPED} do not count, and a log line closes every {LOG_EVERY}; give a multiple above"
+            f"--steps {settings['steps']}: the first {SKIPPED} do not count, and a log line closes every "
+            f"{LOG_EVERY}; give a multiple above"
         )
     if min(settings["batch_seconds"], settings["total_seconds"]) <= 0 or min(arguments.processes) < 1:
         raise ValueError(
@@ -348,7 +294,8 @@ def largest(one: Measurement) -> Measurement:
 def show(result: dict[str, Any]) -> str:
     """A line for each task and number of processes."""
     lines = [
-        f"{'':10}{'processes':>10}{'wordless':>13}{'fairseq2':>13}{'ratio':>8}{'peak memory, GB':>20}   ms a step; last loss"
+        f"{'':10}{'processes':>10}{'wordless':>13}{'fairseq2':>13}{'ratio':>8}{'peak memory, GB':>20}   ms "
+        "a step; last loss"
     ]
     for name, found in result["tasks"].items():
         task, size = name.split()

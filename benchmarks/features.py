@@ -1,9 +1,11 @@
-"""Features of one layer beside a peer's: audio seconds per second, peak memory and, in low precision, how many labels stay.
+"""Features of one layer beside a peer's: audio seconds per second, peak memory and, in low precision, how
+many labels stay.
 
-Ours is the product's own path (quantize/features.py): decoding, batches by length, the encoder to layer L and no further, float32
-arrays out. The peer has its waveforms in memory and gives float32 arrays too. A peer may work in more than one way (utterances
-one at a time or padded in batches of like lengths; with transformers the whole model with `output_hidden_states`, or a model
-whose layers beyond L the user has cut off); each is timed, and the ratio is against the fastest.
+Ours is the product's own path (quantize/features.py): decoding, batches by length, the encoder to layer L and
+no further, float32 arrays out. The peer has its waveforms in memory and gives float32 arrays too. A peer may
+work in more than one way (utterances one at a time or padded in batches of like lengths; with transformers
+the whole model with `output_hidden_states`, or a model whose layers beyond L the user has cut off); each is
+timed, and the ratio is against the fastest.
 """
 
 import argparse
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from benchmarks import corpus
 from benchmarks.command import add_model_arguments, argument_parser, run_main, table
+from benchmarks.contest import contest
 from benchmarks.flops import forward_flops
-from benchmarks.measure import Contender, ask, contest
+from benchmarks.measure import Contender, ask
 from benchmarks.training_peers import torchaudio_config, transformers_config
 
 NUM_CLASSES = 500
@@ -77,7 +80,8 @@ class Ours:
 
 
 class Agreement:
-    """What a lower precision changes. A contender that only speaks of itself, so that ours pays for none of it."""
+    """What a lower precision changes. A contender that only speaks of itself, so that ours pays for none of
+    it."""
 
     amount = 0.0
 
@@ -85,7 +89,8 @@ class Agreement:
         self.settings, self.folder = settings, folder
 
     def about(self) -> dict[str, Any]:
-        """Share of frames whose nearest of 500 centroids, fitted on the float32 features, is the same in this precision."""
+        """Share of frames whose nearest of 500 centroids, fitted on the float32 features, is the same in this
+        precision."""
         return compare_features(
             self.features("float32"), self.features(self.settings["precision"]), self.settings["seed"]
         )
@@ -101,7 +106,8 @@ class Agreement:
 
 
 def compare_features(exact: np.ndarray, quick: np.ndarray, seed: int) -> dict[str, Any]:
-    """Two versions of the same features, (frames, dim): labels that agree, and the error relative to the spread."""
+    """Two versions of the same features, (frames, dim): labels that agree, and the error relative to the
+    spread."""
     from quantize.assignment import nearest
     from quantize.kmeans import kmeans
 
@@ -122,9 +128,8 @@ class Peer:
         lengths = np.array([len(waveform) for waveform in self.waveforms])
         self.plan = corpus.plan_padded(lengths, settings["batch_seconds"] if batched else 0)
         self.amount = float(lengths.sum()) / corpus.SAMPLE_RATE
-        self.dtype = (
-            torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
-        )  # int8 is held against float32
+        # int8 is held against float32
+        self.dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
         torch.manual_seed(settings["seed"])
         self.make_model(settings["sizes"])
 
@@ -165,7 +170,8 @@ class Peer:
 
 
 class TransformersPeer(Peer):
-    """`HubertModel` with SDPA: `whole` runs every layer and picks one of the hidden states, `cut` has lost the others."""
+    """`HubertModel` with SDPA: `whole` runs every layer and picks one of the hidden states, `cut` has lost
+    the others."""
 
     def make_model(self, sizes: dict[str, Any]) -> None:
         import transformers
@@ -226,7 +232,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--layer {arguments.layer}: {arguments.architecture} has layers 1 to {encoder.num_layers}"
         )
-    given = "architecture layer precision device threads rounds warmup seed peak_tflops ours_batch_seconds".split()
+    given = "architecture layer precision device threads rounds warmup seed peak_tflops".split()
+    given.append("ours_batch_seconds")
     settings = {
         **{name: getattr(arguments, name) for name in given},
         **corpus.resolve(arguments),
@@ -245,7 +252,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         if arguments.precision != "float32":
             result |= ask("benchmarks.features", "agreement", folder, threads=arguments.threads)
-    name = f"features {arguments.architecture} layer {arguments.layer} {arguments.lengths} {arguments.precision} {arguments.device}"
+    name = (
+        f"features {arguments.architecture} layer {arguments.layer} {arguments.lengths} "
+        f"{arguments.precision} {arguments.device}"
+    )
     return {"name": name, "unit": "audio seconds per second", **result, "corpus": corpus.describe(lengths)}
 
 

@@ -8,10 +8,12 @@ CONV_KERNELS, CONV_STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
 
 
 def forward_flops(sizes: dict[str, Any], lengths: np.ndarray, num_layers: int) -> float:
-    """Floating-point operations (2 a multiply-add) of the encoder to layer `num_layers` on utterances of `lengths` samples.
+    """Floating-point operations (2 a multiply-add) of the encoder to layer `num_layers` on utterances of
+    `lengths` samples.
 
-    Convolutions, feature projection, positional convolution, linear layers and attention over each utterance's own frames;
-    no padding, no normalisation or activation, no head (under 1 %). `sizes` are the keys of `EncoderConfig`.
+    Convolutions, feature projection, positional convolution, linear layers and attention over each
+    utterance's own frames; no padding, no normalisation or activation, no head (under 1 %). `sizes` are the
+    keys of `EncoderConfig`.
     """
     total, dim = 0.0, sizes["dim"]
     for length in lengths.tolist():

@@ -1,8 +1,10 @@
-"""What pretraining is worth on real speech: `recipes/fsdd.toml` with each of four speakers held out in turn, and all of them together.
+"""What pretraining is worth on real speech: `recipes/fsdd.toml` with each of four speakers held out in turn,
+and all of them together.
 
-RECORDINGS is the folder of the Free Spoken Digit Dataset, files `{digit}_{speaker}_{index}.wav`. Each fold is a run of the recipe in
-`--runs`; what stands there is not repeated. Pooled, every recording of every speaker is transcribed once by a recogniser that never heard
-its speaker. Settings were chosen with lucas and nicolas held out, so `untouched` is the pool of the others.
+RECORDINGS is the folder of the Free Spoken Digit Dataset, files `{digit}_{speaker}_{index}.wav`. Each fold is
+a run of the recipe in `--runs`; what stands there is not repeated. Pooled, every recording of every speaker
+is transcribed once by a recogniser that never heard its speaker. Settings were chosen with lucas and nicolas
+held out, so `untouched` is the pool of the others.
 """
 
 import argparse
@@ -46,7 +48,8 @@ def write_fold(recordings: Path, held_out: str, path: Path) -> None:
 
 
 def pool(folds: Sequence[Path], out: Path) -> dict[str, Any]:
-    """The transcripts of several folds as those of one test, in `out`: its `curve` and `comparisons` (pretrain.ctc.curve)."""
+    """The transcripts of several folds as those of one test, in `out`: its `curve` and `comparisons`
+    (pretrain.ctc.curve)."""
     cells = {
         (row["budget"], row["system"], row["seed"]): row
         for row in pq.read_table(folds[0] / "transfer.parquet").to_pylist()

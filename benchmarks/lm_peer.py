@@ -1,7 +1,8 @@
-"""transformers' Llama on the weights and tokens of `benchmarks/lm.py`, trained and sampled. Nothing of ours is imported.
+"""transformers' Llama on the weights and tokens of `benchmarks/lm.py`, trained and sampled. Nothing of ours
+is imported.
 
-Ways: `sdpa` and `eager` attention; for sampling also `static`, its static cache, and below float32 `bfloat16` and, on a CPU, `int8`,
-torch's dynamic quantisation of its linear layers.
+Ways: `sdpa` and `eager` attention; for sampling also `static`, its static cache, and below float32 `bfloat16`
+and, on a CPU, `int8`, torch's dynamic quantisation of its linear layers.
 """
 
 import warnings
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.training_peers import Update
+from benchmarks.training_step import Update
 
 
 def variants(job: str, device: str) -> list[str]:
@@ -26,7 +27,8 @@ def variants(job: str, device: str) -> list[str]:
 
 
 def open_model(settings: dict[str, Any], folder: Path, way: str) -> nn.Module:
-    """`LlamaForCausalLM` with the weights of the folder; the base of the rotation is both sides' default, 10,000."""
+    """`LlamaForCausalLM` with the weights of the folder; the base of the rotation is both sides' default,
+    10,000."""
     import transformers
 
     sizes, vocabulary = settings["sizes"], settings["classes"] + 2
@@ -54,7 +56,8 @@ def open_model(settings: dict[str, Any], folder: Path, way: str) -> nn.Module:
 
 
 class Training:
-    """A loop over rows of tokens: loss, backward, clipping, fused AdamW. There is no padding, so no attention mask is given."""
+    """A loop over rows of tokens: loss, backward, clipping, fused AdamW. There is no padding, so no attention
+    mask is given."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, way: str):
         self.settings, self.device = settings, settings["device"]
@@ -95,9 +98,8 @@ class Sampling:
                     self.model, {nn.Linear}, dtype=torch.qint8
                 )
         self.cache = {"cache_implementation": "static"} if way == "static" else {}
-        self.prompts = torch.from_numpy(np.load(folder / "prompts.npy")).to(
-            settings["device"]
-        )  # (batch, prompt), BOS first
+        # (batch, prompt), BOS first
+        self.prompts = torch.from_numpy(np.load(folder / "prompts.npy")).to(settings["device"])
         self.amount = float(len(self.prompts) * settings["new_tokens"])
         self.made = 0
 

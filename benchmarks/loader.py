@@ -1,21 +1,17 @@
-"""The loader alone, without a step: seconds of 16 kHz audio delivered per second, as flac, wav and flac in tar shards.
+"""The loader alone, without a step: seconds of 16 kHz audio delivered per second, from flac, wav and tar
+shards.
 
-Ours is the engine's own loader: plan, micro-batches, decoding in threads, packing, a few batches ahead. The peer is what the
-field's recipes do, torch's DataLoader with as many worker processes, soundfile, and zero padding, or fairseq2's C++ pipeline in
-several ways (loader_fairseq2.py), on the same batches. A round is
-an epoch, the same one each time, from the first utterance to the last; nobody has loaded anything before the clock starts. The limit
-is soundfile alone, decoding the same files in as many threads and keeping nothing. `needed` is what the fastest training step on
-this machine consumes, when it is given: the loader should deliver at least twenty times that.
-
-fairseq2 decodes with the system's libsndfile, ours with the one in soundfile's wheel. `ours_system` is ours with the system's, which
-tells what of a difference is the pipeline's and what the C library's; `pip install --no-binary soundfile soundfile` installs it so.
-`ours_variants` has the figures of both.
+Ours is the engine's own loader: plan, micro-batches, decoding in threads, packing, a few batches ahead. The
+peer is what the field's recipes do: torch's DataLoader with as many worker processes, soundfile, and zero
+padding, on the same batches. A round is an epoch, the same one each time, from the first utterance to the
+last; nothing is loaded before the clock starts. The limit is soundfile alone, decoding the same files in as
+many threads and keeping nothing. `needed` is what the fastest training step on this machine consumes, when it
+is given: the loader should deliver at least twenty times that.
 """
 
 import argparse
 import io
 import json
-import os
 import sys
 import tarfile
 import tempfile
@@ -27,9 +23,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import system_library  # noqa: F401  # before anything imports soundfile
-
-# isort: split
 import numpy as np
 import soundfile
 import torch
@@ -37,13 +30,12 @@ from torch import Tensor, nn
 
 from benchmarks import corpus
 from benchmarks.command import argument_parser, run_main
-from benchmarks.loader_fairseq2 import WAYS, Fairseq2, crop
-from benchmarks.measure import KEPT, Contender, Measurement, machine, say, sides, take_turns
+from benchmarks.measure import KEPT, Contender, Measurement, load_before, machine, sides, take_turns
+from pretrain.data.audio import HOP, SAMPLE_RATE
 from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.manifest import Manifest
+from pretrain.data.manifest import Manifest, Utterance
 from pretrain.data.packing import Layout, pack
-from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.training.loading import load_ahead
 from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import World
@@ -51,7 +43,6 @@ from pretrain.training.task import TrainingConfig
 
 FORMATS = ("flac", "wav", "tar")
 MODULE = "benchmarks.loader"
-OURS = "ours", "system"  # with the wheel's library and with the system's
 
 
 class Packed(NamedTuple):
@@ -62,17 +53,14 @@ class Packed(NamedTuple):
 
 
 class LoadTask(SpeechTask):
-    """A task that loads one epoch and does nothing. Of the next one, which the engine's loader looks into, nothing is read."""
+    """A task that loads one epoch and does nothing. Of the next one, which the engine's loader looks into,
+    nothing is read."""
 
     model = nn.Identity()
     valid_set = None
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        settings: dict[str, Any],
-    ):
-        config = BatchConfig(batch_seconds=settings["batch_seconds"], crop_seconds=settings["crop_seconds"])
+    def __init__(self, manifest: Manifest, settings: dict[str, Any]):
+        config = BatchConfig(**{key: settings[key] for key in ("batch_seconds", "crop_seconds")})
         self.train_set = SpeechBatches(manifest, config, settings["seed"])
 
     def collate(self, items: np.ndarray, epoch: int) -> Packed:
@@ -83,7 +71,8 @@ class LoadTask(SpeechTask):
 
 
 class Ours:
-    """The engine's loader, begun and ended within the round. As in training, the C library keeps what is freed."""
+    """The engine's loader, begun and ended within the round. As in training, the C library keeps what is
+    freed."""
 
     amount = 0.0
 
@@ -128,7 +117,8 @@ def read_audio(utterance: Utterance, first: int = 0, count: int = -1) -> np.ndar
 
 
 class Peer:
-    """DataLoader: a data set of waveforms, our batches as its batch sampler, padding as its collate function."""
+    """DataLoader: a data set of waveforms, our batches as its batch sampler, padding as its collate
+    function."""
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         manifest = Manifest(folder / "manifest")
@@ -194,22 +184,21 @@ class Decoding:
         )
 
 
+def crop(speech: SpeechBatches, item: int, epoch: int) -> int:
+    """The sample that our crop of an utterance starts at."""
+    spare = int(speech.manifest.lengths[item]) - speech.crop_samples
+    return HOP * int(speech.rng(item, epoch).integers(spare // HOP + 1)) if spare > 0 else 0
+
+
 def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
-    """Names are contenders with the format behind a hyphen; fairseq2's have their way between."""
+    """Names are contenders with the format behind a hyphen."""
     kind, _, suffix = name.rpartition("-")
-    folder /= suffix
-    if kind.startswith("fairseq2-"):
-        speech = LoadTask(Manifest(folder / "manifest"), settings).train_set
-        return Fairseq2(
-            settings, speech, [items.tolist() for items in speech.plan(0)], kind.removeprefix("fairseq2-")
-        )
     contenders: dict[str, Callable[[dict[str, Any], Path], Contender]] = {
         "ours": Ours,
-        "system": Ours,
         "dataloader": Peer,
         "decoding": Decoding,
     }
-    return contenders[kind](settings, folder)
+    return contenders[kind](settings, folder / suffix)
 
 
 def write_formats(folder: Path, lengths: np.ndarray, seed: int) -> None:
@@ -237,12 +226,9 @@ def write_formats(folder: Path, lengths: np.ndarray, seed: int) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each format's contenders in turn, all of a peer's ways among them; the figures of the first format stand for the whole."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        say(
-            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
-        )
+    """Each format's contenders in turn, all of a peer's ways among them; the figures of the first format
+    stand for the whole."""
+    load = load_before()
     given = "threads rounds warmup seed needed total_seconds lengths batch_seconds crop_seconds".split()
     settings = {"device": "cpu", **{name: getattr(arguments, name) for name in given}}
     if min(arguments.batch_seconds, arguments.total_seconds) <= 0 or arguments.crop_seconds < 0.025:
@@ -250,10 +236,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             "--batch-seconds, --total-seconds: more than 0 s is needed, and --crop-seconds of at least 0.025"
         )
     lengths = corpus.draw_lengths(arguments.lengths, 10.0, arguments.total_seconds, arguments.seed)
-    ways = {"dataloader": ["dataloader"], "fairseq2": [f"fairseq2-{way}" for way in WAYS], "none": []}[
-        arguments.peer
-    ]
-    names = [*(OURS if arguments.peer == "fairseq2" else ["ours"]), "decoding", *ways]
+    ways = [] if arguments.peer == "none" else [arguments.peer]
+    names = ["ours", "decoding", *ways]
     formats = {}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as temporary:
         folder = Path(temporary)
@@ -287,33 +271,20 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
-    """DESIGN.md's keys for one format: ours against the fastest of the peer's ways, and against the fastest with the C library's defaults."""
+    """DESIGN.md's keys for one format: ours against the faster of the peer's ways, and against its way with
+    the C library's defaults."""
     ours, limit = measured["ours"], measured["decoding"]
-    ways = {name: found for name, found in measured.items() if name not in (*OURS, "decoding")}
-    best = max(ways, key=lambda name: ways[name].rate, default=None)
-    default = max(
-        (name for name in ways if not name.endswith(KEPT)), key=lambda name: ways[name].rate, default=None
-    )
-    system = measured.get("system")
+    ways = {name: found for name, found in measured.items() if name not in ("ours", "decoding")}
+    by_rate = sorted(ways, key=lambda name: -ways[name].rate)
+    best = next(iter(by_rate), None)
+    default = next((name for name in by_rate if not name.endswith(KEPT)), None)
     return {
         **sides(ours, ways[best] if best else None),
         "peer_way": best,
         "peer_way_default": default,
         "ratio_default": default and ours.rate / ways[default].rate,
-        "peer_variants": {
-            name: found.rate for name, found in sorted(ways.items(), key=lambda way: -way[1].rate)
-        },
-        **(
-            {"ours_system": system.rate, "ratio_system": best and system.rate / ways[best].rate}
-            if system
-            else {}
-        ),
-        "ours_variants": {name: measured[name].rate for name in OURS if name in measured},
-        "libsndfile": {
-            name: measured[name].hello["about"]["libsndfile"]
-            for name in ("ours", "system")
-            if name in measured
-        },
+        "peer_variants": {name: ways[name].rate for name in by_rate},
+        "libsndfile": {"ours": ours.hello["about"]["libsndfile"]},
         "cpu_seconds": {name: found.parts["cpu_seconds"] for name, found in measured.items() if found.parts},
         "limit": limit.rate,
         "share_of_limit": ours.rate / limit.rate,
@@ -322,17 +293,13 @@ def figures(measured: dict[str, Measurement]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     """A line for each format."""
-    system = "ours_system" in result
-    lines = [
-        f"{'':5}{'ours':>10}{'ours, system library' if system else '':>23}{result['peer_name'] or '(no peer)':>12}{'soundfile alone':>17}"
-        f"   {result['unit']}"
-    ]
+    peer_name, unit = result["peer_name"] or "(no peer)", result["unit"]
+    lines = [f"{'':5}{'ours':>10}{peer_name:>12}{'soundfile alone':>17}   {unit}"]
     for suffix, found in result["formats"].items():
-        peer, other = (f"{rate:.0f}" if rate else "-" for rate in (found["peer"], found.get("ours_system")))
-        lines.append(
-            f"{suffix:5}{found['ours']:10.0f}{other if system else '':>23}{peer:>12}{found['limit']:17.0f}"
-            f"   peak memory {found['ours_peak_gb']:.2f} GB{'; ' + found['peer_way'] if len(found['peer_variants']) > 1 else ''}"
-        )
+        peer = f"{found['peer']:.0f}" if found["peer"] else "-"
+        way = f"; {found['peer_way']}" if len(found["peer_variants"]) > 1 else ""
+        rates = f"{found['ours']:10.0f}{peer:>12}{found['limit']:17.0f}"
+        lines.append(f"{suffix:5}{rates}   peak memory {found['ours_peak_gb']:.2f} GB{way}")
     if result["times_needed"]:
         lines.append(f"{result['times_needed']:.0f} times what the training step consumes")
     return "\n".join(lines)
@@ -340,7 +307,7 @@ def show(result: dict[str, Any]) -> str:
 
 def main(given: list[str] | None = None) -> int:
     """Read the command line and run."""
-    parser = argument_parser(__doc__, ["dataloader", "fairseq2"])
+    parser = argument_parser(__doc__, ["dataloader"])
     parser.add_argument("--format", choices=["all", *FORMATS], default="all")
     parser.add_argument(
         "--lengths", choices=["equal", "mixed"], default="equal", help="equal: 10 s; mixed: 1 to 20 s"

@@ -1,9 +1,11 @@
-"""Opening a large manifest: rows per second from nothing to a planned epoch and its first batches' rows, and the memory it takes.
+"""Opening a large manifest: rows per second from nothing to a planned epoch and its first batches' rows, and
+the memory it takes.
 
-The manifest is drawn, written by the product's own writer before the clock starts, and lies in the page cache when it is opened.
-A round opens it anew, plans an epoch of batches and looks up `--read` rows in the plan's order. Ours reads lengths whole and rows by
-row group; the peer does what is common, `pyarrow.parquet.read_table` of the whole file, with the same plan and the same rows
-after that. The limit is pyarrow reading the two columns that a plan needs, and nothing else.
+The manifest is drawn, written by the product's own writer before the clock starts, and lies in the page cache
+when it is opened. A round opens it anew, plans an epoch of batches and looks up `--read` rows in the plan's
+order. Ours reads lengths whole and rows by row group; the peer does what is common,
+`pyarrow.parquet.read_table` of the whole file, with the same plan and the same rows after that. The limit is
+pyarrow reading the two columns that a plan needs, and nothing else.
 """
 
 import argparse
@@ -98,7 +100,8 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
 
 
 def draw_rows(rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Utterances of 1 to 20 s, named like those of a large corpus: a thousand of a speaker, a hundred of a file."""
+    """Utterances of 1 to 20 s, named like those of a large corpus: a thousand of a speaker, a hundred of a
+    file."""
     lengths = draw_lengths("mixed", 10.0, 10000.0, seed).tolist()
     for number in range(rows):
         speaker, file = f"speaker{number // 1000:06d}", f"{number // 100:08d}"

@@ -1,13 +1,14 @@
 """Ours and a peer in turn on the same inputs, each in a process of its own.
 
-A contender is a process that lives for the whole run and works when it is told to: ours, peer, matrix product, ours, peer, ...;
-never two at once, each with the same number of threads. So its peak memory is its own, and what slows the machine for a minute
-slows all of them. A peer may live in another Python (`--peer-python`): contenders are `PYTHON -m benchmarks.NAME --contender
-NAME --inputs FOLDER`, read commands from standard input and answer on standard output, one JSON object a line. The inputs lie
-in FOLDER, written once by the parent. The machine's matrix-product rate is a contender like the others ("gemm").
+A contender is a process that lives for the whole run and works when it is told to: ours, peer, matrix
+product, ours, peer, ...; never two at once, each with the same number of threads. So its peak memory is its
+own, and what slows the machine for a minute slows all of them. A peer may live in another Python
+(`--peer-python`): contenders are `PYTHON -m benchmarks.NAME --contender NAME --inputs FOLDER`, read commands
+from standard input and answer on standard output, one JSON object a line. The inputs lie in FOLDER, written
+once by the parent. The machine's matrix-product rate is a contender like the others ("gemm").
 
-A contender whose name ends with "-kept" has a C library that keeps freed memory, as ours asks its own to; the others have its
-defaults, whatever the environment of the parent says.
+A contender whose name ends with "-kept" has a C library that keeps freed memory, as ours asks its own to; the
+others have its defaults, whatever the environment of the parent says.
 """
 
 import json
@@ -21,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,9 +37,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Contender(Protocol):
-    """What runs in a child. `amount` is the work of a round in the benchmark's unit times seconds (audio seconds, say), known at
-    the latest after the round. `parts`, where a contender has it, are the seconds of the last round's parts by name; `seconds`, where
-    a contender times itself, those that count."""
+    """What runs in a child. `amount` is the work of a round in the benchmark's unit times seconds (audio
+    seconds, say), known at the latest after the round. `parts`, where a contender has it, are the seconds of
+    the last round's parts by name; `seconds`, where a contender times itself, those that count."""
 
     amount: float
 
@@ -58,7 +58,8 @@ Build = Callable[[str, dict[str, Any], Path], Contender]  # (name, settings, fol
 
 
 class Gemm:
-    """The physical limit: a square matrix product, 2048 wide on a CPU, 8192 on a GPU, in the precision that is measured."""
+    """The physical limit: a square matrix product, 2048 wide on a CPU, 8192 on a GPU, in the precision that
+    is measured."""
 
     def __init__(self, settings: dict[str, Any]):
         size, self.repeats = (
@@ -209,7 +210,8 @@ class Child:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender: the rates of its rounds (amount per second), its peak memory, what it said of itself, its parts' seconds."""
+    """One contender: the rates of its rounds (amount per second), its peak memory, what it said of itself,
+    its parts' seconds."""
 
     rates: list[float]
     peak_gb: float
@@ -224,7 +226,8 @@ class Measurement:
 def take_turns(
     module: str, pythons: Mapping[str, str], folder: Path, *, rounds: int, warmup: int, threads: int
 ) -> dict[str, Measurement]:
-    """Run the contenders in turn, `warmup` rounds that do not count and `rounds` that do. `pythons`: interpreter by name."""
+    """Run the contenders in turn, `warmup` rounds that do not count and `rounds` that do. `pythons`:
+    interpreter by name."""
     with ExitStack() as stack:
         children = {}
         for name, python in pythons.items():
@@ -262,105 +265,6 @@ def ask(module: str, name: str, folder: Path, *, threads: int) -> dict[str, Any]
     child.close()
     about: dict[str, Any] = child.hello["about"]
     return about
-
-
-def try_out(
-    module: str, pythons: Mapping[str, str], folder: Path, *, warmup: int, threads: int
-) -> dict[str, float | None]:
-    """Rates of a peer's variants, the fastest first: one round each after the warm-up, alone with the memory.
-
-    None for a compiled one that ends with an error: not every model can be compiled.
-    """
-    rates: dict[str, float | None] = {}
-    for name, python in pythons.items():
-        try:
-            rates[name] = take_turns(
-                module, {name: python}, folder, rounds=1, warmup=warmup, threads=threads
-            )[name].rate
-        except RuntimeError as error:
-            if "-compiled" not in name:
-                raise
-            say(f"{name} is left out: {error}")
-            rates[name] = None
-    return dict(sorted(rates.items(), key=lambda item: -(item[1] or 0)))
-
-
-def contest(
-    module: str,
-    variants: list[str],
-    folder: Path,
-    settings: dict[str, Any],
-    flops_per_unit: float,
-    *,
-    peer_python: str | None,
-    usual: str | None = None,
-) -> dict[str, Any]:
-    """Ours against the fastest of a peer's `variants` (none: ours alone), as the JSON object of DESIGN.md, "Benchmarks".
-
-    On a CPU each variant is tried with the C library's defaults and with freed memory kept. The fastest of all and the fastest
-    with the defaults then run in the same turns, and both are reported; so does the variant named `usual`, whatever its rate.
-    `flops_per_unit` are the model's floating-point operations per unit of work; the limit is the rate at which the measured
-    matrix-product rate would do them.
-    """
-    (folder / "settings.json").write_text(json.dumps(settings))
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        say(
-            f"the machine is busy with other things (load {load:.1f}): the figures will be low and may be uneven"
-        )
-    turns = {key: settings[key] for key in ("warmup", "threads")}
-    python = peer_python or sys.executable
-    if settings["device"] == "cpu":
-        variants = [name + suffix for name in variants for suffix in ("", KEPT)]
-    tried = (
-        try_out(module, dict.fromkeys(variants, python), folder, **turns)
-        if len(variants) > 1
-        else dict.fromkeys(variants, 0.0)
-    )
-    plain = [name for name in tried if not name.endswith(KEPT)]
-    finalists = list(
-        dict.fromkeys([*list(tried)[:1], *plain[:1], *[name for name in plain if name == usual]])
-    )
-    pythons = {"ours": sys.executable, **dict.fromkeys(finalists, python), "gemm": sys.executable}
-    measured = take_turns(module, pythons, folder, rounds=settings["rounds"], **turns)
-    ours, limit = measured["ours"], measured["gemm"].rate / flops_per_unit
-    # Where the two are close the trial may have been wrong about which is faster.
-    peer = max(finalists, key=lambda name: measured[name].rate, default=None)
-    default = next((name for name in finalists if not name.endswith(KEPT)), None)
-    theirs = measured[peer] if peer else None
-    others = {"default": default} | (
-        {} if usual is None else {"usual": usual if usual in finalists else None}
-    )
-    return {
-        **sides(ours, theirs),
-        **{
-            f"{key}_{which}": value
-            for which, name in others.items()
-            for key, value in {**sides(ours, measured[name] if name else None), "peer_name": name}.items()
-            if key[:4] != "ours"
-        },
-        "limit": limit,
-        "share_of_limit": ours.rate / limit,
-        "peer_share_of_limit": theirs and theirs.rate / limit,
-        "mfu": ours.rate * flops_per_unit / 1e12 / settings["peak_tflops"]
-        if settings["peak_tflops"]
-        else None,
-        "gemm_tflops": measured["gemm"].rate / 1e12,
-        "model_gflops_per_second_of_audio": flops_per_unit / 1e9,
-        "rounds": settings["rounds"],
-        "peer_name": peer,
-        "peer_variants": tried if len(variants) > 1 else {},
-        "ours_about": ours.hello["about"],
-        "peer_about": theirs.hello["about"] if theirs else {},
-        "settings": settings,
-        "load_before": load,
-        "machine": {
-            **machine(),
-            "torch": ours.hello["torch"],
-            "peer_torch": theirs and theirs.hello["torch"],
-        },
-        "date": date.today().isoformat(),
-    }
 
 
 def sides(ours: Measurement, peer: Measurement | None) -> dict[str, Any]:
@@ -401,3 +305,11 @@ def machine() -> dict[str, Any]:
 def say(text: str) -> None:
     """To the person who waits."""
     print(text, file=sys.stderr, flush=True)
+
+
+def load_before() -> float:
+    """The machine's load, with a warning if other processes would spoil the figures."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        say(f"the machine is busy (load {load:.1f}): the figures will be low and may be uneven")
+    return load

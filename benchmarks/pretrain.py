@@ -1,9 +1,10 @@
 """A training step of wav2vec 2.0 or HuBERT beside a peer's: audio seconds per second and peak memory.
 
-A step is forward with new masks and the published dropouts, loss, backward, gradient clipping as published and AdamW (fused),
-on audio that stays the same. Loading and, where the peer does that in its data loader, drawing masks come before the clock
-starts. `--lengths mixed` makes a round one pass over a corpus of 1 to 20 s: ours in the batches that the product plans, the peer
-in padded batches of like lengths, the same audio a batch. README.md here says how each peer is set up.
+A step is forward with new masks and the published dropouts, loss, backward, gradient clipping as published
+and AdamW (fused), on audio that stays the same. Loading and, where the peer does that in its data loader,
+drawing masks come before the clock starts. `--lengths mixed` makes a round one pass over a corpus of 1 to 20
+s: ours in the batches that the product plans, the peer in padded batches of like lengths, the same audio a
+batch. README.md here says how each peer is set up.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import torch
 
 from benchmarks import corpus
 from benchmarks.command import add_model_arguments, argument_parser, run_main, table
+from benchmarks.contest import contest
 from benchmarks.flops import forward_flops
-from benchmarks.measure import Contender, contest
-from benchmarks.training_peers import PEERS, Update
+from benchmarks.measure import Contender
+from benchmarks.training_peers import PEERS
+from benchmarks.training_step import Update
 
 NUM_CLASSES = 500
 # As published: HuBERT clips the gradient's norm at 10, wav2vec 2.0 does not clip.
@@ -27,7 +30,8 @@ CLIP_NORM = {"hubert": 10.0, "wav2vec2": 0.0}
 
 
 class Ours:
-    """The product's task, batches, model and losses; the update is the benchmark's own, the same as the peers'."""
+    """The product's task, batches, model and losses; the update is the benchmark's own, the same as the
+    peers'."""
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         from pretrain.data.labels import Labels
@@ -119,14 +123,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.peer != "none" and (arguments.objective, arguments.peer) not in PEERS:
         able = sorted(peer for objective, peer in PEERS if objective == arguments.objective)
         raise ValueError(
-            f"--peer {arguments.peer}: does not pretrain {arguments.objective}; those that do: {', '.join(able)}"
+            f"--peer {arguments.peer}: does not pretrain {arguments.objective}; those that do: "
+            f"{', '.join(able)}"
         )
     settings = resolve(arguments)
     lengths = corpus.draw_lengths(
         arguments.lengths, arguments.seconds, settings["total_seconds"], arguments.seed
     )
     audio_seconds = lengths.sum() / 16000
-    # A dropped layer computes nothing, so the layers count by how often they run; backward is twice the forward.
+    # A dropped layer computes nothing, so the layers count by how often they run; backward is twice the
+    # forward.
     layers = settings["sizes"]["num_layers"] * (1 - settings["sizes"]["layer_drop"])
     whole, bare = (forward_flops(settings["sizes"], lengths, n) for n in (settings["sizes"]["num_layers"], 0))
     flops = 3 * (bare + (whole - bare) * layers / settings["sizes"]["num_layers"]) / audio_seconds
@@ -148,7 +154,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything the contenders need to know, peers without our code included: sizes and dropouts of the published models."""
+    """Everything the contenders need to know, peers without our code included: sizes and dropouts of the
+    published models."""
     from pretrain.model.encoder import EncoderConfig
     from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 
@@ -162,15 +169,13 @@ def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     heads: dict[str, Any] = {"final_dim": 768 if large else 256}
     if not hubert:
         published = Wav2Vec2Config(**heads, code_dim=heads["final_dim"]).resolved()
-        heads = {
-            key: value for key, value in published.items() if not isinstance(value, list)
-        }  # strict configs take no list back
+        # strict configs take no list back
+        heads = {key: value for key, value in published.items() if not isinstance(value, list)}
     given = "objective architecture precision device threads rounds seed peak_tflops".split()
+    # a new shape may be compiled anew
     return {
         **{name: getattr(arguments, name) for name in given},
-        "warmup": max(3, arguments.warmup)
-        if arguments.compile
-        else arguments.warmup,  # a new shape may be compiled anew
+        "warmup": max(3, arguments.warmup) if arguments.compile else arguments.warmup,
         **corpus.resolve(arguments),
         "compile": arguments.compile,
         "num_classes": NUM_CLASSES,

@@ -1,8 +1,10 @@
-"""What no other benchmark measures and benchmarks/scale.py computes with: seconds and bytes of an utterance, an hour, a row group.
+"""What no other benchmark measures and benchmarks/scale.py computes with: seconds and bytes of an utterance,
+an hour, a row group.
 
-Each probe runs at two sizes, every time in a process of its own with one thread, and the slope between the two is what counts, so that
-imports and what is done once drop out. Seconds are those of the processor: files lie in the page cache, and no disk or network shows.
-Memory is peak resident memory (VmHWM). Medians over `--rounds`.
+Each probe runs at two sizes, every time in a process of its own with one thread, and the slope between the
+two is what counts, so that imports and what is done once drop out. Seconds are those of the processor: files
+lie in the page cache, and no disk or network shows. Memory is peak resident memory (VmHWM). Medians over
+`--rounds`.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
@@ -25,166 +27,36 @@ import numpy as np
 
 from benchmarks.command import write_result
 from benchmarks.measure import machine, say
+from benchmarks.rate_probes import (
+    SAMPLE_RATE,
+    SHARD_ROWS,
+    SHORT,
+    collate_hubert,
+    draw_rows,
+    draw_sample,
+    encode_mfcc,
+    finish_labels,
+    hash_files,
+    index_audio,
+    index_rows,
+    open_units,
+    pack_labels,
+    plan_epoch,
+    start_hubert,
+)
 
-SAMPLE_RATE = 16000
-SHORT = 1680  # samples of a drawn row, five frames: what a row costs does not depend on its length
-SHARD_ROWS = 100_000
 SECONDS = 12.0  # of a recording, about LibriSpeech's mean
 
 
 # Probes: what runs in the child. Each returns how much was done, or nothing.
 
 
-def _fresh(folder: Path) -> Path:
-    return folder / f"out-{time.monotonic_ns()}"
-
-
-def index_audio(folder: Path, kind: str, verify: str) -> None:
-    """The verb `index` with one thread, to a manifest."""
-    from pretrain.data.indexing import IndexConfig, index
-
-    index(IndexConfig(source=str(folder / kind), out=str(_fresh(folder)), verify=verify, workers=1))  # type: ignore[arg-type]
-
-
-def index_rows(folder: Path, count: int) -> None:
-    """The verb `index` on a list of so many segments of one recording: its memory, whatever the number of files."""
-    from pretrain.data.indexing import IndexConfig, index
-
-    rows = (
-        {
-            "id": row["id"],
-            "speaker": row["speaker"],
-            "audio_filepath": "wav/00000.wav",
-            "offset": 0,
-            "duration": 0.1,
-        }
-        for row in draw_rows(count)
-    )
-    source = folder / f"rows-{count}.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    index(IndexConfig(source=str(source), out=str(_fresh(folder)), verify="header", workers=1))
-
-
-def plan_epoch(folder: Path) -> None:
-    """What a rank holds of the manifest when it trains: split, lengths, and the first epoch's plan."""
-    from pretrain.data.batches import BatchConfig, SpeechBatches
-    from pretrain.data.manifest import Manifest
-
-    SpeechBatches(Manifest(folder / "manifest").select("train"), BatchConfig(batch_seconds=24.0), 0).plan(0)
-
-
-def start_hubert(folder: Path) -> None:
-    """The same with labels, which are checked against the manifest."""
-    from pretrain.data.batches import BatchConfig, SpeechBatches
-    from pretrain.data.labels import Labels
-    from pretrain.data.manifest import Manifest
-    from pretrain.objectives.pretraining import check_label_counts
-
-    batches = SpeechBatches(Manifest(folder / "manifest").select("train"), BatchConfig(batch_seconds=24.0), 0)
-    labels = Labels(folder / "labels")
-    check_label_counts(batches, labels)
-    assert len(batches.plan(0)) and labels.num_classes
-
-
-def draw_sample(folder: Path) -> None:
-    """The plan of `cluster`: which frames to visit."""
-    from pretrain.data.manifest import Manifest
-    from quantize.subsample import Sample
-
-    Sample(Manifest(folder / "manifest").select("train"), 1000, 0)
-
-
-def finish_labels(folder: Path) -> None:
-    """What the last part of an `encode` does when every shard stands."""
-    from pretrain.data.labels import commit_labels
-    from pretrain.data.manifest import Manifest
-
-    rows = Manifest(folder / "manifest").select("train")
-    num_shards = len(list((folder / "labels").glob("shard_*.npy")))
-    commit_labels(
-        folder / "labels",
-        num_shards,
-        {},
-        {},
-        codebook="drawn",
-        num_classes=100,
-        expected_ids=rows.column("id"),
-        expected_frames=rows.num_frames,
-    )
-
-
-def pack_labels(folder: Path) -> None:
-    """The verb `pack`."""
-    from units.packing import PackConfig, pack
-
-    out = _fresh(folder)
-    pack(PackConfig(manifest=str(folder / "manifest"), labels=str(folder / "labels"), out=str(out)))
-    if not (folder / "units").exists():
-        os.symlink(out, folder / "units")
-
-
-def open_units(folder: Path) -> None:
-    """What a rank holds of a unit corpus when it trains a language model: the documents, and an epoch's plan."""
-    from units.corpus.patterns import Pattern
-    from units.corpus.unit_corpus import Sequences, UnitCorpus
-    from units.lm.language_model import Pieces
-
-    corpus = UnitCorpus(folder / "units")
-    pattern = Pattern("parallel", corpus.vocabulary.sizes)
-    pieces = Pieces(Sequences(corpus, corpus.documents("train"), pattern), pattern, 2048, None)
-    pieces.batches(np.random.default_rng(0).permutation(len(pieces)), 131072)
-
-
-def encode_mfcc(folder: Path) -> None:
-    """The verb `encode` with a codebook of MFCC, decoding in one thread."""
-    from quantize.encoding import EncodeConfig, encode
-
-    encode(
-        EncodeConfig(
-            manifest=str(folder / "manifest"),
-            codebook=str(folder / "codebook"),
-            out=str(_fresh(folder)),
-            workers=1,
-        )
-    )
-
-
-def collate_hubert(folder: Path) -> None:
-    """An epoch of HuBERT's micro-batches as a loader thread makes them: decode, crop, mask, labels, pack."""
-    from pretrain.config import parse_config
-    from pretrain.data.labels import Labels
-    from pretrain.data.manifest import Manifest
-    from pretrain.objectives.pretraining import HubertTask, PretrainConfig
-
-    keys = {
-        "out": "unused",
-        "manifest": str(folder / "manifest"),
-        "labels": str(folder / "labels"),
-        "objective": "hubert",
-        "valid_split": "",
-        "encoder": {"architecture": "tiny"},
-        "training": {"max_steps": 1},
-    }
-    task = HubertTask(
-        parse_config(PretrainConfig, keys, "rates"), Manifest(folder / "manifest"), Labels(folder / "labels")
-    )
-    for items in task.plan(0):
-        task.collate(items, 0)
-
-
-def hash_files(folder: Path) -> None:
-    """SHA-256 as `commit` takes it."""
-    from pretrain.store.hashes import sha256_file
-
-    sha256_file(folder / "bytes")
-
-
 # Measuring
 
 
 def run(probe: Callable[..., None], *arguments: Any) -> tuple[float, float, float]:
-    """What `probe` takes in a fresh process: seconds with those of the processes that it starts, seconds of its own, peak bytes. The bytes
-    are of a first run, the seconds of a second, when all is imported."""
+    """What `probe` takes in a fresh process: seconds with those of the processes that it starts, seconds of
+    its own, peak bytes. The bytes are of a first run, the seconds of a second, when all is imported."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_timed, probe, arguments).result()
 
@@ -205,7 +77,8 @@ def _timed(probe: Callable[..., None], arguments: tuple[Any, ...]) -> tuple[floa
 
 
 def _processor_seconds() -> float:
-    """Of this process, all its threads, and the processes it has waited for: what else the machine does hardly shows."""
+    """Of this process, all its threads, and the processes it has waited for: what else the machine does
+    hardly shows."""
     both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(used.ru_utime + used.ru_stime for used in both)
 
@@ -213,31 +86,17 @@ def _processor_seconds() -> float:
 def slope(
     probe: Callable[..., None], small: tuple[Any, ...], large: tuple[Any, ...], more: float, rounds: int
 ) -> dict[str, float]:
-    """Seconds and bytes that one more costs, `more` being how many the large case has beyond the small one."""
+    """Seconds and bytes that one more costs, `more` being how many the large case has beyond the small
+    one."""
     found = [(run(probe, *small), run(probe, *large)) for _ in range(rounds)]
     seconds, own, size = (
         statistics.median((much[which] - few[which]) / more for few, much in found) for which in (0, 1, 2)
     )
     say(
-        f"{probe.__name__} {small[1:] if len(small) > 1 else ''}: {seconds:.3g} s ({own:.3g} of its own) and {size:.3g} bytes each"
+        f"{probe.__name__} {small[1:] if len(small) > 1 else ''}: {seconds:.3g} s ({own:.3g} of its own) "
+        f"and {size:.3g} bytes each"
     )
     return {"seconds": seconds, "own_seconds": own, "bytes": size}
-
-
-def draw_rows(count: int) -> Iterator[dict[str, Any]]:
-    """Utterances named like those of Libri-Light, ids of 40 bytes, a thousand of a speaker."""
-    for number in range(count):
-        speaker = f"{number // 1000:06d}"
-        name = f"medium/{speaker}/a_book_of_{number // 100:08d}_{number:07d}"
-        yield {
-            "id": name,
-            "path": f"/corpus/{name}.flac",
-            "start": 0,
-            "num_samples": SHORT,
-            "sample_rate": SAMPLE_RATE,
-            "split": "train",
-            "speaker": speaker,
-        }
 
 
 def write_rows(folder: Path, count: int) -> dict[str, float]:
@@ -262,7 +121,8 @@ def write_rows(folder: Path, count: int) -> dict[str, float]:
 
 
 def write_audio(folder: Path, count: int, seconds: float) -> None:
-    """`count` recordings of noise as wav, flac and one tar of flac; the manifest of the flacs, labels with runs of speech's length, a codebook of MFCC."""
+    """`count` recordings of noise as wav, flac and one tar of flac; the manifest of the flacs, labels with
+    runs of speech's length, a codebook of MFCC."""
     import soundfile
 
     from pretrain.data.labels import commit_labels, write_shard
@@ -291,9 +151,8 @@ def write_audio(folder: Path, count: int, seconds: float) -> None:
                 }
             )
             frames = (length - 400) // 320 + 1
-            lasting = rng.geometric(
-                33 / 50, size=frames
-            )  # 33 units a second, as measured on the demo's speech
+            # 33 units a second, as measured on the demo's speech
+            lasting = rng.geometric(33 / 50, size=frames)
             labels.append(np.repeat(rng.integers(100, size=frames), lasting)[:frames].astype(np.uint16))
     write_manifest(folder / "manifest", rows, {}, {})
     write_shard(folder / "labels", 0, ids, labels)
@@ -373,7 +232,8 @@ def main(given: list[str] | None = None) -> int:
         "load_after": os.getloadavg()[0],
         "machine": machine(),
         "date": date.today().isoformat(),
-        "command": f"python -m benchmarks.rates --rows {arguments.rows} --files {arguments.files} --rounds {arguments.rounds}",
+        "command": f"python -m benchmarks.rates --rows {arguments.rows} --files {arguments.files} --rounds "
+        f"{arguments.rounds}",
     }
     if arguments.out is not None:
         say(f"written to {write_result(result, arguments.out)}")

@@ -1,6 +1,6 @@
-"""The peers' training steps, in their own best documented settings. Nothing of ours is imported: a peer may live in another Python."""
+"""The peers' training steps, in their own best documented settings. Nothing of ours is imported: a peer may
+live in another Python."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,81 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.corpus import digest, pad, plan_padded, read_corpus
+from benchmarks.corpus import pad
 from benchmarks.flops import CONV_KERNELS, CONV_STRIDES
-
-
-class Update:
-    """Backward, gradient clipping and AdamW (fused), the same for everybody."""
-
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]):
-        self.parameters, self.clip_norm = list(model.parameters()), settings["clip_norm"]
-        # the published rate would blow up untrained weights without its warm-up
-        self.adamw = torch.optim.AdamW(
-            groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
-        )
-
-    def __call__(self, loss: Tensor) -> None:
-        loss.backward()
-        if self.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-
-
-class Peer:
-    """Padded batches of like lengths; a subclass makes the model, the batch and the loss. A variant ends with "compiled" or not."""
-
-    model: nn.Module
-
-    def __init__(self, settings: dict[str, Any], folder: Path, variant: str):
-        self.settings, self.device = settings, settings["device"]
-        compiled, variant = variant.endswith("compiled"), variant.removesuffix("compiled").removesuffix("-")
-        self.audio = read_corpus(folder)
-        self.plan = plan_padded(
-            np.array([len(waveform) for waveform in self.audio.waveforms]), settings["batch_seconds"]
-        )
-        self.amount = sum(map(len, self.audio.waveforms)) / 16000
-        torch.manual_seed(settings["seed"])
-        self.model = self.make_model(settings["sizes"], settings["heads"], variant).to(self.device).train()
-        self.update = Update(self.model, [{"params": list(self.model.parameters())}], settings)
-        self.called: Any = torch.compile(self.model) if compiled else self.model
-        self.batches: list[tuple[Any, ...]] = []
-
-    def about(self) -> dict[str, Any]:
-        return {
-            "inputs_sha256": digest(self.audio.waveforms),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "steps_per_round": len(self.plan),
-            "padded_seconds": sum(self._longest(items) * len(items) for items in self.plan) / 16000,
-        }
-
-    def _longest(self, items: np.ndarray) -> int:
-        return max(len(self.audio.waveforms[item]) for item in items)
-
-    def prepare(self, number: int) -> None:
-        np.random.seed(number)  # noqa: NPY002  # transformers draws its masks from the global generator
-        self.batches = []
-        for items in self.plan:
-            waveforms = [self.audio.waveforms[item] for item in items]
-            self.batches.append(self.make_batch(waveforms, [self.audio.labels[item] for item in items]))
-
-    def run(self) -> None:
-        precise = self.settings["precision"] == "float32"
-        for batch in self.batches:
-            moved = [x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch]
-            with torch.autocast(self.device, torch.bfloat16, enabled=not precise):
-                loss = self.loss(*moved)
-            self.update(loss)
-
-    def make_model(self, sizes: dict[str, Any], heads: dict[str, Any], variant: str) -> nn.Module:
-        raise NotImplementedError
-
-    def make_batch(self, waveforms: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Any, ...]:
-        raise NotImplementedError
-
-    def loss(self, *batch: Any) -> Tensor:
-        raise NotImplementedError
+from benchmarks.training_step import Peer
 
 
 def transformers_config(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +36,8 @@ def transformers_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 class TransformersPeer(Peer):
-    """Masks drawn before the step, as its data collator does; an attention mask only where something is padded."""
+    """Masks drawn before the step, as its data collator does; an attention mask only where something is
+    padded."""
 
     mask_probability: float
 
@@ -130,7 +59,8 @@ class TransformersPeer(Peer):
 
 
 class TransformersWav2Vec2(TransformersPeer):
-    """`Wav2Vec2ForPreTraining`. It has neither the penalty on features nor the scaled gradient of the convolutions."""
+    """`Wav2Vec2ForPreTraining`. It has neither the penalty on features nor the scaled gradient of the
+    convolutions."""
 
     mask_probability = 0.065
 
@@ -170,7 +100,8 @@ class TransformersWav2Vec2(TransformersPeer):
 
 
 class HubertWithHead(nn.Module):
-    """transformers has no HuBERT pretraining: its HubertModel with the paper's loss as one normalised matrix product."""
+    """transformers has no HuBERT pretraining: its HubertModel with the paper's loss as one normalised matrix
+    product."""
 
     def __init__(self, body: nn.Module, dim: int, final_dim: int, num_classes: int):
         super().__init__()
@@ -179,10 +110,10 @@ class HubertWithHead(nn.Module):
 
     def forward(self, waves: Tensor, attention: Tensor | None, mask: Tensor, labels: Tensor) -> Tensor:
         kept: list[Tensor] = []
-        hook = self.body.feature_extractor.register_forward_hook(lambda _, __, out: kept.append(out))  # type: ignore[union-attr]
-        x = self.body(waves, attention_mask=attention, mask_time_indices=mask).last_hidden_state[
-            mask
-        ]  # (masked, dim)
+        convolutions: Any = self.body.feature_extractor
+        hook = convolutions.register_forward_hook(lambda _, __, out: kept.append(out))
+        # (masked, dim)
+        x = self.body(waves, attention_mask=attention, mask_time_indices=mask).last_hidden_state[mask]
         hook.remove()
         query = F.normalize(self.project(x).float(), dim=1)
         logits = query @ F.normalize(self.class_embeddings.float(), dim=1).T / 0.1
@@ -243,8 +174,8 @@ def torchaudio_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 class TorchaudioHubert(Peer):
-    """`hubert_pretrain_model` with the loss of its recipe. It draws masks in its forward; the logits of unmasked frames, which
-    the recipe weighs with 0, are skipped."""
+    """`hubert_pretrain_model` with the loss of its recipe. It draws masks in its forward; the logits of
+    unmasked frames, which the recipe weighs with 0, are skipped."""
 
     def make_model(self, sizes: dict[str, Any], heads: dict[str, Any], variant: str) -> nn.Module:
         from torchaudio.models import hubert_pretrain_model
@@ -290,9 +221,11 @@ class TorchaudioHubert(Peer):
 
 
 class Fairseq2Wav2Vec2(Peer):
-    """fairseq2's wav2vec 2.0 with the losses of its recipe, attention by SDPA as by default or by its `NaiveSDPA` ("eager").
+    """fairseq2's wav2vec 2.0 with the losses of its recipe, attention by SDPA as by default or by its
+    `NaiveSDPA` ("eager").
 
-    It draws masks and distractors in its forward, and compiles a part of its quantiser there. It takes no packed batch.
+    It draws masks and distractors in its forward, and compiles a part of its quantiser there. It takes no
+    packed batch.
     """
 
     def make_model(self, sizes: dict[str, Any], heads: dict[str, Any], variant: str) -> nn.Module:
@@ -329,7 +262,8 @@ class Fairseq2Wav2Vec2(Peer):
             quantized_dim=heads["code_dim"],
             num_codebooks=heads["num_groups"],
             num_codebook_entries=heads["num_entries"],
-            # It trims every row to the fewest masked frames of its batch: with 0.65 it masks 44 % of 4 x 10 s, with this our 48 %.
+            # It trims every row to the fewest masked frames of its batch: with 0.65 it masks 44 % of 4 x 10
+            # s, with this our 48 %.
             max_temporal_mask_prob=0.73,
             num_distractors=heads["num_distractors"],
             logit_temp=heads["temperature"],

@@ -2,9 +2,10 @@
 
     python -m benchmarks.windows RUN MANIFEST --split test --seconds 300
 
-The utterance is made of a split's, drawn, one after another, at levels that move by up to 20 dB. "own": each window with the statistics of its
-own samples, as if it were an utterance. The errors are relative to the deviation of a layer's features; the labels are those of
-k-means on the layer's features of the utterance at once.
+The utterance is made of a split's, drawn, one after another, at levels that move by up to 20 dB. "own": each
+window with the statistics of its own samples, as if it were an utterance. The errors are relative to the
+deviation of a layer's features; the labels are those of k-means on the layer's features of the utterance at
+once.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE, num_frames
 from pretrain.data.windows import equal_windows
-from quantize.features import CONTEXT_FRAMES, WINDOW_FRAMES, EncoderSource, open_encoder_source
+from quantize import features
+from quantize.features import EncoderSource, open_encoder_source
 
 NUM_CLASSES = 100
 
@@ -35,10 +37,8 @@ def long_waveform(manifest: Manifest, seconds: float, seed: int) -> np.ndarray:
 def in_windows(source: EncoderSource, wave: np.ndarray, layers: list[int], own: bool) -> list[np.ndarray]:
     """The features of `layers` as `EncoderSource` computes them, or with each window's own statistics."""
     totals = None if own else source._totals(wave)
-    parts = [
-        source._extract_window(wave, window, layers, totals)
-        for window in equal_windows(num_frames(len(wave)), WINDOW_FRAMES, CONTEXT_FRAMES)
-    ]
+    windows = equal_windows(num_frames(len(wave)), features.WINDOW_FRAMES, features.CONTEXT_FRAMES)
+    parts = [source._extract_window(wave, window, layers, totals) for window in windows]
     return [np.concatenate(layer) for layer in zip(*parts, strict=True)]
 
 
@@ -81,7 +81,8 @@ def main() -> None:
     (whole,) = source._extract([wave], layers)
     windowed, own = (in_windows(source, wave, layers, alone) for alone in (False, True))
     print(
-        "| layer | error | labels changed | error, own | labels changed, own |\n| --- | --- | --- | --- | --- |"
+        "| layer | error | labels changed | error, own | labels changed, own |\n| --- | --- | --- | --- | "
+        "--- |"
     )
     for layer in layers:
         centroids, cells = clustered(whole[layer], arguments.seed), []

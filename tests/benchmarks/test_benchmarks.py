@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import corpus, features, loader, manifest, pretrain
 from benchmarks.command import add_model_arguments, argument_parser, command, table, write_result
+from benchmarks.contest import contest, try_out
 from benchmarks.flops import forward_flops
-from benchmarks.measure import contest, try_out
 from benchmarks.training_peers import PEERS, transformers_config
 from pretrain.data.audio import load_audio
 from pretrain.data.labels import Labels
@@ -56,7 +56,8 @@ def test_contenders_take_turns_and_the_fastest_variant_is_the_peer(
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # of the parent: must reach nobody
     result = contest(SLEEPERS, ["slow", "quick"], tmp_path, SETTINGS, 1e6, peer_python=None)
     turns = [line.split() for line in (tmp_path / "turns.txt").read_text().splitlines()]
-    # tried alone first, with the C library's defaults and with freed memory kept; then ours, the fastest, the fastest default
+    # tried alone first, with the C library's defaults and with freed memory kept; then ours, the fastest, the
+    # fastest default
     assert [name for name, _, _ in turns] == ["slow"] * 4 + ["quick"] * 4 + ["ours", "quick", "quick"] * 4
     times = [float(time) for _, *pair in turns for time in pair]
     assert times == sorted(times)  # nobody begins before the one before has ended
@@ -147,7 +148,8 @@ def test_padded_batches_hold_everything_once_and_stay_within_their_seconds() -> 
 def test_operations_of_base_are_those_known() -> None:
     sizes, second = EncoderConfig().resolved(), np.array([160000])
     front, everything = (forward_flops(sizes, second, num_layers) / 10 / 1e9 for num_layers in (0, 12))
-    # GFLOP a second of audio, rounded: convolutions 4.9, positional 0.5; linear layers 8.5, attention over 499 frames 0.9
+    # GFLOP a second of audio, rounded: convolutions 4.9, positional 0.5; linear layers 8.5, attention over
+    # 499 frames 0.9
     assert front == pytest.approx(4.9 + 0.5, rel=0.02)
     assert everything - front == pytest.approx(8.5 + 0.9, rel=0.02)
 
@@ -250,9 +252,8 @@ def test_label_agreement_counts_the_frames_that_keep_their_class(tmp_path: Path)
         "feature_error": 0.0,
     }
     assert features.compare_features(exact, -exact, 0)["label_agreement"] < 0.5
-    assert features.compare_features(exact, 1.1 * exact, 0)["feature_error"] == pytest.approx(
-        0.1, rel=0.1
-    )  # its mean is near 0
+    # its mean is near 0
+    assert features.compare_features(exact, 1.1 * exact, 0)["feature_error"] == pytest.approx(0.1, rel=0.1)
 
 
 def test_agreement_compares_the_same_weights_on_the_same_utterances(tmp_path: Path) -> None:
@@ -269,9 +270,8 @@ def test_agreement_compares_the_same_weights_on_the_same_utterances(tmp_path: Pa
     }
     about = features.Agreement(settings, tmp_path).about()
     assert about["label_classes"] == (99 + 49) // 4
-    assert (
-        0 < about["feature_error"] < 0.05 and about["label_agreement"] > 0.9
-    )  # bfloat16 keeps 8 bits: 0.4 % an operation
+    # bfloat16 keeps 8 bits: 0.4 % an operation
+    assert 0 < about["feature_error"] < 0.05 and about["label_agreement"] > 0.9
 
 
 @pytest.mark.parametrize(
@@ -322,9 +322,8 @@ def test_manifest_ends_with_one_json_line_and_the_seconds_of_each_part(
         == result["peer_parts"].keys()
         == {"open_seconds", "plan_seconds", "read_seconds"}
     )
-    assert 3000 / sum(result["ours_parts"].values()) == pytest.approx(
-        result["ours"], rel=0.05
-    )  # the parts are the whole
+    # the parts are the whole
+    assert 3000 / sum(result["ours_parts"].values()) == pytest.approx(result["ours"], rel=0.05)
 
 
 def test_both_readers_of_a_manifest_plan_and_read_the_same(tmp_path: Path) -> None:

@@ -40,23 +40,20 @@ def test_the_drawn_points_come_from_the_seed_alone_and_look_like_features(tmp_pa
     assert variances[0] > 20 * variances[-1]  # 1 / rank, over 48 ranks
     lengths = np.linalg.norm(centred, axis=1)
     assert lengths.max() > 5 * np.median(lengths)  # heavy tails
-    # Silence: many more points near the densest one than a 400th part, which is what a component has on average.
-    near = (
-        np.linalg.norm(one[:, None] - one[None, :60], axis=2) < 3
-    )  # (points, 60); 12 of 60 are expected to be silence
+    # Silence: many more points near the densest one than a 400th part, which is what a component has on
+    # average. (points, 60); 12 of 60 are expected to be silence
+    near = np.linalg.norm(one[:, None] - one[None, :60], axis=2) < 3
     assert 0.15 < near.mean(axis=0).max() < 0.3
 
 
 def test_the_oracle_is_the_mean_of_each_points_smallest_squared_distance() -> None:
     rng = np.random.default_rng(0)
-    points = (rng.standard_normal((cluster.ROWS + 7, 5)) + 1000).astype(
-        np.float32
-    )  # float32 would lose half its digits here
+    # float32 would lose half its digits here
+    points = (rng.standard_normal((cluster.ROWS + 7, 5)) + 1000).astype(np.float32)
     centroids = points[:9].astype(np.float64)
     expected = np.square(points[:, None].astype(np.float64) - centroids).sum(axis=2).min(axis=1).mean()
-    assert cluster.mean_squared_distance(points, centroids) == pytest.approx(
-        expected, rel=1e-12
-    )  # the same sums in another order
+    # the same sums in another order
+    assert cluster.mean_squared_distance(points, centroids) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ours", *cluster.VARIANTS["sklearn"], *cluster.VARIANTS["faiss"]])
@@ -76,9 +73,8 @@ def test_every_contender_leaves_centroids_that_fit_and_ours_the_same_ones_again(
     assert cluster.mean_squared_distance(points, centroids) < 0.75 * spread
     found = cluster.figures(name, [Measurement([0.5, 0.25], 1.5, {})], points, folder)
     assert found["rounds"] == [2.0, 4.0] and found["seconds"] == 3.0 and found["peak_gb"] == 1.5
-    assert found["iterations"] >= 1 and found["distinct_codebooks"] in (
-        {1} if name == "ours" else {1, 2}
-    )  # peers add in any order
+    # peers add in any order
+    assert found["iterations"] >= 1 and found["distinct_codebooks"] in ({1} if name == "ours" else {1, 2})
 
 
 def test_our_own_inertia_is_the_oracles(folder: Path) -> None:
@@ -200,9 +196,8 @@ def test_cluster_ends_with_one_json_line_whose_inertias_are_the_oracles(
         set(result["peer_variants"]) == set(cluster.VARIANTS["sklearn"])
         and result["peer_name"] == "sklearn-hubert"
     )
-    assert (
-        len(result["ours_rounds"]) == 2 and len(result["peer_rounds"]) == 1
-    )  # one before the peers and one after them
+    # one before the peers and one after them
+    assert len(result["ours_rounds"]) == 2 and len(result["peer_rounds"]) == 1
     assert result["ours_distinct_codebooks"] == 1
     from quantize.kmeans import kmeans
 

@@ -1,4 +1,5 @@
-"""The encoding benchmark on tiny models: both ways give the same labels, and what differs is counted and weighed."""
+"""The encoding benchmark on tiny models: both ways give the same labels, and what differs is counted and
+weighed."""
 
 import json
 import sys
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import corpus, encode
-from benchmarks.measure import contest
+from benchmarks import corpus, encode, encode_pipelines
+from benchmarks.contest import contest
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.model.encoder import EncoderConfig
@@ -61,7 +62,8 @@ def test_every_way_of_the_peer_reads_the_same_files_and_gives_our_labels(variant
     found = encode.compare_labels(
         folder, encode.labels_folder(folder, "ours", 0), folder / f"{variant}.km", SETTINGS
     )
-    # float32 on both sides, in another order: a label may turn where two centroids are equally far to six digits
+    # float32 on both sides, in another order: a label may turn where two centroids are equally far to six
+    # digits
     assert found["labels_differ"] <= 1 and found["largest_margin"] < 1e-5
     assert len(np.unique(np.concatenate(lines_of(folder)))) > 4  # of eight: agreement that means something
 
@@ -83,7 +85,7 @@ def test_both_searches_of_the_peer_find_the_nearest_centroid(tmp_path: Path) -> 
     centroids, frames = (rng.standard_normal((count, 6)).astype(np.float32) for count in (7, 200))
     np.save(tmp_path / "centroids.npy", centroids)
     expected = np.square(frames[:, None].astype(np.float64) - centroids).sum(axis=2).argmin(axis=1)
-    for make in (encode.open_kmeans, encode.open_formula):
+    for make in (encode_pipelines.open_kmeans, encode_pipelines.open_formula):
         found = make(tmp_path / "centroids.npy", "cpu")(torch.from_numpy(frames))
         np.testing.assert_array_equal(np.asarray(found), expected)
 
@@ -173,7 +175,10 @@ def test_encode_ends_with_one_json_line(
 ) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setitem(encode.VARIANTS, "transformers", [encode.USUAL, "transformers-cut-torch"])
-    given = "--architecture tiny --layer 1 --classes 8 --total-seconds 6 --rounds 2 --threads 1 --check-memory --precision int8 --json"
+    given = (
+        "--architecture tiny --layer 1 --classes 8 --total-seconds 6 --rounds 2 --threads 1 --check-memory "
+        "--precision int8 --json"
+    )
     assert encode.main(given.split()) == 0
     printed = capsys.readouterr().out
     result: dict[str, Any] = json.loads(printed.splitlines()[-1])

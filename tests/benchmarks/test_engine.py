@@ -9,16 +9,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks import engine
 from benchmarks.measure import Measurement
 
-TINY = "--architecture tiny --batch-seconds 4 --total-seconds 30 --rounds 1 --warmup 0 --steps 20 --threads 1 --json".split()
+TINY = (
+    "--architecture tiny --batch-seconds 4 --total-seconds 30 --rounds 1 --warmup 0 --steps 20 --threads 1 "
+    "--json".split()
+)
 
 
 def test_the_clock_counts_from_the_end_of_the_tenth_update_to_that_of_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     times = iter([100.0, 107.0])
-    monkeypatch.setattr(
-        "benchmarks.engine.time.perf_counter", lambda: next(times)
-    )  # asked twice, and no more
+    # asked twice, and no more
+    monkeypatch.setattr("benchmarks.engine_tasks.time.perf_counter", lambda: next(times))
     clock = engine.Clock(20, "cpu")
     hook: Callable[[], None] = register_optimizer_step_post_hook(clock).remove
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -80,6 +82,5 @@ def test_both_engines_have_the_same_loss(processes: str, capsys: pytest.CaptureF
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for found in result["tasks"].values():
         assert found["ratio"] == found["ours"] / found["peer"] > 0
-        assert found["peer_loss"] == pytest.approx(
-            found["ours_loss"], rel=1e-5
-        )  # what tests/fairseq2/test_engine.py allows
+        # what tests/fairseq2/test_engine.py allows
+        assert found["peer_loss"] == pytest.approx(found["ours_loss"], rel=1e-5)

@@ -66,7 +66,8 @@ def test_pooled_folds_count_the_words_of_all_and_pair_the_systems_by_utterance(t
     assert wer == {"pretrained": 1 / 4, "scratch": 4 / 4}
     (comparison,) = summary["comparisons"]
     assert comparison["wer_difference"] == pytest.approx(-3 / 4)
-    # Utterances with a difference: one of 1 and one of 2, so 2 of the 4 ways to turn them round are as far from 0.
+    # Utterances with a difference: one of 1 and one of 2, so 2 of the 4 ways to turn them round are as far
+    # from 0.
     assert comparison["p_value"] == pytest.approx(2 / 4)
 
 

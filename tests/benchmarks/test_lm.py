@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import lm, lm_peer
+from benchmarks import lm, lm_ours, lm_peer
 from units.lm.generation import CompactDecoder
 from units.lm.model import DecoderConfig
 
@@ -50,14 +50,13 @@ def test_both_sides_train_on_the_same_tokens_to_the_same_losses(way: str, folder
         contender.run()
     mine, theirs = ours.contender.losses, peer.contender.losses  # type: ignore[attr-defined]
     assert len(mine) == 3 and mine[0] != mine[2]
-    np.testing.assert_allclose(
-        mine, theirs, rtol=1e-5
-    )  # float32 in another order; the updates between them are 1e-5 each
+    # float32 in another order; the updates between them are 1e-5 each
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
 def test_both_sides_have_the_same_model_to_sample_from(folder: Path) -> None:
     pytest.importorskip("transformers")
-    model = CompactDecoder(lm.open_decoder(SETTINGS, folder).eval())
+    model = CompactDecoder(lm_ours.open_decoder(SETTINGS, folder).eval())
     prompts = np.load(folder / "prompts.npy")
     assert prompts.shape == (3, 6) and (prompts[:, 0] == 20).all()
     _, mine = model.begin(list(prompts), 0)
@@ -82,14 +81,13 @@ def test_the_source_is_the_chain_it_says(folder: Path) -> None:
     expected = np.zeros((10, 10))
     np.add.at(
         expected,
-        (np.repeat(np.arange(10), lm.SUCCESSORS), source.successors.ravel()),
+        (np.repeat(np.arange(10), lm_ours.SUCCESSORS), source.successors.ravel()),
         source.probabilities.ravel(),
     )
     counts = np.zeros((10, 10))
     np.add.at(counts, (found[:, 1:-1], found[:, 2:]), 1)
-    np.testing.assert_allclose(
-        counts / counts.sum(1, keepdims=True), expected, atol=0.06
-    )  # about 2,000 draws a state
+    # about 2,000 draws a state
+    np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), expected, atol=0.06)
 
 
 def test_operations_and_bytes_are_counted_from_the_sizes() -> None:
