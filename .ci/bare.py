@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
 """Run a command as on a machine that has none of what `.ci/run` installs: `.ci/bare.py make test`.
 
-The README promises `make test` on a bare machine, and a machine of CI is kept, with the packages of the run before. So programs are
-hidden from the PATH and libraries from the loader, for this command and what it starts; nothing on the machine changes.
+The README promises `make test` on a bare machine, and a machine of CI is kept, with the packages of the run
+before. So programs are hidden from the PATH and libraries from the loader, for this command and what it
+starts; nothing on the machine changes.
 
 - A folder of the PATH that holds a program of `HIDDEN` is replaced by a folder of links to everything else in it. Folders without one
   stay as they are: a virtual environment's Python finds its packages by its own path.
-- The loader looks through LD_LIBRARY_PATH first and takes an empty file of the library's name there for a broken library, so that
-  loading it by its name is the OSError that it is where there is none. Only `ctypes.util.find_library`, which asks ldconfig, still
-  finds the name. A mount namespace would need root, or a kernel that gives namespaces away; this works for anybody.
+- The loader looks through LD_LIBRARY_PATH first and takes an empty file of the library's name there for a
+broken library, so that
+  loading it by its name is the OSError that it is where there is none. Only `ctypes.util.find_library`, which
+  asks ldconfig, still finds the name. A mount namespace would need root, or a kernel that gives namespaces
+  away; this works for anybody.
 
-What is given by its full path is not hidden: the libraries in the wheels of soundfile and espeakng-loader are loaded so, and are to be.
-The command runs with WORDLESS_BARE=1, by which a test in tests/test_ci.py knows that nothing of `HIDDEN` may be in sight.
+What is given by its full path is not hidden: the libraries in the wheels of soundfile and espeakng-loader are
+loaded so, and are to be. The command runs with WORDLESS_BARE=1, by which a test in tests/test_ci.py knows
+that nothing of `HIDDEN` may be in sight.
 """
 
 import os
@@ -22,8 +26,9 @@ import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-# By Debian's package: patterns of its programs, and names of libraries as they are asked for. A test holds `.ci/run` to this table: what
-# that installs must have its line here. The others are those that a test could come to need where a developer happens to have them.
+# By Debian's package: patterns of its programs, and names of libraries as they are asked for. A test holds
+# `.ci/run` to this table: what that installs must have its line here. The others are those that a test could
+# come to need where a developer happens to have them.
 HIDDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "slurm-wlm": (
         (
@@ -68,7 +73,8 @@ def is_hidden(program: str) -> bool:
 
 
 def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
-    """The environment in which what is in `HIDDEN` is out of sight. `folder`, new or empty, holds what that needs."""
+    """The environment in which what is in `HIDDEN` is out of sight. `folder`, new or empty, holds what that
+    needs."""
     path = []
     for number, given in enumerate(environment.get("PATH", os.defpath).split(os.pathsep)):
         there = Path(given or ".")  # an empty entry is the working directory
@@ -79,9 +85,8 @@ def hide(folder: Path, environment: dict[str, str]) -> dict[str, str]:
         links = folder / f"path{number}"
         links.mkdir()
         for name in programs:
-            if name.startswith(
-                "python"
-            ):  # finds itself by where it was started: `python -m venv` would keep a path into `links`
+            # finds itself by where it was started: `python -m venv` would keep a path into `links`
+            if name.startswith("python"):
                 (links / name).write_text(
                     f'#!/bin/sh\nexec {shlex.quote(str((there / name).absolute()))} "$@"\n'
                 )

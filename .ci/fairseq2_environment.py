@@ -1,10 +1,12 @@
 """Make `.venv-fairseq2`: what wordless needs with the extra fairseq2, and this clone of wordless itself.
 
-fairseq2 pins torch 2.9.1, so it cannot live in `.venv`. Its 8 GB are kept outside the clone, in a folder named after everything that
-decides what is in it, so that clones share them and no run of CI waits for them twice. They hold packages only, never wordless: the
-clone's own environment sees them through a `.pth` file and adds the clone in editable form, with its command and entry points.
+fairseq2 pins torch 2.9.1, so it cannot live in `.venv`. Its 8 GB are kept outside the clone, in a folder
+named after everything that decides what is in it, so that clones share them and no run of CI waits for them
+twice. They hold packages only, never wordless: the clone's own environment sees them through a `.pth` file
+and adds the clone in editable form, with its command and entry points.
 
-Exits with 1 and the reason where it cannot: no Python that fairseq2 has wheels for, too little disk, no packages to be had.
+Exits with 1 and the reason where it cannot: no Python that fairseq2 has wheels for, too little disk, no
+packages to be had.
 """
 
 import fcntl
@@ -71,7 +73,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def packages(root: Path, cache: Path) -> Path:
-    """The folder of packages for `root`, an environment without its programs; built if it is not there yet."""
+    """The folder of packages for `root`, an environment without its programs; built if it is not there
+    yet."""
     folder = cache / f"fairseq2-{key(root)}"
     cache.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
@@ -82,7 +85,8 @@ def packages(root: Path, cache: Path) -> Path:
         free = shutil.disk_usage(cache).free / 1e9
         if free < NEEDED_GB:
             raise SystemExit(
-                f"{NAME}: {cache} has {free:.1f} GB free; fairseq2 and torch 2.9.1 need {NEEDED_GB} (8 once installed)"
+                f"{NAME}: {cache} has {free:.1f} GB free; fairseq2 and torch 2.9.1 need {NEEDED_GB} (8 "
+                "once installed)"
             )
         say(f"installing fairseq2, torch 2.9.1 and what the tests need in {folder}: 8 GB, once")
         started = time.monotonic()
@@ -100,7 +104,8 @@ def packages(root: Path, cache: Path) -> Path:
 
 
 def install(root: Path, folder: Path) -> None:
-    """Fill `folder` with an environment, less its programs, which would name a folder that is about to be renamed."""
+    """Fill `folder` with an environment, less its programs, which would name a folder that is about to be
+    renamed."""
     venv.create(folder, with_pip=True)
     wanted = folder / "requirements.txt"
     wanted.write_text("\n".join(requirements(root)) + "\n")

@@ -130,3 +130,9 @@ def _file(path: str, description: str, total: float, unit: str, done: float) -> 
         yield advance
     finally:
         write()
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
-"""CI's own programs. How it keeps the packages of its last stage (.ci/fairseq2_environment.py): built once, shared, never half; nothing
-is installed here. How it hides what it installs (.ci/bare.py), and runs every test once in two passes (tests/passes.py)."""
+"""CI's own programs. How it keeps the packages of its last stage (.ci/fairseq2_environment.py): built once,
+shared, never half; nothing is installed here. How it hides what it installs (.ci/bare.py), and runs every
+test once in two passes (tests/passes.py)."""
 
 import importlib.util
 import os
@@ -72,7 +73,7 @@ def test_packages_are_other_ones_when_a_version_or_a_requirement_is_and_not_for_
 ) -> None:
     first = ci.key(clone)
     rewrite(clone / "constraints-fairseq2.txt", "# ", "# Really: ")
-    rewrite(clone / "pyproject.toml", 'version = "0.1.0"', 'version = "0.2.0"')
+    rewrite(clone / "pyproject.toml", 'description = "', 'description = "New: ')
     assert ci.key(clone) == first
     rewrite(clone / "constraints-fairseq2.txt", "transformers==", "transformers==1")
     second = ci.key(clone)
@@ -205,7 +206,8 @@ def test_no_srun_no_libsndfile_and_nothing_else_that_ci_installs_is_in_sight(bar
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine that has everything, as the environment shows it: `srun` among other programs, and a libsndfile that loads."""
+    """A machine that has everything, as the environment shows it: `srun` among other programs, and a
+    libsndfile that loads."""
     for place in ("bin/srun", "bin/slurmctld", "bin/chromium", "bin/greet", "other/greet", "other/tool"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text(f"#!/bin/sh\necho {place}\n")
@@ -327,9 +329,8 @@ def test_the_second_pass_runs_what_did_not_pass_in_the_first_and_nothing_else(tm
 
     first = run("first", "-p", "xdist", "-n", "2", "-m", "not slow", "--passed-to=passed.txt")
     assert first == ["test_ends_badly", "test_passes"]
-    assert (
-        len((tmp_path / "passed.txt").read_text().splitlines()) == 2
-    )  # test_passes, with each of its parameters
+    # test_passes, with each of its parameters
+    assert len((tmp_path / "passed.txt").read_text().splitlines()) == 2
     assert run("second", "--not-in=passed.txt", THERE="1") == [
         "test_ends_badly",
         "test_needs_it",

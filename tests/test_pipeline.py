@@ -1,4 +1,5 @@
-"""The whole pipeline at tiny size, through the command line: the recipes, running again, changed settings, one's own audio."""
+"""The whole pipeline at tiny size, through the command line: the recipes, running again, changed settings,
+one's own audio."""
 
 import json
 import shutil
@@ -94,9 +95,8 @@ def test_the_demo_ends_with_a_page_and_the_numbers_that_matter(demo: Path) -> No
         "unit_error_rate_resynthesis_predicted",
     } <= summary["sounds"].keys()
     page = (demo / "report.html").read_text()
-    assert (
-        page.count("<audio") == 2 * 4 + 4 * 2
-    )  # of each utterance recording, copy and twice from units; prompts and continuations
+    # of each utterance recording, copy and twice from units; prompts and continuations
+    assert page.count("<audio") == 2 * 4 + 4 * 2
     assert {"wer_pretrained", "wer_scratch"} <= summary["ctc"].keys()
     assert "</html>" in (demo / "report.html").read_text()
 
@@ -152,9 +152,8 @@ def test_each_artefact_names_the_fingerprints_of_what_it_was_made_from(demo: Pat
 
 
 def test_running_again_skips_every_stage(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [
-        path for path in demo.glob("*/*") if path.is_file() and path.name != "report.json"
-    ]  # which tells when it was made
+    # which tells when it was made
+    files = [path for path in demo.glob("*/*") if path.is_file() and path.name != "report.json"]
     before = {path: path.stat().st_mtime_ns for path in files}
     assert run(DEMO, demo) == 0
     told = capsys.readouterr().err
@@ -202,7 +201,8 @@ def test_the_demo_runs_on_a_folder_of_audio_without_transcripts(
 
 
 def odd_folder(name: str, speech: Path, folder: Path) -> Path:
-    """A folder that an honest user may have: recordings of `speech`, few of them, all in one, or none with speech in it."""
+    """A folder that an honest user may have: recordings of `speech`, few of them, all in one, or none with
+    speech in it."""
     folder.mkdir()
     rows = [json.loads(line) for line in (speech / "speech.jsonl").read_text().splitlines()]
     rng = np.random.default_rng(0)
@@ -229,9 +229,8 @@ def test_of_a_folder_with_few_transcripts_the_recogniser_is_left_out_right_after
     only = [word for stage in stages for word in ("--only", stage)]
     assert run(DEMO, tmp_path / "own", "--skip", "speech", f"manifest.source={folder}", *only) == 0
     told = capsys.readouterr().err
-    assert (
-        told.count("have a transcript that can be used (at least 1min would do)") == 2 * 2
-    )  # at once, and at the end
+    # at once, and at the end
+    assert told.count("have a transcript that can be used (at least 1min would do)") == 2 * 2
     assert (
         "text_scratch: left out: needs ctc_scratch, which was left out" in told
         and "4 of 26 stages were left out" in told

@@ -18,7 +18,7 @@ from transformers import HubertConfig, HubertModel
 
 from pretrain.config import read_toml
 from wordless.cli import main
-from wordless.recipe import VERBS
+from wordless.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"

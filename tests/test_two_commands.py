@@ -1,4 +1,5 @@
-"""Two commands that write one output: the second ends with status 2 and one line, before it has touched anything."""
+"""Two commands that write one output: the second ends with status 2 and one line, before it has touched
+anything."""
 
 import os
 import signal
@@ -18,8 +19,9 @@ import tomli_w
 
 from pretrain.data.labels import Labels
 from pretrain.store.lock import locked
-from wordless import recipe as recipes
-from wordless.cli import VERBS, main
+from wordless import verbs
+from wordless.cli import main
+from wordless.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -38,7 +40,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "finetune": {"manifest": "m", "encoder": "e", "training": {"max_steps": 1}},
     "transcribe": {"manifest": "m", "recognizer": "r"},
     "compare": {"a": "a", "b": "b"},
-    "transfer": {"manifest": "m", "encoder": "e", "finetune": {"training": {"max_steps": 1}}},
+    "label-efficiency": {"manifest": "m", "encoder": "e", "finetune": {"training": {"max_steps": 1}}},
     "report": {"manifest": "m"},
 }
 
@@ -190,9 +192,9 @@ def test_ctrl_c_in_a_stage_ends_the_recipe_there_with_one_line(
     run = tmp_path / "run"
     stages = {name: {"verb": "index", "source": str(audio)} for name in ("one", "two", "three")}
     path = write(tmp_path, "recipe", {"run": str(run), **stages})
-    load = recipes.Verb.load
+    load = verbs.Verb.load
 
-    def interrupted(verb: recipes.Verb) -> Any:
+    def interrupted(verb: verbs.Verb) -> Any:
         config_class, function = load(verb)
 
         def work(config: Any) -> Any:
@@ -202,7 +204,7 @@ def test_ctrl_c_in_a_stage_ends_the_recipe_there_with_one_line(
 
         return config_class, work
 
-    monkeypatch.setattr(recipes.Verb, "load", interrupted)
+    monkeypatch.setattr(verbs.Verb, "load", interrupted)
     assert main(["run", path]) == 130
     told = capfd.readouterr().err.splitlines()
     assert told[-1] == f"{run}: stopped by Ctrl-C; run the same command again to go on from what is done"
@@ -240,7 +242,10 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
     # A worker is at one of the shards when the signal comes: a recording on a disk that hangs.
     (tmp_path / "hangs").mkdir()
     (tmp_path / "hangs" / "sitecustomize.py").write_text(HANGING, encoding="utf-8")
-    code = "import signal; signal.signal(2, signal.default_int_handler); import wordless.cli; wordless.cli.entry_point()"
+    code = (
+        "import signal; signal.signal(2, signal.default_int_handler); import wordless.cli; "
+        "wordless.cli.entry_point()"
+    )
     places = os.pathsep.join([str(tmp_path / "hangs"), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -252,9 +257,8 @@ def test_ctrl_c_of_encode_in_processes_ends_them_and_the_same_command_goes_on_to
     )
     try:
         deadline, seen, since = time.monotonic() + 90, set[Path](), time.monotonic()
-        while (
-            not seen or time.monotonic() - since < 1.5
-        ):  # until nothing is being written, and the recording that hangs is waited for
+        # until nothing is being written, and the recording that hangs is waited for
+        while not seen or time.monotonic() - since < 1.5:
             assert process.poll() is None and time.monotonic() < deadline
             if (found := set(Path(out).rglob("*shard*"))) != seen:
                 seen, since = found, time.monotonic()

@@ -21,6 +21,7 @@ from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
 from pretrain.data.probing import Limits, Request, probe_recordings
 from tests.pretrain.data.decoding.test_recordings import FORMATS, encoded, without_xing
+from wordless.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("WORDLESS_FUZZ_SEED", "0"))
@@ -250,7 +251,7 @@ def test_any_config_is_valid_or_a_message(
         statuses.append(ends_well(["check", str(path)], capsys))
         if number % 8 == 0:
             verb = next(
-                (verb for verb in wordless.cli.VERBS if f'verb = "{verb}"' in texts[number % len(texts)]),
+                (verb for verb in VERBS if f'verb = "{verb}"' in texts[number % len(texts)]),
                 None,
             )
             assert verb is not None

@@ -28,7 +28,7 @@ from pretrain.store.disk import atomic_folder, atomic_path
 from tests.faults.conftest import Disk
 from tests.faults.test_full_disk import WRITERS
 from wordless.cli import main
-from wordless.recipe import VERBS, Verb
+from wordless.verbs import VERBS, Verb
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"training": {"max_steps": 1}}
@@ -49,7 +49,7 @@ LEAST: dict[str, dict[str, Any]] = {
     "finetune": {"manifest": "m", "encoder": "e", **STEPS},
     "transcribe": {"manifest": "m", "recognizer": "r"},
     "compare": {"a": "a", "b": "b"},
-    "transfer": {"manifest": "m", "encoder": "e", "finetune": {"training": {"max_steps": 1}}},
+    "label-efficiency": {"manifest": "m", "encoder": "e", "finetune": {"training": {"max_steps": 1}}},
     "report": {"manifest": "m"},
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pretrain.config import Config
 from pretrain.store.interrupts import process_pool
-from wordless.recipe import VERBS, Verb
+from wordless.verbs import VERBS, Verb
 
 
 class StandInConfig(Config):

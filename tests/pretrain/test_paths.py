@@ -13,7 +13,7 @@ from pretrain.weights.conversion import ImportConfig
 from quantize.importing import CodebookImportConfig
 from units.formats import read_units
 from units.lm.sampling import SampleConfig
-from wordless.recipe import VERBS
+from wordless.verbs import VERBS
 
 # Keys with any text that is no path. A new key of text is a path (`PathStr`), or is added here.
 TEXTS = {

@@ -1,4 +1,5 @@
-"""The command line: its help, configs and overrides, places to run, exit statuses, and what it says about bad input."""
+"""The command line: its help, configs and overrides, places to run, exit statuses, and what it says about bad
+input."""
 
 import json
 import os
@@ -16,7 +17,8 @@ from pretrain.config import without_none
 from pretrain.data.labels import Labels, commit_labels, write_shard
 from pretrain.data.manifest import Manifest
 from pretrain.store.artefact import commit, is_complete, read_meta
-from wordless.cli import VERBS, main
+from wordless.cli import main
+from wordless.verbs import VERBS
 
 TINY = {
     "encoder": {"architecture": "tiny"},
@@ -28,7 +30,8 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `audio` (twelve recordings of noise with transcripts), its `manifest`, a `codebook` and `labels`."""
+    """A folder with `audio` (twelve recordings of noise with transcripts), its `manifest`, a `codebook` and
+    `labels`."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "audio").mkdir()
     rng = np.random.default_rng(0)
@@ -76,7 +79,10 @@ def test_help_lists_the_verbs_in_the_order_of_the_pipeline(capsys: pytest.Captur
 
 def test_help_imports_no_torch() -> None:
     heavy = "{'torch', 'numpy', 'pyarrow', 'pydantic', 'faiss', 'submitit'}"
-    code = f"import sys, wordless.cli; status = wordless.cli.main(['--help']); sys.exit(status or {heavy} & sys.modules.keys() or 0)"
+    code = (
+        f"import sys, wordless.cli; status = wordless.cli.main(['--help']); sys.exit(status or {heavy} & "
+        "sys.modules.keys() or 0)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
@@ -347,9 +353,8 @@ def test_a_slurm_dry_run_prints_the_config_and_the_sbatch_text(
     assert tomllib.loads(resolved)["training"]["max_steps"] == 7
     for line in ("partition=gpu", "gpus-per-node=4", "ntasks-per-node=4", "time=90"):
         assert f"#SBATCH --{line}" in sbatch
-    assert (
-        f"# wordless pretrain {tmp_path}/jobs/w/settings-" in sbatch
-    )  # a file with the settings as they are now
+    # a file with the settings as they are now
+    assert f"# wordless pretrain {tmp_path}/jobs/w/settings-" in sbatch
     assert not (tmp_path / "w").exists()
     assert not (tmp_path / "jobs").exists()
 
@@ -745,9 +750,8 @@ def test_labels_of_two_levels_go_through_every_verb_that_reads_labels(
     weights = [
         next((tmp_path / name).glob("step_*/model.safetensors")).read_bytes() for name in ("run", "plain")
     ]
-    assert (
-        weights[0] == weights[1]
-    )  # level 0 is the plain codebook's labels, and nothing else was learned from
+    # level 0 is the plain codebook's labels, and nothing else was learned from
+    assert weights[0] == weights[1]
     capsys.readouterr()
     assert main(["pack", config(tmp_path, "u", **given, out=tmp_path / "units")]) == 0
     assert "has 2 levels; level 0 is packed" in capsys.readouterr().err

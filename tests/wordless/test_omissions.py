@@ -1,4 +1,5 @@
-"""Recipes go on without an optional stage that cannot be made: what is left out, when that is seen, and who learns the reason."""
+"""Recipes go on without an optional stage that cannot be made: what is left out, when that is seen, and who
+learns the reason."""
 
 import errno
 import io
@@ -13,15 +14,17 @@ import pytest
 import soundfile
 import tomli_w
 
-from pretrain.store.disk import DiskFull
-from wordless.cli import Recipe, main
+from pretrain.store.artefact import DiskFull
+from wordless.cli import main
+from wordless.recipe import Recipe
 from wordless.stage_records import reasons
 
 Stages = dict[str, dict[str, Any]]
 
 
 def make_stages(folder: Path) -> Stages:
-    """Labels, and a report of them, of measures on a split that is not there, and of labels of audio that is not there."""
+    """Labels, and a report of them, of measures on a split that is not there, and of labels of audio that is
+    not there."""
     (folder / "audio").mkdir()
     rng = np.random.default_rng(0)
     for number in range(6):

@@ -1,4 +1,5 @@
-"""`~` and variables wherever a command takes a path: arguments, overrides, recipes, and what a job is given."""
+"""`~` and variables wherever a command takes a path: arguments, overrides, recipes, and what a job is
+given."""
 
 import os
 import tomllib
@@ -12,6 +13,8 @@ import tomli_w
 from pretrain.store.artefact import is_complete, read_meta
 from wordless.cli import main
 from wordless.recipe import Recipe
+from wordless.recipe_jobs import plan
+from wordless.recipe_run import RecipeRun
 
 NO_SPLITS = ["dev_share=0.0", "test_share=0.0"]
 
@@ -90,7 +93,7 @@ def test_a_recipe_and_the_settings_of_its_jobs_have_the_paths_that_are_meant(
     assert recipe.folder == home / "run"
     assert recipe.parse("labels").codebook == str(tmp_path / "scratch/codebook")
     assert recipe.reads("codebook") == ("manifest",) and recipe.reads("labels") == ("manifest", "codebook")
-    jobs = recipe.plan(["manifest", "codebook"], redo=False, write=True)
+    jobs = plan(RecipeRun(recipe, ["manifest", "codebook"]), write=True)
     first, second = (tomllib.loads(Path(job.argv[1]).read_text(encoding="utf-8")) for job in jobs)
     assert first["run"] == str(home / "run") and first["manifest"]["source"] == [str(home / "audio")]
     assert first["manifest"]["speaker_pattern"] == "(x)$SCRATCH|(x)"  # no path

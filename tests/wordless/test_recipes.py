@@ -12,10 +12,12 @@ from pretrain.config import flatten, read_toml
 from pretrain.ctc.transfer import TransferConfig, cells
 from pretrain.objectives.pretraining import PretrainConfig
 from units.lm.model import Decoder
+from wordless.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
-# fairseq: examples/hubert/config/pretrain/*.yaml, examples/wav2vec/config/pretraining/wav2vec2_base_librispeech.yaml; papers
+# fairseq: examples/hubert/config/pretrain/*.yaml,
+# examples/wav2vec/config/pretraining/wav2vec2_base_librispeech.yaml; papers
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01, "schedule": "linear", "final_lr_ratio": 0.0}
 BASE = {
     "num_layers": 12,
@@ -117,7 +119,7 @@ def stage_config(recipe: str, stage: str) -> PretrainConfig:
     path = next(path for path in RECIPES if path.stem == recipe)
     tree = read_toml(path)
     tree.pop("slurm", None)
-    parsed = wordless.cli.Recipe(tree, str(path)).parse(stage)
+    parsed = Recipe(tree, str(path)).parse(stage)
     assert isinstance(parsed, PretrainConfig)
     return parsed
 
@@ -125,7 +127,7 @@ def stage_config(recipe: str, stage: str) -> PretrainConfig:
 def num_processes(recipe: str, stage: str) -> int:
     """Of the stage's job on SLURM."""
     path = next(path for path in RECIPES if path.stem == recipe)
-    resources = wordless.cli.Recipe(read_toml(path), str(path)).resources(stage)
+    resources = Recipe(read_toml(path), str(path)).resources(stage)
     return resources.nodes * resources.tasks_per_node
 
 
@@ -164,8 +166,8 @@ def test_every_value_of_a_published_recipe_has_a_comment(recipe: str, stage: str
         assert name == "evaluation" or all("#" in line for line in lines), (name, lines)
 
 
-# fairseq: examples/wav2vec/config/finetuning/base_10m.yaml, base_1h.yaml, base_10h.yaml, base_100h.yaml; fractions of its masks are
-# start probabilities times span lengths
+# fairseq: examples/wav2vec/config/finetuning/base_10m.yaml, base_1h.yaml, base_10h.yaml, base_100h.yaml;
+# fractions of its masks are start probabilities times span lengths
 FINE_TUNED = {  # budget: updates, learning rate, frozen updates, LayerDrop, mask_channel_prob
     "10min": (13_000, 5e-5, 10_000, 0.1, 0.25),
     "1h": (13_000, 5e-5, 10_000, 0.1, 0.25),
@@ -251,15 +253,14 @@ def transfer_config() -> TransferConfig:
     path = next(path for path in RECIPES if path.stem == "ctc_10min")
     tree = read_toml(path)
     tree.pop("slurm")
-    parsed = wordless.cli.Recipe(tree, str(path)).parse("transfer")
+    parsed = Recipe(tree, str(path)).parse("transfer")
     assert isinstance(parsed, TransferConfig)
     return parsed
 
 
-def uncommented(
-    recipe: str, first_table: str, tmp_path: Path, *edits: tuple[str, str]
-) -> wordless.cli.Recipe:
-    """The recipe with the block of comments that begins with `first_table` as settings, and other lines replaced."""
+def uncommented(recipe: str, first_table: str, tmp_path: Path, *edits: tuple[str, str]) -> Recipe:
+    """The recipe with the block of comments that begins with `first_table` as settings, and other lines
+    replaced."""
     text = next(path for path in RECIPES if path.stem == recipe).read_text()
     block = re.search(rf"^# \[{first_table}\]\n(?:#(?: .*)?\n)+", text, re.MULTILINE)
     assert block is not None
@@ -271,7 +272,7 @@ def uncommented(
     path.write_text(text)
     tree = read_toml(path)
     tree.pop("slurm")
-    return wordless.cli.Recipe(tree, str(path))
+    return Recipe(tree, str(path))
 
 
 def test_a_sweep_can_choose_the_layer_that_the_recipe_for_base_takes_from_the_paper(tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_a_third_iteration_of_base_follows_the_sweep_over_the_second(tmp_path: P
     (tmp_path / "recipe.toml").write_text(text + "".join(tables).replace("[hubert2.", "[hubert3."))
     tree = read_toml(tmp_path / "recipe.toml")
     tree.pop("slurm")
-    second, third = (wordless.cli.Recipe(tree, "recipe.toml").parse(name) for name in ("hubert2", "hubert3"))
+    second, third = (Recipe(tree, "recipe.toml").parse(name) for name in ("hubert2", "hubert3"))
     assert (
         third.labels == labels.out and third.training == second.training and third.batches == second.batches
     )
@@ -355,9 +356,7 @@ def test_the_unit_language_model_has_the_size_of_gslms() -> None:
         path = next(path for path in RECIPES if path.stem == "unit_lm")
         tree = read_toml(path)
         tree.pop("slurm")
-        decoder = Decoder(
-            wordless.cli.Recipe(tree, str(path)).parse("lm").model, tree["codebook"]["num_classes"] + 2
-        )
+        decoder = Decoder(Recipe(tree, str(path)).parse("lm").model, tree["codebook"]["num_classes"] + 2)
     assert 100e6 < sum(parameter.numel() for parameter in decoder.parameters()) < 150e6
 
 

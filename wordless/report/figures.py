@@ -1,4 +1,5 @@
-"""The report's figures, each as an SVG data URI that an <img> can hold. They take plain numbers and know nothing of folders."""
+"""The report's figures, each as an SVG data URI that an <img> can hold. They take plain numbers and know
+nothing of folders."""
 
 import base64
 import colorsys
@@ -48,7 +49,8 @@ Colour = tuple[float, float, float]
 
 
 class PhoneCounts(NamedTuple):
-    """What a measurement knows of phones: their names, joint counts (phones, classes), and which of them are silence."""
+    """What a measurement knows of phones: their names, joint counts (phones, classes), and which of them are
+    silence."""
 
     phones: list[str]
     joint: np.ndarray
@@ -56,8 +58,8 @@ class PhoneCounts(NamedTuple):
 
 
 def draw_curves(runs: dict[str, dict[str, list[dict[str, float]]]], lm: dict[str, Any]) -> dict[str, str]:
-    """By group an image of the training and validation losses of `runs` {group: {name: metrics by step}}; the unit language model's are
-    in bits, over its floors."""
+    """By group an image of the training and validation losses of `runs` {group: {name: metrics by step}}; the
+    unit language model's are in bits, over its floors."""
     images = {}
     for group, (metric, unit) in CURVES.items():
         if not runs.get(group):
@@ -108,7 +110,8 @@ def draw_curves(runs: dict[str, dict[str, list[dict[str, float]]]], lm: dict[str
 
 
 def draw_sweep(summary: dict[str, Any]) -> dict[str, str]:
-    """By title an image for each panel of a layer sweep, all of one size, so that the page can set them side by side or stack them."""
+    """By title an image for each panel of a layer sweep, all of one size, so that the page can set them side
+    by side or stack them."""
     images = {}
     for panel in layer_panels(summary):
         figure, axes = draw_panel_axes()
@@ -124,9 +127,11 @@ def draw_panel_axes() -> tuple[Figure, Axes]:
 
 
 def draw_utterance(utterance: Utterance, labels: dict[str, Labels], counts: dict[str, PhoneCounts]) -> str:
-    """A row of units for each labels, the log-mel spectrogram, and the phones where they are known; seconds along x.
+    """A row of units for each labels, the log-mel spectrogram, and the phones where they are known; seconds
+    along x.
 
-    A unit has the colour of the phone it mostly stands for in the `counts` of its labels' name, or one of its own.
+    A unit has the colour of the phone it mostly stands for in the `counts` of its labels' name, or one of its
+    own.
     """
     shown = min(utterance.length / SAMPLE_RATE, SHOWN_SECONDS)
     wave = torch.from_numpy(load_audio(utterance)[: int(shown * SAMPLE_RATE)])
@@ -214,9 +219,8 @@ def draw_matrix(counts: PhoneCounts) -> str:
     used = np.flatnonzero(joint.sum(axis=0))
     given = joint[:, used] / joint[:, used].sum(axis=0)  # (phones, units that occur)
     likeliest = given.argmax(axis=0)
-    rows = np.lexsort(
-        (-joint.sum(axis=1), ~np.isin(np.arange(len(phones)), likeliest))
-    )  # phones without a unit come last
+    # phones without a unit come last
+    rows = np.lexsort((-joint.sum(axis=1), ~np.isin(np.arange(len(phones)), likeliest)))
     columns = np.lexsort((-given.max(axis=0), np.argsort(rows)[likeliest]))
     figure = Figure(figsize=(WIDTH, min(14.0, 1.0 + 0.12 * len(phones))), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,5 @@
-"""The sounds that a run's page plays: recordings, what became of their units, and the language model's continuations."""
+"""The sounds that a run's page plays: recordings, what became of their units, and the language model's
+continuations."""
 
 from typing import Any
 
@@ -16,11 +17,11 @@ RECORDING_SECONDS = 15.0  # of the recording that a prompt is the beginning of, 
 
 
 def listening_groups(sounds: Stage, manifest: Manifest) -> list[dict[str, Any]]:
-    """Of each document the players: `document`, `text`, `of_model`, and `players` with `kind`, `source` (a data URI), `seconds`, and the
-    seconds of `prompt` in a continuation.
+    """Of each document the players: `document`, `text`, `of_model`, and `players` with `kind`, `source` (a
+    data URI), `seconds`, and the seconds of `prompt` in a continuation.
 
-    A continuation holds its prompt, which by itself is often too short to hear; beside it is the recording that the prompt is from,
-    where the manifest has it.
+    A continuation holds its prompt, which by itself is often too short to hear; beside it is the recording
+    that the prompt is from, where the manifest has it.
     """
     groups: dict[str, dict[str, Any]] = {}
     for line in sounds.lines("sounds.jsonl"):
@@ -48,7 +49,8 @@ def listening_groups(sounds: Stage, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def add_recordings(groups: list[dict[str, Any]], manifest: Manifest) -> None:
-    """Put the beginning of the recording that prompted before each continuation, where the manifest has it."""
+    """Put the beginning of the recording that prompted before each continuation, where the manifest has
+    it."""
     wanted = {group["document"] for group in groups}
     rows = {name: row for row, name in enumerate(manifest.ids) if name in wanted} if wanted else {}
     for group in groups:

@@ -1,25 +1,23 @@
-"""The page in words: what a run found, what each figure shows, what to be careful with and what is missing, all from the numbers.
+"""The page in words: what a run found, what each figure shows, what to be careful with and what is missing,
+all from the numbers.
 
-Every sentence follows from the numbers whichever way they point: that learning did not pay is written as plainly as that it did.
+Every sentence follows from the numbers whichever way they point: that learning did not pay is written as
+plainly as that it did.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from pretrain.data.splits import SHORT_SECONDS
 from wordless.report import recognition
-from wordless.report.figures import CURVES, PhoneCounts
 
 SAME = 0.005  # differences below this are called neither better nor worse
 CLEAR_WER = 0.5  # above, most words of a recogniser are wrong, and the times of its words mean nothing
-FLAT = 0.01  # a validation loss that changes by less of itself has levelled off
-NAMED = 8  # phones that a sentence names, at most
 
 
 class Missing(NamedTuple):
-    """Something that could not be measured: what, why, and how to have it next time, in words and as a command."""
+    """Something that could not be measured: what, why, and how to have it next time, in words and as a
+    command."""
 
     what: str
     why: str
@@ -52,7 +50,8 @@ def in_words(summary: Mapping[str, Any]) -> list[str]:
         verdict = "is not certainly better than a bigram" if by_chance else verdict
         others = ", ".join(f"{name} {value:.2f}" for name, value in floors.items() if name != best)
         words.append(
-            f"The unit language model {verdict}: {bits:.2f} bits per unit against {floors[best]:.2f} ({others})."
+            f"The unit language model {verdict}: {bits:.2f} bits per unit against {floors[best]:.2f} "
+            f"({others})."
         )
     words += of_sounds(summary["sounds"])
     words += recognition.recognisers_in_words(ctc, SAME) + recognition.transfer_in_words(summary["transfer"])
@@ -75,7 +74,8 @@ def compare_units(units: Mapping[str, Any]) -> list[str]:
         "more information about the phone than",
     )
     words = [
-        f"The units of {name} carry {verdict} units from MFCC: PNMI {last['pnmi']:.3f} against {mfcc['pnmi']:.3f}."
+        f"The units of {name} carry {verdict} units from MFCC: PNMI {last['pnmi']:.3f} against "
+        f"{mfcc['pnmi']:.3f}."
     ]
     if last["num_classes"] != mfcc["num_classes"]:
         words.append("Their numbers of classes differ, so this comparison is not a fair one.")
@@ -90,12 +90,14 @@ def of_sounds(sounds: Mapping[str, Any]) -> list[str]:
     if "frame_agreement_resynthesis" not in sounds:
         return []
     words = [
-        f"Units turned into sound and encoded again are the same in {sounds['frame_agreement_resynthesis']:.0%} of the frames."
+        "Units turned into sound and encoded again are the same in "
+        f"{sounds['frame_agreement_resynthesis']:.0%} of the frames."
     ]
     others = []
     if "frame_agreement_copy" in sounds:
         others.append(
-            f"{sounds['frame_agreement_copy']:.0%} for the recording’s own spectrogram, turned into sound by the same method"
+            f"{sounds['frame_agreement_copy']:.0%} for the recording’s own spectrogram, turned into sound "
+            "by the same method"
         )
     if "frame_agreement_commonest_unit" in sounds:
         others.append(
@@ -111,19 +113,21 @@ def of_recognisers(ctc: Mapping[str, Any]) -> list[str]:
     if scored and all(scores["wer"] > CLEAR_WER for scores in scored.values()):
         counted = next(iter(scored.values())).get("counted", "words")
         words.append(
-            f"Most {counted} are wrong, so these transcripts are of no use yet. More transcribed speech, or more training steps, may help; "
-            "until then a difference between recognisers means little."
+            f"Most {counted} are wrong, so these transcripts are of no use yet. More transcribed speech, or "
+            "more training steps, may help; until then a difference between recognisers means little."
         )
     for name, scores in scored.items():
         if scores.get("empty_hypotheses"):
             words.append(
-                f"{name}: nothing was written for {scores['empty_hypotheses']:,} of {scores['scored_utterances']:,} utterances."
+                f"{name}: nothing was written for {scores['empty_hypotheses']:,} of "
+                f"{scores['scored_utterances']:,} utterances."
             )
     return words
 
 
 def of_units(units: Mapping[str, Any]) -> list[str]:
-    """What the table of units does not put into words: ABX of the last units beside MFCC's, and classes that are never used."""
+    """What the table of units does not put into words: ABX of the last units beside MFCC's, and classes that
+    are never used."""
     words = []
     name, last = (list(units)[-1], list(units.values())[-1]) if units else ("", {})
     for key, where in (("abx_within", "Within a speaker"), ("abx_across", "Across speakers")):
@@ -142,124 +146,16 @@ def of_units(units: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def of_layers(sweep: Mapping[str, Any]) -> list[str]:
-    """What a sweep shows: how the chosen layer compares with layer 0, which is the input of the first layer."""
-    layers, layer = sweep["layers"], str(sweep["layer"])
-    chosen, first = layers[layer], layers.get("0", {})
-    if "pnmi" not in chosen:
-        return [
-            "Without phone alignments there is nothing to compare the layers by, so the middle one was taken; another may be better. "
-            "Perplexity, the effective number of units in use, does not show which."
-        ]
-    if "pnmi" not in first or layer == "0":
-        return []
-    layer_0, scores = (
-        "layer 0, which is the input of the first layer",
-        f"PNMI {chosen['pnmi']:.3f} against {first['pnmi']:.3f}",
-    )
-    lost = (
-        f"The chosen layer is worse than {layer_0}: {scores}. At this size, and after this much training, the encoder has not learned "
-        "more about phones than its input already shows. More audio or more training steps may change that."
-    )
-    level = f"The chosen layer is no better than {layer_0}: {scores}. By this measure, training has added nothing to the input."
-    won = f"The chosen layer is better than {layer_0}: {scores}. Training has made the phones easier to find."
-    words, changes = [compare(chosen["pnmi"], first["pnmi"], lost, level, won)], []
-    for key, where in (
-        ("abx_within_features", "within a speaker"),
-        ("abx_across_features", "across speakers"),
-    ):
-        if key in chosen and key in first:
-            changes.append(compare(chosen[key], first[key], "better", "about the same", "worse"))
-            change = f"goes from {first[key]:.1%} at layer 0 to {chosen[key]:.1%} at layer {layer}"
-            words.append(f"ABX error {where} {change}: {changes[-1]}.")
-    if changes == ["better", "worse"]:
-        words.append(
-            "So the encoder separates the phones of one voice better than its input does, and those of different voices less well."
-        )
-    return words
-
-
-def of_training(group: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
-    """What the validation losses of a group of `CURVES` did, by run."""
-    key, words = f"valid_{CURVES[group][0]}", []
-    for name, lines in runs.items():
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        begin = "" if name == group else f"{name}: "
-        words.append(
-            begin
-            + of_curve(points, [line[CURVES[group][0]] for line in lines if CURVES[group][0] in line])
-            + "."
-        )
-    return [
-        sentence[0].upper() + sentence[1:] if sentence.startswith(("validation", "the ")) else sentence
-        for sentence in words
-    ]
-
-
-def of_curve(validation: Sequence[tuple[float, float]], training: Sequence[float]) -> str:
-    """What a loss did, of (step, value) in validation, or of the training losses where validation has too few."""
-    if len(validation) < 2:
-        at_end = f", and validation ended at {validation[-1][1]:.2f}" if validation else ""
-        return (
-            f"the training loss went from {training[0]:.2f} to {training[-1]:.2f}{at_end}"
-            if training
-            else "no losses are known"
-        )
-    (first_step, first), (_, before), (last_step, last) = validation[0], validation[-2], validation[-1]
-    step, best = min(validation, key=lambda point: point[1])
-    change = f"{first:.2f} to {last:.2f}"
-    if last > best * (1 + FLAT) and step < last_step:
-        return f"validation was best at step {step:,} ({best:.2f}) and has risen since to {last:.2f}: later steps fit the training data only"
-    if last > first * (1 - FLAT):
-        return f"validation hardly changed from step {first_step:,} on ({change})"
-    if last < before * (1 - FLAT):
-        return f"validation fell from {change} and was still falling at the last step, so longer training would probably help"
-    return f"validation fell from {change} and has levelled off"
-
-
-def of_matrix(counts: PhoneCounts) -> list[str]:
-    """How clearly the units stand for phones, and which phones have no unit."""
-    joint = counts.joint[:, counts.joint.sum(axis=0) > 0]
-    units = np.flatnonzero(counts.joint.sum(axis=0))
-    given = joint / joint.sum(axis=0)
-    spoken = np.array([phone not in counts.silence for phone in counts.phones])
-    share = np.where(spoken[:, None], given, 0.0)
-    clear = int((given.max(axis=0) > 0.5).sum())
-    words = [
-        f"Of the {len(units)} units that occur, {clear} have one phone in more than half of their frames."
-    ]
-    if spoken.any():
-        row, column = np.unravel_index(share.argmax(), share.shape)
-        words.append(
-            f"The clearest is unit {units[column]}, which is {counts.phones[row]} in {share.max():.0%} of its frames."
-        )
-    without = [
-        phone
-        for row, phone in enumerate(counts.phones)
-        if phone and row not in set(given.argmax(axis=0).tolist())
-    ]
-    if without:
-        more = f" and {len(without) - NAMED} more" if len(without) > NAMED else ""
-        words.append(f"No unit is chiefly {', '.join(without[:NAMED])}{more}.")
-    return words
-
-
-def of_rates(rates: Mapping[str, float], phones_per_second: float | None) -> str:
-    """How often the units of the utterance shown change, beside its phones."""
-    changes = ", ".join(f"{rate:.1f} times a second ({name})" for name, rate in rates.items())
-    return f"Here the unit changes {changes}." + (
-        f" There are {phones_per_second:.1f} phones a second." if phones_per_second else ""
-    )
-
-
 def cautions(audio: Mapping[str, Any]) -> list[str]:
-    """What a reader should know before trusting the numbers: short splits, voices that training and test share."""
+    """What a reader should know before trusting the numbers: short splits, voices that training and test
+    share."""
     words = []
     for split, count in audio["splits"].items():
         if count["hours"] * 3600 < SHORT_SECONDS:
             length = spoken_time(count["hours"])
             words.append(
-                f"The {split} split is only {length} long. Numbers from less than two minutes of speech are rough."
+                f"The {split} split is only {length} long. Numbers from less than two minutes of speech "
+                "are rough."
             )
     others = [split for split in audio["splits"] if split != "train"]
     shared = (
@@ -267,20 +163,24 @@ def cautions(audio: Mapping[str, Any]) -> list[str]:
     )
     if not audio["with_speaker"] and others:
         words.append(
-            "The manifest names no speakers, so the voices of the test recordings may have been heard in training."
+            "The manifest names no speakers, so the voices of the test recordings may have been heard in "
+            "training."
         )
     elif shared:
         words.append(
-            f"Some voices of {' and '.join(shared)} may have been heard in training: they share speakers, or not all are known."
+            f"Some voices of {' and '.join(shared)} may have been heard in training: they share speakers, "
+            "or not all are known."
         )
     if 0 < audio["with_speaker"] < audio["utterances"]:
         words.append(
-            f"{audio['utterances'] - audio['with_speaker']:,} of {audio['utterances']:,} utterances have no speaker."
+            f"{audio['utterances'] - audio['with_speaker']:,} of {audio['utterances']:,} utterances have "
+            "no speaker."
         )
     for key, what in (("with_phones", "phone alignments"), ("with_text", "a transcript")):
         if 0 < audio[key] < audio["utterances"]:
             words.append(
-                f"{audio[key]:,} of {audio['utterances']:,} utterances have {what}; what needs them rests on those alone."
+                f"{audio[key]:,} of {audio['utterances']:,} utterances have {what}; what needs them rests "
+                "on those alone."
             )
     return words
 
@@ -291,9 +191,11 @@ def missing(audio: Mapping[str, Any]) -> list[Missing]:
     if not audio["with_phones"]:
         found.append(
             Missing(
-                "PNMI, phone purity, ABX, the phone probe, the phones of each unit, and the choice of the layer by its phones",
+                "PNMI, phone purity, ABX, the phone probe, the phones of each unit, and the choice of the "
+                "layer by its phones",
                 "the manifest has no phone alignments",
-                'Make phone times with a forced aligner, or with transcribe and align = "text" of a recogniser of phones, and index again:',
+                'Make phone times with a forced aligner, or with transcribe and align = "text" of a '
+                "recogniser of phones, and index again:",
                 "wordless index DIR OUT alignments=alignments.jsonl",
             )
         )
@@ -302,7 +204,8 @@ def missing(audio: Mapping[str, Any]) -> list[Missing]:
             Missing(
                 "word error rates, and what pretraining is worth to a recogniser",
                 "the manifest has no transcripts",
-                "Put NAME.txt beside NAME.wav and index again; a few minutes of transcribed speech are enough to begin:",
+                "Put NAME.txt beside NAME.wav and index again; a few minutes of transcribed speech are "
+                "enough to begin:",
                 "wordless index DIR OUT",
             )
         )
@@ -311,7 +214,8 @@ def missing(audio: Mapping[str, Any]) -> list[Missing]:
             Missing(
                 "results on voices never heard in training, ABX across speakers, and the speaker probes",
                 "the manifest names no speakers",
-                "If paths contain the speaker, give a pattern and index again. For folders named after speakers:",
+                "If paths contain the speaker, give a pattern and index again. For folders named after "
+                "speakers:",
                 "wordless index DIR OUT speaker_pattern='^([^/]+)/'",
             )
         )

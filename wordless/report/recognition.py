@@ -1,7 +1,8 @@
-"""What the report tells of recognisers: their error rates, which is better, speakers and utterances that go wrong, the transfer curve.
+"""What the report tells of recognisers: their error rates, which is better, speakers and utterances that go
+wrong, the transfer curve.
 
-It reads what `finetune`, `transcribe` and `transfer` wrote. The one thing computed is the paired comparison of two sets of transcripts
-(`pretrain.ctc.comparison`), for which no stage is needed.
+It reads what `finetune`, `transcribe` and `transfer` wrote. The one thing computed is the paired comparison
+of two sets of transcripts (`pretrain.ctc.comparison`), for which no stage is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,9 @@ class Stage(Protocol):
 
 
 def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, Stage]) -> dict[str, Any]:
-    """Under `ctc` in the report's summary.json: `wer_NAME` and `cer_NAME`, `transcripts` (counts and intervals of each, how decoded),
-    `training` (the minutes of labels and the run's summary), and `comparisons` with `scratch`, or else the last of them."""
+    """Under `ctc` in the report's summary.json: `wer_NAME` and `cer_NAME`, `transcripts` (counts and
+    intervals of each, how decoded), `training` (the minutes of labels and the run's summary), and
+    `comparisons` with `scratch`, or else the last of them."""
     ctc: dict[str, Any] = {}
     for name, stage in transcripts.items():
         scores = stage.read()
@@ -55,9 +57,8 @@ def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, S
             "decoding": decoding_in_words(decoding),
         }
     for name, stage in runs.items():
-        minutes = stage.meta.get(
-            "label_minutes", stage.meta["config"].get("label_minutes")
-        )  # the latter of runs of older versions
+        # the latter of runs of older versions
+        minutes = stage.meta.get("label_minutes", stage.meta["config"].get("label_minutes"))
         budget = stage.meta["config"].get("budget")
         ctc.setdefault("training", {})[name] = {"label_minutes": minutes, "budget": budget, **stage.read()}
     scored = [name for name in transcripts if f"wer_{name}" in ctc]
@@ -73,7 +74,8 @@ def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, S
 
 
 def compared(stage: Stage, baseline: Stage) -> dict[str, Any]:
-    """`wer_difference` (below 0: better than the baseline), its interval and p-value; or `reason`, where the two cannot be compared."""
+    """`wer_difference` (below 0: better than the baseline), its interval and p-value; or `reason`, where the
+    two cannot be compared."""
     try:
         found = compare_tables(
             read_transcripts(baseline.folder)[0], read_transcripts(stage.folder)[0], draws=1000
@@ -98,13 +100,17 @@ def decoding_in_words(decoding: Mapping[str, Any] | None) -> str:
             " but with a lexicon" if decoding.get("lexicon") else ""
         )
     of = {"words": "", "symbols": " of symbols"}[decoding.get("lm_of", "words")]
-    weights = f"weight {decoding['lm_weight']:g}, word score {decoding['word_score']:g}, beam {decoding['beam_size']}"
+    weights = (
+        f"weight {decoding['lm_weight']:g}, word score {decoding['word_score']:g}, beam "
+        f"{decoding['beam_size']}"
+    )
     weights += "; both weights chosen on these utterances" if decoding.get("tuned") else ""
     return f"by beam search with the language model{of} {Path(decoding['lm']).name} ({weights})"
 
 
 def recognisers_in_words(ctc: Mapping[str, Any], same: float) -> list[str]:
-    """Whether pretraining helped, where both are there; differences that chance would bring are not called better or worse."""
+    """Whether pretraining helped, where both are there; differences that chance would bring are not called
+    better or worse."""
     if f"wer_{PRETRAINED}" not in ctc or f"wer_{SCRATCH}" not in ctc:
         return []
     pretrained, scratch = ctc[f"wer_{PRETRAINED}"], ctc[f"wer_{SCRATCH}"]
@@ -123,7 +129,8 @@ def recognisers_in_words(ctc: Mapping[str, Any], same: float) -> list[str]:
     )
     of = ctc.get("transcripts", {}).get(PRETRAINED, {}).get("counted", "words")
     return [
-        f"Pretraining {verdict} the recogniser: {pretrained:.1%} of {of} wrong, {scratch:.1%} from random weights{sure}."
+        f"Pretraining {verdict} the recogniser: {pretrained:.1%} of {of} wrong, {scratch:.1%} from random "
+        f"weights{sure}."
     ]
 
 
@@ -165,7 +172,8 @@ def p_value(p: float) -> str:
 
 
 class Example(NamedTuple):
-    """An utterance, and by name what recognisers wrote: (word, is right) pairs and, where they are known, the times of the words."""
+    """An utterance, and by name what recognisers wrote: (word, is right) pairs and, where they are known, the
+    times of the words."""
 
     id: str
     text: str
@@ -206,7 +214,8 @@ def transcript_examples(transcripts: Mapping[str, Stage], count: int = SHOWN_EXA
 def worst_examples(
     transcripts: Mapping[str, Stage], count: int = SHOWN_WORST
 ) -> dict[str, list[dict[str, Any]]]:
-    """By name the utterances with the most edits: `id`, `speaker`, `edits`, `reference`, and `words` as (word, is right)."""
+    """By name the utterances with the most edits: `id`, `speaker`, `edits`, `reference`, and `words` as
+    (word, is right)."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, stage in transcripts.items():
         rows = stage.read().get("worst", [])[:count]
@@ -219,7 +228,8 @@ def worst_examples(
 
 
 def speaker_table(transcripts: Mapping[str, Stage]) -> list[dict[str, Any]]:
-    """Speakers, those with the highest WER of the first recogniser first: `speaker`, `words`, `utterances`, and `wer` by name."""
+    """Speakers, those with the highest WER of the first recogniser first: `speaker`, `words`, `utterances`,
+    and `wer` by name."""
     tables = {name: table for name, stage in transcripts.items() if (table := stage.read().get("by_speaker"))}
     if not tables:
         return []
@@ -260,7 +270,8 @@ def first_test(transfer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def transfer_rows(transfer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For the table: `test`, `budget`, `label_minutes` and by system `points` of the curve and `compared` with the baseline."""
+    """For the table: `test`, `budget`, `label_minutes` and by system `points` of the curve and `compared`
+    with the baseline."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for point in transfer.get("curve", []):
         row = rows.setdefault(

@@ -1,8 +1,10 @@
-"""The verb `report`: one self-contained page of a run, `report.html`, and its numbers, `summary.json`, in the run's folder.
+"""The verb `report`: one self-contained page of a run, `report.html`, and its numbers, `summary.json`, in the
+run's folder.
 
-It reads what other stages wrote and computes nothing anew but the comparison of recognisers (wordless/report/recognition.py). A stage whose
-folder is not complete is left out, and the page gives the reason. Both files may be written again at any time: each is replaced in one
-piece, and nothing else in the folder is touched.
+It reads what other stages wrote and computes nothing anew but the comparison of recognisers
+(wordless/report/recognition.py). A stage whose folder is not complete is left out, and the page gives the
+reason. Both files may be written again at any time: each is replaced in one piece, and nothing else in the
+folder is touched.
 """
 
 import json
@@ -23,7 +25,7 @@ from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.store.artefact import git_commit, library_versions
 from pretrain.store.disk import atomic_path, write_json
 from quantize.quality import matching_labels, measures_text, table_groups
-from wordless.report import readings, recognition
+from wordless.report import captions, readings, recognition
 from wordless.report.figures import (
     SHOWN_SECONDS,
     STYLE,
@@ -42,9 +44,11 @@ FEW_EXAMPLES = 3  # transcripts that the page shows where even the best recognis
 
 
 class ReportConfig(Config):
-    """`out` is the run's folder. Tables map a name that the page uses to the folder of a stage; units are compared with `mfcc`.
+    """`out` is the run's folder. Tables map a name that the page uses to the folder of a stage; units are
+    compared with `mfcc`.
 
-    A folder that is not complete, or not there, is left out of the page, which names it with the reason in `left_out`.
+    A folder that is not complete, or not there, is left out of the page, which names it with the reason in
+    `left_out`.
     """
 
     out: PathStr
@@ -96,7 +100,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         missing=readings.missing(summary["audio"]),
         unit_words=readings.of_units(summary["units"]),
         recogniser_words=readings.of_recognisers(summary["ctc"]),
-        layer_words={name: readings.of_layers(sweep) for name, sweep in summary["layers"].items()},
+        layer_words={name: captions.of_layers(sweep) for name, sweep in summary["layers"].items()},
         measures=table_groups(list(summary["units"].values())),
         shown_seconds=SHOWN_SECONDS,
         **draw(config, manifest, stages, summary),
@@ -118,7 +122,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
 def draw(
     config: ReportConfig, manifest: Manifest, stages: Stages, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`figures`, and what is needed to describe them: `utterance`, `rates`, `curve_words`, `matrix_of` and `matrix_words`."""
+    """`figures`, and what is needed to describe them: `utterance`, `rates`, `curve_words`, `matrix_of` and
+    `matrix_words`."""
     labels = {name: open_labels(stage.folder, manifest) for name, stage in stages["labels"].items()}
     utterance = choose_utterance(
         manifest.select(config.split if config.split in manifest.splits else None), labels
@@ -146,16 +151,17 @@ def draw(
     return {
         "figures": figures,
         "utterance": utterance,
-        "rates": readings.of_rates(*change_rates(utterance, labels)) if utterance and labels else "",
-        "curve_words": {group: readings.of_training(group, runs[group]) for group in curves},
+        "rates": captions.of_rates(*change_rates(utterance, labels)) if utterance and labels else "",
+        "curve_words": {group: captions.of_training(group, runs[group]) for group in curves},
         "matrix_of": list(counts)[-1] if counts else "",
-        "matrix_words": readings.of_matrix(list(counts.values())[-1]) if counts else [],
+        "matrix_words": captions.of_matrix(list(counts.values())[-1]) if counts else [],
     }
 
 
 def recogniser_rows(stages: Stages, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`transcripts`, `worst`, `speakers` and `transfer_rows`. Of recognisers with most words wrong there are no word times, which would
-    mean nothing, and where all are such, few transcripts: `unclear` are their names."""
+    """`transcripts`, `worst`, `speakers` and `transfer_rows`. Of recognisers with most words wrong there are
+    no word times, which would mean nothing, and where all are such, few transcripts: `unclear` are their
+    names."""
     scored = {
         name: scores["wer"]
         for name, scores in summary["ctc"].get("transcripts", {}).items()
@@ -193,9 +199,13 @@ def page_template() -> jinja2.Template:
 
 
 def default_title(config: ReportConfig, summary: Mapping[str, Any]) -> str:
-    """The name of the run's folder, and what there is to see: `my_talks: speech units from 15.2 minutes of audio`."""
+    """The name of the run's folder, and what there is to see: `my_talks: speech units from 15.2 minutes of
+    audio`."""
     what = "speech units from" if summary["units"] or summary["lm"] else "results on"
-    return f"{Path(config.out).resolve().name}: {what} {readings.spoken_time(summary['audio']['hours'])} of audio"
+    return (
+        f"{Path(config.out).resolve().name}: {what} {readings.spoken_time(summary['audio']['hours'])} of "
+        "audio"
+    )
 
 
 def run_command(out: Path) -> str | None:
@@ -209,7 +219,8 @@ def run_command(out: Path) -> str | None:
 
 
 def as_text(shown: dict[str, Any]) -> str:
-    """The headline for a terminal: the measures of all units side by side, and a line for each other number."""
+    """The headline for a terminal: the measures of all units side by side, and a line for each other
+    number."""
     others = flatten({key: value for key, value in shown.items() if key != "units"})
     lines = [
         f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}"
@@ -224,7 +235,8 @@ def format_number(value: float | None, digits: int = 2, percent: bool = False) -
 
 
 def choose_utterance(rows: Manifest, labels: dict[str, Labels]) -> Utterance | None:
-    """Of the utterances with all `labels`, one whose length is nearest to half of what the figure shows; with phones if any has."""
+    """Of the utterances with all `labels`, one whose length is nearest to half of what the figure shows; with
+    phones if any has."""
     silent = rows.column("phones").is_null().to_numpy(zero_copy_only=False)
     order = np.lexsort((np.abs(rows.lengths - SHOWN_SECONDS / 2 * SAMPLE_RATE), silent))
     return next(
@@ -233,7 +245,8 @@ def choose_utterance(rows: Manifest, labels: dict[str, Labels]) -> Utterance | N
 
 
 def change_rates(utterance: Utterance, labels: Mapping[str, Labels]) -> tuple[dict[str, float], float | None]:
-    """How often the units of an utterance change, by name of the labels, and how many phones it has, both per second."""
+    """How often the units of an utterance change, by name of the labels, and how many phones it has, both per
+    second."""
     seconds = utterance.length / SAMPLE_RATE
     changes = {
         name: np.count_nonzero(np.diff(matching_labels(utterance, known).astype(np.int64)))

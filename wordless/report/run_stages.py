@@ -1,4 +1,5 @@
-"""The stages of a run that its page is made of: which of them are complete, and which were left out and why."""
+"""The stages of a run that its page is made of: which of them are complete, and which were left out and
+why."""
 
 import json
 from collections.abc import Mapping
@@ -41,9 +42,8 @@ class Stage(NamedTuple):
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def lines(self, name: str) -> list[Any]:
-        with open(
-            self.folder / name, encoding="utf-8"
-        ) as file:  # not splitlines(), which also breaks at U+2028
+        # not splitlines(), which also breaks at U+2028
+        with open(self.folder / name, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def phone_counts(self) -> PhoneCounts:
@@ -56,7 +56,8 @@ Stages = dict[str, dict[str, Stage]]
 
 
 class LeftOut(NamedTuple):
-    """A stage that the page has nothing of: its name, the key of the report that asked for it ("" for none), and the reason."""
+    """A stage that the page has nothing of: its name, the key of the report that asked for it ("" for none),
+    and the reason."""
 
     stage: str
     use: str
@@ -64,8 +65,9 @@ class LeftOut(NamedTuple):
 
 
 def find_stages(groups: Mapping[str, Any], reasons: Mapping[str, str]) -> tuple[Stages, list[LeftOut]]:
-    """The complete stages by group and name, and those left out: with their reason of `reasons`, by a stage's folder name, where it has
-    one. `groups` are folders, or tables of them, under the keys of `KINDS`. Another kind of artefact: ValueError."""
+    """The complete stages by group and name, and those left out: with their reason of `reasons`, by a stage's
+    folder name, where it has one. `groups` are folders, or tables of them, under the keys of `KINDS`. Another
+    kind of artefact: ValueError."""
     stages: Stages = {}
     left_out: list[LeftOut] = []
     for group, kind in KINDS.items():
@@ -101,7 +103,8 @@ def require_scores(stage: Stage, group: str) -> None:
     known = stage.read()
     if (mine := "suites" if "accuracy" in known else "lm_scores") != group:
         raise ValueError(
-            f"{stage.folder}: holds the scores of a {'suite' if mine == 'suites' else 'split'}; give it under `{mine}`, not `{group}`"
+            f"{stage.folder}: holds the scores of a {'suite' if mine == 'suites' else 'split'}; give it "
+            f"under `{mine}`, not `{group}`"
         )
     if group == "lm_scores" and "trigram_bits_per_unit" not in known:
         raise ValueError(f"{stage.folder}: scored by an older wordless; remove it and score again")
@@ -112,6 +115,7 @@ def open_labels(folder: Path, manifest: Manifest) -> Labels:
     labels = Labels(folder)
     if (theirs := labels.meta["parents"].get("manifest")) != manifest.fingerprint:
         raise ValueError(
-            f"{folder}: labels of manifest {theirs}, but {manifest.folder} is {manifest.fingerprint}; encode this one"
+            f"{folder}: labels of manifest {theirs}, but {manifest.folder} is {manifest.fingerprint}; "
+            "encode this one"
         )
     return labels

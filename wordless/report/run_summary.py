@@ -14,7 +14,8 @@ from wordless.report.run_stages import LeftOut, Stage, Stages
 def summarise(
     manifest: Manifest, stages: Stages, records: Mapping[str, Mapping[str, Any]], left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
-    """What `summary.json` holds: audio, stages, pretrain, layers, units, lm, suites, sounds, ctc, transfer and left_out."""
+    """What `summary.json` holds: audio, stages, pretrain, layers, units, lm, suites, sounds, ctc, transfer
+    and left_out."""
     ran = {
         name: record for name, record in records.items() if "seconds" in record and record["verb"] != "report"
     }
@@ -50,8 +51,8 @@ def summarise(
 
 
 def count_audio(manifest: Manifest) -> dict[str, Any]:
-    """Hours, utterances and speakers, in all and by split; `held_out` are the splits that share no speaker with `train`, and `with_…` the
-    numbers of utterances that have a speaker, a transcript, or phone times."""
+    """Hours, utterances and speakers, in all and by split; `held_out` are the splits that share no speaker
+    with `train`, and `with_…` the numbers of utterances that have a speaker, a transcript, or phone times."""
 
     def speakers(rows: Manifest) -> set[str | None]:
         return set(rows.column("speaker").to_pylist())

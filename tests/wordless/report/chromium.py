@@ -1,6 +1,8 @@
-"""A headless Chromium for tests of the page, driven by the DevTools protocol over two pipes, so that no package is needed for it.
+"""A headless Chromium for tests of the page, driven by the DevTools protocol over two pipes, so that no
+package is needed for it.
 
-Messages are JSON, each ended by a zero byte: commands go to the browser's descriptor 3 and answers and events come from its 4.
+Messages are JSON, each ended by a zero byte: commands go to the browser's descriptor 3 and answers and events
+come from its 4.
 """
 
 import base64
@@ -35,7 +37,8 @@ def find_chromium() -> str | None:
 
 
 class Chromium:
-    """One browser with one tab, and a profile in `profile`, an empty folder. `errors` are what the page's console got as errors."""
+    """One browser with one tab, and a profile in `profile`, an empty folder. `errors` are what the page's
+    console got as errors."""
 
     def __init__(self, profile: Path):
         program = find_chromium()
@@ -90,7 +93,8 @@ class Chromium:
                 return result
 
     def open(self, page: Path, width: int, dark: bool = False) -> None:
-        """Load a page in a window `width` CSS pixels wide. Narrow ones are emulated: Chromium's own windows are 500 wide at least."""
+        """Load a page in a window `width` CSS pixels wide. Narrow ones are emulated: Chromium's own windows
+        are 500 wide at least."""
         self.errors.clear()
         self._events.clear()
         self.send(

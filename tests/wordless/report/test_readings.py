@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wordless.report.captions import of_layers, of_matrix, of_rates, of_training
 from wordless.report.figures import PhoneCounts
 from wordless.report.readings import (
     cautions,
@@ -12,12 +13,8 @@ from wordless.report.readings import (
     glance,
     in_words,
     missing,
-    of_layers,
-    of_matrix,
-    of_rates,
     of_recognisers,
     of_sounds,
-    of_training,
     of_units,
     spoken_time,
 )
@@ -101,7 +98,8 @@ def test_units_worse_than_mfcc_at_abx_are_called_so() -> None:
     across, used = of_units(units)
     assert (
         across
-        == "Across speakers, the units of second are worse than MFCC’s at keeping phones apart: ABX error 20.0% against 12.0%."
+        == "Across speakers, the units of second are worse than MFCC’s at keeping phones apart: ABX error "
+        "20.0% against 12.0%."
     )
     assert used == "Only 30% of the classes of second occur."
     assert of_units({}) == []
@@ -125,9 +123,8 @@ def test_the_matrix_is_read_for_clear_units_and_for_phones_without_one() -> None
     joint = np.array([[90, 0, 0, 0], [0, 60, 30, 0], [10, 40, 20, 0], [0, 0, 50, 0]])
     words = " ".join(of_matrix(PhoneCounts(["sil", "a", "b", "s"], joint, ["sil"])))
     assert "Of the 3 units that occur, 2 have one phone in more than half of their frames." in words
-    assert (
-        "The clearest is unit 1, which is a in 60% of its frames." in words
-    )  # silence is no phone to be proud of
+    # silence is no phone to be proud of
+    assert "The clearest is unit 1, which is a in 60% of its frames." in words
     assert "No unit is chiefly b." in words
 
 
@@ -139,7 +136,8 @@ def test_short_splits_and_voices_that_may_be_shared_are_warned_of() -> None:
     (unknown,) = cautions(counted(with_speaker=0, speakers=0, held_out=[]))
     assert (
         unknown
-        == "The manifest names no speakers, so the voices of the test recordings may have been heard in training."
+        == "The manifest names no speakers, so the voices of the test recordings may have been heard in "
+        "training."
     )
     shared, some = cautions(counted(with_speaker=20, held_out=["dev"]))
     assert shared.startswith("Some voices of test may have been heard in training") and some.startswith(

@@ -44,7 +44,8 @@ def test_only_what_chance_would_not_bring_is_called_better_or_worse(
         }
     (words,) = recognisers_in_words(ctc, 0.005)
     assert words.startswith(
-        f"Pretraining {verdict} the recogniser: {pretrained:.1%} of words wrong, {scratch:.1%} from random weights"
+        f"Pretraining {verdict} the recogniser: {pretrained:.1%} of words wrong, {scratch:.1%} from random "
+        "weights"
     )
     assert ("(95% interval of the difference −60.0 to −40.0 points, p " in words) is (p is not None)
     assert recognisers_in_words({"wer_pretrained": 0.5}, 0.005) == []

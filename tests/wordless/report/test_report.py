@@ -59,7 +59,8 @@ def write_speech(run: Path, text: str | None, phones: bool) -> Manifest:
 
 
 def write_units(run: Path, manifest: Manifest, name: str, source: dict[str, Any], quality: float) -> None:
-    """A codebook, labels that follow the phones in `quality` of the frames, and their measurement on the test split."""
+    """A codebook, labels that follow the phones in `quality` of the frames, and their measurement on the test
+    split."""
     rng = np.random.default_rng(1)
     centroids = rng.standard_normal((1, NUM_CLASSES, 4))
     fit = {"sweep": {"0": 0.2, "1": 0.3}, "chosen_by": "highest PNMI on 'dev'"} if "layer" in source else {}
@@ -149,7 +150,8 @@ def write_language_model(run: Path) -> None:
 
 
 def write_sounds(run: Path) -> None:
-    """A synthesizer's training, an utterance and a continuation as `synthesize` writes them, and a suite's scores."""
+    """A synthesizer's training, an utterance and a continuation as `synthesize` writes them, and a suite's
+    scores."""
     write_training(run / "synthesizer", "synthesizer", "loss", {})
     (run / "sounds").mkdir()
     lines = []
@@ -186,7 +188,8 @@ def write_sounds(run: Path) -> None:
 
 
 def write_recogniser(run: Path, manifest: Manifest, name: str, wer: float, hypothesis: str) -> None:
-    """A recogniser and its transcripts of the test split; its rates are `wer` and half of that, all else is of the transcripts."""
+    """A recogniser and its transcripts of the test split; its rates are `wer` and half of that, all else is
+    of the transcripts."""
     write_training(run / f"ctc_{name}", "recognizer", "cer", {"budget": "5min"}, label_minutes=5.0)
     rows = manifest.select("test")
     texts = [utterance.text for utterance in rows]
@@ -298,7 +301,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> ReportConfig:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are drawn but not written as SVG, which is most of the time of a page whose figures a test does not look at."""
+    """Figures are drawn but not written as SVG, which is most of the time of a page whose figures a test does
+    not look at."""
     monkeypatch.setattr("wordless.report.figures.as_image", lambda _: "data:image/svg+xml;base64,")
 
 
@@ -361,7 +365,8 @@ def test_the_page_loads_nothing_from_elsewhere(full: ReportConfig) -> None:
     page = page_of(full)
     loads = Loads(page)
     assert not {"script", "link", "iframe", "object", "embed"} & set(loads.tags)
-    # Four panels of curves, the transfer curve, two panels of layers, the utterance, the matrix, and four sounds.
+    # Four panels of curves, the transfer curve, two panels of layers, the utterance, the matrix, and four
+    # sounds.
     assert len(loads.sources) == 13
     assert "url(" not in page
     assert "@import" not in page
@@ -392,8 +397,8 @@ def test_the_page_tells_what_the_stages_found(full: ReportConfig) -> None:
     page = page_of(full)
     assert "The units of iteration1 carry more information about the phone than units from MFCC" in page
     assert (
-        "The unit language model beats the bigram: 2.00 bits per unit against 2.20 (trigram 2.30, unigram 2.50)."
-        in page
+        "The unit language model beats the bigram: 2.00 bits per unit against 2.20 (trigram 2.30, unigram "
+        "2.50)." in page
     )
     assert "1.90 to 2.10" in page and "0.800 bits per 20 ms frame" in page
     bigram = '<td>2.200</td><td class="whole"></td><td>4.6</td><td>44.0</td>'
@@ -403,12 +408,12 @@ def test_the_page_tells_what_the_stages_found(full: ReportConfig) -> None:
     assert "For comparison: 5% for always guessing the commonest unit." in page
     assert "Continuation of test-4" in page and "(the model takes over at 0.1 s)" in page
     assert (
-        "<td>swuggy</td><td><b>70.0%</b></td><td>60.0% to 80.0%</td><td>60.0%</td><td>55.0%</td><td>50.0%</td>"
-        in page
+        "<td>swuggy</td><td><b>70.0%</b></td><td>60.0% to "
+        "80.0%</td><td>60.0%</td><td>55.0%</td><td>50.0%</td>" in page
     )
     assert (
-        "Pretraining makes no certain difference to the recogniser: 25.0% of words wrong, 75.0% from random weights (95% inter"
-        in page
+        "Pretraining makes no certain difference to the recogniser: 25.0% of words wrong, 75.0% from "
+        "random weights (95% inter" in page
     )
     assert "whose speakers were never heard in training" in page
     assert '<span class="wrong">too</span>' in page
@@ -448,9 +453,8 @@ def test_the_page_tells_how_recognisers_err(full: ReportConfig) -> None:
     assert interval == [pytest.approx(1 / 3), 1.0]  # an utterance is wrong in 1 or 3 of 3 words
     assert '<tr><td>pretraining</td><td><b>25.0%</b></td><td class="whole">33.3% to 100.0%</td>' in page
     assert "<td>2</td><td>0</td><td>3</td><td>9</td><td>0.0%</td></tr>" in page
-    assert (
-        "<tr><td>his</td><td>2</td><td>6</td><td>66.7%</td><td>" in page
-    )  # one of three words, and all three
+    # one of three words, and all three
+    assert "<tr><td>his</td><td>2</td><td>6</td><td>66.7%</td><td>" in page
     assert (
         "decoded greedily, without a language model." in page and "Worst utterances: random weights" in page
     )
@@ -471,8 +475,8 @@ def test_the_page_has_the_transfer_curve_and_its_table(full: ReportConfig) -> No
     )
     assert "(−30.0 points with 10min, −1.0 points with 1h)" in page
     assert (
-        '<tr><td>clean</td><td class="left">10min</td><td>10.2</td><td><b>50.0%</b></td><td class="whole">48.0% to 53.0%</td>'
-        in page
+        '<tr><td>clean</td><td class="left">10min</td><td>10.2</td><td><b>50.0%</b></td><td '
+        'class="whole">48.0% to 53.0%</td>' in page
     )
     assert '<td class="whole">−30.0 (−32.0 to −28.0 points)</td><td class="whole">&lt; 0.0001</td>' in page
     assert "Points are means over 2 seeds." in page
@@ -712,9 +716,8 @@ def test_a_sweep_without_alignments_has_panels_of_the_usual_size_with_labels_on_
         == page.count(">Speaker probe: lower is better</figcaption>")
         == 2
     )
-    assert (
-        page.count("<p>Without phone alignments there is nothing to compare the layers by") == 2
-    )  # each sweep has its reading
+    # each sweep has its reading
+    assert page.count("<p>Without phone alignments there is nothing to compare the layers by") == 2
     assert (
         ">Phones: higher is better</figcaption>" not in page
         and "No phone alignments: PNMI needs them." in page
@@ -742,9 +745,8 @@ def test_a_continuation_is_played_with_its_prompt_marked_beside_the_recording_th
 ) -> None:
     page = page_of(full)
     assert "the recording that begins with the prompt" in page and "the prompt, from units" not in page
-    assert (
-        'aria-label="0.1 seconds of prompt, then 0.1 seconds by the model"' in page
-    )  # a sound of a quarter of a second
+    # a sound of a quarter of a second
+    assert 'aria-label="0.1 seconds of prompt, then 0.1 seconds by the model"' in page
     assert '<span class="prompt" style="flex: 100"></span><span style="flex: 150"></span>' in page
 
 
@@ -764,9 +766,8 @@ def test_word_times_are_folded_away_and_those_of_gibberish_are_not_shown(tmp_pat
     report(config)
     page = page_of(config)
     folded = page[page.index("<summary>When each word was said") :]
-    assert (
-        "one 0.10–0.30" in folded[: folded.index("</details>")] and page.count("one 0.10–0.30") == 2
-    )  # none of random weights
+    # none of random weights
+    assert "one 0.10–0.30" in folded[: folded.index("</details>")] and page.count("one 0.10–0.30") == 2
     summary = tmp_path / "run" / "text_pretrained" / "summary.json"
     write_json(summary, {**json.loads(summary.read_text()), "wer": 0.93})
     report(config)
@@ -792,9 +793,8 @@ def test_what_was_left_out_is_named_with_the_recipes_reason_or_the_stages_own(tm
     )
     assert "<code>lm</code> (lm): train-lm failed: &lt;no&gt; units</li>" in section
     assert "<code>gone</code>: of no key</li>" in section
-    assert (
-        "<code>ctc_words</code>: the manifest has no words</li>" in section
-    )  # a stage that the recipe skipped
+    # a stage that the recipe skipped
+    assert "<code>ctc_words</code>: the manifest has no words</li>" in section
     assert "<code>samples</code> (samples): no complete output</li>" in section
     assert summary["left_out"]["lm"] == "train-lm failed: <no> units" and shown["report"].endswith(
         "report.html"
@@ -815,8 +815,8 @@ def test_a_corpus_without_speakers_is_said_to_be_one_and_short_splits_are_warned
     report(ReportConfig(out=str(tmp_path / "unnamed"), manifest=str(folder)))
     page = (tmp_path / "unnamed" / "report.html").read_text()
     assert (
-        "The manifest names no speakers, so the voices of the test recordings may have been heard in training."
-        in page
+        "The manifest names no speakers, so the voices of the test recordings may have been heard in "
+        "training." in page
     )
     assert "speaker_pattern=" in page and "never heard" not in page[: page.index("What was left out")]
     assert "The test split is only 2 seconds long." in page
@@ -830,5 +830,8 @@ def test_the_next_step_repeats_the_recipes_own_command(tmp_path: Path) -> None:
     command = ["run", "recipes/demo.toml", "--skip", "speech", "manifest.source=my talks"]
     write_json(tmp_path / "run" / "recipe.json", {"command": command})
     report(config)
-    again = "wordless run recipes/demo.toml --skip speech &#39;manifest.source=my talks&#39; hubert1.training.max_steps=2000 --redo"
+    again = (
+        "wordless run recipes/demo.toml --skip speech &#39;manifest.source=my talks&#39; "
+        "hubert1.training.max_steps=2000 --redo"
+    )
     assert again in page_of(config)

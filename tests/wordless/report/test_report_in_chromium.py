@@ -1,4 +1,5 @@
-"""The page in a real browser, at the widths of a desk and of a phone: nothing overflows, everything decodes, the console is silent."""
+"""The page in a real browser, at the widths of a desk and of a phone: nothing overflows, everything decodes,
+the console is silent."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ pytestmark = [
 ]
 
 WIDTHS = (1400, 400)
-# Every sound's own bytes, decoded by the browser: its seconds, or the error. No request is made, which the page forbids.
+# Every sound's own bytes, decoded by the browser: its seconds, or the error. No request is made, which the
+# page forbids.
 DECODE = """Promise.all([...document.querySelectorAll("audio")].map(async (player) => {
     const bytes = Uint8Array.from(atob(player.src.split(",")[1]), (letter) => letter.charCodeAt(0));
     try { return (await new OfflineAudioContext(1, 1, 16000).decodeAudioData(bytes.buffer)).duration; }
@@ -36,7 +38,10 @@ WIDER = """[...document.querySelectorAll("body *")].filter((it) => !it.closest("
     const box = it.getBoundingClientRect();
     return box.right > document.documentElement.clientWidth + 1 || box.left < -1;
 }).map((it) => it.outerHTML.slice(0, 80))"""
-UNDRAWN = "[...document.images].filter((it) => !it.complete || !it.naturalWidth || it.getBoundingClientRect().width < 200).length"
+UNDRAWN = (
+    "[...document.images].filter((it) => !it.complete || !it.naturalWidth || "
+    "it.getBoundingClientRect().width < 200).length"
+)
 BRIGHTNESS = (
     "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).reduce((a, b) => a + b) / 3"
 )
@@ -122,7 +127,8 @@ def test_the_browser_would_notice_an_error_and_a_page_too_wide(browser: Chromium
     page = tmp_path / "bad.html"
     wide = "<div style='width: 900px'>wide</div><img src='nowhere.png'>"
     page.write_text(
-        f"<!DOCTYPE html><meta name=viewport content='width=device-width'>{wide}<script>console.error('no'); throw 1</script>"
+        "<!DOCTYPE html><meta name=viewport "
+        f"content='width=device-width'>{wide}<script>console.error('no'); throw 1</script>"
     )
     browser.open(page, 400)
     assert (
