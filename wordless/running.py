@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import apply_overrides, flatten, parse_config, read_toml, without_none
+from pretrain.config import apply_overrides, parse_config, read_toml, without_none
 from pretrain.progress import say
 from pretrain.store.artefact import require_absent
 from pretrain.store.destination import require_writable
@@ -22,6 +22,7 @@ from slurm.submission import Place, freeze, submitting
 from wordless.finished import is_current
 from wordless.job_resources import parse_resources
 from wordless.recipe import as_toml, with_paths
+from wordless.value_lines import value_lines
 from wordless.verbs import VERBS, canonical, load, require_fitting
 
 
@@ -133,5 +134,5 @@ def print_summary(verb: str | None, summary: dict[str, Any], as_json: bool) -> N
     elif verb is not None and writer is not None:
         print(load(f"{VERBS[verb].module}:{writer}")(summary))
     else:
-        for key, value in flatten({key: value for key, value in summary.items() if key != "notes"}).items():
-            print(f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}")
+        for line in value_lines({key: value for key, value in summary.items() if key != "notes"}):
+            print(line)

@@ -102,7 +102,7 @@ def of_curve(validation: Sequence[tuple[float, float]], training: Sequence[float
 
 
 def of_matrix(counts: PhoneCounts) -> list[str]:
-    """How clearly the units stand for phones, and which phones have no unit."""
+    """How clearly the units match phones, and which phones have no unit."""
     joint = counts.joint[:, counts.joint.sum(axis=0) > 0]
     units = np.flatnonzero(counts.joint.sum(axis=0))
     given = joint / joint.sum(axis=0)

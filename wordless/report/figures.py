@@ -59,7 +59,7 @@ class PhoneCounts(NamedTuple):
 
 def draw_curves(runs: dict[str, dict[str, list[dict[str, float]]]], lm: dict[str, Any]) -> dict[str, str]:
     """By group an image of the training and validation losses of `runs` {group: {name: metrics by step}}; the
-    unit language model's are in bits, over its floors."""
+    unit language model's are in bits, beside its n-gram baselines."""
     images = {}
     for group, (metric, unit) in CURVES.items():
         if not runs.get(group):
@@ -85,13 +85,13 @@ def draw_curves(runs: dict[str, dict[str, list[dict[str, float]]]], lm: dict[str
                     label=f"{about}validation",
                 )
         if group == "lm" and "bits_per_unit" in lm:
-            for floor, dashes in (("unigram", ":"), ("bigram", "--"), ("trigram", "-.")):
+            for baseline, dashes in (("unigram", ":"), ("bigram", "--"), ("trigram", "-.")):
                 axes.axhline(
-                    lm[f"{floor}_bits_per_unit"],
+                    lm[f"{baseline}_bits_per_unit"],
                     color="#555",
                     linewidth=1,
                     linestyle=dashes,
-                    label=f"{floor}, scored",
+                    label=f"{baseline}, scored",
                 )
             axes.plot(
                 lines[-1]["step"],
@@ -130,8 +130,8 @@ def draw_utterance(utterance: Utterance, labels: dict[str, Labels], counts: dict
     """A row of units for each labels, the log-mel spectrogram, and the phones where they are known; seconds
     along x.
 
-    A unit has the colour of the phone it mostly stands for in the `counts` of its labels' name, or one of its
-    own.
+    A unit has the colour of the phone that it mostly occurs with in the `counts` of its labels' name, or one
+    of its own.
     """
     shown = min(utterance.length / SAMPLE_RATE, SHOWN_SECONDS)
     wave = torch.from_numpy(load_audio(utterance)[: int(shown * SAMPLE_RATE)])
@@ -156,7 +156,7 @@ def draw_utterance(utterance: Utterance, labels: dict[str, Labels], counts: dict
     for axes, (name, known) in zip(panels, labels.items(), strict=False):
         frames = matching_labels(utterance, known).astype(np.int64)
         changes = np.flatnonzero(np.diff(frames, prepend=-1, append=-1))
-        # Frame t stands for the 20 ms in the middle of its 25 ms window.
+        # Frame t covers the 20 ms in the middle of its 25 ms window.
         times = np.minimum((changes * HOP + (MIN_SAMPLES - HOP) / 2) / SAMPLE_RATE, shown).tolist()
         segments = list(zip(times, times[1:], frames[changes[:-1]].tolist(), strict=False))
         colours = {unit: hue(unit) for unit in range(known.num_classes)}

@@ -40,17 +40,21 @@ def in_words(summary: Mapping[str, Any]) -> list[str]:
     words += compare_units(units)
     if "bits_per_unit" in lm:
         bits = lm["bits_per_unit"]
-        floors = {name: lm[f"{name}_bits_per_unit"] for name in ("trigram", "bigram", "unigram")}
-        best = min(floors, key=floors.__getitem__)
+        baselines = {name: lm[f"{name}_bits_per_unit"] for name in ("trigram", "bigram", "unigram")}
+        best = min(baselines, key=baselines.__getitem__)
         low, high = lm.get("bits_below_bigram_ci95", (0.0, 0.0))
-        by_chance = best == "bigram" and low < 0 < high  # the one floor whose difference has an interval
+        by_chance = best == "bigram" and low < 0 < high  # only the bigram has an interval of its difference
         verdict = compare(
-            bits, floors[best], f"beats the {best}", f"is no better than a {best}", f"is worse than a {best}"
+            bits,
+            baselines[best],
+            f"beats the {best}",
+            f"is no better than a {best}",
+            f"is worse than a {best}",
         )
         verdict = "is not certainly better than a bigram" if by_chance else verdict
-        others = ", ".join(f"{name} {value:.2f}" for name, value in floors.items() if name != best)
+        others = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items() if name != best)
         words.append(
-            f"The unit language model {verdict}: {bits:.2f} bits per unit against {floors[best]:.2f} "
+            f"The unit language model {verdict}: {bits:.2f} bits per unit against {baselines[best]:.2f} "
             f"({others})."
         )
     words += of_sounds(summary["sounds"])

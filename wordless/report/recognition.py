@@ -1,34 +1,25 @@
-"""What the report tells of recognisers: their error rates, which is better, speakers and utterances that go
-wrong, the transfer curve.
+"""Recognisers in the report: error rates, which one is better, the worst speakers and utterances, the curve
+of label efficiency.
 
-It reads what `finetune`, `transcribe` and `transfer` wrote. The one thing computed is the paired comparison
-of two sets of transcripts (`pretrain.ctc.comparison`), for which no stage is needed.
+It reads the outputs of `finetune`, `transcribe` and `label-efficiency`, and computes only the paired
+comparison of two sets of transcripts (`pretrain.ctc.comparison`).
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jiwer
 import numpy as np
 import pyarrow.parquet as pq
 
 from pretrain.ctc.comparison import compare_tables, read_transcripts
+from wordless.report.run_stages import Stage
 
 PRETRAINED, SCRATCH = "pretrained", "scratch"  # names whose comparison is put into words
 RATES = ("wer", "cer")
 SHOWN_EXAMPLES, SHOWN_WORST, SHOWN_SPEAKERS = 8, 4, 12
 SIGNIFICANT = 0.05
-
-
-class Stage(Protocol):
-    """A complete artefact: `wordless.report.report.Stage`."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def meta(self) -> dict[str, Any]: ...
-    def read(self, name: str = "summary.json") -> Any: ...
 
 
 def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, Stage]) -> dict[str, Any]:
@@ -42,20 +33,13 @@ def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, S
         kept = {
             key: value for key, value in scores.items() if key not in ("worst", "by_speaker", "confusions")
         }
-        decoding = stage.meta["config"].get("decoding")
+        config = stage.meta["config"]
+        decoding = config.get("decoding")
         if "tuning" in scores:  # the weights that were found, in place of the config's
-            decoding = {
-                **decoding,
-                "lm_weight": scores["lm_weight"],
-                "word_score": scores["word_score"],
-                "tuned": True,
-            }
-        split = stage.meta["config"]["split"]
-        ctc.setdefault("transcripts", {})[name] = {
-            **kept,
-            "split": split,
-            "decoding": decoding_in_words(decoding),
-        }
+            found = {key: scores[key] for key in ("lm_weight", "word_score")}
+            decoding = {**decoding, **found, "tuned": True}
+        more = {"split": config["split"], "decoding": decoding_in_words(decoding)}
+        ctc.setdefault("transcripts", {})[name] = {**kept, **more}
     for name, stage in runs.items():
         # the latter of runs of older versions
         minutes = stage.meta.get("label_minutes", stage.meta["config"].get("label_minutes"))
@@ -64,11 +48,10 @@ def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, S
     scored = [name for name in transcripts if f"wer_{name}" in ctc]
     if len(scored) > 1:
         baseline = SCRATCH if SCRATCH in scored else scored[-1]
-        found = {
-            name: compared(transcripts[name], transcripts[baseline]) for name in scored if name != baseline
-        }
         ctc["comparisons"] = {
-            name: {"baseline": baseline, **comparison} for name, comparison in found.items()
+            name: {"baseline": baseline, **compared(transcripts[name], transcripts[baseline])}
+            for name in scored
+            if name != baseline
         }
     return ctc
 

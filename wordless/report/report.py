@@ -1,10 +1,9 @@
-"""The verb `report`: one self-contained page of a run, `report.html`, and its numbers, `summary.json`, in the
-run's folder.
+"""The verb `report`: one self-contained page of a run, `report.html`, and its numbers, `summary.json`.
 
-It reads what other stages wrote and computes nothing anew but the comparison of recognisers
+It reads the outputs of other stages and computes only the comparison of recognisers
 (wordless/report/recognition.py). A stage whose folder is not complete is left out, and the page gives the
-reason. Both files may be written again at any time: each is replaced in one piece, and nothing else in the
-folder is touched.
+reason. Both files are in the run's folder and may be written again at any time: each is replaced in one
+piece.
 """
 
 import json
@@ -18,12 +17,11 @@ import matplotlib
 import numpy as np
 from pydantic import Field
 
-from pretrain.config import Config, PathStr, Split, flatten
+from pretrain.config import Config, PathStr, Split
+from pretrain.data.audio import SAMPLE_RATE
 from pretrain.data.labels import Labels
-from pretrain.data.manifest import Manifest
-from pretrain.data.utterance import SAMPLE_RATE, Utterance
-from pretrain.store.artefact import git_commit, library_versions
-from pretrain.store.disk import atomic_path, write_json
+from pretrain.data.manifest import Manifest, Utterance
+from pretrain.store.artefact import atomic_path, git_commit, library_versions, write_json
 from quantize.quality import matching_labels, measures_text, table_groups
 from wordless.report import captions, readings, recognition
 from wordless.report.figures import (
@@ -39,6 +37,7 @@ from wordless.report.players import listening_groups
 from wordless.report.run_stages import KINDS, Stages, find_stages, open_labels
 from wordless.report.run_summary import headline, summarise
 from wordless.stage_records import read_records, reasons
+from wordless.value_lines import value_lines
 
 FEW_EXAMPLES = 3  # transcripts that the page shows where even the best recogniser has most words wrong
 
@@ -211,21 +210,15 @@ def default_title(config: ReportConfig, summary: Mapping[str, Any]) -> str:
 def run_command(out: Path) -> str | None:
     """The command line that made a recipe's run; None of a folder that no recipe made."""
     record = out / "recipe.json"
-    return (
-        shlex.join(["wordless", *json.loads(record.read_text(encoding="utf-8"))["command"]])
-        if record.is_file()
-        else None
-    )
+    if not record.is_file():
+        return None
+    return shlex.join(["wordless", *json.loads(record.read_text(encoding="utf-8"))["command"]])
 
 
 def as_text(shown: dict[str, Any]) -> str:
     """The headline for a terminal: the measures of all units side by side, and a line for each other
     number."""
-    others = flatten({key: value for key, value in shown.items() if key != "units"})
-    lines = [
-        f"{key:<40} {value:.4g}" if isinstance(value, float) else f"{key:<40} {value}"
-        for key, value in others.items()
-    ]
+    lines = value_lines({key: value for key, value in shown.items() if key != "units"})
     return "\n".join([measures_text(shown["units"]), "", *lines] if shown["units"] else lines)
 
 

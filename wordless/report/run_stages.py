@@ -47,7 +47,7 @@ class Stage(NamedTuple):
             return [json.loads(line) for line in file]
 
     def phone_counts(self) -> PhoneCounts:
-        """Of a measurement."""
+        """The phones of a measurement."""
         joint = np.load(self.folder / "joint.npy", allow_pickle=False)
         return PhoneCounts(self.read("phones.json"), joint, self.meta["config"]["silence"])
 

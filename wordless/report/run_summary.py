@@ -14,38 +14,35 @@ from wordless.report.run_stages import LeftOut, Stage, Stages
 def summarise(
     manifest: Manifest, stages: Stages, records: Mapping[str, Mapping[str, Any]], left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
-    """What `summary.json` holds: audio, stages, pretrain, layers, units, lm, suites, sounds, ctc, transfer
-    and left_out."""
-    ran = {
-        name: record for name, record in records.items() if "seconds" in record and record["verb"] != "report"
+    """The contents of `summary.json`: audio, stages, pretrain, layers, units, lm, suites, sounds, ctc,
+    transfer and left_out."""
+    ran = [(name, it) for name, it in records.items() if "seconds" in it and it["verb"] != "report"]
+    ran.sort(key=lambda item: item[1]["began"])
+
+    def of_each(group: str) -> dict[str, Any]:
+        return {name: stage.read() for name, stage in stages[group].items()}
+
+    def of_one(group: str) -> dict[str, Any]:
+        return {key: value for found in of_each(group).values() for key, value in found.items()}
+
+    splits = {
+        group: {name: {"split": stage.meta["config"]["split"]} for name, stage in stages[group].items()}
+        for group in ("layers", "units")
     }
-    ran = dict(sorted(ran.items(), key=lambda item: item[1]["began"]))
-    lm = {key: value for stage in stages["lm_scores"].values() for key, value in stage.read().items()}
-    sounds = {key: value for stage in stages["sounds"].values() for key, value in stage.read().items()}
     return {
         "audio": count_audio(manifest),
-        "stages": {
-            name: {"verb": record["verb"], "seconds": record["seconds"]} for name, record in ran.items()
-        },
-        "pretrain": {name: stage.read() for name, stage in stages["pretrain"].items()},
-        "layers": {
-            name: {**stage.read(), "split": stage.meta["config"]["split"]}
-            for name, stage in stages["layers"].items()
-        },
+        "stages": {name: {"verb": it["verb"], "seconds": it["seconds"]} for name, it in ran},
+        "pretrain": of_each("pretrain"),
+        "layers": {name: found | splits["layers"][name] for name, found in of_each("layers").items()},
         "units": {
-            name: {**stage.read(), "split": stage.meta["config"]["split"], **origin(stage)}
-            for name, stage in stages["units"].items()
+            name: found | splits["units"][name] | origin(stages["units"][name])
+            for name, found in of_each("units").items()
         },
-        "lm": lm | ({"training": stages["lm"]["lm"].read()} if stages["lm"] else {}),
-        "suites": {name: stage.read() for name, stage in stages["suites"].items()},
-        "sounds": sounds,
+        "lm": of_one("lm_scores") | ({"training": stages["lm"]["lm"].read()} if stages["lm"] else {}),
+        "suites": of_each("suites"),
+        "sounds": of_one("sounds"),
         "ctc": recognition.summarise_recognisers(stages["ctc"], stages["transcripts"]),
-        "transfer": {
-            key: value
-            for stage in stages["transfer"].values()
-            for key, value in stage.read().items()
-            if key != "cells"
-        },
+        "transfer": {key: value for key, value in of_one("transfer").items() if key != "cells"},
         "left_out": {known.stage: known.reason for known in left_out},
     }
 
