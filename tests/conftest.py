@@ -1,4 +1,5 @@
-"""Small tensors gain nothing from threads and lose much where cores are shared; first calls may be slow on a busy machine."""
+"""Small tensors gain nothing from threads and lose much where cores are shared; first calls may be slow on a
+busy machine."""
 
 import os
 
@@ -11,13 +12,15 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-# Every run draws the same examples, so that what fails in CI fails here; `--hypothesis-profile=search` draws others.
+# Every run draws the same examples, so that what fails in CI fails here; `--hypothesis-profile=search` draws
+# others.
 settings.register_profile("wordless", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("wordless")
 
-# The files that take longest, by measurement: workers begin with them, so that none is left with one of them while the others have
-# nothing to do. A file that is not here, or no longer there, costs some seconds and nothing else.
+# The files that take longest, by measurement: workers begin with them, so that none is left with one of them
+# while the others have nothing to do. A file that is not here, or no longer there, costs some seconds and
+# nothing else.
 LONG_FILES = [
     "tests/test_pipeline.py",
     "tests/wordless/report/test_report.py",

@@ -1,8 +1,9 @@
 """A plugin of pytest's by which `.ci/run` runs every test once, though it has two passes.
 
-`-p tests.passes --passed-to=FILE` writes down what passes, `-p tests.passes --not-in=FILE` leaves that out: what is left are the slow
-tests, those that were skipped, and whatever else the first pass did not run. The `=` matters: pytest takes a path on its own for one
-to collect, before it knows these options, and the folder that it shares with the tests for its root.
+`-p tests.passes --passed-to=FILE` writes down what passes, `-p tests.passes --not-in=FILE` leaves that out:
+what is left are the slow tests, those that were skipped, and whatever else the first pass did not run. The
+`=` matters: pytest takes a path on its own for one to collect, before it knows these options, and the folder
+that it shares with the tests for its root.
 """
 
 from pathlib import Path
@@ -23,9 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--passed-to")
-    if path is not None and not hasattr(
-        config, "workerinput"
-    ):  # xdist's workers report to the process that started them
+    # xdist's workers report to the process that started them
+    if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Passed(path))
 
 

@@ -1,7 +1,7 @@
 """The import rules and the house rules of the product, read from its source.
 
-Every import counts: at the top, in functions, under TYPE_CHECKING, and `import_module` of a constant. Strings in
-tables ("module:function") do not: they are how a plug-in is reached without an import.
+Every import counts: at the top, in functions, under TYPE_CHECKING, and `import_module` of a constant. Strings
+in tables ("module:function") do not: they are how a plug-in is reached without an import.
 """
 
 import ast
@@ -39,8 +39,8 @@ PATHS = {
 }
 every_module = pytest.mark.parametrize("module", PATHS)
 
-# Other libraries' formats are pickles. Some modules write them; those that read them do so by `weights_only`: others'
-# models, and the checkpoints from which fairseq2's trainer continues.
+# Other libraries' formats are pickles. Some modules write them; those that read them do so by `weights_only`:
+# others' models, and the checkpoints from which fairseq2's trainer continues.
 READ_PICKLES = {"pretrain.weights.foreign", "pretrain.fairseq2.checkpoints"}
 WRITE_PICKLES = READ_PICKLES | {"pretrain.weights.fairseq", "pretrain.weights.torchaudio"}
 
@@ -78,7 +78,8 @@ def imported_modules(module: str) -> frozenset[str]:
 
 
 def circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one module, or a module that imports itself (Tarjan 1972)."""
+    """Strongly connected components of more than one module, or a module that imports itself (Tarjan
+    1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
