@@ -5,13 +5,12 @@ The README promises `make test` on a bare machine, and a machine of CI is kept, 
 before. So programs are hidden from the PATH and libraries from the loader, for this command and what it
 starts; nothing on the machine changes.
 
-- A folder of the PATH that holds a program of `HIDDEN` is replaced by a folder of links to everything else in it. Folders without one
-  stay as they are: a virtual environment's Python finds its packages by its own path.
+- A folder of the PATH that holds a program of `HIDDEN` is replaced by a folder of links to everything else in
+  it. Folders without one stay as they are: a virtual environment's Python finds its packages by its own path.
 - The loader looks through LD_LIBRARY_PATH first and takes an empty file of the library's name there for a
-broken library, so that
-  loading it by its name is the OSError that it is where there is none. Only `ctypes.util.find_library`, which
-  asks ldconfig, still finds the name. A mount namespace would need root, or a kernel that gives namespaces
-  away; this works for anybody.
+  broken library, so loading it by its name raises OSError, as if it were missing. Only
+  `ctypes.util.find_library`, which asks ldconfig, still finds the name. A mount namespace would need root, or
+  a kernel that gives namespaces away; this works for every user.
 
 What is given by its full path is not hidden: the libraries in the wheels of soundfile and espeakng-loader are
 loaded so, and are to be. The command runs with WORDLESS_BARE=1, by which a test in tests/test_ci.py knows

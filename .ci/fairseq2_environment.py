@@ -129,8 +129,8 @@ def install(root: Path, folder: Path) -> None:
     )
     if done.returncode:
         raise SystemExit(
-            f"{NAME}: pip could not install fairseq2 and its requirements (its complaint is above); the tests with fairseq2 need a "
-            "package index or an environment built before. Nothing was kept"
+            f"{NAME}: pip could not install fairseq2 and its requirements (its message is above); "
+            "the tests with fairseq2 need a package index or an environment built before. Nothing was kept"
         )
     shutil.rmtree(temporary)
     shutil.rmtree(folder / "bin")

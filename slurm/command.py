@@ -113,8 +113,7 @@ class Attempt:
         self.delayed = DelayedSubmission.load(self.paths.submitted_pickle)
         self.over = False  # the command has ended, and a signal finds nothing to stop
         self.noted = 0  # the signal that the first task is to decide on
-        # set once a signal has decided how this task ends, whatever the command does
-        self.exit_code: int | None = None
+        self.exit_code: int | None = None  # set once a signal has decided how this task ends
         self.progress_before = read_json(self.progress_path)
         before = read_status(self.path)
         self.status = TaskStatus(
@@ -133,7 +132,7 @@ class Attempt:
         remove_leftovers(self.environment)
         export_rendezvous(self.environment)
         os.environ.pop("WORDLESS_PROGRESS", None)
-        # a later one may find its work done: killed after the last file
+        # A later attempt may find its work done, if this one is killed after the last file.
         os.environ["WORDLESS_ATTEMPT"] = str(self.status.attempt)
         if self.rank == 0:
             os.environ["WORDLESS_PROGRESS"] = str(self.progress_path)
@@ -151,29 +150,28 @@ class Attempt:
             signal.signal(number, self.on_signal)
             # At the very end Python would put back the default, and a late signal (SLURM delivers one to a
             # node that was away when a partner failed) would turn a finished task into a killed one. What
-            # does not end by itself is killed all the same.
+            # does not end by itself is killed anyway.
             atexit.register(signal.signal, number, signal.SIG_IGN)
-        # which submitit's would warn of at the end of every job
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler warns at the end of every job
 
     def say(self, **changes: Any) -> None:
         """Write the status file. A full disk must not end the work."""
         self.status = replace(self.status, **changes)
+        written = {key: value for key, value in vars(self.status).items() if key != "heartbeat"}
         try:
-            write_json(
-                self.path, {key: value for key, value in vars(self.status).items() if key != "heartbeat"}
-            )
+            write_json(self.path, written)
         except OSError as error:
             print(f"{self.path}: cannot be written ({error.strerror}); the work goes on", file=sys.stderr)
 
     def end(self, status: int, error: BaseException | None) -> int:
-        """Say how the command ended, and end the task so: return 0, or raise."""
+        """Record how the command ended, and end the task accordingly: return 0, or raise."""
         self.over = True
         if self.exit_code is not None:  # its reason is in the status file
             if self.status.state == "failed":
                 raise CommandFailed(self.status.reason)
             sys.exit(self.exit_code)
-        # saved, and the first task sees to the rest: srun must not kill it for our status
+        # The work is saved, and the first task requeues the job; a failure here would make srun kill that
+        # task.
         if self.noted and status == 128 + self.noted:
             self.say(
                 state="stopped", status=status, ended=time.time(), reason=signal.Signals(self.noted).name
@@ -314,7 +312,8 @@ def _ask_slurm(job_id: str) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for name, value in re.findall(r"(\w+)=(\S*)", shown.stdout):
-        # a value with spaces (the command, a comment) may hold what looks like a field
+        # The first one counts: a value with spaces (the command, a comment) may contain what looks like a
+        # field.
         found.setdefault(name, value)
     return found
 

@@ -29,7 +29,7 @@ class Controller(local.Controller):
         self.failure_grace_seconds = failure_grace_seconds
         self.stopping, self.ends_at = False, float("inf")
         for number in (signal.SIGTERM, signal.SIGINT):
-            # a Ctrl-C that the shell keeps from us is not meant for us
+            # If the shell ignores SIGINT for this process, so does the process.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
 

@@ -123,7 +123,7 @@ def latest_jobs(folder: Path, queue: Queue) -> dict[str, Job]:
         ]
         found += [max(submissions, key=lambda item: item[0].submitted)] if submissions else []
     jobs: dict[str, Job] = {}
-    # what a job waits for was submitted before it
+    # In order of submission: a job waits only for earlier ones.
     for submission, path in sorted(found, key=lambda item: item[0].submitted):
         jobs[path.parent.name] = judge(path, submission, jobs, queue)
     return jobs
@@ -153,7 +153,7 @@ def judge(folder: Path, submission: Submission, others: dict[str, Job], queue: Q
         there: list[tuple[Presence, str]] = [("unknown", "")] * len(tasks)  # nothing that squeue could add
     else:
         there = [queue.presence(folder, submission, job_id) for job_id in submission.elements]
-        # changes nothing, but makes an NFS client look again: a job may have ended between two looks
+        # This changes nothing, but makes an NFS client read again: a job may have ended in the meantime.
         folder.chmod(0o700)
         tasks = task_statuses(folder, submission)
     upstream = {name: other for name, other in others.items() if other.submission.job_id in submission.after}

@@ -30,8 +30,7 @@ class Stage:
     reads: tuple[str, ...]
     resources: Resources  # an `array` of more than one shares the work out by the key `part_key`
     part_key: str
-    # those of `reads` whose end it awaits, whatever it is: a report's optional stages
-    after_any: tuple[str, ...] = ()
+    after_any: tuple[str, ...] = ()  # those of `reads` that may also fail: a report's optional stages
 
     def place_in(self, jobs: dict[str, str]) -> dict[str, Any]:
         """The arguments of `launch` for a job that waits for those of `jobs` (ids by stage) that it reads."""

@@ -32,7 +32,7 @@ def export_rendezvous(environment: "JobEnvironment") -> None:
         try:
             socket.getaddrinfo(address, None)
         except OSError:
-            # a node's name need not be a host's; the first node is where the batch script calls srun
+            # A node's name need not be a host's; the batch script calls srun on the first node.
             address = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", address)
     os.environ.update(
         RANK=str(environment.global_rank),

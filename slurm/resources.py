@@ -38,10 +38,8 @@ class Resources(BaseModel):
     gpus_per_node: Annotated[int, Field(ge=0)] = 0  # 0 hides a local machine's GPUs from the job
     cpus_per_task: Positive = 2
     memory_gb: Positive | None = None  # per node
-    # per attempt: a job out of time is requeued and resumes from its last checkpoint
-    time_minutes: Positive = 60
-    # from the signal to save until the end; default: a fifth of the time, at most 90 s
-    signal_seconds: Positive | None = None
+    time_minutes: Positive = 60  # per attempt: a job out of time is requeued and resumes
+    signal_seconds: Positive | None = None  # to save before the end; default: a fifth of the time, at most 90
     array: Positive = 1  # elements that share the work of a stage whose verb has `part`
     array_parallelism: Positive = 256  # elements of an array that run at a time
     exclude: Word | None = None  # nodes that must not be used, e.g. "node[3,7]"
@@ -49,8 +47,7 @@ class Resources(BaseModel):
     gres: Word | None = None  # generic resources besides gpus_per_node, e.g. "lscratch:200"
     mail_user: Word | None = None
     mail_type: Word | None = None  # e.g. "END,FAIL"
-    # run a copy of the code as it was when the job was submitted, whatever becomes of the checkout
-    snapshot: bool = False
+    snapshot: bool = False  # run a copy of the code as it was when the job was submitted
     setup: tuple[str, ...] = ()  # shell lines before the job
 
     @model_validator(mode="after")
@@ -70,7 +67,6 @@ class Resources(BaseModel):
     def slurm_parameters(self) -> dict[str, Any]:
         """The parameters of `submitit.SlurmExecutor`, under its names; what is None there is not written to
         the sbatch file."""
-        # a cluster without GPUs refuses even a request for none
         return {
             "job_name": self.name,
             "partition": self.partition,
@@ -79,7 +75,7 @@ class Resources(BaseModel):
             "constraint": self.constraint,
             "nodes": self.nodes,
             "ntasks_per_node": self.tasks_per_node,
-            "gpus_per_node": self.gpus_per_node or None,
+            "gpus_per_node": self.gpus_per_node or None,  # a cluster without GPUs refuses a request for 0
             "cpus_per_task": self.cpus_per_task,
             "mem": None if self.memory_gb is None else f"{self.memory_gb}GB",
             "time": self.time_minutes,

@@ -54,7 +54,7 @@ def snapshot(root: Path, names: Sequence[str], folder: Path) -> Path:
 def git_state(root: Path) -> dict[str, Any] | None:
     """{"commit": full hash, "dirty": whether files differ from it or are new}; None where `root` is no
     checkout of wordless."""
-    # an installed wordless may lie within another's checkout
+    # An installed wordless may be inside the checkout of another project.
     if _git(root, "ls-files", "--error-unmatch", f"{NAMES[-1]}/__init__.py") is None:
         return None
     commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")

@@ -129,28 +129,18 @@ def _left_out(record: dict[str, Any]) -> tuple[str, str] | None:
 def _job_row(name: str, verb: str, job: Job) -> Row:
     shown, now = job.decisive, time.time()
     tasks = [element.task for element in job.elements if element.task]
-    running = [
-        element.progress for element in job.elements if element.state == "running" and element.progress
-    ]
+    running = [it.progress for it in job.elements if it.state == "running" and it.progress]
     shares = [1.0 if element.state == "done" else _share(element.progress) for element in job.elements]
-    rates = {
-        p.get("unit", ""): sum(q.get("rate") or 0.0 for q in running if q.get("unit") == p.get("unit"))
-        for p in running
-    }
-    unit = next(iter(rates), "")
-    left = [
-        max(0.0, p["seconds_left"] - (now - p["time"])) for p in running if p.get("seconds_left") is not None
-    ]
+    unit = running[0].get("unit", "") if running else ""
+    rates = [p.get("rate") or 0.0 for p in running if p.get("unit", "") == unit]
+    left = [p["seconds_left"] - (now - p["time"]) for p in running if p.get("seconds_left") is not None]
     pending = any(element.state in ("queued", "waiting", "requeued") for element in job.elements)
-    note = shown.why or (
-        " ".join(filter(None, (running[0].get("note") or running[0].get("what"),))) if running else ""
-    )
+    note = shown.why or (running and (running[0].get("note") or running[0].get("what"))) or ""
     if len(job.elements) > 1:
         counts = Counter(element.state for element in job.elements if element.state != "done")
         others = [f"{number} {state}" for state, number in counts.items()]
-        note = "; ".join(
-            filter(None, (", ".join([f"{shares.count(1.0)} of {len(shares)} done", *others]), note))
-        )
+        counted = ", ".join([f"{shares.count(1.0)} of {len(shares)} done", *others])
+        note = f"{counted}; {note}" if note else counted
     ended = None if job.alive else max((task.ended or task.heartbeat for task in tasks), default=None)
     log = job.folder / f"{shown.job_id}_{shown.rank}_log.err"
     return Row(
@@ -160,9 +150,9 @@ def _job_row(name: str, verb: str, job: Job) -> Row:
         job.submission.job_id,
         max((task.attempt for task in tasks), default=None),
         sum(shares) / len(shares) if any(shares) or (len(shares) > 1 and job.begun) else None,
-        rates.get(unit),
+        sum(rates) if running else None,
         unit,
-        max(left) if left and not pending else None,
+        max(0.0, *left) if left and not pending else None,
         (ended or now) - min(task.began for task in tasks) if tasks else None,
         note,
         job.submission.out,
@@ -175,14 +165,11 @@ def _job_row(name: str, verb: str, job: Job) -> Row:
 
 def show(run: Path, *, as_json: bool) -> tuple[str, bool]:
     """The status of a run for a terminal or as JSON, and whether no stage failed or is lost."""
-    queue = Queue()
-    rows = read_rows(run, queue)
+    rows, command = read_rows(run, Queue()), _command(run)
     sound = not any(row.state in FAULTY for row in rows)
-    command = _command(run)
     if as_json:
-        return json.dumps(
-            {"run": str(run), "sound": sound, "command": command, "stages": [asdict(row) for row in rows]}
-        ), sound
+        stages = [asdict(row) for row in rows]
+        return json.dumps({"run": str(run), "sound": sound, "command": command, "stages": stages}), sound
     head = ("stage", "verb", "state", "job", "attempt", "done", "rate", "left", "elapsed", "")
     cells = [
         (

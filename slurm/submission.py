@@ -202,6 +202,5 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._over.wait(self.seconds):
-            # a file server that does not answer for a while: the next beat may reach it
-            with suppress(OSError):
+            with suppress(OSError):  # the file server may answer the next beat
                 os.utime(self.path)

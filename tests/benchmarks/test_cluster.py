@@ -12,8 +12,10 @@ from benchmarks import cluster
 from benchmarks.measure import Measurement
 
 DESIGN_KEYS = set(
-    "name unit ours peer ratio ours_inertia peer_inertia ours_peak_gb peer_peak_gb memory_ratio limit share_of_limit assignment_tflops "
-    "iterations ours_rounds peer_rounds peer_name ratio_fastest peer_variants settings machine load_before date command".split()
+    "name unit ours peer ratio ours_inertia peer_inertia ours_peak_gb peer_peak_gb memory_ratio limit "
+    "share_of_limit assignment_tflops "
+    "iterations ours_rounds peer_rounds peer_name ratio_fastest peer_variants settings machine "
+    "load_before date command".split()
 )
 
 

@@ -770,7 +770,7 @@ def test_a_process_that_took_the_number_of_a_local_job_is_left_alone(tmp_path: P
 # What is left out
 
 
-def test_a_report_waits_for_the_success_of_needed_stages_and_for_the_end_of_optional_ones_and_gets_their_reasons(
+def test_a_report_waits_for_needed_stages_and_for_the_end_of_optional_ones_and_gets_their_reasons(
     recipe: Path, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree, run = tomllib.loads(recipe.read_text()), tmp_path / "run"

@@ -219,7 +219,7 @@ def draw_matrix(counts: PhoneCounts) -> str:
     used = np.flatnonzero(joint.sum(axis=0))
     given = joint[:, used] / joint[:, used].sum(axis=0)  # (phones, units that occur)
     likeliest = given.argmax(axis=0)
-    # phones without a unit come last
+    # Phones without a unit come last.
     rows = np.lexsort((-joint.sum(axis=1), ~np.isin(np.arange(len(phones)), likeliest)))
     columns = np.lexsort((-given.max(axis=0), np.argsort(rows)[likeliest]))
     figure = Figure(figsize=(WIDTH, min(14.0, 1.0 + 0.12 * len(phones))), layout="constrained")

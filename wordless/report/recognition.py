@@ -41,7 +41,7 @@ def summarise_recognisers(runs: Mapping[str, Stage], transcripts: Mapping[str, S
         more = {"split": config["split"], "decoding": decoding_in_words(decoding)}
         ctc.setdefault("transcripts", {})[name] = {**kept, **more}
     for name, stage in runs.items():
-        # the latter of runs of older versions
+        # Older versions have the minutes in the config.
         minutes = stage.meta.get("label_minutes", stage.meta["config"].get("label_minutes"))
         budget = stage.meta["config"].get("budget")
         ctc.setdefault("training", {})[name] = {"label_minutes": minutes, "budget": budget, **stage.read()}

@@ -42,7 +42,7 @@ class Stage(NamedTuple):
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
     def lines(self, name: str) -> list[Any]:
-        # not splitlines(), which also breaks at U+2028
+        # Not splitlines(), which also breaks at U+2028.
         with open(self.folder / name, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
