@@ -65,8 +65,8 @@ class Controller(local.Controller):
         self.tasks, self.stdouts, self.stderrs = [], [], []
 
     def run(self, max_retry: int | None = None) -> None:
-        """`max_retry` is not looked at: preemption may come any number of times, and timeouts are counted by
-        the job."""
+        """`max_retry` is ignored: a job may be preempted any number of times, and counts its timeouts
+        itself."""
         codes: Sequence[int | None] = [local.LOCAL_REQUEUE_RETURN_CODE]
         while local.LOCAL_REQUEUE_RETURN_CODE in codes and not self.stopping:
             began = time.monotonic()

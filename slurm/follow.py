@@ -1,5 +1,4 @@
-"""Follows a submitted job: copies its output as it comes, and ends with its exit status and, if it failed,
-its logs."""
+"""Follows a submitted job: copies its output as it is written, and returns its exit status."""
 
 import math
 import os
@@ -45,8 +44,7 @@ class Launched:
 
 
 def follow(launched: Launched) -> Launched:
-    """Copy the first task's output to stdout and stderr as it comes; at the end return `launched` with its
-    exit status.
+    """Copy the first task's output to stdout and stderr; returns `launched` with the job's exit status.
 
     After a failure stderr has the task that failed, the end of its stderr unless that was copied already, and
     the paths of its logs. An interrupt (Ctrl-C) or SIGTERM ends a local job, which may save first: the
@@ -55,7 +53,7 @@ def follow(launched: Launched) -> Launched:
     submission = read_submission(launched.folder)
     # submitit logs to stdout and, from warnings on, to stderr as well; stdout is for the command's own
     # output.
-    logs = [_Log(launched.stdout, sys.stdout, hidden="submitit "), _Log(launched.stderr, sys.stderr)]
+    logs = [LogCopy(launched.stdout, sys.stdout, hidden="submitit "), LogCopy(launched.stderr, sys.stderr)]
     with _sigterm_ends(launched):
         try:
             _copy_until_over(launched, submission, logs)
@@ -91,7 +89,7 @@ def _tasks(launched: Launched, submission: Submission) -> Tasks:
     return {(job_id, rank): status for job_id, ranks in elements for rank, status in enumerate(ranks)}
 
 
-def _copy_until_over(launched: Launched, submission: Submission, logs: list["_Log"]) -> None:
+def _copy_until_over(launched: Launched, submission: Submission, logs: list["LogCopy"]) -> None:
     asked_at, over, local = time.monotonic(), False, launched.place == "local"
     while not over:
         time.sleep(0.1 if local else 1.0)
@@ -108,7 +106,7 @@ def _copy_until_over(launched: Launched, submission: Submission, logs: list["_Lo
             log.copy(rest=over)
 
 
-def _interrupt(launched: Launched, logs: list["_Log"]) -> None:
+def _interrupt(launched: Launched, logs: list["LogCopy"]) -> None:
     """End a local job and wait for as long as it takes to save, unless a second interrupt comes."""
     if launched.place != "local":
         print(f"job {launched.job_id} goes on; `scancel {launched.job_id}` ends it", file=sys.stderr)
@@ -179,7 +177,7 @@ def _report_failure(launched: Launched, task: tuple[str, int], status: TaskStatu
 
 
 @dataclass
-class _Log:
+class LogCopy:
     """Copies what a task adds to its log to a stream of ours, by whole lines."""
 
     path: Path

@@ -1,10 +1,10 @@
-"""The verb `logs`: what a job's tasks wrote, its last lines, and as it comes."""
+"""The command `logs`: the last lines that a job's tasks wrote, and new ones as they are written."""
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+from slurm.follow import LogCopy
 from slurm.jobs import Job, Queue, judge, latest_jobs
 from slurm.status import tail
 
@@ -13,11 +13,10 @@ QUEUE_SECONDS = 10.0  # between questions to SLURM whether the job is still ther
 
 
 def find_logs(run: Path, stage: str | None, element: int | None, task: int | None) -> tuple[Job, list[Path]]:
-    """The last job of a stage, and the paths of stdout and stderr of one of its tasks: by default the one
-    that tells most.
+    """The last job of a stage, and the paths of stdout and stderr of one of its tasks.
 
-    `element` (from 0) is of an array, `task` the rank. ValueError, naming what there is, where there is no
-    such job or task.
+    `element` (from 0) is of an array, `task` the rank; by default the first that failed, else the first.
+    Raises ValueError if there is no such job or task.
     """
     parent = run
     if stage is None or not (run / "jobs").is_dir():
@@ -39,36 +38,27 @@ def find_logs(run: Path, stage: str | None, element: int | None, task: int | Non
 def show(
     run: Path, stage: str | None, element: int | None, task: int | None, lines: int, follow: bool
 ) -> None:
-    """Print the last `lines` of a task's stdout and stderr, each under its path; with `follow`, what comes
-    until the job ends."""
+    """Print the last `lines` of a task's stdout and stderr, each under its path; with `follow`, also what is
+    added until the job ends."""
     job, paths = find_logs(run, stage, element, task)
     for path in paths:
         print(f"==> {path} <==")
         print("\n".join(tail(path, lines) if path.is_file() else [f"(not there yet: {job.state})"]))
     if follow:
-        sys.stdout.flush()
-        for text in _added(job, paths):
-            print(text, end="", flush=True)
+        _follow(job, paths)
 
 
-def _added(job: Job, paths: list[Path]) -> Iterator[str]:
-    """Whole lines as they are added to any of the files, until the job has ended."""
-    ends = {path: path.stat().st_size if path.is_file() else 0 for path in paths}
+def _follow(job: Job, paths: list[Path]) -> None:
+    """Print whole lines as they are added to any of the files, until the job has ended."""
+    ends = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    logs = [LogCopy(path, sys.stdout, position=end) for path, end in zip(paths, ends, strict=True)]
     alive, asked = job.alive, time.monotonic()
     while True:
         if alive and time.monotonic() - asked >= QUEUE_SECONDS:
             asked = time.monotonic()
             alive = judge(job.folder, job.submission, {}, Queue()).alive
-        for path in paths:
-            if not path.is_file():
-                continue
-            with open(path, "rb") as file:
-                file.seek(ends[path])
-                new = file.read()
-            whole = len(new) if not alive else new.rfind(b"\n") + 1
-            ends[path] += whole
-            if whole:
-                yield new[:whole].decode(errors="replace")
+        for log in logs:
+            log.copy(rest=not alive)
         if not alive:
             return
         time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The code that a job runs: which state of the checkout it is, and a copy that later edits do not reach."""
+"""The code that a job runs: the state of the checkout, and a copy that later edits do not change."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The verb `status`: how the stages of a run fare, from the files that their jobs and they themselves leave.
+"""The command `status`: the state of a run's stages, from the files that they and their jobs write.
 
 RUN/recipe.json          the stages in order, and the command that runs them; of a recipe's run
 RUN/stages/NAME.json     what became of a stage when it last ran, wherever that was
@@ -48,7 +48,7 @@ class Row:
 
 def write_recipe(run: Path, command: list[str], stages: list[dict[str, Any]], given: float) -> None:
     """Write `recipe.json`: the stages in order (`name`, `verb`, `out`, `left_out`), the command line that
-    runs them, where, and when (Unix time) it was given."""
+    runs them, the folder it was given in, and when (Unix time)."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(
         run / "recipe.json", {"command": command, "folder": os.getcwd(), "given": given, "stages": stages}
@@ -56,8 +56,10 @@ def write_recipe(run: Path, command: list[str], stages: list[dict[str, Any]], gi
 
 
 def read_rows(run: Path, queue: Queue) -> list[Row]:
-    """A row per stage of the run in `run`, or of the artefact `run` that one job made. ValueError where
-    nothing is known of it."""
+    """A row per stage of the run in `run`, or of the artefact `run` that one job made.
+
+    Raises ValueError if nothing is known of it.
+    """
     parent, names = run, None
     if not (run / "recipe.json").is_file() and not (run / "jobs").is_dir():
         parent, names = run.absolute().parent, {run.absolute().name}
@@ -119,8 +121,7 @@ def _stage_row(run: Path, stage: dict[str, Any], job: Job | None, whole: Job | N
 
 
 def _left_out(record: dict[str, Any]) -> tuple[str, str] | None:
-    """State and note of a stage that a recipe skipped, or left out because it could not be made; None for any
-    other."""
+    """State and note of a stage that a recipe skipped or left out; None for any other."""
     if "left_out" in record:
         return "left out", next(iter(record["left_out"].splitlines()), "")
     return ("skipped", record["skipped"]) if "skipped" in record else None
@@ -196,7 +197,7 @@ def show(run: Path, *, as_json: bool) -> tuple[str, bool]:
 
 
 def as_table(rows: Iterable[Iterable[str]]) -> str:
-    """Columns side by side, those that are empty below their head left out."""
+    """Columns side by side, without those that are empty below their head."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     lines = (
@@ -219,8 +220,7 @@ def duration(seconds: float | None) -> str:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log, without what would move a terminal's cursor; none where there is no such
-    file."""
+    """The last lines of a log, without control characters; none if there is no such file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 400 * max(lines, 1)))
@@ -247,7 +247,7 @@ def _fault(run: Path, row: Row) -> str:
 
 
 def _command(run: Path) -> str | None:
-    """The recorded command line, to be given again; from another folder with a `cd`, for its paths may be
+    """The recorded command line; with a `cd` if it was given in another folder, since paths may be
     relative."""
     recipe = read_json(run / "recipe.json")
     if "command" not in recipe:
@@ -261,7 +261,7 @@ def _share(progress: dict[str, Any]) -> float:
 
 
 def _last_metric(out: str | None) -> str:
-    """Of a training run: its last log line, in short."""
+    """The last step and loss of a training run; empty for any other output."""
     try:
         with open(Path(out or "") / "metrics.jsonl", "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
