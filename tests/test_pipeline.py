@@ -157,7 +157,7 @@ def test_running_again_skips_every_stage(demo: Path, capsys: pytest.CaptureFixtu
     before = {path: path.stat().st_mtime_ns for path in files}
     assert run(DEMO, demo) == 0
     told = capsys.readouterr().err
-    assert told.count("stands already") == 25
+    assert told.count("finished already") == 25
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 

@@ -156,7 +156,7 @@ def test_a_second_run_of_a_recipe_ends_before_its_first_stage_and_a_stage_of_its
         assert main(["run", path]) == 2
         told = capsys.readouterr().err.splitlines()
         assert (
-            told[0].startswith("one: stands already")
+            told[0].startswith("one: finished already")
             and f"{run / 'two'}: another process" in told[1]
             and len(told) == 2
         )
@@ -175,7 +175,7 @@ def test_what_stands_needs_no_lock_in_a_recipe(
     assert main(["run", path]) == 0
     with held(run / "one"):
         assert main(["run", path]) == 0
-    assert "one: stands already" in capsys.readouterr().err
+    assert "one: finished already" in capsys.readouterr().err
 
 
 def test_redo_of_a_stage_leaves_no_lock_file(audio: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class RecipeRun:
             return {}
         if (reason := self.idle(name)) is not None:
             say(f"{name}: {reason}")
-            if not reason.startswith("stands"):
+            if reason.startswith("skipped"):
                 self._write_record(name, skipped=reason)
             return {}
         reads = self.recipe.paths(name)
@@ -202,11 +202,11 @@ class RecipeRun:
             return None
         changed, replaced = deviations(config)
         if not changed and not replaced:
-            return f"stands already ({Path(config.out)})"
+            return f"finished already ({Path(config.out)})"
         if self.redo or (self.recipe.verb(name).grows and not replaced):
             return None
         made = f"was made from {'; '.join(replaced)}"
-        reason = f"stands with other settings ({'; '.join(changed)})" if changed else made
+        reason = f"was made with other settings ({'; '.join(changed)})" if changed else made
         raise ValueError(f"{name}: {Path(config.out)} {reason}. --redo removes it and runs the stage again")
 
     def _remove(self, name: str) -> None:

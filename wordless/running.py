@@ -43,7 +43,7 @@ def run_verb(name: str, tree: dict[str, Any], source: str, on: str, dry_run: boo
     if on == "here" and not dry_run:
         # A later attempt of a job may find its work done; a user who submits is refused before.
         if int(os.environ.get("WORDLESS_ATTEMPT", "1")) > 1 and is_current(config):
-            say(f"{config.out}: stands already, by an earlier attempt of this job")
+            say(f"{config.out}: finished already, by an earlier attempt of this job")
             return
         require_writable(out)
         if "WORDLESS_ATTEMPT" not in os.environ:  # else this is that job

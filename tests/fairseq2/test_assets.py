@@ -292,7 +292,7 @@ encoder = "{NAME}"
     assert main(["check", str(recipe)]) == 0
     assert main(["run", str(recipe)]) == 0
     assert main(["run", str(recipe)]) == 0
-    assert capsys.readouterr().err.count("stands already") == 2
+    assert capsys.readouterr().err.count("finished already") == 2
     write_checkpoint(cards / "small.safetensors", seed=1)
     start_anew(monkeypatch)
     assert main(["run", str(recipe)]) == 2

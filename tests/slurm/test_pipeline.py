@@ -222,7 +222,7 @@ def test_the_parts_of_an_array_share_a_stage_and_its_jobs_take_it_to_its_end(
     capsys.readouterr()
     assert submit_recipe(recipe, "labels.num_shards=3") == 0
     told = capsys.readouterr()
-    assert f"labels: stands already ({run}/labels)" in told.err
+    assert f"labels: finished already ({run}/labels)" in told.err
     assert [line.split()[0] for line in told.out.splitlines()] == ["stage", "units", "other"]
     assert "kept, waiting" in told.out and cluster.cancelled == []
 
@@ -731,7 +731,7 @@ def test_a_job_that_is_requeued_when_its_work_is_done_ends_well(
     launched = launch(
         command, "local", Resources(), folder, wait=True, target="pipeline_target:preempted_when_done"
     )
-    assert launched.status == 0 and "stands already, by an earlier attempt" in capfd.readouterr().err
+    assert launched.status == 0 and "finished already, by an earlier attempt" in capfd.readouterr().err
     job = job_of(tmp_path, "m")
     assert job.state == "done" and job.decisive.task is not None and job.decisive.task.attempt == 2
 

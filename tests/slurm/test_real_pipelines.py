@@ -136,7 +136,7 @@ def test_the_units_are_those_of_the_recipe_run_here(demo: Demo) -> None:
 def test_the_same_command_finds_nothing_left_to_submit(demo: Demo) -> None:
     said = wordless("run", DEMO, f"run={demo.there}", *shrunk(DEMO), "slurm.cpus_per_task=1", *ON)
     assert said.status == 0
-    assert said.err.count("stands already") == 25
+    assert said.err.count("finished already") == 25
 
 
 @pytest.mark.parametrize("verb", ["index", "compare", "transfer"])

@@ -314,7 +314,7 @@ def test_a_recipe_waits_for_the_other_parts_of_a_stage(
     assert not packed.exists()
     assert main(["run", recipe, "labels.part=2/2"]) == 0 and is_complete(packed)
     assert main(["run", recipe, "labels.part=1/2"]) == 0  # a job that is started once more
-    assert "labels: stands already" in capsys.readouterr().err
+    assert "labels: finished already" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_here_ends_with_status_2(

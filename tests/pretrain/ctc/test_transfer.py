@@ -459,7 +459,7 @@ def test_a_recipe_waits_for_the_part_that_finds_all_cells_standing(
     assert wordless.cli.main(["run", str(toml), "curve.part=2/2"]) == 0
     assert (made / "shared" / "after" / "meta.json").is_file()
     assert wordless.cli.main(["run", str(toml), "curve.part=1/2"]) == 0  # a job that is started once more
-    assert "curve: stands already" in capsys.readouterr().err
+    assert "curve: finished already" in capsys.readouterr().err
 
 
 # The curve, on invented transcripts
