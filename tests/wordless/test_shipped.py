@@ -6,11 +6,15 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import wordless
+from quantize.importing import CodebookFormat
+from units.formats import FORMATS
 from wordless.cli import main
+from wordless.exporting import EXPORTS, KINDS
 from wordless.shipped import FIELDS, describe, recipes
 from wordless.verbs import VERBS, Verb
 
@@ -138,3 +142,9 @@ def test_a_wheel_works_in_another_folder(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert argv != ["check", "demo"] or str(unpacked) in done.stdout
+
+
+def test_the_formats_of_export_are_those_that_their_writers_know() -> None:
+    assert EXPORTS["corpus"] == list(FORMATS)
+    assert EXPORTS["codebook"] == list(get_args(CodebookFormat))
+    assert set(KINDS.values()) == set(EXPORTS)
