@@ -290,7 +290,8 @@ def test_a_signal_to_the_launcher_ends_its_local_job(
 from pathlib import Path
 from slurm.launch import Resources, launch
 resources = Resources(signal_seconds=1)  # after which a task that does not listen is killed
-launch([{str(tmp_path)!r}], "local", resources, Path({str(tmp_path / "jobs")!r}), wait=True, target="launch_targets:{target}")
+launch([{str(tmp_path)!r}], "local", resources, Path({str(tmp_path / "jobs")!r}), wait=True,
+       target="launch_targets:{target}")
 """
     shell = ["bash", "-c", ("trap '' INT; " if ignored else "") + 'exec "$@"', "shell"]
     launcher = subprocess.Popen(
@@ -448,10 +449,12 @@ def test_what_cannot_be_submitted_is_a_value_error(tmp_path: Path, monkeypatch: 
 FAKE_SBATCH = """#!/bin/bash
 cp "$1" "$FAKE_SLURM/sbatch.txt"
 grep -q partition=closed "$1" && { echo "sbatch: error: invalid partition" >&2; exit 1; }
-export SLURM_JOB_ID=41 SLURM_NTASKS=2 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='no-such-node[1-2]' SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
+export SLURM_JOB_ID=41 SLURM_NTASKS=2 SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='no-such-node[1-2]'
+export SLURM_LAUNCH_NODE_IPADDR=127.0.0.1
 if grep -q array= "$1"; then
     for element in 0 1; do
-        SLURM_ARRAY_JOB_ID=41 SLURM_ARRAY_TASK_ID=$element SLURM_JOB_ID=$((41 + element)) setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 &
+        export SLURM_ARRAY_JOB_ID=41 SLURM_ARRAY_TASK_ID=$element SLURM_JOB_ID=$((41 + element))
+        setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 &
     done
 elif ! grep -q partition=lost "$1"; then setsid bash "$1" >"$FAKE_SLURM/out" 2>&1 & fi
 echo Submitted batch job 41

@@ -42,7 +42,8 @@ cp "$1" "$FAKE_SLURM/$id.sh"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
 reason=Priority
 grep -q -- '--dependency' "$1" && reason=Dependency
-if [ -n "$last" ]; then for i in $(seq 0 $last); do echo "PENDING|$reason" > "$FAKE_SLURM/queue/${id}_$i"; done
+if [ -n "$last" ]; then
+    for i in $(seq 0 $last); do echo "PENDING|$reason" > "$FAKE_SLURM/queue/${id}_$i"; done
 else echo "PENDING|$reason" > "$FAKE_SLURM/queue/$id"; fi
 echo Submitted batch job $id
 """

@@ -34,7 +34,8 @@ LOAD = """Promise.all([...document.querySelectorAll("audio")].map((player) => ne
     player.load();
 })))"""
 # Elements that reach beyond the window, but for those in a container that scrolls by itself.
-WIDER = """[...document.querySelectorAll("body *")].filter((it) => !it.closest(".wide, .card")).filter((it) => {
+WIDER = """[...document.querySelectorAll("body *")]
+    .filter((it) => !it.closest(".wide, .card")).filter((it) => {
     const box = it.getBoundingClientRect();
     return box.right > document.documentElement.clientWidth + 1 || box.left < -1;
 }).map((it) => it.outerHTML.slice(0, 80))"""
