@@ -160,7 +160,7 @@ def collate_hubert(folder: Path) -> None:
 
 def hash_files(folder: Path) -> None:
     """SHA-256 as `commit` takes it."""
-    from pretrain.store.artefact import sha256_file
+    from pretrain.store.hashes import sha256_file
 
     sha256_file(folder / "bytes")
 

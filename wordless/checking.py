@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pretrain.config import parse_config, read_toml
-from pretrain.store.artefact import read_meta, require_as_written, sha256_file
+from pretrain.store.artefact import read_meta, require_as_written
+from pretrain.store.hashes import sha256_file
 from pretrain.store.schemes import plugin, split_scheme
 from wordless.job_resources import parse_resources
 from wordless.recipe import Recipe

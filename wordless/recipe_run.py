@@ -12,8 +12,9 @@ from typing import Any
 
 from pretrain.data.manifest import Manifest
 from pretrain.progress import say
-from pretrain.store.artefact import DiskFull, is_complete
+from pretrain.store.artefact import is_complete
 from pretrain.store.destination import require_writable
+from pretrain.store.disk import DiskFull
 from pretrain.store.lock import locked, taking_turns
 from slurm.jobs import require_no_job
 from slurm.status import write_recipe

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pretrain.store.artefact import is_complete, write_json
+from pretrain.store.artefact import is_complete
+from pretrain.store.disk import write_json
 
 
 def record_path(run: Path, stage: str) -> Path:

@@ -31,8 +31,8 @@ SETTINGS = {
     "peak_tflops": 2.0,
 }
 KEYS = set(
-    "name unit ours peer ratio ours_peak_gb peer_peak_gb memory_ratio limit share_of_limit gemm_tflops rounds "
-    "ours_rounds peer_rounds "
+    "name unit ours peer ratio ours_peak_gb peer_peak_gb memory_ratio limit share_of_limit "
+    "gemm_tflops rounds ours_rounds peer_rounds "
     "peer_name settings machine date corpus".split()
 )
 TINY = [

@@ -143,8 +143,8 @@ def test_lm_ends_with_one_json_line(
     pytest.importorskip("transformers")
     monkeypatch.setattr(lm_peer, "variants", lambda job, device: ["transformers-sdpa"])
     given = (
-        "--dim 32 --layers 1 --heads 2 --ffn-dim 32 --classes 20 --rows 1 --tokens 16 --steps 1 --batch 2 --prompt-tokens 3 "
-        "--new-tokens 4 "
+        "--dim 32 --layers 1 --heads 2 --ffn-dim 32 --classes 20 --rows 1 --tokens 16 --steps 1 "
+        "--batch 2 --prompt-tokens 3 --new-tokens 4 "
         "--quality-steps 2 --gemm-size 64 --rounds 1 --warmup 0 --threads 1 --json"
     )
     assert lm.main(given.split()) == 0

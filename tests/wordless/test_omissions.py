@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import tomli_w
 
-from pretrain.store.artefact import DiskFull
+from pretrain.store.disk import DiskFull
 from wordless.cli import main
 from wordless.recipe import Recipe
 from wordless.stage_records import reasons
