@@ -66,7 +66,8 @@ def write_corpus(folder: Path, lengths: np.ndarray, num_classes: int, seed: int)
     """Noise whose colour and level change every tenth of a second, and labels that stay for a few frames."""
     import soundfile
 
-    from pretrain.data.labels import commit_labels, write_shard
+    from pretrain.data.label_shards import write_shard
+    from pretrain.data.labels import commit_labels
     from pretrain.data.manifest import write_manifest
 
     rng = np.random.default_rng([seed, 4])

@@ -101,7 +101,8 @@ def slope(
 
 def write_rows(folder: Path, count: int) -> dict[str, float]:
     """A manifest of so many rows and their labels; what writing and the file cost per row."""
-    from pretrain.data.labels import commit_labels, write_shard
+    from pretrain.data.label_shards import write_shard
+    from pretrain.data.labels import commit_labels
     from pretrain.data.manifest import write_manifest
 
     began = _processor_seconds()
@@ -125,7 +126,8 @@ def write_audio(folder: Path, count: int, seconds: float) -> None:
     runs of speech's length, a codebook of MFCC."""
     import soundfile
 
-    from pretrain.data.labels import commit_labels, write_shard
+    from pretrain.data.label_shards import write_shard
+    from pretrain.data.labels import commit_labels
     from pretrain.data.manifest import write_manifest
     from quantize.codebook import write_codebook
 

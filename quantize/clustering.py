@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.config import PathStr, Seed, Split
-from pretrain.data.labels import MAX_CLASSES
+from pretrain.data.label_shards import MAX_CLASSES
 from pretrain.data.manifest import Manifest
 from pretrain.progress import console
 from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent

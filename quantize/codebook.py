@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pretrain.data.labels import MAX_CLASSES
+from pretrain.data.label_shards import MAX_CLASSES
 from pretrain.store.artefact import commit, read_meta
 from pretrain.store.disk import atomic_path
 from quantize.assignment import nearest

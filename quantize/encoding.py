@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.labels import Labels, commit_labels, count_classes, shard_stands
+from pretrain.data.label_shards import shard_stands
+from pretrain.data.labels import Labels, commit_labels, count_classes
 from pretrain.data.manifest import Manifest
 from pretrain.progress import progress
 from pretrain.store.artefact import disagreements, is_complete, keep_to_plan, read_meta, require_absent

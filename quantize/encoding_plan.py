@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from pretrain.config import PathStr, Split, part_of, share
-from pretrain.data.labels import id_hashes, shard_fault, shard_stands, write_shard
+from pretrain.data.label_shards import id_hashes, shard_fault, shard_stands, write_shard
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.progress import console

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from pretrain.data.labels import shard_stands
+from pretrain.data.label_shards import shard_stands
 from pretrain.store.interrupts import IgnoringContext
 from quantize.encoding_plan import EncodeConfig, Plan, encode_shards, unless_overtaken
 from quantize.extraction import open_source

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr
-from pretrain.data.labels import MAX_CLASSES
+from pretrain.data.label_shards import MAX_CLASSES
 from pretrain.store.artefact import require_absent
 from pretrain.store.disk import atomic_path
 from pretrain.store.hashes import sha256_file

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from pretrain.config import PathStr, Seed, Split
-from pretrain.data.labels import MAX_CLASSES, Labels
+from pretrain.data.label_shards import MAX_CLASSES
+from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import Utterance
 from pretrain.objectives.pnmi import JointCounts, phone_metrics

@@ -1,18 +1,16 @@
 """Labels: one class per frame and codebook level for every utterance of a corpus.
 
-A folder of shards. `shard_00000.npy` holds the labels of its utterances end to end, uint16, (frames,) or (frames, levels);
-`shard_00000.parquet` names them (`id`, `num_frames`), has the SHA-256 of the array among its metadata, and is written after the
-array, so that a shard exists when its table does. `meta.json` comes when every shard stands. `pretrain` owns the format because
+A folder of shards (see `pretrain.data.label_shards`) and `meta.json`, which is written when all shards are complete. `pretrain` owns the format because
 HuBERT reads it; `quantize` writes it.
 
-Nobody reads a damaged label: of finished labels a table is compared with its SHA-256 in `meta.json` when it is opened, an array
-when the first of its labels is asked for (0.7 s per GB, once in a process).
+Damage is detected before a label is used: a table is compared with its SHA-256 in `meta.json` when it is opened, an array when its
+first label is read (0.7 s per GB, once per process).
 
-Labels are read at 50 Hz. Those that were declared as 100 Hz (`frame_rate_hz`) are read as every second one: a Kaldi frame of
-10 ms with the number 2t has the 400-sample window of the encoder's frame t.
+Labels are read at 50 Hz. Of labels declared as 100 Hz (`frame_rate_hz`) every second one is used: the Kaldi frame 2t of 10 ms has
+the 400-sample window of the encoder's frame t.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,67 +18,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pretrain.data.frame_counts import differing
-from pretrain.store.arrays import CheckedNpy, damaged, map_npy
+from pretrain.data.label_shards import (
+    count_levels,
+    finished_shards,
+    id_chunks,
+    id_hash,
+    id_hashes,
+    read_shard,
+    shard_stands,
+    written_hash,
+)
 from pretrain.store.artefact import commit, read_meta, require_as_written
-from pretrain.store.disk import atomic_path
 from pretrain.store.hashes import sha256_file
-
-MAX_CLASSES = 2**16
-SHARD_SCHEMA = pa.schema([("id", pa.string()), ("num_frames", pa.int64())])
-SHA256_KEY = b"npy_sha256"  # in a table's metadata
-_hash = hash  # of ids, 64 bits; keyed anew in every process, so only for use within one
-
-
-def shard_stands(folder: Path, shard: int) -> bool:
-    """Whether a shard is committed."""
-    return (folder / f"shard_{shard:05d}.parquet").is_file()
-
-
-def write_shard(folder: Path, shard: int, ids: list[str], labels: list[np.ndarray]) -> None:
-    """Commit one shard atomically. `labels[i]` is (frames,) or (frames, levels) with values in [0, 65535]."""
-    assert len(ids) == len(labels) > 0
-    stem = folder / f"shard_{shard:05d}"
-    array = np.concatenate(labels)
-    assert array.size == 0 or 0 <= array.min() <= array.max() < MAX_CLASSES, (
-        "a search among NaN gives class -1"
-    )
-    with (
-        atomic_path(stem.with_suffix(".npy"), 128 + 2 * array.size) as temporary,
-        open(temporary, "wb") as file,
-    ):
-        np.save(file, array.astype(np.uint16))
-    table = pa.table({"id": ids, "num_frames": [len(label) for label in labels]}, SHARD_SCHEMA)
-    table = table.replace_schema_metadata({SHA256_KEY: sha256_file(stem.with_suffix(".npy"))})
-    with atomic_path(stem.with_suffix(".parquet")) as temporary:
-        pq.write_table(table, temporary, write_page_checksum=True)
-
-
-def shard_fault(
-    folder: Path,
-    shard: int,
-    ids: Iterable[str] | pa.ChunkedArray | np.ndarray,
-    num_frames: np.ndarray,
-    num_levels: int = 1,
-) -> str | None:
-    """What keeps a committed shard from being the labels of exactly these utterances in this order, each of so many frames, as they
-    were written; None if nothing does. `ids` may be their `id_hashes`."""
-    stem = f"{folder}/shard_{shard:05d}"
-    try:
-        table, array = _read_shard(folder, shard)
-    except ValueError as error:
-        return str(error)
-    if not np.array_equal(id_hashes(table["id"]), ids if isinstance(ids, np.ndarray) else id_hashes(ids)):
-        return f"{stem}.parquet: names other utterances than this shard has"
-    if not np.array_equal(table["num_frames"].to_numpy(), num_frames):
-        return f"{stem}.parquet: other numbers of frames than the utterances have"
-    if _num_levels(array) != num_levels:
-        return f"{stem}.npy: {_num_levels(array)} levels, not {num_levels}"
-    if _written_hash(table) not in (None, sha256_file(Path(f"{stem}.npy"))):
-        return f"{stem}.npy: damaged, not the labels that were written"
-    return None
 
 
 def commit_labels(
@@ -96,17 +47,17 @@ def commit_labels(
     expected_ids: Iterable[str] | pa.ChunkedArray | None = None,
     expected_frames: np.ndarray | None = None,
 ) -> str:
-    """Declare the labels complete. Verifies that every shard stands, that the ids are exactly `expected_ids`, each once, and that each
+    """Declare the labels complete. Checks that every shard exists, that the ids are exactly `expected_ids`, each once, and that each
     has its `expected_frames` (in the order of those ids). Doing so twice, or two at once, does no harm."""
     hashes, frames = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     files: dict[str, str] = {}
     for shard in range(num_shards):
         if not shard_stands(folder, shard):
             raise ValueError(f"{folder}: shard {shard} of {num_shards} is missing")
-        table, array = _read_shard(folder, shard)
+        table, array = read_shard(folder, shard)
         hashes.append(id_hashes(table["id"]))
         frames.append(table["num_frames"].to_numpy())
-        if (levels := _num_levels(array)) != num_levels:
+        if (levels := count_levels(array)) != num_levels:
             raise ValueError(f"{folder}: shard {shard} has {levels} levels, not {num_levels}")
         if array.size and (highest := int(array.max())) >= num_classes:
             raise ValueError(
@@ -115,7 +66,7 @@ def commit_labels(
             )
         names = [f"shard_{shard:05d}{suffix}" for suffix in (".npy", ".parquet")]
         files |= {name: sha256_file(folder / name) for name in names}
-        if _written_hash(table) not in (None, files[names[0]]):
+        if written_hash(table) not in (None, files[names[0]]):
             raise ValueError(
                 f"{folder}/{names[0]}: damaged, not the labels that were written; remove it and {names[1]}, and run the command again"
             )
@@ -157,7 +108,7 @@ def _require_exactly(
     expected_order = np.argsort(expected)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice) or not np.array_equal(ordered, expected[expected_order]):
-        tables = [_read_shard(folder, shard)[0]["id"] for shard in range(num_shards)]
+        tables = [read_shard(folder, shard)[0]["id"] for shard in range(num_shards)]
         missing, foreign = np.setdiff1d(expected, ordered), np.setdiff1d(ordered, expected)
         problems = [
             f"{_name_of(some[0], ids)!r}{f' and {len(some) - 1} more' if len(some) > 1 else ''} {what}"
@@ -204,17 +155,15 @@ class Labels:
                 f"{folder}: labels at {stored_rate} Hz cannot be used; the encoder has 50 frames a second (100 can be halved)"
             )
         self._step = int(stored_rate) // 50
-        shards = list(_finished_shards(self.folder, self.meta))
+        shards = list(finished_shards(self.folder, self.meta))
         self._arrays = [array for _, array in shards]
         self._ids = pa.chunked_array([table["id"].combine_chunks() for table, _ in shards], pa.string())
         self._ends = np.cumsum([len(table) for table, _ in shards])  # rows up to the end of each shard
         counts = [table["num_frames"].to_numpy() for table, _ in shards]
-        self._counts = np.concatenate(
-            [np.empty(0, np.int64), *counts]
-        )  # frames of each row, at the stored rate
-        self._starts = np.concatenate(
-            [np.empty(0, np.int64), *(np.cumsum(count) - count for count in counts)]
-        )  # in its shard
+        starts = [np.cumsum(count) - count for count in counts]
+        none = np.empty(0, np.int64)
+        self._counts = np.concatenate([none, *counts])  # frames of each row, at the stored rate
+        self._starts = np.concatenate([none, *starts])  # the first frame of each row, in its shard
 
     def __getitem__(self, utterance: str) -> np.ndarray:
         row = self._row(utterance)
@@ -243,7 +192,7 @@ class Labels:
     def frame_counts(self, ids: Iterable[str] | pa.ChunkedArray) -> np.ndarray:
         """Labels of each of many utterances, (ids,) int64. One that has none is a ValueError that names it."""
         counts = []
-        for chunk in _chunks(ids):
+        for chunk in id_chunks(ids):
             rows = self._find_many(chunk)
             if (rows < 0).any():
                 raise self._missing(chunk[int(np.argmin(rows))].as_py())
@@ -252,7 +201,7 @@ class Labels:
 
     def require_frames(self, ids: Iterable[str] | pa.ChunkedArray, num_frames: np.ndarray) -> None:
         """Every utterance has as many labels as frames, give or take one, or a ValueError names one that has not."""
-        ids = pa.chunked_array(list(_chunks(ids)), pa.string())
+        ids = pa.chunked_array(list(id_chunks(ids)), pa.string())
         have = self.frame_counts(ids)
         wrong = differing(have, num_frames)
         if not len(wrong):
@@ -290,7 +239,8 @@ class Labels:
         """Row of an utterance, -1 if it has none."""
         hashes, order = self._index
         first, last = (
-            int(np.searchsorted(hashes, np.int64(_hash(utterance)), side=side)) for side in ("left", "right")
+            int(np.searchsorted(hashes, np.int64(id_hash(utterance)), side=side))
+            for side in ("left", "right")
         )
         return next((int(row) for row in order[first:last] if self._ids[int(row)].as_py() == utterance), -1)
 
@@ -320,7 +270,7 @@ def count_classes(folder: str | Path) -> np.ndarray:
         np.zeros((meta["num_levels"], meta["num_classes"]), np.int64),
         int(meta["frame_rate_hz"]) // 50,
     )
-    for table, checked in _finished_shards(Path(folder), meta):
+    for table, checked in finished_shards(Path(folder), meta):
         array = checked.read(0, len(checked))
         if step > 1:  # of each utterance the frames 0, step, 2 step …
             lengths = table["num_frames"].to_numpy()
@@ -331,56 +281,6 @@ def count_classes(folder: str | Path) -> np.ndarray:
     return counts
 
 
-def _chunks(ids: Iterable[str] | pa.ChunkedArray) -> Iterator[pa.StringArray]:
-    """Some ten thousand ids at a time."""
-    whole = ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([pa.array(list(ids), pa.string())])
-    return (whole[first : first + 65536].combine_chunks() for first in range(0, len(whole), 65536))
-
-
-def id_hashes(ids: Iterable[str] | pa.ChunkedArray | pa.StringArray) -> np.ndarray:
-    """Of each id, (ids,) int64; comparable within one process."""
-    if isinstance(ids, pa.StringArray):
-        return np.fromiter(map(_hash, ids.to_pylist()), np.int64, len(ids))
-    return np.concatenate([np.empty(0, np.int64), *map(id_hashes, _chunks(ids))])
-
-
-def _read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
-    """Table and memory-mapped array of one shard; missing or damaged files and lengths that disagree are a ValueError."""
-    stem = folder / f"shard_{shard:05d}"
-    try:
-        table = pq.read_table(stem.with_suffix(".parquet"), page_checksum_verification=True)
-        array = map_npy(stem.with_suffix(".npy"))
-        counts = table["num_frames"].to_numpy() if table.schema.equals(SHARD_SCHEMA) else None
-    except (OSError, EOFError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{stem}.npy or .parquet: missing or damaged ({error})") from None
-    if counts is None or array.dtype != np.uint16 or array.ndim not in (1, 2):
-        raise ValueError(f"{stem}.npy or .parquet: not a shard of labels")
-    if (frames := int(counts.sum())) != len(array):
-        raise ValueError(f"{stem}.npy: {len(array)} frames where the index has {frames}")
-    return table, array
-
-
-def _finished_shards(folder: Path, meta: dict[str, Any]) -> Iterator[tuple[pa.Table, CheckedNpy]]:
-    """Table and array of each shard of finished labels: the table is as it was written, the array is compared when it is read."""
-    for shard in range(meta["num_shards"]):
-        path = folder / f"shard_{shard:05d}.npy"
-        index = path.with_suffix(".parquet")
-        if index.is_file() and sha256_file(index) != meta["files"][index.name]:
-            raise damaged(index)
-        table, array = _read_shard(folder, shard)
-        yield table, CheckedNpy(path, array, [meta["files"][path.name]])
-
-
-def _written_hash(table: pa.Table) -> str | None:
-    """SHA-256 of the array that the table was written for; shards of older versions do not have it."""
-    found = (table.schema.metadata or {}).get(SHA256_KEY)
-    return None if found is None else found.decode(errors="replace")
-
-
-def _num_levels(array: np.ndarray) -> int:
-    return 1 if array.ndim == 1 else int(array.shape[1])
-
-
 def _name_of(wanted: int, ids: Iterable[pa.ChunkedArray]) -> str:
     """The id that has this hash."""
-    return next(name for column in ids for name in column.to_pylist() if _hash(name) == wanted)
+    return next(name for column in ids for name in column.to_pylist() if id_hash(name) == wanted)

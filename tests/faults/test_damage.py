@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.data.labels import Labels, commit_labels, count_classes, shard_fault, write_shard
+from pretrain.data.label_shards import shard_fault, write_shard
+from pretrain.data.labels import Labels, commit_labels, count_classes
 from pretrain.store import arrays, hashes
 from pretrain.store.arrays import CheckedNpy
 from pretrain.store.hashes import sha256_blocks

@@ -21,7 +21,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pretrain.data.labels import Labels, shard_stands, write_shard
+from pretrain.data.label_shards import shard_stands, write_shard
+from pretrain.data.labels import Labels
 from pretrain.store import artefact
 from pretrain.store.artefact import keep_to_plan, read_meta
 from pretrain.store.disk import DiskFull, atomic_folder, atomic_path, write_json

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pretrain.config import parse_config
-from pretrain.data.labels import Labels, commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import Labels, commit_labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import Utterance, phone_frames
 from pretrain.objectives.pnmi import entropy_bits

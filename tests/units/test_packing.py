@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.config import parse_config
-from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
 from quantize.codebook import write_codebook
 from units.corpus.unit_corpus import Document, UnitCorpus

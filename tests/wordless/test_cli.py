@@ -14,7 +14,8 @@ import pytest
 import soundfile
 
 from pretrain.config import without_none
-from pretrain.data.labels import Labels, commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import Labels, commit_labels
 from pretrain.data.manifest import Manifest
 from pretrain.store.artefact import commit, is_complete, read_meta
 from wordless.cli import main

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pretrain.data.labels import id_hashes
+from pretrain.data.label_shards import id_hashes
 from pretrain.store.arrays import CheckedNpy, damaged, map_npy
 from pretrain.store.artefact import commit, keep_to_plan, read_meta, require_as_written
 from pretrain.store.disk import DiskFull, atomic_path, make_folder, sync_folder, telling_full_disk, write_json

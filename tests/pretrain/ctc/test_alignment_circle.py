@@ -13,7 +13,8 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.indexing import IndexConfig, index
-from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.packing import pack
 from pretrain.data.utterance import Phone, phone_frames

@@ -10,7 +10,8 @@ from pretrain.ctc.model import CTCBatch, load_recognizer
 from pretrain.ctc.transcription import TranscribeConfig, transcribe
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig, unit_batches
 from pretrain.data.batches import BatchConfig
-from pretrain.data.labels import Labels, commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import Labels, commit_labels
 from pretrain.data.manifest import Manifest
 from tests.pretrain.ctc.tones import MakeCorpus, settings, spell, tone_labels
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pretrain.ctc.finetuning import FinetuneConfig
-from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest
 from pretrain.model.encoder import Encoder, EncoderConfig
 from pretrain.training.checkpoint import save_checkpoint

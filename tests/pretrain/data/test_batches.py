@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pretrain.config import parse_config
 from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask, pad
-from pretrain.data.labels import Labels, commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import Labels, commit_labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import EncoderConfig

@@ -8,15 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import labels as module
-from pretrain.data.labels import (
-    Labels,
-    commit_labels,
-    count_classes,
-    id_hashes,
-    shard_fault,
-    shard_stands,
-    write_shard,
-)
+from pretrain.data.label_shards import id_hashes, shard_fault, shard_stands, write_shard
+from pretrain.data.labels import Labels, commit_labels, count_classes
 from pretrain.data.utterance import num_frames
 
 

@@ -15,7 +15,8 @@ import soundfile
 
 from pretrain.ctc.curve import write_curve
 from pretrain.ctc.error_rates import error_rates
-from pretrain.data.labels import commit_labels, write_shard
+from pretrain.data.label_shards import write_shard
+from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.store.artefact import commit
 from pretrain.store.disk import write_json

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from pretrain.data.audio import load_audio, probe_audio
-from pretrain.data.decoding import mpeg, recordings
+from pretrain.data.decoding import libsndfile, mpeg
 from pretrain.data.decoding.recordings import open_recording
 from pretrain.data.decoding.spans import Member
 from pretrain.data.utterance import Utterance
@@ -165,9 +165,9 @@ def test_a_recording_that_only_goes_forward_is_decoded_once(
 ) -> None:
     path = written(tmp_path / "a.opus", encoded("OGG", "OPUS", 6.0))
     whole, opened = everything(path), []
-    sequential = recordings._Sequential
-    monkeypatch.setattr(recordings, "_Sequential", lambda *given: opened.append(given) or sequential(*given))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(recordings._kept, "decoder", None)
+    sequential = libsndfile._Sequential
+    monkeypatch.setattr(libsndfile, "_Sequential", lambda *given: opened.append(given) or sequential(*given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(libsndfile._kept, "decoder", None)
     for start in range(0, len(whole) - 1000, 7000):
         part = load_audio(Utterance("u", str(path), start, 1000, 16000))
         np.testing.assert_array_equal(part, whole[start : start + 1000, 0])
@@ -487,7 +487,7 @@ def test_a_length_of_64_bits_that_is_not_known_is_read_to_the_end(
 def test_after_an_error_a_decoder_that_only_goes_forward_is_not_used_again(tmp_path: Path) -> None:
     path = written(tmp_path / "a.opus", encoded("OGG", "OPUS", 3.0))
     whole = everything(path)
-    decoder = recordings._sequential(recordings._Place(str(path), 0, path.stat().st_size), 0)
+    decoder = libsndfile._sequential(libsndfile.Place(str(path), 0, path.stat().st_size), 0)
     blocks = decoder.blocks(0, 20_000, 4000)
     next(blocks)
     blocks.close()  # as where what it gave is refused

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.data import audio
 from pretrain.data.audio import load_audio
-from pretrain.data.decoding import mpeg, recordings, spans
+from pretrain.data.decoding import libsndfile, mpeg, recordings, spans
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.manifest import Manifest
 from pretrain.data.sources.tar import list_members
@@ -286,9 +286,9 @@ def test_a_segment_of_a_long_member_reads_little_of_it(
             read.append((place, place + count))
             return super().at(place, count)
 
-    for module in (recordings, mpeg):
+    for module in (libsndfile, recordings, mpeg):
         monkeypatch.setattr(module, "Span", Window)
-    monkeypatch.setattr(recordings, "_READ_AHEAD", 1 << 13)
+    monkeypatch.setattr(libsndfile, "_READ_AHEAD", 1 << 13)
     shard = pack_tar(
         tmp_path / "s.tar",
         {"before.txt": b"x" * 3000, f"long.{suffix}": encoded(60 * 16000, suffix), "z.txt": b"z" * 9000},
@@ -329,7 +329,7 @@ def test_a_header_is_checked_by_reading_little(
             return data
 
     member = next(member for name, member, _ in list_members(shard) if name.startswith("long"))
-    for module in (recordings, mpeg):
+    for module in (libsndfile, recordings, mpeg):
         monkeypatch.setattr(module, "Span", Window)
     assert audio.probe_audio(str(shard), decode=False, member=member)[2] == 16000
     assert 0 < read <= 50_000
