@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data import labels as module
+from pretrain.data import label_shards
+from pretrain.data import labels as labels_module
 from pretrain.data.label_shards import id_hashes, shard_fault, shard_stands, write_shard
 from pretrain.data.labels import Labels, commit_labels, count_classes
 from pretrain.data.utterance import num_frames
@@ -200,7 +201,8 @@ def test_ids_whose_hashes_agree_are_told_apart(tmp_path: Path, monkeypatch: pyte
     for shard, ids in enumerate([["a", "b"], ["c", "d", "e"]]):
         write_shard(tmp_path, shard, ids, label_arrays([ord(name) for name in ids]))
     commit_labels(tmp_path, 2, {}, {}, codebook="c", num_classes=100)
-    monkeypatch.setattr(module, "_hash", lambda name: 7)
+    for module in (label_shards, labels_module):
+        monkeypatch.setattr(module, "id_hash", lambda name: 7)
     labels = Labels(tmp_path)
     assert labels.frame_counts(list("edabcab")).tolist() == [ord(name) for name in "edabcab"]
     assert len(labels["d"]) == ord("d") and "f" not in labels
