@@ -212,7 +212,8 @@ def write_inputs(folder: Path, settings: dict[str, Any], tasks: list[str]) -> np
             }
             run_task("hubert", tree, folder)
         if "lm" in tasks:
-            from units.packing import PackConfig, pack
+            from units.packing import pack
+            from units.packing_config import PackConfig
 
             given = {
                 "manifest": str(folder / "manifest"),

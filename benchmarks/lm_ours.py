@@ -20,7 +20,7 @@ class OursTraining:
         from benchmarks.training_step import Update
         from pretrain.training.memory import keep_freed_memory
         from units.corpus.patterns import Pattern
-        from units.corpus.unit_corpus import ListedSequences
+        from units.corpus.sequences import ListedSequences
         from units.lm.language_model import LanguageModel, Pieces
 
         if settings["device"] == "cpu":
@@ -56,8 +56,8 @@ class OursSampling:
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         from units.corpus.patterns import Pattern
+        from units.lm.continuing import Rules, generate
         from units.lm.generation import CompactDecoder
-        from units.lm.sampling import Rules, generate
 
         count = settings["new_tokens"]
         self.generate = partial(generate, rules=Rules(count, count))
@@ -111,7 +111,7 @@ class Quality(Bandwidth):
 
     def about(self) -> dict[str, Any]:
         from units.corpus.patterns import Pattern
-        from units.corpus.unit_corpus import ListedSequences
+        from units.corpus.sequences import ListedSequences
         from units.lm.generation import CompactDecoder, perplexity
         from units.lm.language_model import LanguageModel, Pieces
 

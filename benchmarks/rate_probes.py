@@ -100,7 +100,8 @@ def finish_labels(folder: Path) -> None:
 
 def pack_labels(folder: Path) -> None:
     """The verb `pack`."""
-    from units.packing import PackConfig, pack
+    from units.packing import pack
+    from units.packing_config import PackConfig
 
     out = _fresh(folder)
     pack(PackConfig(manifest=str(folder / "manifest"), labels=str(folder / "labels"), out=str(out)))
@@ -112,7 +113,8 @@ def open_units(folder: Path) -> None:
     """What a rank holds of a unit corpus when it trains a language model: the documents, and an epoch's
     plan."""
     from units.corpus.patterns import Pattern
-    from units.corpus.unit_corpus import Sequences, UnitCorpus
+    from units.corpus.sequences import Sequences
+    from units.corpus.unit_corpus import UnitCorpus
     from units.lm.language_model import Pieces
 
     corpus = UnitCorpus(folder / "units")

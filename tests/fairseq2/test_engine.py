@@ -34,7 +34,7 @@ from tests.pretrain.stopping_worker import (
     until_finished,
 )
 from tests.units.conftest import NUM_UNITS, planted_documents
-from units.corpus.unit_corpus import write_corpus as write_units
+from units.corpus.corpus_writing import write_corpus as write_units
 from units.corpus.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]

@@ -30,8 +30,9 @@ from pretrain.training.checkpoint import (
     save_checkpoint,
 )
 from units.corpus.bpe import learn
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.sequence import deduplicate
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from wordless.cli import main
 

@@ -31,8 +31,9 @@ from quantize.codebook import write_codebook
 from tests.faults.conftest import Disk
 from tests.pretrain.linear_task import LinearTask, run_linear
 from tests.quantize.conftest import write_corpus as write_tones
-from units.corpus import unit_corpus as corpus_module
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus import corpus_writing as corpus_module
+from units.corpus.corpus_writing import Document, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from wordless.cli import main
 

@@ -18,7 +18,7 @@ from pretrain.data.audio import load_audio
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.manifest import Manifest
 from pretrain.data.sources.tar import list_members
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.codec import write_codec
 from units.formats.description import Described
 

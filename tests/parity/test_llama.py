@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from pretrain.training.task import TrainingConfig
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.patterns import Pattern
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.exporting import export_language_model, transformers_config
 from units.lm.language_model import load_language_model

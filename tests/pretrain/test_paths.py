@@ -11,7 +11,7 @@ from pretrain.config import Config, expand_path, parse_config
 from pretrain.data.indexing import IndexConfig
 from pretrain.weights.conversion import ImportConfig
 from quantize.importing import CodebookImportConfig
-from units.formats import read_units
+from units.formats.reading import read_units
 from units.lm.sampling import SampleConfig
 from wordless.verbs import VERBS
 

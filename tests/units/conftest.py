@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pretrain.training.task import TrainingConfig
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.sequence import deduplicate
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.model import DecoderConfig
 from units.lm.training import LMOptimizerConfig, TrainLMConfig, train_lm

@@ -12,9 +12,12 @@ from pretrain.data.label_shards import write_shard
 from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
 from quantize.codebook import write_codebook
-from units.corpus.unit_corpus import Document, UnitCorpus
-from units.formats import Described, write_units
-from units.packing import PackConfig, pack
+from units.corpus.corpus_writing import Document
+from units.corpus.unit_corpus import UnitCorpus
+from units.formats.description import Described
+from units.formats.writing import write_units
+from units.packing import pack
+from units.packing_config import PackConfig
 
 FRAMES = {"a": [3, 3, 0, 0, 0, 4], "b": [1], "c": [2, 2, 2, 0]}
 
@@ -282,7 +285,7 @@ def source(path: Path, text: str, **keys: Any) -> PackConfig:
 def test_a_killed_pack_does_not_go_on_with_another_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("units.corpus.unit_corpus.RECORD_SECONDS", 0.0)
+    monkeypatch.setattr("units.corpus.corpus_writing.RECORD_SECONDS", 0.0)
     lines = [f"u{i}|1 2\n" for i in range(30)]
     with pytest.raises(ValueError, match="line 21"):
         pack(source(tmp_path / "st.txt", "".join([*lines[:20], "u|x\n", *lines[20:]])))
@@ -297,7 +300,7 @@ def test_a_killed_pack_does_not_go_on_with_another_file(
 
     config = source(tmp_path / "st.txt", "a|1 2\n", out=str(tmp_path / "killed"), deduplicate=True)
     with monkeypatch.context() as patched:
-        patched.setattr("units.corpus.unit_corpus.commit", killed)
+        patched.setattr("units.corpus.corpus_writing.commit", killed)
         with pytest.raises(Killed):
             pack(config)
     (tmp_path / "st.txt.durations").write_text("a|1 2\n")

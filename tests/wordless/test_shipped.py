@@ -12,7 +12,7 @@ import pytest
 
 import wordless
 from quantize.importing import CodebookFormat
-from units.formats import FORMATS
+from units.formats.known import FORMATS
 from wordless.cli import main
 from wordless.exporting import EXPORTS, KINDS
 from wordless.shipped import FIELDS, describe, recipes

@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 
 from pretrain.data.utterance import Utterance, Word
+from units.corpus.corpus_writing import Document
 from units.corpus.text import WORD, TextConfig, TextPieces, spoken_words, word_frames
-from units.corpus.unit_corpus import Document
 
 
 def to_grid(words: Sequence[Word], num_frames: int, pieces: TextPieces, delay: int = 0) -> np.ndarray:

@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pretrain.data.utterance import Utterance, Word
+from units.corpus.corpus_writing import Document
 from units.corpus.sequence import deduplicate, expand
 from units.corpus.text import WORD, TextConfig, TextPieces, spoken_words, word_frames
-from units.corpus.unit_corpus import Document
 from units.corpus.vocabulary import Vocabulary
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.store.disk import atomic_folder
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.description import Described, Format, Located
 
 MAX_LEVELS = 64  # beyond what codecs have; more rows than this are frames

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field
 
 from pretrain.config import Config, parse_config
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.lines import parse_json
 
 

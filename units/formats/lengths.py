@@ -8,7 +8,7 @@ import numpy as np
 from pretrain.data.frame_counts import count_bounds, count_frames, likely_rate
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.description import Located
 
 

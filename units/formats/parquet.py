@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pretrain.config import parse_config
 from pretrain.store.disk import atomic_path
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.codec import MAX_LEVELS
 from units.formats.description import Described, Format, Located, Sidecar
 from units.formats.lines import check_durations, id_of_path, parse_json

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.utterance import SAMPLE_RATE
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.description import Described, Format, Located
 from units.formats.lines import (
     check_durations,

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 
-from units.corpus.unit_corpus import Document
+from units.corpus.corpus_writing import Document
 from units.formats.description import Described, Format, Located
 from units.formats.lines import (
     check_durations,

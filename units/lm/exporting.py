@@ -48,26 +48,12 @@ def export_language_model(run: str | Path, out: str | Path) -> dict[str, Any]:
     if config.get("attention_bias"):
         for number in range(lm.decoder.config.num_layers):
             tensors[f"model.layers.{number}.self_attn.o_proj.bias"] = torch.zeros(lm.decoder.config.dim)
+    ends = {"bos_token_id": bos, "eos_token_id": stop}
     with atomic_folder(out) as folder:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        tokenizer(lm.vocabulary, lm.pattern).save(str(folder / "tokenizer.json"))
-        special = {"bos_token": BOS, "eos_token": EOS}
-        write_json(folder / "special_tokens_map.json", special)
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                **special,
-                "model_max_length": lm.decoder.config.context,
-                "clean_up_tokenization_spaces": False,
-                "model_input_names": ["input_ids", "attention_mask"],
-            },
-        )
-        write_json(
-            folder / "generation_config.json",
-            {"bos_token_id": bos, "eos_token_id": stop, "pad_token_id": eos},
-        )
-        write_json(folder / "config.json", {**config, "bos_token_id": bos, "eos_token_id": stop})
+        _write_tokenizer(folder, lm)
+        write_json(folder / "generation_config.json", {**ends, "pad_token_id": eos})
+        write_json(folder / "config.json", {**config, **ends})
         write_json(folder / "wordless.json", _origin(lm))
     notes = []
     if config["model_type"] == "qwen2":
@@ -83,6 +69,20 @@ def export_language_model(run: str | Path, out: str | Path) -> dict[str, Any]:
         "lm": lm.fingerprint,
         "notes": notes,
     }
+
+
+def _write_tokenizer(folder: Path, lm: LoadedLM) -> None:
+    tokenizer(lm.vocabulary, lm.pattern).save(str(folder / "tokenizer.json"))
+    special = {"bos_token": BOS, "eos_token": EOS}
+    write_json(folder / "special_tokens_map.json", special)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": lm.decoder.config.context,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _origin(lm: LoadedLM) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from pretrain.training.checkpoint import load_weights
 from pretrain.training.parallel import resolve_device
 from pretrain.training.task import Loss
 from units.corpus.patterns import Pattern
-from units.corpus.unit_corpus import DocumentSequences, UnitCorpus
+from units.corpus.sequences import DocumentSequences
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.model import Decoder, DecoderConfig
 

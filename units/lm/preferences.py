@@ -34,7 +34,7 @@ from pretrain.training.step import autocast, to_device
 from pretrain.training.task import Loss, Task, TrainingConfig
 from units.corpus.bpe import Merger
 from units.corpus.patterns import Pattern
-from units.corpus.unit_corpus import ListedSequences
+from units.corpus.sequences import ListedSequences
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import IGNORED, Batch, Pieces, cut_evenly
 from units.lm.model import Decoder

@@ -14,7 +14,8 @@ from pretrain.training.engine import train
 from pretrain.training.run import Run
 from pretrain.training.task import OptimizerConfig, Task, TrainingConfig
 from units.corpus.patterns import Pattern
-from units.corpus.unit_corpus import Sequences, UnitCorpus
+from units.corpus.sequences import Sequences
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import KIND, Batch, LanguageModel, Pieces, load_language_model
 from units.lm.model import Decoder, DecoderConfig

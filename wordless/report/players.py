@@ -9,7 +9,7 @@ import soundfile
 from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE
-from units.sound.listening import as_data_uri
+from units.sound.synthesizer import as_data_uri
 from wordless.report.run_stages import Stage
 
 SHOWN_SOUNDS = 4  # utterances, and continuations, that the page plays

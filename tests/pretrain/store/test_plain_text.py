@@ -13,7 +13,7 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.weights.cards import read_yaml
 from pretrain.weights.foreign import read_json
-from units.formats import guess_format, read_units
+from units.formats.reading import guess_format, read_units
 from units.lm.preferences import _records
 from units.scores.suites import _csv_rows
 

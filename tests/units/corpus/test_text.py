@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pretrain.config import parse_config
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.utterance import Phone, Utterance, Word, phone_frames
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.text import (
     WORD,
     TextConfig,
@@ -19,7 +20,6 @@ from units.corpus.text import (
     spoken_words,
     word_frames,
 )
-from units.corpus.unit_corpus import Document, write_corpus
 from units.corpus.vocabulary import Vocabulary
 
 CONFIG = TextConfig(layout="interleaved")

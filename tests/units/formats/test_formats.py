@@ -15,21 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.sequence import deduplicate, expand
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
-from units.formats import (
-    FORMATS,
-    Described,
-    describe_source,
-    export_corpus,
-    fingerprint_source,
-    guess_format,
-    read_sidecar,
-    read_units,
-    sidecar_path,
-    write_units,
-)
+from units.formats.description import Described, read_sidecar, sidecar_path
+from units.formats.known import FORMATS
+from units.formats.reading import describe_source, fingerprint_source, guess_format, read_units
+from units.formats.writing import export_corpus, write_units
 
 SUFFIX = {
     "km": ".km",

@@ -12,9 +12,13 @@ import pytest
 
 from pretrain.data.manifest import write_manifest
 from pretrain.data.utterance import num_frames
-from units.corpus.unit_corpus import Document, UnitCorpus
-from units.formats import FORMATS, Described, write_units
-from units.packing import PackConfig, pack
+from units.corpus.corpus_writing import Document
+from units.corpus.unit_corpus import UnitCorpus
+from units.formats.description import Described
+from units.formats.known import FORMATS
+from units.formats.writing import write_units
+from units.packing import pack
+from units.packing_config import PackConfig
 from wordless.cli import main
 
 SAMPLES = {"a": 16000, "b": 24000, "c": 40000}  # 49, 74 and 124 frames

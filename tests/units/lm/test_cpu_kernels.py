@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from units.lm import cpu_kernels as kernels
+from units.lm import mixed_kernels, row_passes
 from units.lm.model import Decoder, DecoderConfig
 
 TOKENS, DIM, HEAD_DIM, EPS = 7, 6, 4, 1e-5
@@ -18,8 +19,9 @@ def draw(*shape: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks and a last one that is not full."""
-    monkeypatch.setattr(kernels, "BLOCK_ROWS", 3)
-    monkeypatch.setattr(kernels, "PASS_ROWS", 4)
+    for module in (kernels, row_passes):
+        monkeypatch.setattr(module, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(mixed_kernels, "PASS_ROWS", 4)
     torch.manual_seed(0)
 
 

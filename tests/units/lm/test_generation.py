@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from units.corpus.patterns import Pattern
-from units.corpus.unit_corpus import ListedSequences
+from units.corpus.sequences import ListedSequences
 from units.lm.generation import CompactDecoder, Int8Product, Precision, bfloat16_product, perplexity
 from units.lm.language_model import log_likelihoods
 from units.lm.model import Decoder, DecoderConfig, RopeScaling

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from pretrain.training.task import TrainingConfig
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.patterns import Pattern
-from units.corpus.unit_corpus import Document, Sequences, UnitCorpus, write_corpus
+from units.corpus.sequences import Sequences
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import Pieces, first_fit, load_language_model
 from units.lm.model import DecoderConfig

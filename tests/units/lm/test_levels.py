@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from units.corpus.patterns import PATTERNS, Pattern
-from units.corpus.unit_corpus import ListedSequences
+from units.corpus.sequences import ListedSequences
 from units.lm.language_model import LanguageModel, Pieces, log_likelihoods
 from units.lm.model import Decoder, DecoderConfig
 

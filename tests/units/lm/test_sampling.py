@@ -14,16 +14,19 @@ from pretrain.training.checkpoint import save_checkpoint
 from pretrain.training.task import TrainingConfig
 from quantize.codebook import Codebook, write_codebook
 from quantize.mfcc import mfcc
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.patterns import PATTERNS, Pattern
 from units.corpus.sequence import deduplicate
-from units.corpus.unit_corpus import Document, ListedSequences, UnitCorpus, write_corpus
+from units.corpus.sequences import ListedSequences
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
-from units.lm import sampling
+from units.lm import continuing, sampling
+from units.lm.continuing import Rules, generate, pick
 from units.lm.generation import CompactDecoder
 from units.lm.language_model import load_language_model, log_likelihoods
 from units.lm.model import Decoder, DecoderConfig
 from units.lm.preferences import DPOConfig
-from units.lm.sampling import Rules, SampleConfig, generate, pick, sample
+from units.lm.sampling import SampleConfig, sample
 from units.lm.training import TrainLMConfig, train_lm
 from units.sound import synthesis
 from units.sound.unit_to_mel import SynthesizerModelConfig, UnitToMel
@@ -210,8 +213,8 @@ def test_the_short_way_of_a_single_level_is_the_way_of_several(
     model = CompactDecoder(loud_decoder(pattern.vocabularies))
     prompts = [np.random.default_rng(n).integers(0, 9, n) for n in (0, 5, 2, 7)]
     seeds, rules = [[0, n] for n in range(4)], Rules(30, 3, stops, 1.3, 6, 0.9)
-    short = sampling._continue_plain(model, pattern, prompts, seeds, rules)
-    long = sampling._continue_levels(model, pattern, prompts, seeds, rules)
+    short = continuing._continue_plain(model, pattern, prompts, seeds, rules)
+    long = continuing._continue_levels(model, pattern, prompts, seeds, rules)
     assert {one.ended_by for one in short} == ways and (stops or min(len(one.codes) for one in short) >= 3)
     for one, other in zip(short, long, strict=True):
         assert one.codes.tolist() == other.codes.tolist() and one.ended_by == other.ended_by

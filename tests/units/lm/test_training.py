@@ -12,13 +12,15 @@ from pretrain.store.artefact import read_meta
 from pretrain.store.hashes import sha256_file
 from pretrain.training import run as run_module
 from pretrain.training.task import TrainingConfig
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.corpus_writing import Document, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import load_language_model
 from units.lm.model import DecoderConfig
 from units.lm.training import LanguageModelTask, LMOptimizerConfig, TrainLMConfig, train_lm
 from units.lm.warm_start import fingerprint_of
-from units.scores.scoring import ScoreConfig, score
+from units.scores.score_config import ScoreConfig
+from units.scores.scoring import score
 
 SMALL = {"dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 16, "context": 64}
 UNTIMED = {"codebook": "c0de", "frame_rate_hz": 50.0, "deduplicated": False, "timed": False}

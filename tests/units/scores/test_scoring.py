@@ -13,13 +13,16 @@ import torch
 
 from pretrain.config import parse_config
 from pretrain.training.task import TrainingConfig
-from units.corpus.unit_corpus import Document, Sequences, UnitCorpus, write_corpus
+from units.corpus.corpus_writing import Document, write_corpus
+from units.corpus.sequences import Sequences
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.lm.language_model import LoadedLM, load_language_model, log_likelihoods
 from units.lm.model import DecoderConfig
 from units.lm.training import LMOptimizerConfig, TrainLMConfig, train_lm
 from units.scores.ngram import Ngram
-from units.scores.scoring import ScoreConfig, StreamSequences, score
+from units.scores.score_config import ScoreConfig
+from units.scores.scoring import StreamSequences, score
 
 TINY = DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, context=16, dropout=0.0)
 

@@ -18,12 +18,14 @@ from pretrain.data.utterance import num_frames
 from pretrain.store.artefact import commit, read_meta
 from quantize.clustering import ClusterConfig, cluster
 from quantize.encoding import EncodeConfig, encode
+from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.sequence import deduplicate
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
-from units.sound.listening import SynthesizeConfig, as_data_uri, load_synthesizer, synthesize, write_wav
+from units.sound.listening import SynthesizeConfig, synthesize
 from units.sound.round_trip import frame_agreement, unit_error_rate
 from units.sound.synthesis import SynthesizerConfig, train_synthesizer
+from units.sound.synthesizer import as_data_uri, load_synthesizer, write_wav
 from units.sound.unit_to_mel import UnitToMel
 
 

@@ -11,7 +11,8 @@ import torch
 from pretrain.config import parse_config
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.utterance import num_frames
-from units.corpus.unit_corpus import Document, UnitCorpus, write_corpus
+from units.corpus.corpus_writing import Document, write_corpus
+from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from units.sound.synthesis import (
     SynthesizerConfig,
