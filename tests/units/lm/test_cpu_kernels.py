@@ -121,13 +121,13 @@ def test_under_autocast_a_step_is_as_near_to_float32_as_that_of_the_plain_layers
     documents[0, 30:], documents[1, 20:] = -1, 5
     target = torch.randn(4, 50, 11)
     calls: list[str] = []
-    mixed = kernels._MixedSwiGLU.forward
+    mixed = mixed_kernels.MixedSwiGLU.forward
 
     def counted(*inputs: Any) -> Tensor:
         calls.append("swiglu")
         return mixed(*inputs)
 
-    monkeypatch.setattr(kernels._MixedSwiGLU, "forward", counted)
+    monkeypatch.setattr(mixed_kernels.MixedSwiGLU, "forward", counted)
 
     def step(low: bool) -> list[Tensor]:
         """Logits and the gradients of all weights."""
