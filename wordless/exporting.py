@@ -35,7 +35,7 @@ WRITERS = {
     "corpus": (
         Writer(
             tuple("km gslm textlesslib slamkit-features slamkit-tokens codec resynthesis parquet".split()),
-            "units.formats:export_corpus",
+            "units.formats.writing:export_corpus",
             ("form", "split"),
         ),
     ),
