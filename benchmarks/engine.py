@@ -147,7 +147,8 @@ def run_task(name: str, tree: dict[str, Any], folder: Path) -> None:
             )
         )
     elif name == "ctc":
-        from pretrain.ctc.finetuning import FinetuneConfig, finetune
+        from pretrain.ctc.finetune_config import FinetuneConfig
+        from pretrain.ctc.finetuning import finetune
 
         more: dict[str, Any] = {
             "manifest": str(folder / "spoken"),

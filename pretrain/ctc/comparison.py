@@ -91,11 +91,57 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def compare_tables(
     a: Transcripts, b: Transcripts, *, names: Sequence[str] = ("a", "b"), draws: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Error rates of both on what both transcribed, and `wer` and `cer`: what the module's docstring says of words and characters.
+    """Error rates of both on their common utterances, and `wer` and `cer` with tests, as the module's docstring defines them.
 
-    Utterances of one side only are counted and left out, and so are those without a reference. Different references, or no utterance in
-    common, are a ValueError.
+    Utterances of one side only, and those without a reference, are counted and left out. Raises ValueError for different references
+    and for no utterance in common.
     """
+    pairs = _common(a, b)
+    scored = [(one, other) for one, other in pairs if a.references[one] is not None]
+    references = [a.references[one] or "" for one, _ in scored]
+    hypotheses = [a.hypotheses[one] for one, _ in scored], [b.hypotheses[other] for _, other in scored]
+    kinds: dict[str, Counted] = {"wer": a.counted} | ({"cer": "characters"} if a.counted == "words" else {})
+    edits = {
+        rate: [count_edits(references, texts, counted) for texts in hypotheses]
+        for rate, counted in kinds.items()
+    }
+    if not scored or not edits["wer"][0].reference.any():
+        raise ValueError(
+            "no utterance has a reference; `compare` needs transcripts of speech whose text is known"
+        )
+    summary: dict[str, Any] = {
+        "names": list(names),
+        "counted": a.counted,
+        "utterances": len(scored),
+        "unscored": len(pairs) - len(scored),
+        "only_a": len({*a.ids}) - len(pairs),
+        "only_b": len({*b.ids}) - len(pairs),
+        "reference_words": int(edits["wer"][0].reference.sum()),
+    }
+    drawable = drawable_speakers([a.speakers[one] for one, _ in scored])
+    for rate, (of_a, of_b) in edits.items():
+        columns = np.stack([of_a.total, of_b.total, of_a.reference], axis=1)
+        summary[rate] = paired_test(columns, draws, seed)
+        if drawable is not None:
+            by_speaker = paired_test(sum_by(drawable, columns)[1], draws, seed)
+            summary[rate] |= {f"{key}_speakers": by_speaker[key] for key in ("interval", "permutation_p")}
+    gained = edits["wer"][1].total - edits["wer"][0].total
+    for name, count in (("better", gained < 0), ("worse", gained > 0), ("same", gained == 0)):
+        summary[name] = int(count.sum())
+    for name, sign in (("improved", 1), ("worsened", -1)):
+        shown = min(NUM_SHOWN, int((sign * gained < 0).sum()))
+        rows = np.argsort(sign * gained, kind="stable")[:shown].tolist()
+        columns_of = [a.ids[scored[row][0]] for row in rows], [int(gained[row]) for row in rows]
+        texts_of = [[texts[row] for row in rows] for texts in (references, *hypotheses)]
+        keys = "id", "edits", "reference", "a", "b"
+        summary[name] = [
+            dict(zip(keys, row, strict=True)) for row in zip(*columns_of, *texts_of, strict=True)
+        ]
+    return summary
+
+
+def _common(a: Transcripts, b: Transcripts) -> list[tuple[int, int]]:
+    """The rows of both of their common utterances, by id."""
     if a.counted != b.counted:
         raise ValueError(
             f"one is of {a.counted} and the other of {b.counted}; transcribe both with the same kind of text"
@@ -110,56 +156,10 @@ def compare_tables(
     if different := [pair for pair in pairs if a.references[pair[0]] != b.references[pair[1]]]:
         one, other = different[0]
         raise ValueError(
-            f"{len(different)} references differ, such as that of {a.ids[one]!r}: {a.references[one]!r} and {b.references[other]!r}; "
-            "transcribe both from one manifest, with recognisers of the same `text` settings"
+            f"{len(different)} references differ, such as that of {a.ids[one]!r}: {a.references[one]!r} and "
+            f"{b.references[other]!r}; transcribe both from one manifest, with recognisers of the same `text` settings"
         )
-    scored = [(one, other) for one, other in pairs if a.references[one] is not None]
-    references = [a.references[one] or "" for one, _ in scored]
-    hypotheses = [a.hypotheses[one] for one, _ in scored], [b.hypotheses[other] for _, other in scored]
-    kinds: dict[str, Counted] = {"wer": a.counted} | ({"cer": "characters"} if a.counted == "words" else {})
-    edits = {
-        rate: [count_edits(references, said, counted) for said in hypotheses]
-        for rate, counted in kinds.items()
-    }
-    if not scored or not edits["wer"][0].reference.any():
-        raise ValueError(
-            "no utterance has a reference; `compare` needs transcripts of speech whose text is known"
-        )
-    drawable = drawable_speakers([a.speakers[one] for one, _ in scored])
-    summary: dict[str, Any] = {
-        "names": list(names),
-        "counted": a.counted,
-        "utterances": len(scored),
-        "unscored": len(pairs) - len(scored),
-        "only_a": len(rows_a) - len(ids),
-        "only_b": len(rows_b) - len(ids),
-        "reference_words": int(edits["wer"][0].reference.sum()),
-    }
-    for rate, (of_a, of_b) in edits.items():
-        columns = np.stack([of_a.total, of_b.total, of_a.reference], axis=1)
-        summary[rate] = paired_test(columns, draws, seed)
-        if drawable is not None:
-            by_speaker = paired_test(sum_by(drawable, columns)[1], draws, seed)
-            summary[rate] |= {f"{key}_speakers": by_speaker[key] for key in ("interval", "permutation_p")}
-    gained = edits["wer"][1].total - edits["wer"][0].total
-    summary |= {
-        "better": int((gained < 0).sum()),
-        "worse": int((gained > 0).sum()),
-        "same": int((gained == 0).sum()),
-    }
-    for name, sign in (("improved", 1), ("worsened", -1)):
-        rows = np.argsort(sign * gained, kind="stable")[: min(NUM_SHOWN, int((sign * gained < 0).sum()))]
-        summary[name] = [
-            {
-                "id": a.ids[scored[row][0]],
-                "edits": int(gained[row]),
-                "reference": references[row],
-                "a": hypotheses[0][row],
-                "b": hypotheses[1][row],
-            }
-            for row in rows.tolist()
-        ]
-    return summary
+    return pairs
 
 
 def paired_test(columns: np.ndarray, draws: int, seed: int) -> dict[str, Any]:

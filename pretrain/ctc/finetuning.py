@@ -7,16 +7,15 @@ in OUT/quarantine.jsonl. Validation is on every transcribed utterance of `valid_
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
 
-from pretrain.config import Config, PathStr, Seed, Split, parse_config
+from pretrain.config import parse_config
+from pretrain.ctc.finetune_config import FinetuneConfig
 from pretrain.ctc.model import LoadedRecognizer, Recognizer, load_recognizer
 from pretrain.ctc.subsets import (
-    Budget,
     amount,
     count_problems,
     draw_subset,
@@ -26,118 +25,20 @@ from pretrain.ctc.subsets import (
     transcribed,
     write_subset,
 )
-from pretrain.ctc.task import CTCConfig, CTCTask
+from pretrain.ctc.task import CTCTask
 from pretrain.ctc.text import TextConfig
-from pretrain.ctc.unit_input import LabelBatches, UnitConfig
+from pretrain.ctc.unit_input import LabelBatches
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE
 from pretrain.model.encoder import EncoderConfig, load_encoder
-from pretrain.model.streaming import StreamingConfig
 from pretrain.progress import console
 from pretrain.store.artefact import require_absent
 from pretrain.store.disk import atomic_path
 from pretrain.training.engine import train
 from pretrain.training.run import Run
-from pretrain.training.task import OptimizerConfig, TrainingConfig
-
-
-class CTCBatchConfig(BatchConfig):
-    """How much audio goes together. Nothing is cropped in fine-tuning: a transcript is of the whole utterance."""
-
-    crop_seconds: float = Field(
-        30.0, ge=0.025, description="longer utterances are left out of training (counted)"
-    )
-
-
-class CTCOptimizerConfig(OptimizerConfig):
-    """The engine's AdamW with wav2vec 2.0's fine-tuning schedule as its default."""
-
-    schedule: Literal["constant", "linear", "polynomial", "cosine", "tri_stage"] = "tri_stage"
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class CTCTrainingConfig(TrainingConfig):
-    """The engine's, with the checkpoint of the best dev WER (of equal ones, the lowest loss) kept beside the last."""
-
-    keep_best: bool = Field(True, description="keep the checkpoint with the best WER on valid_split, too")
-
-
-class FinetuneConfig(Config):
-    """Which transcripts, which encoder, and how it is fine-tuned."""
-
-    out: PathStr
-    manifest: PathStr
-    split: Split = "train"
-    valid_manifest: PathStr | None = Field(
-        None, description="where valid_split is, if not in `manifest` (a labelled subset has none)"
-    )
-    valid_split: Split = Field(
-        "dev",
-        description='judges checkpoints; without being asked for, none where there is no such split (said in the summary); "": none, '
-        "or all of valid_manifest",
-    )
-    budget: Budget = Field(
-        "all", description="labelled audio that is used: 90s, 10min, 1h, 25% or all; a seeded draw"
-    )
-    budget_at_least: Budget | None = Field(
-        None,
-        description="where less than the budget is transcribed, but as much as this: all of it; without this key an error",
-    )
-    budget_seed: Seed = Field(0, description="of the draw; equal seeds give nested budgets")
-    bad_transcripts: Literal["error", "quarantine"] = Field(
-        "error", description="quarantine: leave them out, listed"
-    )
-    encoder: PathStr | None = Field(None, description="a pretraining run, or a recogniser to go on from")
-    initialization: Literal["pretrained", "recognizer", "random"] = Field(
-        "pretrained",
-        description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh weights",
-    )
-    streaming: StreamingConfig | None = Field(
-        None, description="chunked attention; by default as `encoder` has it"
-    )
-    labels: PathStr | None = Field(None, description="units to read in place of audio; instead of an encoder")
-    units: UnitConfig = UnitConfig()
-    unit_encoder: EncoderConfig | None = Field(
-        None, description="with labels: the encoder over them; by default a small one"
-    )
-    characters: str | None = Field(
-        None, description="the vocabulary; taken from the transcripts of split and valid_split when not given"
-    )
-    text: TextConfig = TextConfig()
-    ctc: CTCConfig = CTCConfig()
-    batches: CTCBatchConfig = CTCBatchConfig()
-    optimizer: CTCOptimizerConfig = CTCOptimizerConfig()
-    training: CTCTrainingConfig
-
-    @field_validator("unit_encoder", mode="before")
-    @classmethod
-    def _reads_units(cls, given: Any) -> Any:
-        """What an `architecture` fills in gives way to what units need; what is asked for by name must agree with it."""
-        for key, only in (("front_end", "units"), ("normalize_waveform", False)):
-            if isinstance(given, dict) and given.get(key, only) != only:
-                raise ValueError(
-                    f"{key} = {json.dumps(given[key])}: it reads `labels` and no audio; leave the key out"
-                )
-        return given
-
-    @model_validator(mode="after")
-    def _reads_one_thing(self) -> Self:
-        if (self.encoder is None) == (self.labels is None):
-            raise ValueError("give `encoder`, for audio, or `labels`, for units: one of them")
-        if self.labels is None and (given := sorted(self.model_fields_set & {"unit_encoder", "units"})):
-            raise ValueError(f"{' and '.join(given)} are about `labels`, which are not given")
-        if (
-            self.labels is not None
-            and "initialization" in self.model_fields_set
-            and self.initialization != "random"
-        ):
-            raise ValueError(
-                f"initialization = {self.initialization!r}: an encoder over `labels` begins with random weights; leave it out"
-            )
-        return self
 
 
 class Source(NamedTuple):
@@ -168,31 +69,26 @@ class Transcripts(NamedTuple):
 
 
 def require_transcripts(config: FinetuneConfig) -> None:
-    """ValueError where the manifest has too few transcripts for the budget or none that can be used; reads no audio and no encoder."""
-    if (
-        config.labels is None and config.initialization != "recognizer"
-    ):  # else labels and vocabulary are those of earlier stages
+    """Raises ValueError if the manifest has too few usable transcripts for the budget. Reads no audio and no encoder."""
+    if config.labels is None and config.initialization != "recognizer":  # else their stages are yet to run
         _choose(config, _splits(config), None)
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Run the verb; returns the training summary with the labelled minutes used, what was left out and the vocabulary's size."""
+    """Runs the verb; returns the training summary with the labelled minutes used, what was left out and the vocabulary's size."""
     require_absent(config.out)
     manifest, seed = Manifest(config.manifest), config.training.seed
     labels = Labels(config.labels) if config.labels else None
-    known = (
-        load_recognizer(config.encoder) if config.encoder and config.initialization == "recognizer" else None
-    )
+    from_recognizer = config.encoder and config.initialization == "recognizer"
+    known = load_recognizer(config.encoder) if config.encoder and from_recognizer else None
     chosen, valid, vocabulary, _ = splits = _splits(config, known)
     model, parents = _model(config, vocabulary, labels, known)
     source, drawn, judges, notes = _choose(config, splits, labels)
 
     def batches(rows: Manifest, limits: BatchConfig) -> SpeechBatches:
-        return (
-            LabelBatches(rows, labels, limits, seed, config.units)
-            if labels
-            else SpeechBatches(rows, limits, seed, crop=False)
-        )
+        if labels:
+            return LabelBatches(rows, labels, limits, seed, config.units)
+        return SpeechBatches(rows, limits, seed, crop=False)
 
     labelled = chosen.take(drawn)
     train_set, valid_set, problems = batches(labelled, config.batches), None, source.problems
@@ -206,39 +102,28 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     frozen_phases = config.initialization != "random" and labels is None
     if frozen_phases and config.ctc.freeze_steps >= config.training.max_steps:
         notes.append(
-            f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, training.max_steps = {config.training.max_steps}"
+            f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, "
+            f"training.max_steps = {config.training.max_steps}"
         )
     task = CTCTask(
         model, config.ctc, config.text, train_set, valid_set, frozen_phases=frozen_phases, seed=seed
     )
-    if os.environ.get("RANK", "0") == "0":
-        for note in notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-        write_subset(
-            Path(config.out) / "subset", chosen, drawn, budget=config.budget, seed=config.budget_seed
-        )
-        _write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
+    _record(config, chosen, drawn, notes, problems)
     minutes = float(labelled.lengths.sum() / SAMPLE_RATE / 60)
-    summary = train(
-        Run(
-            task,
-            out=config.out,
-            kind="recognizer",
-            training=config.training,
-            optimizer=config.optimizer,
-            config=config.resolved(),
-            parents={"manifest": manifest.fingerprint, **parents},
-            monitor=("valid_wer", "valid_loss"),
-            extra={
-                "vocabulary": vocabulary.to_meta(),
-                "config_encoder": model.encoder.config.resolved(),
-                "codebook": labels.codebook if labels else None,
-                "label_minutes": minutes,
-            },
-        )
+    extra = {"vocabulary": vocabulary.to_meta(), "config_encoder": model.encoder.config.resolved()}
+    run = Run(
+        task,
+        out=config.out,
+        kind="recognizer",
+        training=config.training,
+        optimizer=config.optimizer,
+        config=config.resolved(),
+        parents={"manifest": manifest.fingerprint, **parents},
+        monitor=("valid_wer", "valid_loss"),
+        extra={**extra, "codebook": labels.codebook if labels else None, "label_minutes": minutes},
     )
     return {
-        **summary,
+        **train(run),
         "label_minutes": minutes,
         "utterances": len(labelled),
         "utterances_left_out": source.num_left_out,
@@ -248,6 +133,17 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "vocabulary": len(vocabulary),
         **({"note": "; ".join(notes)} if notes else {}),
     }
+
+
+def _record(config: FinetuneConfig, chosen: Manifest, drawn: Any, notes: list[str], problems: Any) -> None:
+    """On the first rank: prints the notes, writes the subset that is trained on and the transcripts left out."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    subset = Path(config.out) / "subset"
+    write_subset(subset, chosen, drawn, budget=config.budget, seed=config.budget_seed)
+    _write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
 
 
 def _splits(config: FinetuneConfig, known: LoadedRecognizer | None = None) -> Splits:

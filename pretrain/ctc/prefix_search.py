@@ -8,7 +8,7 @@ It is slow: with 20,000 words and a beam of 50, ten seconds of audio took 0.5 to
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,9 @@ class History:
         return tuple(reversed(said))
 
 
+Beam = dict[tuple[History, Node, int], list[float]]  # log probability of ending in a blank, and in a symbol
+
+
 def prefix_search(
     log_probs: np.ndarray,
     root: Node,
@@ -77,66 +80,28 @@ def prefix_search(
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """Word numbers and natural log of the probability of (frames, classes), summed over alignments, in no order.
 
-    What ends inside a word is dropped; if everything does, the words before it are given.
+    Hypotheses that end inside a word are dropped; if all do, the words before it are given.
     """
 
     def bonus(history: History, node: Node) -> float:
-        ahead = (
-            0.0 if lm is None or node is root else node.best
-        )  # the best that the word begun can be, as flashlight's MAX smearing
+        # The best score of the word that has begun, as flashlight's MAX smearing.
+        ahead = 0.0 if lm is None or node is root else node.best
         return lm_weight * (history.lm_score + ahead) + word_score * history.num_words
 
     start = History(None, -1, None if lm is None else lm.start(), 0.0)
-    beam: dict[tuple[History, Node, int], list[float]] = {
-        (start, root, BLANK): [0.0, NEVER]
-    }  # ending in a blank, and not
+    beam: Beam = {(start, root, BLANK): [0.0, NEVER]}
     for frame in log_probs:
-        allowed = (
-            range(len(frame))
-            if beam_tokens is None
-            else np.argsort(-frame, kind="stable")[:beam_tokens].tolist()
-        )
-        emission, chosen = frame.tolist(), set(allowed)
-        following: dict[tuple[History, Node, int], list[float]] = {}
-
-        def add(
-            key: tuple[History, Node, int], place: int, score: float, into: dict[Any, list[float]] = following
-        ) -> None:
-            scores = into.setdefault(key, [NEVER, NEVER])
-            scores[place] = _log_add(scores[place], score)
-
-        # What is far below the best of the hypotheses that only go on is not worth a place: most symbols in most frames.
-        least = (
-            max(_log_add(*scores) + bonus(*key[:2]) for key, scores in beam.items())
-            + emission[BLANK]
-            - beam_threshold
-        )
-        for key, (blank, symbol) in beam.items():
-            history, node, last = key
-            total = _log_add(blank, symbol)
-            add(key, 0, total + emission[BLANK])
-            if last != BLANK:
-                add(key, 1, symbol + emission[last])
-            for after, child in node.children.items():
-                before = blank if after == last else total
-                score = before + emission[after]
-                if after not in chosen or before == NEVER:
-                    continue
-                if child.children and score + bonus(history, child) >= least:
-                    add((history, child, after), 1, score)
-                for word in child.words:
-                    longer = history.then(word, lm)
-                    if score + bonus(longer, root) >= least:
-                        add((longer, root, after), 1, score)
+        allowed = range(len(frame))
+        if beam_tokens is not None:
+            allowed = np.argsort(-frame, kind="stable")[:beam_tokens].tolist()
+        following = _extend(beam, frame.tolist(), set(allowed), root, lm, bonus, beam_threshold)
         ranked = [
             (_log_add(*scores) + bonus(*key[:2]), number)
             for number, (key, scores) in enumerate(following.items())
         ]
         least = max(ranked)[0] - beam_threshold
-        kept = {
-            number
-            for _, number in heapq.nlargest(beam_size, (entry for entry in ranked if entry[0] >= least))
-        }
+        best = heapq.nlargest(beam_size, (entry for entry in ranked if entry[0] >= least))
+        kept = {number for _, number in best}
         beam = {key: scores for number, (key, scores) in enumerate(following.items()) if number in kept}
     complete = [key for key in beam if key[1] is root]
     found: dict[History, float] = {}
@@ -144,6 +109,44 @@ def prefix_search(
         found[key[0]] = _log_add(found.get(key[0], NEVER), _log_add(*beam[key]))
     for history, score in found.items():
         yield history.words(), score
+
+
+def _extend(
+    beam: Beam,
+    emission: list[float],
+    chosen: set[int],
+    root: Node,
+    lm: LanguageModel | None,
+    bonus: Callable[[History, Node], float],
+    beam_threshold: float,
+) -> Beam:
+    """The hypotheses of a beam after one more frame, whose log probabilities are `emission`; `chosen` symbols may begin."""
+    following: Beam = {}
+
+    def add(key: tuple[History, Node, int], place: int, score: float) -> None:
+        scores = following.setdefault(key, [NEVER, NEVER])
+        scores[place] = _log_add(scores[place], score)
+
+    # A new symbol far below the best hypothesis that goes on without one is dropped: most symbols in most frames.
+    goes_on = max(_log_add(*scores) + bonus(*key[:2]) for key, scores in beam.items())
+    least = goes_on + emission[BLANK] - beam_threshold
+    for (history, node, last), (blank, symbol) in beam.items():
+        total = _log_add(blank, symbol)
+        add((history, node, last), 0, total + emission[BLANK])
+        if last != BLANK:
+            add((history, node, last), 1, symbol + emission[last])
+        for after, child in node.children.items():
+            before = blank if after == last else total
+            score = before + emission[after]
+            if after not in chosen or before == NEVER:
+                continue
+            if child.children and score + bonus(history, child) >= least:
+                add((history, child, after), 1, score)
+            for word in child.words:
+                longer = history.then(word, lm)
+                if score + bonus(longer, root) >= least:
+                    add((longer, root, after), 1, score)
+    return following
 
 
 def _log_add(a: float, b: float) -> float:

@@ -12,23 +12,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from pretrain.config import Config, PathStr, Split
 from pretrain.ctc.alignment import forced_alignment, stretch, word_times, write_alignments
-from pretrain.ctc.decoding import Decoder, DecodingConfig, Hypothesis
-from pretrain.ctc.error_rates import as_text, count_edits, error_rates
+from pretrain.ctc.decoding import Decoder, Hypothesis
+from pretrain.ctc.error_rates import count_edits, error_rates
 from pretrain.ctc.model import CTCBatch, LoadedRecognizer, load_recognizer
 from pretrain.ctc.online import Latency, OnlineRecognizer, recognize_online
 from pretrain.ctc.searching import Search, decoded, open_search
 from pretrain.ctc.text import TextConfig
+from pretrain.ctc.transcribe_config import SCHEMA, TranscribeConfig
 from pretrain.ctc.unit_input import LabelBatches, unit_batches
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.ctc.windows import in_windows
@@ -42,83 +41,6 @@ from pretrain.store.disk import atomic_path, write_json
 from pretrain.training.parallel import resolve_device
 from pretrain.training.step import autocast
 
-__all__ = ["TranscribeConfig", "TuneConfig", "as_text", "transcribe"]
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("speaker", pa.string()),
-        ("text", pa.string()),
-        ("hypothesis", pa.string()),
-        ("score", pa.float64()),
-        (
-            "nbest",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("text", pa.string()),
-                        ("score", pa.float64()),
-                        ("ctc_score", pa.float64()),
-                        ("lm_score", pa.float64()),
-                    ]
-                )
-            ),
-        ),
-        (
-            "words",
-            pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("word", pa.string())])),
-        ),
-    ]
-)
-
-
-class TuneConfig(Config):
-    """Weights of the language model that are tried on this split, every one with every other; the best by WER are used."""
-
-    lm_weight: tuple[Annotated[float, Field(ge=0)], ...] = Field(min_length=1)
-    word_score: tuple[float, ...] | None = Field(
-        None, min_length=1, description="by default decoding.word_score alone"
-    )
-
-
-class TranscribeConfig(Config):
-    """What is transcribed with which recogniser, and how."""
-
-    out: PathStr
-    manifest: PathStr
-    split: Split = "test"
-    recognizer: PathStr
-    checkpoint: Literal["best", "last"] = Field("best", description="best: by dev WER, where one was kept")
-    labels: PathStr | None = Field(None, description="the units to read, for a recogniser of units")
-    decoding: DecodingConfig = DecodingConfig()
-    tune: TuneConfig | None = Field(
-        None, description="find decoding.lm_weight and word_score on this split: give a dev split"
-    )
-    words: bool = Field(False, description="times of the words, or phones, of each text")
-    align: Literal["text"] | None = Field(
-        None, description="text: times of the transcripts, as alignments.jsonl, which `index` reads"
-    )
-    max_seconds: float = Field(
-        30.0, ge=1, description="longer recordings go through the encoder in windows of this length"
-    )
-    online: bool = Field(
-        False, description="for a streaming recogniser: utterances one by one as if spoken; measures latency"
-    )
-    batch_seconds: float = Field(60.0, gt=0, description="audio that goes through the encoder together")
-    workers: int = Field(2, ge=1, description="threads that decode audio ahead")
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU that has it"
-    )
-
-    @model_validator(mode="after")
-    def _tunes_a_beam_search(self) -> Self:
-        if self.tune is not None and self.decoding.lm is None:
-            raise ValueError(
-                'tune: finds the weights of a language model; give decoding = {method = "beam", lm = ...}'
-            )
-        return self
-
 
 class Said(NamedTuple):
     """What is kept of an utterance: its hypotheses, the best first, and the times of the best one's words and of its transcript."""
@@ -129,10 +51,10 @@ class Said(NamedTuple):
 
 
 def transcribe(config: TranscribeConfig) -> dict[str, Any]:
-    """Write `transcripts.parquet` (docs/formats.md); returns error rates over the rows with a transcript, and how fast it went.
+    """Writes `transcripts.parquet` (docs/formats.md); returns error rates over the rows with a transcript, and speeds.
 
-    References are the transcripts after the recogniser's own text normalisation, or its phones. Recordings too short for a frame are
-    transcribed as nothing, and counted.
+    References are the transcripts after the recogniser's own text normalisation, or its phones. Recordings too short for a frame
+    have an empty transcript, and are counted.
     """
     require_absent(config.out)
     manifest, device = Manifest(config.manifest).select(config.split), resolve_device(config.device)
@@ -143,7 +65,6 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
     source = _source(config, recognizer, manifest)
     rows = list(manifest)
     references = _references(rows, recognizer.text, decoder)
-    too_short = len(manifest) - len(source.items)
     clock, latency = _Clock(), Latency(recognizer.model) if _streams(recognizer) else None
     with open_search(config.decoding, decoder, recognizer) as search:
         outputs = clock.timed(_log_probs(config, recognizer, source, device, latency))
@@ -163,30 +84,23 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
         clock.searched = search.seconds
     nothing = Said([Hypothesis("", 0.0, 0.0, None)], [] if config.words else None, "is too short for a frame")
     results = [said.get(item, nothing) for item in range(len(rows))]
-    seconds = source.seconds(np.arange(len(manifest)))
+    windowed = manifest.lengths[source.items] > _longest(config, recognizer)
     summary: dict[str, Any] = {
         "utterances": len(rows),
-        "too_short": too_short,
-        "cut_in_windows": 0
-        if latency
-        else int((manifest.lengths[source.items] > _longest(config, recognizer)).sum()),
-        "audio_seconds": seconds,
-        "audio_seconds_per_second": seconds / clock.elapsed,
-        "encoder_audio_seconds_per_second": seconds / max(clock.encoded, 1e-9),
-        "search_audio_seconds_per_second": seconds / max(clock.searched, 1e-9),
+        "too_short": len(manifest) - len(source.items),
+        "cut_in_windows": 0 if latency else int(windowed.sum()),
+        **clock.speeds(source.seconds(np.arange(len(manifest)))),
         "notes": decoder.notes,
     }
     if config.online and latency is not None:
         summary["latency"] = latency.summary()
     if best is not None:
         summary |= {"lm_weight": best[0], "word_score": best[1], "tuning": table}
-    counted: Literal["words", "phones"] = (
-        "phones" if _writes_phones(recognizer.vocabulary, decoder) else "words"
-    )
+    phones = _writes_phones(recognizer.vocabulary, decoder)
+    counted: Literal["words", "phones"] = "phones" if phones else "words"
     texts = [one.hypotheses[0].text for one in results]
-    summary |= error_rates(
-        [row.id for row in rows], [row.speaker for row in rows], references, texts, counted=counted
-    )
+    ids, speakers = [row.id for row in rows], [row.speaker for row in rows]
+    summary |= error_rates(ids, speakers, references, texts, counted=counted)
     files = _write(config, rows, references, results, summary, recognizer.vocabulary)
     parents = {"manifest": manifest.fingerprint, "recognizer": recognizer.fingerprint}
     if isinstance(source, LabelBatches):
@@ -305,6 +219,15 @@ class _Clock:
 
     def __init__(self) -> None:
         self.began, self.encoded, self.searched = time.monotonic(), 0.0, 0.0
+
+    def speeds(self, seconds: float) -> dict[str, float]:
+        """Of `seconds` of audio: in all, of the encoder and of the search."""
+        return {
+            "audio_seconds": seconds,
+            "audio_seconds_per_second": seconds / self.elapsed,
+            "encoder_audio_seconds_per_second": seconds / max(self.encoded, 1e-9),
+            "search_audio_seconds_per_second": seconds / max(self.searched, 1e-9),
+        }
 
     @property
     def elapsed(self) -> float:

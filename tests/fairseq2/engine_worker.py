@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pretrain.ctc.finetuning import FinetuneConfig, finetune
+from pretrain.ctc.finetune_config import FinetuneConfig
+from pretrain.ctc.finetuning import finetune
 from pretrain.objectives.pretraining import PretrainConfig, pretrain
 from tests.pretrain.distributed_worker import NOISY, cut, hubert, noisy, stopped
 from tests.pretrain.linear_task import LinearTask, run_linear

@@ -11,7 +11,8 @@ import torch
 from fairseq2.models.wav2vec2 import get_wav2vec2_model_hub
 from safetensors.torch import save_file
 
-from pretrain.ctc.finetuning import FinetuneConfig, finetune
+from pretrain.ctc.finetune_config import FinetuneConfig
+from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import load_recognizer
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest, write_manifest

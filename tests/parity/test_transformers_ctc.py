@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 from pretrain.config import parse_config
-from pretrain.ctc.finetuning import FinetuneConfig, finetune
+from pretrain.ctc.finetune_config import FinetuneConfig
+from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import CTCBatch, LoadedRecognizer, Recognizer, greedy, load_recognizer
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
-from pretrain.ctc.transcription import TranscribeConfig, transcribe
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import pack
 from pretrain.model.encoder import EncoderConfig, load_encoder

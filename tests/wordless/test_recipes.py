@@ -9,7 +9,7 @@ import torch
 
 import wordless.cli
 from pretrain.config import flatten, read_toml
-from pretrain.ctc.transfer import TransferConfig, cells
+from pretrain.ctc.cells import LabelEfficiencyConfig, cells
 from pretrain.objectives.pretraining import PretrainConfig
 from units.lm.model import Decoder
 from wordless.recipe import Recipe
@@ -249,12 +249,12 @@ def test_the_published_language_model_weights_are_those_of_each_budget(tmp_path:
         assert cell.transcribing("test-clean").decoding.method == "greedy"
 
 
-def transfer_config() -> TransferConfig:
+def transfer_config() -> LabelEfficiencyConfig:
     path = next(path for path in RECIPES if path.stem == "ctc_10min")
     tree = read_toml(path)
     tree.pop("slurm")
     parsed = Recipe(tree, str(path)).parse("transfer")
-    assert isinstance(parsed, TransferConfig)
+    assert isinstance(parsed, LabelEfficiencyConfig)
     return parsed
 
 

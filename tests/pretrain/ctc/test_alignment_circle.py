@@ -10,7 +10,8 @@ import torch
 
 from pretrain.ctc.model import CTCBatch, Recognizer
 from pretrain.ctc.text import TextConfig
-from pretrain.ctc.transcription import TranscribeConfig, transcribe
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.label_shards import write_shard

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pretrain.ctc.finetuning import FinetuneConfig, finetune, require_transcripts
+from pretrain.ctc.finetune_config import FinetuneConfig
+from pretrain.ctc.finetuning import finetune, require_transcripts
 from pretrain.ctc.model import load_recognizer
-from pretrain.ctc.transcription import TranscribeConfig, transcribe
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import transcribe
 from pretrain.data.manifest import Manifest
 from pretrain.model.encoder import load_encoder
 from pretrain.store.artefact import read_meta

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import CTCBatch, Recognizer, greedy
 from pretrain.ctc.online import Latency, OnlineRecognizer, recognize_online
-from pretrain.ctc.transcription import TranscribeConfig, transcribe
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import Layout, pack
 from pretrain.model.encoder import EncoderConfig

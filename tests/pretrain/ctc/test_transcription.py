@@ -15,7 +15,8 @@ from pretrain.ctc.error_rates import count_edits
 from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import CTCBatch, LoadedRecognizer, Recognizer, greedy, load_recognizer
 from pretrain.ctc.text import TextConfig
-from pretrain.ctc.transcription import TranscribeConfig, _references, transcribe
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import _references, transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.ctc.windows import CONTEXT, in_windows
 from pretrain.data.indexing import IndexConfig, index

@@ -7,7 +7,8 @@ import torch
 
 from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.model import CTCBatch, load_recognizer
-from pretrain.ctc.transcription import TranscribeConfig, transcribe
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import transcribe
 from pretrain.ctc.unit_input import LabelBatches, UnitConfig, unit_batches
 from pretrain.data.batches import BatchConfig
 from pretrain.data.label_shards import write_shard

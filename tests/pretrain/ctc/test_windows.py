@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pretrain.ctc.model import LoadedRecognizer, Recognizer
 from pretrain.ctc.text import TextConfig
-from pretrain.ctc.transcription import TranscribeConfig, _log_probs
+from pretrain.ctc.transcribe_config import TranscribeConfig
+from pretrain.ctc.transcription import _log_probs
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.model.encoder import EncoderConfig

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.ctc.finetuning import FinetuneConfig
+from pretrain.ctc.finetune_config import FinetuneConfig
 from pretrain.data.label_shards import write_shard
 from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest

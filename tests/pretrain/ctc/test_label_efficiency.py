@@ -1,4 +1,4 @@
-"""`transfer` on spoken tones: two utterances a second, four letters, an encoder of random weights."""
+"""`label-efficiency` on spoken tones: two utterances a second, four letters, an encoder of random weights."""
 
 import json
 import shutil
@@ -14,10 +14,11 @@ import torch
 
 import wordless.cli
 from pretrain.config import parse_config
-from pretrain.ctc import transfer as module
+from pretrain.ctc import cells as module
+from pretrain.ctc.cells import SCHEMA, LabelEfficiencyConfig, cells, merged
 from pretrain.ctc.curve import as_text, draw_curve, minutes_in_words, summarize, write_curve
+from pretrain.ctc.label_efficiency import label_efficiency, require_transcripts
 from pretrain.ctc.model import Recognizer
-from pretrain.ctc.transfer import SCHEMA, TransferConfig, cells, merged, require_transcripts, transfer
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.manifest import Manifest
 from pretrain.model.encoder import EncoderConfig, load_encoder
@@ -75,19 +76,19 @@ def tree(made: Path, out: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def config(made: Path, out: Path, **changes: Any) -> TransferConfig:
-    return parse_config(TransferConfig, tree(made, out, **changes), "t.toml")
+def config(made: Path, out: Path, **changes: Any) -> LabelEfficiencyConfig:
+    return parse_config(LabelEfficiencyConfig, tree(made, out, **changes), "t.toml")
 
 
 @pytest.fixture(scope="module")
-def finished(made: Path) -> tuple[TransferConfig, dict[str, Any]]:
+def finished(made: Path) -> tuple[LabelEfficiencyConfig, dict[str, Any]]:
     settings = config(made, made / "finished", seeds=[0, 1], tests={"test": {}, "dev": {}})
-    return settings, transfer(settings)
+    return settings, label_efficiency(settings)
 
 
 def test_every_budget_system_seed_and_test_has_a_row_and_the_files_are_those_of_the_verbs(
     made: Path,
-    finished: tuple[TransferConfig, dict[str, Any]],
+    finished: tuple[LabelEfficiencyConfig, dict[str, Any]],
 ) -> None:
     settings, summary = finished
     out = Path(settings.out)
@@ -118,7 +119,7 @@ def test_every_budget_system_seed_and_test_has_a_row_and_the_files_are_those_of_
 
 
 def test_systems_of_one_budget_and_seed_have_the_same_labels_and_seeds_others(
-    finished: tuple[TransferConfig, dict[str, Any]],
+    finished: tuple[LabelEfficiencyConfig, dict[str, Any]],
 ) -> None:
     out = Path(finished[0].out)
     drawn = {
@@ -128,7 +129,9 @@ def test_systems_of_one_budget_and_seed_have_the_same_labels_and_seeds_others(
     assert drawn["pretrained_seed0"] == drawn["scratch_seed0"] != drawn["pretrained_seed1"]
 
 
-def test_a_point_of_the_curve_is_the_mean_over_seeds(finished: tuple[TransferConfig, dict[str, Any]]) -> None:
+def test_a_point_of_the_curve_is_the_mean_over_seeds(
+    finished: tuple[LabelEfficiencyConfig, dict[str, Any]],
+) -> None:
     summary = finished[1]
     assert len(summary["curve"]) == 8 and len(summary["comparisons"]) == 4
     for point in summary["curve"]:
@@ -148,14 +151,14 @@ def test_a_point_of_the_curve_is_the_mean_over_seeds(finished: tuple[TransferCon
 
 
 def test_what_stands_is_not_made_again_and_the_same_numbers_come_out(
-    finished: tuple[TransferConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[LabelEfficiencyConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, summary = finished
     out = Path(settings.out)
     with pytest.raises(
         ValueError, match=r"finished: already holds this curve, finished; budgets, .* that are added"
     ):
-        transfer(settings)
+        label_efficiency(settings)
     (out / "meta.json").unlink()
     shutil.rmtree(out / "1s_scratch_seed1" / "dev")  # killed before the last of its tests
     (
@@ -172,7 +175,7 @@ def test_what_stands_is_not_made_again_and_the_same_numbers_come_out(
 
     for name in ("finetune", "transcribe"):
         monkeypatch.setattr(module, name, noted(name))
-    assert transfer(settings)["curve"] == summary["curve"]
+    assert label_efficiency(settings)["curve"] == summary["curve"]
     assert sorted(made_now) == [
         "finetune 50percent_pretrained_seed0/recognizer",
         "transcribe 1s_scratch_seed1/dev",
@@ -180,14 +183,14 @@ def test_what_stands_is_not_made_again_and_the_same_numbers_come_out(
 
 
 def test_cells_with_other_settings_or_inputs_are_refused_by_name(
-    made: Path, finished: tuple[TransferConfig, dict[str, Any]]
+    made: Path, finished: tuple[LabelEfficiencyConfig, dict[str, Any]]
 ) -> None:
     out = made / "changed"
     shutil.copytree(finished[0].out, out)
     before = read_meta(out)
     changed = tree(made, out, seeds=[0, 1], systems={"scratch": {"optimizer": {"lr": 0.5}}})
     with pytest.raises(ValueError, match=r"4 of 8 cells failed; the others are kept") as caught:
-        transfer(parse_config(TransferConfig, changed, "t.toml"))
+        label_efficiency(parse_config(LabelEfficiencyConfig, changed, "t.toml"))
     assert "1s_scratch_seed0: " in str(caught.value) and "optimizer.lr: 0.001 -> 0.5" in str(caught.value)
     assert "pretrained" not in str(caught.value).partition("failed")[2]
     assert read_meta(out) == before  # the curve that stood still does
@@ -203,12 +206,12 @@ def test_a_cell_that_fails_is_named_and_the_others_are_made(
         by_budget={"2h": {"training": {"max_steps": 1}}, "2s": {"characters": "xyz"}},
     )
     with pytest.raises(ValueError, match="2 of 4 cells failed") as caught:
-        transfer(settings)
+        label_efficiency(settings)
     assert "\n  2s_pretrained_seed0, 2s_scratch_seed0: " in str(caught.value) and "1s_" not in str(
         caught.value
     )
     assert str(caught.value).count("transcripts cannot be used") == 1
-    assert [cell.stands() for cell in cells(settings)] == [True, True, False, False]
+    assert [cell.done() for cell in cells(settings)] == [True, True, False, False]
     said = capsys.readouterr().err
     assert (
         "2s_scratch_seed0: failed, as 2s_pretrained_seed0 did" in said
@@ -216,7 +219,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_made(
     )
     assert "settings of 2h are not used; budgets are 1s, 2s" in said
     assert (
-        "0 of 4 cells stand; left: 1s_pretrained_seed0, 1s_scratch_seed0, 2s_pretrained_seed0, 2s_scratch_seed0"
+        "0 of 4 cells are done; left: 1s_pretrained_seed0, 1s_scratch_seed0, 2s_pretrained_seed0, 2s_scratch_seed0"
         in said
     )
 
@@ -230,7 +233,7 @@ def test_what_is_not_there_is_told_once_before_any_cell_is_begun(made: Path) -> 
         "tests": {"test": {}, "tset": {}, "other": {"manifest": str(made / "gone")}},
     }
     with pytest.raises(ValueError, match="nowhere: holds no checkpoint") as caught:
-        transfer(config(made, made / "lacking", **changes))
+        label_efficiency(config(made, made / "lacking", **changes))
     lines = str(caught.value).split("\n")
     assert len(lines) == 5 and not (made / "lacking").exists()
     for problem in (
@@ -241,11 +244,11 @@ def test_what_is_not_there_is_told_once_before_any_cell_is_begun(made: Path) -> 
     ):
         assert sum(problem in line for line in lines) == 1, problem
     with pytest.raises(ValueError, match="^[^\n]*gone: [^\n]*$"):
-        transfer(config(made, made / "lacking", manifest=str(made / "gone")))
+        label_efficiency(config(made, made / "lacking", manifest=str(made / "gone")))
 
 
 def test_recognisers_that_stand_need_no_encoder(
-    made: Path, finished: tuple[TransferConfig, dict[str, Any]], tmp_path: Path
+    made: Path, finished: tuple[LabelEfficiencyConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
     shutil.copytree(finished[0].out, tmp_path / "out")
     (tmp_path / "out" / "1s_scratch_seed1" / "dev" / "meta.json").unlink()
@@ -258,24 +261,24 @@ def test_recognisers_that_stand_need_no_encoder(
 
 def transfer_again(made: Path, out: Path) -> dict[str, Any]:
     (out / "meta.json").unlink()
-    return transfer(config(made, out, seeds=[0, 1], tests={"test": {}, "dev": {}}))
+    return label_efficiency(config(made, out, seeds=[0, 1], tests={"test": {}, "dev": {}}))
 
 
 def test_cells_of_an_encoder_that_was_still_training_are_not_mixed(made: Path, tmp_path: Path) -> None:
     write_encoder(tmp_path / "encoder", 0)
     settings = tree(made, tmp_path / "out", budgets=["1s"], encoder=str(tmp_path / "encoder"))
-    transfer(parse_config(TransferConfig, {**settings, "part": "1/2"}, "t.toml"))
+    label_efficiency(parse_config(LabelEfficiencyConfig, {**settings, "part": "1/2"}, "t.toml"))
     write_encoder(tmp_path / "encoder", 1)
     with pytest.raises(ValueError, match="cells come from 2 different weights of .*encoder"):
-        transfer(parse_config(TransferConfig, {**settings, "part": "2/2"}, "t.toml"))
+        label_efficiency(parse_config(LabelEfficiencyConfig, {**settings, "part": "2/2"}, "t.toml"))
 
 
 def test_parts_share_out_the_cells_and_the_last_writes_the_curve(made: Path) -> None:
     both = [config(made, made / "parts", budgets=["1s"], part=f"{n}/2") for n in (1, 2)]
-    first = transfer(both[0])
+    first = label_efficiency(both[0])
     assert first == {"part": "1/2", "cells": 1, "cells_missing": ["1s_scratch_seed0"]}
     assert "1s_scratch_seed0" in as_text(first)
-    second = transfer(both[1])
+    second = label_efficiency(both[1])
     assert len(second["curve"]) == 2 and (made / "parts" / "meta.json").is_file()
     assert read_meta(made / "parts")["config"]["part"] is None
 
@@ -377,7 +380,7 @@ def test_systems_of_units_and_of_features_are_compared_and_units_read_their_labe
         baseline="units",
         systems={"units": {"labels": str(labels), "unit_encoder": {"architecture": "tiny"}}},
     )
-    summary = transfer(settings)
+    summary = label_efficiency(settings)
     assert [row["initialization"] for row in summary["cells"]] == ["pretrained", "random", "random"]
     assert read_meta(tmp_path / "out" / "all_units_seed0" / "test")["config"]["labels"] == str(labels)
     assert [(c["system"], c["baseline"]) for c in summary["comparisons"]] == [
@@ -389,11 +392,11 @@ def test_systems_of_units_and_of_features_are_compared_and_units_read_their_labe
 def test_several_processes_are_sent_to_parts(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="share them out with `part`"):
-        transfer(config(made, made / "none"))
+        label_efficiency(config(made, made / "none"))
 
 
 def test_the_command_line_runs_it_and_prints_the_table(
-    made: Path, finished: tuple[TransferConfig, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    made: Path, finished: tuple[LabelEfficiencyConfig, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = made / "printed"
     shutil.copytree(finished[0].out, out)
