@@ -48,7 +48,8 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
 
 def write_model(folder: Path, settings: dict[str, Any]) -> None:
     """A run folder with untrained weights, and the same weights for the peer."""
-    from pretrain.model.encoder import Encoder, EncoderConfig
+    from pretrain.model.config import EncoderConfig
+    from pretrain.model.encoder import Encoder
     from pretrain.training.checkpoint import save_checkpoint
     from pretrain.weights.conversion import export_weights
 
@@ -184,7 +185,7 @@ def _require_possible(arguments: argparse.Namespace, num_layers: int) -> None:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the corpus, make model and codebook, let the contenders take turns, and compare what they left."""
-    from pretrain.model.encoder import EncoderConfig
+    from pretrain.model.config import EncoderConfig
 
     encoder = EncoderConfig(architecture=arguments.architecture, front_end="waveform", norm_first=False)
     _require_possible(arguments, encoder.num_layers)

@@ -43,7 +43,8 @@ class Ours:
 
     def __init__(self, settings: dict[str, Any], folder: Path):
         from pretrain.data.manifest import Manifest
-        from pretrain.model.encoder import Encoder, EncoderConfig
+        from pretrain.model.config import EncoderConfig
+        from pretrain.model.encoder import Encoder
 
         torch.manual_seed(settings["seed"])
         self.settings = settings
@@ -225,7 +226,7 @@ def build(name: str, settings: dict[str, Any], folder: Path) -> Contender:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Draw the corpus, let the contenders take turns, and say what was measured."""
-    from pretrain.model.encoder import EncoderConfig
+    from pretrain.model.config import EncoderConfig
 
     encoder = EncoderConfig(architecture=arguments.architecture, front_end="waveform")
     if not 1 <= arguments.layer <= encoder.num_layers:

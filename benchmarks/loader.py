@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks import corpus
 from benchmarks.command import argument_parser, run_main
 from benchmarks.measure import KEPT, Contender, Measurement, load_before, machine, sides, take_turns
-from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask
+from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.indexing import IndexConfig, index
 from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout, pack
@@ -39,6 +39,7 @@ from pretrain.data.utterance import HOP, SAMPLE_RATE, Utterance
 from pretrain.training.loading import load_ahead
 from pretrain.training.memory import keep_freed_memory
 from pretrain.training.parallel import World
+from pretrain.training.speech_task import SpeechTask
 from pretrain.training.task import TrainingConfig
 
 FORMATS = ("flac", "wav", "tar")

@@ -36,7 +36,10 @@ class Ours:
     def __init__(self, settings: dict[str, Any], folder: Path):
         from pretrain.data.labels import Labels
         from pretrain.data.manifest import Manifest
-        from pretrain.objectives.pretraining import HubertTask, PretrainConfig, PretrainTask, Wav2Vec2Task
+        from pretrain.objectives.hubert import HubertTask
+        from pretrain.objectives.pretraining import PretrainConfig
+        from pretrain.objectives.task import PretrainTask
+        from pretrain.objectives.wav2vec2 import Wav2Vec2Task
         from pretrain.training.memory import keep_freed_memory
         from pretrain.training.parallel import compile_in_place
 
@@ -156,7 +159,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def resolve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything the contenders need to know, peers without our code included: sizes and dropouts of the
     published models."""
-    from pretrain.model.encoder import EncoderConfig
+    from pretrain.model.config import EncoderConfig
     from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 
     hubert, large = arguments.objective == "hubert", arguments.architecture in ("large", "xlarge")

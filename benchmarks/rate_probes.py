@@ -63,7 +63,7 @@ def start_hubert(folder: Path) -> None:
     from pretrain.data.batches import BatchConfig, SpeechBatches
     from pretrain.data.labels import Labels
     from pretrain.data.manifest import Manifest
-    from pretrain.objectives.pretraining import check_label_counts
+    from pretrain.objectives.hubert import check_label_counts
 
     batches = SpeechBatches(Manifest(folder / "manifest").select("train"), BatchConfig(batch_seconds=24.0), 0)
     labels = Labels(folder / "labels")
@@ -125,7 +125,8 @@ def open_units(folder: Path) -> None:
 
 def encode_mfcc(folder: Path) -> None:
     """The verb `encode` with a codebook of MFCC, decoding in one thread."""
-    from quantize.encoding import EncodeConfig, encode
+    from quantize.encoding import encode
+    from quantize.encoding_plan import EncodeConfig
 
     encode(
         EncodeConfig(
@@ -142,7 +143,8 @@ def collate_hubert(folder: Path) -> None:
     from pretrain.config import parse_config
     from pretrain.data.labels import Labels
     from pretrain.data.manifest import Manifest
-    from pretrain.objectives.pretraining import HubertTask, PretrainConfig
+    from pretrain.objectives.hubert import HubertTask
+    from pretrain.objectives.pretraining import PretrainConfig
 
     keys = {
         "out": "unused",

@@ -17,12 +17,13 @@ from pydantic import Field, model_validator
 from pretrain.config import PathStr, Seed, Split
 from pretrain.data.label_shards import MAX_CLASSES
 from pretrain.data.manifest import Manifest
+from pretrain.model.config import LayerConvention
 from pretrain.progress import console
 from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.store.disk import write_json
 from quantize.codebook import write_codebook
 from quantize.extraction import Extraction, open_encoder
-from quantize.features import EncoderSource, FeatureSource, LayerConvention, MfccSource
+from quantize.features import EncoderSource, FeatureSource, MfccSource
 from quantize.kmeans import Fit, kmeans
 from quantize.subsample import Balance, Sample, collect, load_sample, require_space
 from quantize.sweep import choose_layer, read_choice

@@ -3,15 +3,9 @@
 from pydantic import Field
 
 from pretrain.config import Config
+from pretrain.model.config import LayerConvention
 from quantize.codebook import Codebook
-from quantize.features import (
-    EncoderSource,
-    FeatureSource,
-    LayerConvention,
-    MfccSource,
-    Precision,
-    open_encoder_source,
-)
+from quantize.features import EncoderSource, FeatureSource, MfccSource, Precision, open_encoder_source
 
 
 class Extraction(Config):

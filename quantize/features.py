@@ -33,6 +33,7 @@ import numpy as np
 from pretrain.data.audio import load_audio
 from pretrain.data.utterance import SAMPLE_RATE, Utterance, num_frames
 from pretrain.data.windows import Window, equal_windows
+from pretrain.model.config import LayerConvention
 from quantize.mfcc import NUM_CEPSTRA, mfcc
 
 if TYPE_CHECKING:
@@ -46,9 +47,6 @@ Layers = Iterator[
     tuple[Utterance, list[np.ndarray]]
 ]  # an utterance, its features (frames, dim) of some layers
 Totals = dict[str, "Tensor"]  # pretrain/model/totals.py
-# As in pretrain.model.encoder; here too, because that imports torch.
-LayerConvention = Literal["residual", "feed_forward"]
-
 WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows
 CONTEXT_FRAMES = 100  # on both sides of a window; the positional convolution reaches 64 frames
 GPU_BATCH_SECONDS = 200.0
@@ -256,10 +254,10 @@ class EncoderSource:
 
         from pretrain.model.online import OnlineEncoder
 
-        online = OnlineEncoder(self.encoder, max(layers), self.convention)
+        online = OnlineEncoder(self.encoder, range(max(layers) + 1), self.convention)
         with self._inference():
             chunks = [
-                [chunk.outputs[layer].float().cpu().numpy() for layer in layers]
+                [chunk.layers[layer].float().cpu().numpy() for layer in layers]
                 for chunk in online.feed(torch.from_numpy(waveform), last=True)
             ]
         return _stitched(chunks)

@@ -16,11 +16,12 @@ from pydantic import Field, model_validator
 
 from pretrain.config import Config, PathStr
 from pretrain.data.label_shards import MAX_CLASSES
+from pretrain.model.config import LayerConvention
 from pretrain.store.artefact import require_absent
 from pretrain.store.disk import atomic_path
 from pretrain.store.hashes import sha256_file
 from quantize.codebook import Codebook, write_codebook
-from quantize.features import FeatureSource, LayerConvention, MfccSource, open_encoder_source
+from quantize.features import FeatureSource, MfccSource, open_encoder_source
 from quantize.joblib_file import read_arrays
 
 CodebookFormat = Literal["npy", "safetensors"]

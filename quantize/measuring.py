@@ -20,13 +20,13 @@ from pretrain.data.label_shards import MAX_CLASSES
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import Utterance
+from pretrain.model.config import LayerConvention
 from pretrain.objectives.pnmi import JointCounts, phone_metrics
 from pretrain.progress import progress
 from pretrain.store.artefact import commit, require_absent
 from pretrain.store.disk import atomic_path, write_json
 from quantize.codebook import Codebook
 from quantize.extraction import Extraction, open_encoder, open_source
-from quantize.features import LayerConvention
 from quantize.judging import Judge, judge_features
 from quantize.layer_figure import draw_layers
 from quantize.phone_tokens import Context

@@ -13,8 +13,7 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import UnitConfig
 from pretrain.data.batches import BatchConfig
-from pretrain.model.encoder import EncoderConfig
-from pretrain.model.streaming import StreamingConfig
+from pretrain.model.config import EncoderConfig, StreamingConfig
 from pretrain.training.task import OptimizerConfig, TrainingConfig
 
 

@@ -33,7 +33,8 @@ from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import SAMPLE_RATE
-from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import load_encoder
 from pretrain.progress import console
 from pretrain.store.artefact import require_absent
 from pretrain.store.disk import atomic_path

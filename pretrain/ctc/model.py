@@ -17,8 +17,9 @@ from pretrain.config import parse_config
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import BLANK, Vocabulary, collapse
 from pretrain.data.packing import Layout
-from pretrain.model.cpu_kernels import dropout
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
+from pretrain.model.operations import dropout
 from pretrain.training.checkpoint import load_weights
 from pretrain.training.task import Loss
 
@@ -69,12 +70,16 @@ class Recognizer(nn.Module):
         self.head = nn.Linear(encoder.dim, len(vocabulary))
 
     def logits(self, batch: CTCBatch) -> Tensor:  # (batch, frames, classes)
-        features = self.encoder.feature_norm(self.encoder.features(batch.inputs, batch.layout, batch.totals))
-        outputs: list[Tensor] = []  # of every layer, (frames, dim) each
-        x = self.encoder.contextualize(
-            features, batch.layout, batch.mask, batch.channel_mask, outputs=outputs
+        inputs, layout, totals = batch.inputs, batch.layout, batch.totals
+        encoded = self.encoder.encode(
+            inputs, layout, batch.mask, batch.channel_mask, totals=totals, layers=self.layers
         )
-        return batch.layout.pad(self.classify(x, outputs))
+        return layout.pad(self.classify(encoded.last, encoded.layers))
+
+    @property
+    def layers(self) -> range:
+        """The layers whose features the head reads in place of the last output; empty where it reads that."""
+        return range(0 if self.layer_weights is None else len(self.layer_weights))
 
     def classify(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """The logits (frames, classes) of the encoder's last output (frames, dim), or of its `outputs`."""

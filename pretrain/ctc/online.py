@@ -41,7 +41,7 @@ class OnlineRecognizer:
 
     def __init__(self, model: Recognizer):
         self.model, self.vocabulary = model, model.vocabulary
-        self._encoder = OnlineEncoder(model.encoder)
+        self._encoder = OnlineEncoder(model.encoder, model.layers)
         self._begin()
 
     def _begin(self) -> None:
@@ -89,7 +89,7 @@ class OnlineRecognizer:
         found, log_probs, seconds = [], [torch.zeros(0, len(self.vocabulary))], []
         began = time.perf_counter()
         for chunk in self._encoder.feed(samples, last):
-            log_probs.append(self.model.classify(chunk.last, chunk.outputs).float().log_softmax(1).cpu())
+            log_probs.append(self.model.classify(chunk.last, chunk.layers).float().log_softmax(1).cpu())
             for number in log_probs[-1].argmax(1).tolist():
                 if number not in (self._previous, BLANK):
                     found.append(number)

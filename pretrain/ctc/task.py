@@ -13,8 +13,9 @@ from pydantic import Field
 from pretrain.config import Config
 from pretrain.ctc.model import CTCBatch, Layers, Recognizer
 from pretrain.ctc.text import TextConfig
-from pretrain.data.batches import SpeechBatches, SpeechTask, pad
+from pretrain.data.batches import SpeechBatches, pad
 from pretrain.objectives.masking import span_mask
+from pretrain.training.speech_task import SpeechTask
 
 
 class CTCConfig(Config):

@@ -1,25 +1,25 @@
 """Batches of speech: which utterances go together, where each is cropped, and their waveforms.
 
-A batch is filled with utterances in random order, whatever their lengths, and then shared among the micro-batches so that each
-has about the same amount of audio: nothing is padded, so like lengths need not go together (sorted by length, the slowest
-micro-batch has up to 25 % more to do). No utterance is left out for being shorter than the crop. Everything is a pure function of
-(seed, epoch, utterance), whatever the number of ranks.
+A batch is filled with utterances in random order, whatever their lengths, and then shared among the
+micro-batches so that each has about the same amount of audio: nothing is padded, so like lengths need not go
+together (sorted by length, the slowest micro-batch has up to 25 % more to do). No utterance is left out for
+being shorter than the crop. Everything is a pure function of (seed, epoch, utterance), whatever the number of
+ranks.
 """
 
-import heapq
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pretrain.config import Config
 from pretrain.data.audio import load_audio
 from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout, pack
 from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE
-from pretrain.training.task import Task
 
 
 class BatchConfig(Config):
@@ -35,18 +35,19 @@ class BatchConfig(Config):
     @classmethod
     def _without_decoder(cls, keys: Any) -> Any:
         """Ignores `decoder`, a key of earlier versions that changed no sample."""
-        return (
-            {key: value for key, value in keys.items() if key != "decoder"}
-            if isinstance(keys, dict)
-            else keys
-        )
+        if not isinstance(keys, dict):
+            return keys
+        return {key: value for key, value in keys.items() if key != "decoder"}
 
 
-_ROWS = 1 << 20  # planned at a time: nothing but the plan itself should grow with the number of utterances
+_ROWS = 1 << 20  # planned at a time: nothing but the plan itself grows with the number of utterances
 
 
 class SpeechBatches:
-    """Plans and loads batches of `manifest`. `crop = False` keeps whole utterances and leaves out those beyond crop_seconds."""
+    """Plans and loads batches of `manifest`.
+
+    `crop = False` keeps whole utterances and leaves out those beyond crop_seconds.
+    """
 
     def __init__(self, manifest: Manifest, config: BatchConfig, seed: int, *, crop: bool = True):
         self.manifest, self.config, self.seed, self.crop = manifest, config, seed, crop
@@ -58,12 +59,14 @@ class SpeechBatches:
             fits &= lengths <= config.crop_seconds * SAMPLE_RATE
         self.items = _compact(np.flatnonzero(fits))
         self.num_left_out = len(manifest) - len(self.items)
-        self.lengths = _compact(
-            np.minimum(lengths, self.crop_samples) if crop else lengths
-        )  # samples after cropping
+        # Samples after cropping.
+        self.lengths = _compact(np.minimum(lengths, self.crop_samples) if crop else lengths)
 
     def plan(self, epoch: int) -> list[np.ndarray]:
-        """Batches of at most batch_seconds of audio, filled in random order; an utterance that is longer is a batch alone."""
+        """Batches of at most batch_seconds of audio, filled in random order.
+
+        A longer utterance is a batch alone.
+        """
         return self._fill(np.random.default_rng([self.seed, 1, epoch + 1]).permutation(self.items))
 
     def plan_in_order(self) -> list[np.ndarray]:
@@ -77,22 +80,21 @@ class SpeechBatches:
             some = order[first : first + rows]
             lengths = self.lengths[some]
             ends = np.cumsum(lengths, dtype=np.int64)
-            # Where the batch that begins with each utterance would end: then only one step a batch is left for Python.
-            following = np.maximum(
-                np.searchsorted(ends, ends - lengths + limit, side="right"), np.arange(1, len(some) + 1)
-            )
+            # The end of the batch that begins with each utterance: only one step a batch is left for Python.
+            following = np.searchsorted(ends, ends - lengths + limit, side="right")
+            following = np.maximum(following, np.arange(1, len(some) + 1))
             begin = 0
             while begin < len(some):
                 end = following.item(begin)
                 if end == len(some) and first + end < len(order):
-                    break  # it may go on in the rows that follow, which begin with it
+                    break  # it may continue in the rows that follow, which begin with it
                 batches.append(some[begin:end])
                 begin = end
             first, rows = first + begin, _ROWS if begin else 2 * rows
         return batches
 
     def rng(self, item: int, epoch: int) -> np.random.Generator:
-        """The generator for everything random about one utterance in one epoch; the crop takes its first draw."""
+        """The generator of everything random about an utterance in an epoch; the first draw is the crop."""
         return np.random.default_rng([self.seed, 2, epoch + 1, item])
 
     def load(self, item: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -107,46 +109,19 @@ class SpeechBatches:
         return float(self.lengths[items].sum()) / SAMPLE_RATE
 
     def pack(self, loaded: list[np.ndarray]) -> tuple[Tensor, Layout]:
-        """What `load` gave for several utterances, as one buffer."""
+        """Several loaded utterances as one buffer."""
         return pack(loaded)
 
 
 def require_audio(config: Any) -> None:
-    """ValueError where the `manifest` of a config has no utterance in `split` that `batches` takes; reads the manifest alone."""
+    """Raises ValueError if no utterance of the config's `split` is long enough; reads the manifest alone."""
     manifest = Manifest(config.manifest)
     rows, limits = manifest.select(config.split), config.batches
     if not len(SpeechBatches(rows, limits, 0).items):
         raise ValueError(
-            f"{manifest.folder}: all {len(rows)} utterances of split {config.split!r} are shorter than batches.min_seconds = "
-            f"{limits.min_seconds:g}, so there is nothing to learn from"
+            f"{manifest.folder}: all {len(rows)} utterances of split {config.split!r} are shorter than "
+            f"batches.min_seconds = {limits.min_seconds:g}, so there is nothing to learn from"
         )
-
-
-class SpeechTask(Task):
-    """A training task whose items are the utterances of `train_set`, validated on `valid_set` if there is one."""
-
-    train_set: SpeechBatches
-    valid_set: SpeechBatches | None
-
-    def plan(self, epoch: int) -> list[np.ndarray]:
-        return self.train_set.plan(epoch)
-
-    def split(self, items: np.ndarray, parts: int) -> list[np.ndarray]:
-        """Micro-batches of like total length: the longest first, each to the part that has least. Each part keeps the batch's order."""
-        lengths = self.train_set.lengths[items]
-        place = np.empty(len(items), np.int64)
-        totals = [(0, part) for part in range(parts)]
-        for longest in np.argsort(-lengths, kind="stable").tolist():
-            total, part = totals[0]
-            place[longest] = part
-            heapq.heapreplace(totals, (total + int(lengths[longest]), part))
-        return [items[place == part] for part in range(parts)]
-
-    def plan_validation(self) -> list[np.ndarray]:
-        return self.valid_set.plan_in_order() if self.valid_set else []
-
-    def amount(self, items: np.ndarray) -> float:
-        return self.train_set.seconds(items)
 
 
 def _compact(numbers: np.ndarray) -> np.ndarray:
@@ -156,7 +131,4 @@ def _compact(numbers: np.ndarray) -> np.ndarray:
 
 def pad(arrays: list[np.ndarray], value: float | int | bool) -> Tensor:
     """Stack arrays of different first dimension: (batch, longest, ...), filled with `value`."""
-    out = np.full((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
-    for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(out)
+    return pad_sequence([torch.from_numpy(array) for array in arrays], batch_first=True, padding_value=value)

@@ -1,24 +1,16 @@
-"""The encoder's expensive pieces, written for a CPU: hand-written backward passes that store little and allocate less.
+"""Kernels written for a CPU, with backward passes by hand that store little and allocate less.
 
-On a CPU large temporaries cost more than arithmetic: each fresh one is mapped page by page by the kernel. So GELU and layer norm
-are recomputed in backward, in blocks that stay in the cache, and gradients are written where they are needed. Each function has
-a plain formulation, which GPUs (where `torch.compile` fuses it) and autocast use, and which the tests compare with.
+Large temporaries cost a CPU more than arithmetic: the operating system maps each fresh one page by page. So
+GELU and layer norm are recomputed in backward, in blocks that stay in the cache, and gradients are written
+where they are needed. pretrain/model/operations.py defines what each kernel computes and chooses it; the
+tests compare both.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from pretrain.data.packing import Layout
-
-try:
-    from torch.nn.attention import varlen  # torch >= 2.10, CUDA only
-
-    varlen_attn: Any = varlen.varlen_attn  # units/lm/attention.py takes it from here
-except ImportError:  # pragma: no cover
-    varlen_attn = None
+from torch import Tensor, nn
 
 BLOCK_BYTES = 8 << 20  # of activations at a time
 TAPS = 8  # of a grouped convolution in one matrix product
@@ -30,58 +22,35 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return y
 
 
-def gelu_conv(
-    x: Tensor,
-    weight: "Tensor | Int8Linear",
-    bias: Tensor | None = None,
-    norm: torch.nn.LayerNorm | None = None,
-) -> Tensor:
-    """Convolution of gelu(norm(x)) over time: x (time, in), weight (kernel, in, out) -> (frames, out).
-
-    A kernel of one tap has stride 1 (a linear layer); kernels of two and three have stride 2 (wav2vec 2.0's front end). In
-    (time, channel) layout taps 0 and 1 are rows of a (frames, 2 in) view and tap 2 is every second row added on top: plain matrix
-    products with nothing copied.
-    """
-    if isinstance(weight, Tensor) and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        scale, shift, eps = (norm.weight, norm.bias, norm.eps) if norm is not None else (None, None, 0.0)
-        y = _apply(_GeluConv, x, weight, scale, shift, eps)
-    elif x.device.type == "cpu" and not torch.is_grad_enabled():
-        kernel = len(weight)
-        stride, block = min(2, kernel), _block(x, min(2, kernel))
-        frames = (len(x) - kernel) // stride + 1
-        spans = [
-            (stride * first, stride * (min(first + block, frames) - 1) + kernel)
-            for first in range(0, frames, block)
-        ]
-        y = torch.cat(
-            [strided_conv(F.gelu(x[a:b] if norm is None else norm(x[a:b])), weight) for a, b in spans]
-        )
-    else:
-        y = strided_conv(F.gelu(x if norm is None else norm(x)), weight)
-    return y if bias is None else y + bias
+def gelu_conv(x: Tensor, weight: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+    """`operations.gelu_conv` without its bias."""
+    scale, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return _apply(_GeluConv, x, weight, scale, shift, eps)
 
 
-def gelu_linear(x: Tensor, linear: "torch.nn.Linear | Int8Linear") -> Tensor:
-    """linear(gelu(x)) for x (rows, in)."""
-    if isinstance(linear, Int8Linear):
-        return linear(F.gelu(x))
-    return gelu_conv(x, linear.weight.T[None], linear.bias)
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Dropout with four draws from each 64-bit random number: the rate is exact to 1 / 65536."""
+    return _apply(_Dropout, x, rate)
 
 
-def strided_conv(x: Tensor, weight: "Tensor | Int8Linear") -> Tensor:
-    """The convolution alone: x (time, in), weight (kernel, in, out) -> (frames, out)."""
-    kernel = len(weight)
-    if kernel == 1:
-        return weight(x) if isinstance(weight, Int8Linear) else x @ weight[0]
-    frames = (len(x) - kernel) // 2 + 1
-    if isinstance(weight, Int8Linear):
-        pairs = _pairs(x, frames)
-        return weight(pairs if kernel == 2 else torch.cat([pairs, x[2 : 2 * frames + 1 : 2]], dim=1))
-    y = _pairs(x, frames) @ weight[:2].flatten(0, 1)
-    return y if kernel == 2 else y + x[2 : 2 * frames + 1 : 2] @ weight[2]
+def segment_linear(parts: tuple[Tensor, ...], weights: Tensor, shifts: Tensor) -> Tensor:
+    """`operations.segment_linear`."""
+    return _apply(_SegmentLinear, weights, shifts, *parts)
 
 
-def _pairs(x: Tensor, frames: int) -> Tensor:
+def grouped_conv(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """`operations.grouped_conv` without its bias, for kernels of a multiple of 8 taps."""
+    taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (groups, kernel, in, out)
+    return _apply(_GroupedConv, x.unflatten(1, (groups, -1)).transpose(0, 1), taps).transpose(0, 1).flatten(1)
+
+
+def block_rows(x: Tensor, stride: int) -> int:
+    """Output frames of a block of x (time, channels)."""
+    return max(1, BLOCK_BYTES // (x.shape[1] * x.element_size() * stride))
+
+
+def pairs(x: Tensor, frames: int) -> Tensor:
+    """Rows 0 and 1, 2 and 3 ... of x (time, channels) side by side: (frames, 2 channels), a view."""
     return x[: 2 * frames].view(frames, 2 * x.shape[1])
 
 
@@ -95,7 +64,7 @@ class _GeluConv(torch.autograd.Function):
         kernel, stride = len(weight), min(2, len(weight))
         frames = (len(x) - kernel) // stride + 1
         y = x.new_empty(frames, weight.shape[2])
-        block = _block(x, stride)
+        block = block_rows(x, stride)
         scratch = x.new_empty(block * stride + kernel - stride, x.shape[1])
         for first in range(0, frames, block):
             last = min(first + block, frames)
@@ -104,7 +73,7 @@ class _GeluConv(torch.autograd.Function):
             if kernel == 1:
                 torch.mm(active, weight[0], out=y[first:last])
             else:
-                torch.mm(_pairs(active, last - first), weight[:2].flatten(0, 1), out=y[first:last])
+                torch.mm(pairs(active, last - first), weight[:2].flatten(0, 1), out=y[first:last])
             if kernel == 3:
                 y[first:last].addmm_(active[2::2], weight[2])
         return y
@@ -118,12 +87,10 @@ class _GeluConv(torch.autograd.Function):
         frames = len(dy)
         dx = torch.empty_like(x)
         dx[stride * frames + (kernel == 3 and frames > 0) :] = 0
-        # A linear layer's weight comes here transposed; its gradient is laid out like it, so that nothing is copied later.
+        # A linear layer's weight comes transposed; its gradient has the same layout, to save a copy.
         dweight = torch.zeros_like(weight)
-        dscale, dshift = (
-            (torch.zeros_like(scale), torch.zeros_like(shift)) if scale is not None else (None, None)
-        )
-        block = _block(x, stride)
+        dscale, dshift = (None if part is None else torch.zeros_like(part) for part in (scale, shift))
+        block = block_rows(x, stride)
         scratch = x.new_empty(block * stride + kernel - stride, x.shape[1])
         for first in range(0, frames, block):
             last = min(first + block, frames)
@@ -136,8 +103,8 @@ class _GeluConv(torch.autograd.Function):
                 dweight[0].addmm_(active.T, own)
                 torch.mm(own, weight[0].T, out=down)
             else:
-                dweight[:2].view(-1, dweight.shape[2]).addmm_(_pairs(active, last - first).T, own)
-                torch.mm(own, weight[:2].flatten(0, 1).T, out=_pairs(down, last - first))
+                dweight[:2].view(-1, dweight.shape[2]).addmm_(pairs(active, last - first).T, own)
+                torch.mm(own, weight[:2].flatten(0, 1).T, out=pairs(down, last - first))
             if kernel == 3:  # tap 2 of a frame is row 0 of the next one's pair
                 dweight[2].addmm_(active[2::2].T, own)
                 start = max(first, 1)
@@ -149,24 +116,14 @@ class _GeluConv(torch.autograd.Function):
             before = before[: len(down)]
             torch.ops.aten.gelu_backward.grad_input(down, before, grad_input=down)
             if scale is not None:
+                n = len(down)
                 plain, weighted, biased = torch.ops.aten.native_layer_norm_backward(
-                    down,
-                    x[low : low + len(down)],
-                    scale.shape,
-                    mean[: len(down)],
-                    rstd[: len(down)],
-                    scale,
-                    shift,
-                    [True] * 3,
+                    down, rows[:n], scale.shape, mean[:n], rstd[:n], scale, shift, [True] * 3
                 )
                 down.copy_(plain)
                 dscale += weighted
                 dshift += biased
         return dx, dweight, dscale, dshift, None
-
-
-def _block(x: Tensor, stride: int) -> int:
-    return max(1, BLOCK_BYTES // (x.shape[1] * x.element_size() * stride))
 
 
 def _normed(
@@ -177,15 +134,6 @@ def _normed(
         return x, x, x
     y, mean, rstd = torch.ops.aten.native_layer_norm(x, scale.shape, scale, shift, eps)
     return y, mean, rstd
-
-
-def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout. On a CPU four draws come from each 64-bit random number, instead of one from each: the rate is exact to 1 / 65536."""
-    if not training or rate == 0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, rate, training)
-    return _apply(_Dropout, x, rate)
 
 
 class _Dropout(torch.autograd.Function):
@@ -202,16 +150,6 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (keep,) = ctx.saved_tensors
         return torch.where(keep, gradients[0], 0.0).mul_(ctx.scale), None
-
-
-def segment_linear(parts: tuple[Tensor, ...], weights: Tensor, shifts: Tensor) -> Tensor:
-    """A linear layer of its own for each segment: parts (time_i, in) without gradients, weights (segments, in, out), shifts
-    (segments, out) -> the results end to end, (time, out)."""
-    if parts[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return _apply(_SegmentLinear, weights, shifts, *parts)
-    return torch.cat(
-        [torch.addmm(shift, part, weight) for part, weight, shift in zip(parts, weights, shifts, strict=True)]
-    )
 
 
 class _SegmentLinear(torch.autograd.Function):
@@ -233,88 +171,13 @@ class _SegmentLinear(torch.autograd.Function):
         return dweights, dshifts, *[None] * len(parts)
 
 
-@torch.compiler.disable  # or every new set of lengths would be compiled anew
-def attention(heads: Tensor, layout: Layout, rate: float) -> Tensor:
-    """Self-attention within each utterance: heads (frames, 3, num_heads, head_dim), query, key and value -> (frames, dim).
-
-    Dropout of attention probabilities would force the unfused path on a CPU and is unknown to the variable-length kernels. Here a
-    frame's value is dropped instead, for a head and all queries at once: for any one query that is the very distribution of the
-    published dropout (each probability is set to zero with the rate, independently, and the others are scaled by 1 / (1 - rate),
-    without a new normalisation); only its draws are shared by the queries of a head.
-    """
-    query, key, value = heads.unbind(1)  # (frames, num_heads, head_dim)
-    value = drop_values(value, rate)
-    if varlen_attn is not None and has_varlen(heads.device, heads.dtype):
-        bounds, longest = layout.frame_ends(heads.device), max(layout.num_frames)
-        y = varlen_attn(query, key, value, bounds, bounds, longest, longest)
-        assert isinstance(y, Tensor)
-        return y.flatten(1)
-    outputs = []
-    for parts in zip(layout.split(query), layout.split(key), layout.split(value), strict=True):
-        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, num_heads, frames, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v)
-        outputs.append(y[0].transpose(0, 1))
-    return torch.cat(outputs).flatten(1)
-
-
-def drop_values(value: Tensor, rate: float) -> Tensor:
-    """Dropout of attention as `attention` explains it: value (rows, num_heads, head_dim), whole heads of a row set to zero."""
-    if rate == 0:
-        return value
-    ones = torch.ones(
-        value.shape[:2], dtype=torch.promote_types(value.dtype, torch.float32), device=value.device
-    )
-    keep = dropout(ones, rate, training=True)  # (rows, num_heads)
-    return (value * keep[..., None]).to(value.dtype)
-
-
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length kernel takes tensors like these: bfloat16 or float16 on a GPU from Ampere on."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return (
-        varlen_attn is not None
-        and device.type == "cuda"
-        and half
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-
-
-class Int8Linear(torch.nn.Module):
-    """A linear layer for inference on a CPU in 8 bits: symmetric, weights scaled by output channel, inputs by row.
-
-    `kernel`: how many taps of a convolution its (taps x in) inputs are, for `gelu_conv`.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, kernel: int = 1):  # (out, in), (out,)
-        super().__init__()
-        weight = weight.detach().float()
-        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # (out,)
-        self.weight = (weight / self.scale[:, None]).round().to(torch.int8).T.contiguous()  # (in, out)
-        self.bias, self.kernel = bias, kernel
-
-    def __len__(self) -> int:
-        return self.kernel
-
-    def forward(self, x: Tensor) -> Tensor:  # (rows, in)
-        scale = (x.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-30)
-        y = torch._int_mm((x / scale).round_().to(torch.int8), self.weight) * scale
-        return y.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias, y, self.scale)
-
-
-def grouped_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Grouped convolution over time, stride 1, no padding: x (time, channels), weight (out, in / groups, kernel) as
-    `torch.nn.Conv1d` has it -> (time - kernel + 1, out)."""
-    groups = x.shape[1] // weight.shape[1]
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and weight.shape[2] % TAPS == 0:
-        taps = weight.unflatten(0, (groups, -1)).permute(0, 3, 2, 1)  # (groups, kernel, in, out)
-        y = _apply(_GroupedConv, x.unflatten(1, (groups, -1)).transpose(0, 1), taps)
-        return y.transpose(0, 1).flatten(1) + bias
-    return F.conv1d(x.T[None], weight, bias, groups=groups)[0].T
-
-
 class _GroupedConv(torch.autograd.Function):
-    """As matrix products. Frames r, r + 8, r + 16 ... of x (groups, time, in) read as rows of 8 x in channels are a view; taps
-    8 b ... 8 b + 7 applied to them are one product, and every eighth output frame is the sum of kernel / 8 such products."""
+    """A grouped convolution by matrix products.
+
+    Frames r, r + 8, r + 16 ... of x (groups, time, in), read as rows of 8 x in channels, are a view. Taps
+    8 b ... 8 b + 7 applied to them are one product, and every eighth output frame is the sum of kernel / 8
+    such products.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
@@ -357,10 +220,8 @@ def _slide(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, first: int, rows: int) -> Tensor:
-    """Frames `first` and on, TAPS at a time: (groups, rows, TAPS x in), a view of contiguous x."""
+    """Frames from `first` on, TAPS at a time: (groups, rows, TAPS x in), a view of contiguous x."""
     groups, time, channels = x.shape
-    return x.as_strided(
-        (groups, rows, TAPS * channels),
-        (time * channels, TAPS * channels, 1),
-        x.storage_offset() + first * channels,
-    )
+    width = TAPS * channels
+    start = x.storage_offset() + first * channels
+    return x.as_strided((groups, rows, width), (time * channels, width, 1), start)

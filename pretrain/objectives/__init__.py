@@ -1,1 +1,11 @@
-"""What an encoder is trained on: HuBERT, wav2vec 2.0, and the verb `pretrain`."""
+"""What an encoder learns from: one file for each objective, and the verb `pretrain`.
+
+An objective is a module with its config, its batch, an `nn.Module` (`.encoder`, `forward` to a `Loss`) and a
+subclass of `PretrainTask` (pretrain/objectives/task.py); and one line here. Its config is the table of its
+name in TOML.
+"""
+
+OBJECTIVES = {
+    "hubert": "pretrain.objectives.hubert:HubertTask",
+    "wav2vec2": "pretrain.objectives.wav2vec2:Wav2Vec2Task",
+}

@@ -6,11 +6,11 @@ import numpy as np
 def span_mask(
     num_frames: int, start_probability: float, span_length: int, rng: np.random.Generator, min_spans: int = 2
 ) -> np.ndarray:
-    """Boolean mask (num_frames,): round(p T) starts drawn without replacement, each masking `span_length` frames; spans may overlap.
+    """Boolean mask (num_frames,): round(p T) starts drawn without replacement, each of `span_length` frames.
 
-    At least `min_spans` spans, as fairseq; an utterance shorter than two spans is masked with spans of a quarter of its length,
-    and where spans happen to cover everything one frame is taken back, so that something is masked and something is left.
-    Counts differ between utterances: nothing is trimmed to the shortest.
+    Spans may overlap. There are at least `min_spans`, as in fairseq; the spans of an utterance shorter than
+    two of them have a quarter of its length. Where spans cover everything one frame is unmasked, so that some
+    frames are masked and some are not. Counts differ between utterances: nothing is trimmed to the shortest.
     """
     length = span_length if num_frames >= 2 * span_length else max(1, num_frames // 4)
     places = num_frames - length + 1

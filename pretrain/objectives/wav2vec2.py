@@ -1,4 +1,4 @@
-"""wav2vec 2.0: tell the quantised true frame from distractors (Baevski et al., 2020, arXiv 2006.11477, section 3)."""
+"""wav2vec 2.0: find the quantised true frame among distractors (Baevski et al., 2020, arXiv 2006.11477)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,10 +10,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pretrain.config import Config
+from pretrain.data.batches import SpeechBatches
 from pretrain.data.packing import Layout, pack
-from pretrain.model.cpu_kernels import dropout
-from pretrain.model.encoder import Encoder, EncoderConfig
-from pretrain.objectives.hubert import feature_penalty, weigh_frames
+from pretrain.data.utterance import num_frames
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
+from pretrain.model.operations import dropout
+from pretrain.objectives.collapse import AlarmConfig, variations
+from pretrain.objectives.masking import span_mask
+from pretrain.objectives.penalty import feature_penalty, weigh_frames
+from pretrain.objectives.pnmi import perplexity
+from pretrain.objectives.task import PretrainTask
 from pretrain.training.task import Loss
 
 
@@ -27,7 +34,7 @@ class Wav2Vec2Config(Config):
     num_entries: int = Field(320, ge=2, description="codebook entries a group")
     code_dim: int = Field(256, ge=1)
     final_dim: int = Field(256, ge=1)
-    feature_dropout: float = Field(0.1, ge=0, lt=1, description="on what the quantiser is given")
+    feature_dropout: float = Field(0.1, ge=0, lt=1, description="on the quantiser's input")
     temperature: float = Field(0.1, gt=0, description="of the contrastive softmax")
     gumbel_temperature: tuple[float, float] = (2.0, 0.5)
     gumbel_decay: float = Field(0.999995, gt=0, le=1, description="per step")
@@ -46,30 +53,29 @@ class Wav2Vec2Batch(NamedTuple):
 
     waveforms: Tensor  # (samples,) float32
     layout: Layout
+    num_masked: tuple[int, ...]  # of each utterance
     mask: Tensor  # (frames,) bool
     masked: Tensor  # (masked,) int64: the masked frames
-    num_masked: tuple[int, ...]  # of each utterance
     distractors: Tensor  # (masked, distractors) int64: places among the utterance's own masked frames
-    penalty_weights: Tensor  # (frames,) float32: the utterance's masked frames for each of its frames
+    penalty_weights: Tensor  # (frames,) float32: the utterance's masked frames by all of its frames
 
 
 def wav2vec2_batch(
     waveforms: Sequence[np.ndarray], masks: Sequence[np.ndarray], distractors: Sequence[np.ndarray]
 ) -> Wav2Vec2Batch:
-    """Pack utterances: waveforms (samples_i,), masks (frames_i,) bool, distractors (masked_i, distractors)."""
+    """Pack utterances: waveforms (samples_i,), masks (frames_i,) bool, distractors (masked_i, count)."""
     buffer, layout = pack(waveforms)
     mask, num_masked = np.concatenate(masks), tuple(int(mask.sum()) for mask in masks)
     weights = weigh_frames(np.array(num_masked), layout)
-    all_masked, masked, drawn, penalty_weights = map(
-        torch.from_numpy, (mask, np.flatnonzero(mask), np.concatenate(distractors), weights)
-    )
-    return Wav2Vec2Batch(buffer, layout, all_masked, masked, num_masked, drawn, penalty_weights)
+    arrays = (mask, np.flatnonzero(mask), np.concatenate(distractors), weights)
+    return Wav2Vec2Batch(buffer, layout, num_masked, *map(torch.from_numpy, arrays))
 
 
 def draw_distractors(num_masked: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """For each masked frame `count` of the utterance's other masked frames, uniformly with replacement: (num_masked, count).
+    """For each masked frame `count` of the utterance's others, with replacement: (num_masked, count).
 
-    A frame that is masked alone is its own distractor, which the loss sets to minus infinity: there is nothing to tell apart.
+    A frame that is masked alone is its own distractor, which the loss sets to minus infinity: nothing is left
+    to contrast.
     """
     drawn = rng.integers(0, max(1, num_masked - 1), (num_masked, count))
     return drawn + (drawn >= np.arange(num_masked)[:, None]) if num_masked > 1 else drawn
@@ -90,7 +96,7 @@ class GumbelQuantizer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames (n, dim) to quantised (n, code_dim), code numbers (n, groups) and soft probabilities (n, groups, entries)."""
+        """Frames (n, dim) to (n, code_dim), codes (n, groups) and probabilities (n, groups, entries)."""
         logits = self.logits(x).float().unflatten(1, (self.groups, self.entries))
         if self.training:
             chosen = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=2)
@@ -101,7 +107,10 @@ class GumbelQuantizer(nn.Module):
 
 
 class Wav2Vec2(nn.Module):
-    """Contrastive loss over one similarity matrix per utterance with a gather, + diversity + feature penalty (section 3.2)."""
+    """Contrastive loss, diversity loss and feature penalty (section 3.2).
+
+    The contrastive loss gathers distractors from one similarity matrix per utterance.
+    """
 
     def __init__(self, encoder: EncoderConfig, config: Wav2Vec2Config):
         super().__init__()
@@ -116,52 +125,101 @@ class Wav2Vec2(nn.Module):
         self.quantizer.temperature = max(last, first * self.config.gumbel_decay**step)
 
     def forward(self, batch: Wav2Vec2Batch) -> Loss:
-        features = self.encoder.features(batch.waveforms, batch.layout)
-        normed = self.encoder.feature_norm(features)  # (frames, front_end.dim)
-        x = self.encoder.contextualize(normed, batch.layout, batch.mask)
-        predicted = self.project(x.index_select(0, batch.masked))  # (masked, final_dim)
-        targets, codes, soft = self.quantizer(
-            dropout(normed.index_select(0, batch.masked), self.config.feature_dropout, self.training)
-        )
+        encoded = self.encoder.encode(batch.waveforms, batch.layout, batch.mask)
+        context, local = (x.index_select(0, batch.masked) for x in (encoded.last, encoded.normed))
+        predicted = self.project(context)  # (masked, final_dim)
+        local = dropout(local, self.config.feature_dropout, self.training)  # (masked, front_end.dim)
+        targets, codes, soft = self.quantizer(local)
         losses, correct = self._contrast(predicted, self.project_code(targets), codes, batch)
         loss, count = losses.sum(), losses.new_full((), len(losses))
-        usage = soft.sum(0) / max(
-            1, len(soft)
-        )  # (groups, entries): how much each entry is used over the batch
+        usage = soft.sum(0) / max(1, len(soft))  # (groups, entries): each entry's share of the batch
         soft_perplexity = torch.exp(-(usage * (usage + 1e-7).log()).sum(1)).sum()
         size = self.config.num_groups * self.config.num_entries
         diversity = (size - soft_perplexity) / size
         total = loss + self.config.diversity_weight * count * diversity
-        total = total + feature_penalty(features, batch.penalty_weights, self.config.feature_penalty)
+        total = total + feature_penalty(encoded.features, batch.penalty_weights, self.config.feature_penalty)
         hard = torch.zeros_like(usage).scatter_add_(1, codes.T, torch.ones_like(codes.T, dtype=usage.dtype))
         metrics = {
             "contrastive_loss": (loss.detach(), count),
             "accuracy": (correct, count),
             "diversity_loss": ((diversity * count).detach(), count),
             "_codes": (hard, count),
+            **variations(batch.waveforms, encoded.features, context, self.training),
         }
         return Loss(total, count, metrics)
 
     def _contrast(
         self, predicted: Tensor, targets: Tensor, codes: Tensor, batch: Wav2Vec2Batch
     ) -> tuple[Tensor, Tensor]:
-        """Cross entropy (masked,) of the true target among the distractors, and how often it wins."""
+        """Cross entropy (masked,) of the true target among the distractors, and the number of hits."""
         with torch.autocast(predicted.device.type, enabled=False):
             predicted = F.normalize(predicted.float(), dim=1) / self.config.temperature
             targets = F.normalize(targets.float(), dim=1)
             choices = []
-            parts = zip(
-                *(x.split(batch.num_masked) for x in (predicted, targets, codes, batch.distractors)),
-                strict=True,
-            )
-            for query, key, code, others in parts:
+            inputs = (predicted, targets, codes, batch.distractors)
+            for query, key, code, others in zip(*(x.split(batch.num_masked) for x in inputs), strict=True):
                 logits = query @ key.T  # (masked, masked) of one utterance
-                same = (code[:, None] == code[None]).all(
-                    2
-                )  # a distractor with the true frame's codes is no distractor
+                # A distractor with the true frame's codes is no distractor.
+                same = (code[:, None] == code[None]).all(2)
                 negatives = logits.masked_fill(same, float("-inf")).gather(1, others)  # (masked, distractors)
                 choices.append(torch.cat([logits.diagonal()[:, None], negatives], dim=1))
         logits = torch.cat(choices)
-        correct = logits.detach()[:, 1:].max(1).values < logits.detach()[:, 0]
+        fixed = logits.detach()
+        correct = fixed[:, 1:].max(1).values < fixed[:, 0]
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return F.cross_entropy(logits, labels, reduction="none"), correct.sum().float()
+
+
+class Wav2Vec2Task(PretrainTask):
+    """The targets are the utterance's own quantised features."""
+
+    config_class = Wav2Vec2Config
+    model: Wav2Vec2
+
+    def build(self) -> Wav2Vec2:
+        return Wav2Vec2(self.config.encoder, self.table)
+
+    def load(self, batches: SpeechBatches, items: np.ndarray, epoch: int) -> Wav2Vec2Batch:
+        table, waveforms, masks, distractors = self.table, [], [], []
+        for item in items.tolist():
+            rng = batches.rng(item, epoch)
+            waveforms.append(batches.load(item, rng)[0])
+            frames = num_frames(len(waveforms[-1]))
+            masks.append(span_mask(frames, table.mask_start_probability, table.mask_length, rng))
+            distractors.append(draw_distractors(int(masks[-1].sum()), table.num_distractors, rng))
+        return wav2vec2_batch(waveforms, masks, distractors)
+
+    def before_step(self, step: int) -> None:
+        super().before_step(step)
+        self.model.set_step(step)
+
+    def describe(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        perplexities = [perplexity(group) for group in metrics["_codes"].numpy()]
+        return {**super().describe(metrics), "code_perplexity": float(np.mean(perplexities))}
+
+    def collapse(self, metrics: dict[str, float], step: int) -> str | None:
+        table = self.table
+        return wav2vec2_alarm(metrics, self.config.alarm, table.num_entries, table.diversity_weight)
+
+
+def wav2vec2_alarm(
+    metrics: dict[str, float], config: AlarmConfig, num_entries: int, diversity_weight: float
+) -> str | None:
+    """The message for one code for everything, or for nearly always right among withered codes."""
+    value, accuracy = metrics["code_perplexity"], metrics["accuracy"]
+    found = f"code_perplexity is {value:.2f}, below alarm"
+    remedies = (
+        f"Try a higher wav2vec2.diversity_weight (now {diversity_weight:g}), a lower optimizer.lr, a larger "
+        "batch (batches.batch_seconds, with training.accumulate to fit it) or fewer wav2vec2.num_entries "
+        f"(now {num_entries})"
+    )
+    if value < config.perplexity:
+        return f"collapsed: {found}.perplexity = {config.perplexity}: one code is left. {remedies}"
+    limit, withered = config.contrastive_accuracy, value < config.code_share * num_entries
+    if limit and accuracy >= limit and withered:
+        return (
+            f"collapsed: accuracy is {accuracy:.3f}, from alarm.contrastive_accuracy = {limit} on, while "
+            f"{found}.code_share ({config.code_share}) of {num_entries} entries: distractors with the true "
+            f"frame's codes do not count, so few codes make the task trivial. {remedies}"
+        )
+    return None

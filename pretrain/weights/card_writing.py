@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pretrain.config import Config, PathStr, parse_config, without_none
 from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
 from pretrain.ctc.task import CTCConfig
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.store.artefact import commit, is_complete, read_meta, require_absent

@@ -17,7 +17,8 @@ from pretrain.ctc.model import Recognizer
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.model.encoder import ARCHITECTURES, Encoder, EncoderConfig
+from pretrain.model.config import ARCHITECTURES, EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 

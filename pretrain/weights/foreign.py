@@ -25,7 +25,7 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 from pretrain.store.plain_text import read_text

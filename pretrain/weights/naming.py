@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS
 
 Format = Literal["huggingface", "fairseq", "fairseq2", "torchaudio"]

@@ -18,7 +18,7 @@ from benchmarks.training_peers import PEERS, transformers_config
 from pretrain.data.audio import load_audio
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest, write_manifest
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 
 SLEEPERS = "tests.benchmarks.sleepers"
 SETTINGS = {

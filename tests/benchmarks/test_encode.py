@@ -14,7 +14,7 @@ from benchmarks import corpus, encode, encode_pipelines
 from benchmarks.contest import contest
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 
 SIZES = EncoderConfig(architecture="tiny", front_end="waveform", norm_first=False).resolved()
 SETTINGS = {

@@ -24,7 +24,8 @@ from pretrain.training.checkpoint import load_weights
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook
-from quantize.encoding import EncodeConfig, encode
+from quantize.encoding import encode
+from quantize.encoding_plan import EncodeConfig
 from quantize.measuring import MeasureConfig, measure
 from tests.parity.peers import scatter
 from tests.pretrain.ctc.tones import save_encoder

@@ -24,7 +24,8 @@ from pretrain.ctc.model import CTCBatch, Recognizer
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import pack_padded
 from pretrain.fairseq2 import extension
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.training.checkpoint import save_checkpoint

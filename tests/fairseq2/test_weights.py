@@ -35,7 +35,8 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.utterance import num_frames
 from pretrain.fairseq2.assets import find_card, plain_config, read_asset
-from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder, load_encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config, draw_distractors, wav2vec2_batch
 from pretrain.store.artefact import read_meta

@@ -20,7 +20,8 @@ from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.store.artefact import read_meta
 from quantize.codebook import write_codebook
-from quantize.encoding import EncodeConfig, encode
+from quantize.encoding import encode
+from quantize.encoding_plan import EncodeConfig
 from tests.quantize.conftest import write_corpus
 
 ROOT = Path(__file__).parents[2]

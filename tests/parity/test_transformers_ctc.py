@@ -28,7 +28,8 @@ from pretrain.ctc.transcribe_config import TranscribeConfig
 from pretrain.ctc.transcription import transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import pack
-from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import load_encoder
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights

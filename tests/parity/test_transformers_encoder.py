@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretrain.data.utterance import num_frames
-from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder, load_encoder
 from pretrain.weights.huggingface import HUGGINGFACE_KEYS
 from pretrain.weights.naming import canonical, parameters, to_ours
 from tests.parity.peers import import_peer, layer_outputs, transformers_model

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from pretrain.config import parse_config
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.store.hashes import sha256_file
 from pretrain.weights.conversion import ImportConfig, export_weights, import_weights

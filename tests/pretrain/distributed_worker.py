@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from pretrain.objectives.pretraining import HubertTask, PretrainConfig, pretrain
+from pretrain.objectives.hubert import HubertTask
+from pretrain.objectives.pretraining import PretrainConfig, pretrain
 from pretrain.training.task import TrainingConfig
 from tests.pretrain.linear_task import LinearTask, run_linear
 from tests.pretrain.stopping_worker import once_at, one_session

@@ -9,10 +9,10 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from pretrain.config import Config, apply_overrides, parse_config, read_toml, without_none
 from pretrain.ctc.task import CTCConfig
-from pretrain.model.encoder import ARCHITECTURES, EncoderConfig
+from pretrain.model.config import ARCHITECTURES, EncoderConfig
 from pretrain.objectives.pretraining import PretrainConfig
 from pretrain.training.task import OptimizerConfig
-from wordless.cli import VERBS
+from wordless.verbs import VERBS
 
 
 class Inner(Config):

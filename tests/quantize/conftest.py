@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pretrain.data.manifest import write_manifest
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.training.checkpoint import save_checkpoint
 
 TONES = {"sil": 0.0, "aa": 300.0, "iy": 900.0, "ss": 3000.0}

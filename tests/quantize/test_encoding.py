@@ -21,13 +21,14 @@ from torch import nn
 
 from pretrain.data.labels import Labels, commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook, write_codebook
-from quantize.encoding import EncodeConfig, encode
-from quantize.encoding_plan import default_num_shards, plan_shards
+from quantize.encoding import encode
+from quantize.encoding_plan import EncodeConfig, default_num_shards, plan_shards
 from quantize.encoding_processes import _share_of_the_machine
 from quantize.features import FeatureSource, MfccSource, open_encoder_source
 

@@ -14,12 +14,12 @@ from pretrain.data.manifest import Manifest
 from pretrain.data.packing import Layout
 from pretrain.data.utterance import Utterance, num_frames
 from pretrain.data.windows import equal_windows
+from pretrain.model.config import LayerConvention
 from pretrain.model.encoder import load_encoder
 from quantize.features import (
     CONTEXT_FRAMES,
     WINDOW_FRAMES,
     EncoderSource,
-    LayerConvention,
     MfccSource,
     ahead,
     open_encoder_source,

@@ -20,7 +20,8 @@ from pretrain.store.artefact import read_meta
 from quantize.abx import Mode, abx
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook, write_codebook
-from quantize.encoding import EncodeConfig, encode
+from quantize.encoding import encode
+from quantize.encoding_plan import EncodeConfig
 from quantize.features import MfccSource
 from quantize.measuring import MeasureConfig, as_text, measure
 from quantize.phone_tokens import phone_items

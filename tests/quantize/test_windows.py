@@ -14,7 +14,8 @@ from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.utterance import Utterance, num_frames
 from pretrain.model.encoder import Encoder
 from quantize.clustering import ClusterConfig, cluster
-from quantize.encoding import EncodeConfig, encode
+from quantize.encoding import encode
+from quantize.encoding_plan import EncodeConfig
 from quantize.features import EncoderSource
 from tests.pretrain.ctc.tones import save_encoder
 from tests.pretrain.model.test_streaming import KINDS, ROUNDING, encoder

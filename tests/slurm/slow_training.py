@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 import wordless.cli
-from pretrain.objectives.pretraining import HubertTask
+from pretrain.objectives.hubert import HubertTask
 
 
 def main(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.model.cpu_kernels import has_varlen, varlen_attn
+from pretrain.model.attention import has_varlen, varlen_attn
 
 CALL_COST = 2e6  # multiply-adds that cost as much as one more call of attention with its backward, on a CPU
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import Config
-from pretrain.model.cpu_kernels import dropout
+from pretrain.model.operations import dropout
 from units.lm import cpu_kernels as kernels
 from units.lm.attention import PackedDocuments, attend
 

@@ -15,12 +15,13 @@ from torch import nn
 
 from pretrain.config import Config, PathStr, Split
 from pretrain.data.audio import load_audio
-from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask, pad
+from pretrain.data.batches import BatchConfig, SpeechBatches, pad
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import num_frames
 from pretrain.training.checkpoint import load_weights
 from pretrain.training.engine import train
 from pretrain.training.run import Run
+from pretrain.training.speech_task import SpeechTask
 from pretrain.training.task import OptimizerConfig, TrainingConfig
 from units.corpus.unit_corpus import UnitCorpus
 from units.sound.griffin_lim import log_mel

@@ -19,7 +19,7 @@ from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.packing import pack
 from pretrain.data.utterance import Phone, phone_frames
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.training.checkpoint import save_checkpoint
 from quantize.measuring import MeasureConfig, measure
 

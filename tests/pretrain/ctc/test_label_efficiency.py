@@ -21,7 +21,8 @@ from pretrain.ctc.label_efficiency import label_efficiency, require_transcripts
 from pretrain.ctc.model import Recognizer
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.manifest import Manifest
-from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import load_encoder
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
 

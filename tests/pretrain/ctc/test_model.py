@@ -15,7 +15,8 @@ from pretrain.ctc.model import CTCBatch, Recognizer, greedy, load_recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import pack
-from pretrain.model.encoder import EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import load_encoder
 from pretrain.training.checkpoint import save_checkpoint
 from tests.pretrain.ctc.tones import TEXTS, MakeCorpus, save_encoder, settings, spell
 

@@ -19,7 +19,7 @@ from pretrain.ctc.transcribe_config import TranscribeConfig
 from pretrain.ctc.transcription import transcribe
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import Layout, pack
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from tests.pretrain.ctc.tones import TEXTS, MakeCorpus, save_encoder, settings, spell
 from tests.pretrain.model.test_streaming import CHUNKS, KINDS, speech
 from tests.reference.convolutions import randomize

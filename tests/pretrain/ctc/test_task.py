@@ -12,7 +12,7 @@ from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.manifest import Manifest
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.training.checkpoint import checkpoint_path, load_weights
 from tests.pretrain.ctc.tones import TEXTS, MakeCorpus, save_encoder, settings, spell
 

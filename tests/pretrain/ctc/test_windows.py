@@ -13,7 +13,7 @@ from pretrain.ctc.transcribe_config import TranscribeConfig
 from pretrain.ctc.transcription import _log_probs
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.batches import BatchConfig, SpeechBatches
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from tests.pretrain.conftest import write_corpus
 from tests.pretrain.model.test_streaming import KINDS, ROUNDING
 from tests.reference.convolutions import randomize

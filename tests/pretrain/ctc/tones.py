@@ -12,7 +12,8 @@ from pretrain.ctc.finetune_config import FinetuneConfig
 from pretrain.data.label_shards import write_shard
 from pretrain.data.labels import commit_labels
 from pretrain.data.manifest import Manifest
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.training.checkpoint import save_checkpoint
 
 TONES = {"a": 300.0, "b": 700.0, "c": 1500.0, "d": 3100.0, " ": 0.0}

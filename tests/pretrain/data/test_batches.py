@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import parse_config
-from pretrain.data.batches import BatchConfig, SpeechBatches, SpeechTask, pad
+from pretrain.data.batches import BatchConfig, SpeechBatches, pad
 from pretrain.data.label_shards import write_shard
 from pretrain.data.labels import Labels, commit_labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import num_frames
-from pretrain.model.encoder import EncoderConfig
-from pretrain.objectives.hubert import HubertBatch
-from pretrain.objectives.pretraining import HubertTask, PretrainConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.objectives.hubert import HubertBatch, HubertTask
+from pretrain.objectives.pretraining import PretrainConfig
+from pretrain.training.speech_task import SpeechTask
 
 
 class Lengths:
@@ -221,7 +222,7 @@ def hubert_task(folder: Path, manifest: Manifest, make_labels: Callable[..., Pat
 def frame_labels(batch: HubertBatch) -> np.ndarray:
     """(frames,) of a packed batch, -1 where there is none."""
     target = np.full(batch.layout.total_frames, -1)
-    target[batch.masked], target[batch.seen] = batch.masked_labels, batch.seen_labels
+    target[batch.masked], target[batch.unmasked] = batch.masked_labels, batch.unmasked_labels
     return target
 
 

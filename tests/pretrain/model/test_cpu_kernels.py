@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.data.packing import Layout
+from pretrain.model import attention as attending
 from pretrain.model import cpu_kernels as kernels
-from pretrain.model.cpu_kernels import (
-    Int8Linear,
-    attention,
+from pretrain.model.attention import attention, has_varlen
+from pretrain.model.int8 import Int8Linear
+from pretrain.model.operations import (
     dropout,
     gelu_conv,
     gelu_linear,
@@ -490,10 +491,10 @@ def test_the_variable_length_kernel_is_given_each_utterances_frames(monkeypatch:
 
     layout = Layout((4000, 400, 9000))
     heads = torch.randn(layout.total_frames, 3, 2, 8)
-    expected = kernels.attention(heads, layout, 0.0)
-    monkeypatch.setattr(kernels, "varlen_attn", stand_in)
-    monkeypatch.setattr(kernels, "has_varlen", lambda *_: True)
-    torch.testing.assert_close(kernels.attention(heads, layout, 0.0), expected)  # the same products
+    expected = attention(heads, layout, 0.0)
+    monkeypatch.setattr(attending, "varlen_attn", stand_in)
+    monkeypatch.setattr(attending, "has_varlen", lambda *_: True)
+    torch.testing.assert_close(attention(heads, layout, 0.0), expected)  # the same products
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
@@ -502,11 +503,11 @@ def test_the_variable_length_kernel_equals_the_plain_formulation() -> None:
     heads = torch.randn(
         layout.total_frames, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True
     )
-    assert kernels._has_varlen(heads)
+    assert has_varlen(heads.device, heads.dtype)
     weight = torch.randn(layout.total_frames, 128, device="cuda", dtype=torch.bfloat16)
     results = []
     for x in (heads, heads.detach().float().requires_grad_()):  # float32 takes the plain path
-        y = kernels.attention(x, layout, 0.0)
+        y = attention(x, layout, 0.0)
         (gradient,) = torch.autograd.grad((y.float() * weight.float()).sum(), x)
         results.append((y.float(), gradient.float()))
     for mine, reference in zip(*results, strict=True):

@@ -13,7 +13,9 @@ from pretrain.ctc.model import Recognizer
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.packing import Layout, pack, pack_padded
 from pretrain.data.utterance import num_frames
-from pretrain.model.encoder import Encoder, EncoderConfig, PositionalConv, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder, load_encoder
+from pretrain.model.transformer import PositionalConv
 from pretrain.training.checkpoint import save_checkpoint
 from quantize.assignment import nearest
 from tests.reference.convolutions import randomize
@@ -171,7 +173,7 @@ def test_no_gradient_passes_between_utterances(kind: dict) -> None:
     for number, (first, last) in enumerate(layout.frame_bounds):
         leaf = features.clone().requires_grad_()
         torch.manual_seed(0)
-        layout.split(module.contextualize(leaf, layout))[number].square().sum().backward()
+        layout.split(module.contextualize(leaf, layout).last)[number].square().sum().backward()
         assert leaf.grad is not None and leaf.grad[first:last].abs().sum(1).all()
         assert not leaf.grad[:first].any() and not leaf.grad[last:].any()
 
@@ -187,7 +189,7 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_utterances(kind: dict) -> Non
     for batches in ([(buffer, layout)], [pack([wave.numpy()]) for wave in waves]):
         module = encoder(**kind)
         for samples, one in batches:
-            x = module.contextualize(module.feature_norm(module.features(samples, one)), one)
+            x = module.encode(samples, one).last
             (x * torch.linspace(-1, 1, 64)).square().sum().backward()
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
     together, apart = gradients
@@ -209,7 +211,7 @@ def test_padded_waveforms_have_the_outputs_of_packed_ones() -> None:
     module = encoder()
     waves, lengths = padded(extra=500)
     buffer, layout = packed()
-    x = module.contextualize(module.feature_norm(module.features(buffer, layout)), layout)
+    x = module.encode(buffer, layout).last
     noise = torch.where(waves == 0, 0.7, waves)
     assert torch.equal(module(noise, lengths), layout.pad(x))
     for layer, features in enumerate(module.extract_packed(buffer, layout, 3)):
@@ -309,16 +311,15 @@ def test_masked_frames_are_the_mask_embedding_whatever_they_held() -> None:
     mask[3:9] = True
     changed = features.clone()
     changed[3:9] = 99.0
-    one, two = (module.contextualize(x, layout, mask) for x in (features, changed))
+    one, two = (module.contextualize(x, layout, mask).last for x in (features, changed))
     assert torch.equal(one, two)
-    plain = layout.split(module.contextualize(features, layout))
+    plain = layout.split(module.contextualize(features, layout).last)
     assert torch.equal(layout.split(one)[1], plain[1])  # the other utterance is untouched
     assert not torch.allclose(layout.split(one)[0], plain[0], atol=1e-3)
     x = module.project(features)
     x[3:9] = module.mask_embedding
-    outputs: list[Tensor] = []
-    module._run(x, layout, None, outputs)
-    assert torch.equal(module.contextualize(features, layout, mask, layer=0), outputs[0])
+    first = module.transform(x + module.positional(x, layout), [layout] * 3, None, [0])
+    assert torch.equal(module.contextualize(features, layout, mask, layers=[0]).last, first.layers[0])
 
 
 @torch.no_grad()
@@ -334,9 +335,8 @@ def test_masked_channels_are_zero_in_all_frames_of_an_utterance_also_the_masked_
     x[3:9] = module.mask_embedding
     first, second = layout.split(x)
     first[:, 10:20], second[:, 30:35] = 0, 0
-    outputs: list[Tensor] = []
-    module._run(x, layout, None, outputs)
-    assert torch.equal(module.contextualize(features, layout, mask, channels, layer=0), outputs[0])
+    expected = module.transform(x + module.positional(x, layout), [layout] * 3, None, [0]).layers[0]
+    assert torch.equal(module.contextualize(features, layout, mask, channels, layers=[0]).last, expected)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.0, 1.0])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pretrain.data.packing import Layout, pack
 from pretrain.data.utterance import num_frames
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.blocks import Blocks
+from pretrain.model.config import EncoderConfig
 from pretrain.model.frontend import (
     CONV_KERNELS,
     CONV_STRIDES,
@@ -248,14 +249,16 @@ def test_training_with_warp_hears_each_utterance_through_one_drawn_filterbank_an
     torch.manual_seed(3)
     drawn = torch.randint(21, (3,)).tolist()
     torch.manual_seed(3)
-    parts = module._log_mel(buffer, layout, None)
+    parts = module._log_mels(buffer, layout)
     for part, (first, _), length, warp in zip(
         parts, layout.slot_bounds, layout.num_samples, drawn, strict=True
     ):
         own = log_mel(buffer[320 * first : 320 * first + length], module.window, module.warped[warp])
         assert torch.equal(part, own)
     torch.manual_seed(3)
-    blocks = module._log_mel(buffer, layout, [2, 1])  # of two utterances, the first in two blocks
+    blocks = module._log_mels(
+        buffer, Blocks(layout.num_samples, (2, 1), (0, 0, 0))
+    )  # of two utterances, the first in two blocks
     assert torch.equal(blocks[0], parts[0]) and torch.equal(
         blocks[1], log_mel(buffer[8000:13000], module.window, module.warped[drawn[0]])
     )

@@ -1,4 +1,3 @@
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,11 @@ from torch import Tensor
 from pretrain.data.packing import Layout, pack
 from pretrain.data.utterance import num_frames
 from pretrain.model import streaming
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.blocks import block_spans
+from pretrain.model.config import EncoderConfig, StreamingConfig
+from pretrain.model.encoder import Encoder
 from pretrain.model.frontend import log_mel
-from pretrain.model.streaming import Chunks, StreamingConfig, block_spans
+from pretrain.model.streaming import Chunks
 from tests.reference.convolutions import randomize
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -213,7 +214,7 @@ def test_the_look_ahead_does_not_grow_over_layers_and_all_of_it_is_used(cut: dic
     size, ahead, left = cut["chunk_frames"], cut.get("look_ahead_frames", 0), cut.get("left_chunks")
     for chunk in (0, 3):
         leaf = features.clone().requires_grad_()
-        module.contextualize(leaf, layout)[chunk * size : (chunk + 1) * size].square().sum().backward()
+        module.contextualize(leaf, layout).last[chunk * size : (chunk + 1) * size].square().sum().backward()
         assert leaf.grad is not None
         seen = leaf.grad.abs().sum(1) > 0
         assert (
@@ -287,7 +288,7 @@ def test_gradients_of_a_batch_are_the_sum_of_its_utterances_and_reach_every_para
         for group in groups:
             buffer, layout = pack(group)
             mask = torch.cat([torch.arange(frames) % 5 == 0 for frames in layout.num_frames])
-            x = module.contextualize(module.feature_norm(module.features(buffer, layout)), layout, mask)
+            x = module.encode(buffer, layout, mask).last
             x.square().sum().backward()
         found.append({name: p.grad for name, p in module.named_parameters()})
     for name, gradient in found[0].items():
@@ -313,7 +314,10 @@ def test_training_drops_frames_values_and_layers_and_masks_as_elsewhere() -> Non
         torch.zeros(len(LENGTHS), 64, dtype=torch.bool),
     )
     mask[::3], channels[:, ::5] = True, True
-    run = partial(module.contextualize, features, layout, mask, channels)
+
+    def run() -> Tensor:
+        return module.contextualize(features, layout, mask, channels).last
+
     module.gates = [True, False, True]
     torch.manual_seed(0)
     one = run()

@@ -7,7 +7,8 @@ import torch
 from pretrain.data.packing import pack
 from pretrain.data.utterance import HOP, MIN_SAMPLES, num_frames
 from pretrain.model import totals
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.model.frontend import log_mel
 from pretrain.model.totals import utterance_totals
 from tests.pretrain.model.test_streaming import CHUNKS, KINDS, ROUNDING, encoder

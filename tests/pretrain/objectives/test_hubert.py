@@ -11,17 +11,12 @@ from torch import Tensor
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import num_frames
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.objectives import pretraining
-from pretrain.objectives.hubert import (
-    Hubert,
-    HubertBatch,
-    HubertConfig,
-    feature_penalty,
-    hubert_batch,
-    perplexity,
-)
-from pretrain.objectives.pretraining import HubertTask, PretrainConfig, pretrain
+from pretrain.objectives.hubert import Hubert, HubertBatch, HubertConfig, HubertTask, hubert_batch
+from pretrain.objectives.penalty import feature_penalty
+from pretrain.objectives.pnmi import perplexity
+from pretrain.objectives.pretraining import PretrainConfig, pretrain
 from pretrain.training.checkpoint import latest_checkpoint
 from tests.reference.convolutions import randomize
 from tests.reference.losses import hubert_loss
@@ -68,9 +63,8 @@ def parts(lengths: list[int] = LENGTHS) -> tuple[list[Tensor], list[Tensor], lis
 @torch.no_grad()
 def projected(module: Hubert, data: HubertBatch) -> tuple[Tensor, ...]:
     """What the loss compares with the class embeddings: (frames, final_dim) of each utterance."""
-    encoder = module.encoder
-    features = encoder.feature_norm(encoder.features(data.waveforms, data.layout))
-    return data.layout.split(module.project(encoder.contextualize(features, data.layout, data.mask)))
+    x = module.encoder.encode(data.waveforms, data.layout, data.mask).last
+    return data.layout.split(module.project(x))
 
 
 def test_a_batch_numbers_its_frames_and_weighs_them_by_utterance() -> None:
@@ -80,23 +74,25 @@ def test_a_batch_numbers_its_frames_and_weighs_them_by_utterance() -> None:
     assert torch.equal(data.masked, torch.where(torch.cat(targets))[0]) and torch.equal(
         data.masked_labels, whole[data.masked]
     )
-    seen = torch.where((whole >= 0) & ~data.mask)[0]
-    assert torch.equal(data.seen, seen) and torch.equal(data.seen_labels, whole[seen])
+    unmasked = torch.where((whole >= 0) & ~data.mask)[0]
+    assert torch.equal(data.unmasked, unmasked) and torch.equal(data.unmasked_labels, whole[unmasked])
     for number, (target, frames) in enumerate(zip(targets, data.layout.num_frames, strict=True)):
-        own, its = owner == number, owner[data.seen] == number
+        own, its = owner == number, owner[data.unmasked] == number
         count = float(target.sum())
         # float32 sums: an utterance's weights amount to its masked frames with a label
         assert float(data.penalty_weights[own].sum()) == pytest.approx(count, rel=1e-6)
-        assert float(data.seen_weights[its].sum()) == pytest.approx(count, rel=1e-6)
-        assert data.penalty_weights[own].unique().numel() == data.seen_weights[its].unique().numel() == 1
+        assert float(data.unmasked_weights[its].sum()) == pytest.approx(count, rel=1e-6)
+        assert data.penalty_weights[own].unique().numel() == data.unmasked_weights[its].unique().numel() == 1
         assert int(own.sum()) == frames
-    assert [x.dtype for x in (data.waveforms, data.seen_weights, data.penalty_weights)] == [torch.float32] * 3
+    assert [x.dtype for x in (data.waveforms, data.unmasked_weights, data.penalty_weights)] == [
+        torch.float32
+    ] * 3
 
 
 def test_an_utterance_all_of_whose_frames_are_masked_has_none_to_see() -> None:
     wave, mask, labels = utterance(3000)
     data = hubert_batch([wave, wave], [np.ones_like(mask), mask], [labels, labels])
-    assert data.seen_weights.isfinite().all() and (data.seen >= len(mask)).all()
+    assert data.unmasked_weights.isfinite().all() and (data.unmasked >= len(mask)).all()
     assert float(data.penalty_weights[: len(mask)].sum()) == pytest.approx(len(labels))
 
 
@@ -149,15 +145,15 @@ def test_the_penalty_is_each_utterances_mean_square_feature_times_its_masked_fra
 def test_unmasked_frames_weigh_like_their_mean() -> None:
     data, (masks, labels, targets) = batch(), parts()
     plain, both = model(), model(unmasked_weight=0.5)
-    expected, seen_correct, seen_count = plain(data).total.item(), 0, 0
+    expected, unmasked_correct, unmasked_count = plain(data).total.item(), 0, 0
     for x, mask, label, target in zip(projected(both, data), masks, labels, targets, strict=True):
         total, count, correct = hubert_loss([x], both.class_embeddings.detach(), [label], [~mask], 0.1)
         expected += 0.5 * total / count * int(target.sum())
-        seen_correct, seen_count = seen_correct + correct, seen_count + count
+        unmasked_correct, unmasked_count = unmasked_correct + correct, unmasked_count + count
     loss = both(data)
     assert loss.total.item() == pytest.approx(expected, rel=1e-5)
     assert int(loss.count) == int(plain(data).count)
-    assert [int(value) for value in loss.metrics["accuracy_unmasked"]] == [seen_correct, seen_count]
+    assert [int(value) for value in loss.metrics["accuracy_unmasked"]] == [unmasked_correct, unmasked_count]
 
 
 @pytest.mark.parametrize("front_end", ["waveform", "filterbank"])
@@ -241,10 +237,10 @@ def test_a_label_more_or_fewer_is_accepted(
     task = HubertTask(config(tmp_path, manifest), manifest, Labels(tmp_path / "labels"))
     data = task.collate(np.array([0]), 0)
     assert data.layout.num_frames == (frames,)
-    known = torch.cat([data.masked, data.seen]).sort().values
+    known = torch.cat([data.masked, data.unmasked]).sort().values
     assert known.tolist() == list(range(frames + min(0, difference)))  # each frame that has a label, once
     assert torch.equal(
-        torch.cat([data.masked_labels, data.seen_labels]), torch.cat([data.masked, data.seen]) % 5
+        torch.cat([data.masked_labels, data.unmasked_labels]), torch.cat([data.masked, data.unmasked]) % 5
     )
 
 
@@ -292,7 +288,7 @@ def test_a_hubert_run_stopped_anywhere_continues_bit_for_bit(
 
     cut = config(tmp_path, manifest, out=str(tmp_path / "cut"))
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="power cut"):
-        patched.setattr(pretraining, "HubertTask", Cut)
+        patched.setitem(pretraining.TASKS, "hubert", Cut)
         pretrain(cut)
     assert pretrain(cut)["steps_this_time"] == 5
     ends = [latest_checkpoint(Path(run.out)) for run in (whole, cut)]
@@ -323,7 +319,7 @@ def test_a_collapsed_hubert_run_stops_with_a_message(
             super().__init__(*arguments)
             torch.nn.init.zeros_(self.model.project.weight)  # every frame looks the same
 
-    monkeypatch.setattr(pretraining, "HubertTask", Collapsed)
+    monkeypatch.setitem(pretraining.TASKS, "hubert", Collapsed)
     with pytest.raises(
         ValueError, match=r"stopped at step 4: collapsed: prediction_perplexity is 1\.00.*step_00000003"
     ):

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from pretrain.data.labels import Labels
 from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.utterance import Phone, Utterance
-from pretrain.model.encoder import Encoder
-from pretrain.objectives.collapse import AlarmConfig, Variation, hubert_alarm, variation_alarm, wav2vec2_alarm
+from pretrain.model.encoder import Context, Encoder
+from pretrain.objectives.collapse import AlarmConfig, variation_alarm, variations
+from pretrain.objectives.hubert import HubertTask, hubert_alarm
 from pretrain.objectives.pnmi import pnmi_of_features
-from pretrain.objectives.pretraining import HubertTask, PretrainConfig, Wav2Vec2Task, pretrain
-from pretrain.objectives.wav2vec2 import GumbelQuantizer
+from pretrain.objectives.pretraining import PretrainConfig, pretrain
+from pretrain.objectives.wav2vec2 import GumbelQuantizer, Wav2Vec2Task, wav2vec2_alarm
 from pretrain.store.artefact import read_meta
 from pretrain.store.hashes import sha256_file
 from pretrain.training.checkpoint import latest_checkpoint
-from pretrain.training.task import Loss
 
 LENGTHS = [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
 
@@ -221,9 +221,9 @@ def test_an_encoder_that_collapsed_behind_its_dropout_is_seen_by_the_validation(
 ) -> None:
     contextualize = Encoder.contextualize
 
-    def collapsed(self: Encoder, *arguments: Any, **named: Any) -> torch.Tensor:
-        x = contextualize(self, *arguments, **named)
-        return torch.nn.functional.dropout(0.0 * x + 1.0, 0.1, self.training)
+    def collapsed(self: Encoder, *arguments: Any, **named: Any) -> Context:
+        x = contextualize(self, *arguments, **named).last
+        return Context(torch.nn.functional.dropout(0.0 * x + 1.0, 0.1, self.training), [])
 
     monkeypatch.setattr(Encoder, "contextualize", collapsed)
     training = {"max_steps": 4, "log_every": 1, "checkpoint_every": 4, "device": "cpu", "validate_every": 3}
@@ -315,31 +315,16 @@ def test_alarms_wait_and_can_be_switched_off() -> None:
 
 
 def test_variation_is_the_deviation_over_frames_as_a_share_of_the_size() -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = torch.nn.ModuleDict({"feature_norm": torch.nn.Identity()})
-            self.encoder.feature_norm = self.encoder["feature_norm"]
-            self.project = torch.nn.Identity()
-
-        def forward(self, x: torch.Tensor) -> Loss:
-            self.encoder.feature_norm(x)
-            self.project(x[:1])
-            self.project(x)  # the second call of a forward does not count
-            return Loss(x.sum(), x.sum(), {"old": (x.sum(), x.sum())})
-
-    model = Model()
-    Variation(model)
     x = torch.tensor([[3.0, 3.0], [1.0, 1.0]])
-    metrics = model(x).metrics
+    metrics = variations(torch.zeros(5), x, x[:1], training=True)
     total, count = metrics["feature_variation"]
     assert count == 2 and float(total / count) == pytest.approx(
         1 / 5**0.5
     )  # deviation 1, root mean square √5
-    assert metrics.keys() == {"old", "feature_variation", "context_variation"}
+    assert metrics.keys() == {"feature_variation", "context_variation"}
     assert metrics["context_variation"] == (1, 1)  # of a single frame nothing can be said
-    model.encoder.feature_norm(x)  # features alone, as in an evaluation, leave nothing behind
-    assert model(torch.ones(4, 2)).metrics["feature_variation"] == (0, 4)
+    assert variations(torch.zeros(5), torch.ones(4, 2), x, training=True)["feature_variation"] == (0, 4)
+    assert variations(torch.zeros(5), torch.ones(4, 2), x, training=False)["feature_variation"] == (4, 4)
 
 
 # --- init --------------------------------------------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 from pretrain.data.manifest import Manifest
 from pretrain.data.utterance import num_frames
-from pretrain.model.encoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 from pretrain.objectives import pretraining
-from pretrain.objectives.pretraining import PretrainConfig, Wav2Vec2Task, pretrain
+from pretrain.objectives.pretraining import PretrainConfig, pretrain
 from pretrain.objectives.wav2vec2 import (
     GumbelQuantizer,
     Wav2Vec2,
     Wav2Vec2Batch,
     Wav2Vec2Config,
+    Wav2Vec2Task,
     draw_distractors,
     wav2vec2_batch,
 )
@@ -80,9 +81,9 @@ def test_the_loss_is_the_papers_summed_over_masked_frames(entries: dict) -> None
     data = batch()
     loss = module(data)
     with torch.no_grad():
-        normed = module.encoder.feature_norm(module.encoder.features(data.waveforms, data.layout))
-        x = module.project(module.encoder.contextualize(normed, data.layout, data.mask))
-        quantized, codes, soft = module.quantizer(normed)
+        encoded = module.encoder.encode(data.waveforms, data.layout, data.mask)
+        x = module.project(encoded.last)
+        quantized, codes, soft = module.quantizer(encoded.normed)
         targets = module.project_code(quantized)
     each = [data.layout.split(rows) for rows in (x, targets, codes, data.mask)]
     total, count, correct = contrastive_loss(*each, data.distractors.split(data.num_masked), 0.1)  # type: ignore[arg-type]
@@ -275,7 +276,7 @@ def test_a_collapsed_codebook_stops_the_run_with_a_message(
             with torch.no_grad():
                 self.model.quantizer.logits.bias[[0, 8]] = 100.0
 
-    monkeypatch.setattr(pretraining, "Wav2Vec2Task", Collapsed)
+    monkeypatch.setitem(pretraining.TASKS, "wav2vec2", Collapsed)
     with pytest.raises(
         ValueError,
         match=r"stopped at step 4: collapsed: code_perplexity is 1\.00.*higher wav2vec2.diversity_weight",

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from pretrain.ctc.model import load_recognizer
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.model.encoder import Encoder, EncoderConfig, load_encoder
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder, load_encoder
 from pretrain.store.artefact import read_meta
 from pretrain.store.hashes import sha256_file
 from pretrain.training.checkpoint import save_checkpoint
@@ -803,7 +804,8 @@ def test_an_export_never_writes_over_anything(tmp_path: Path) -> None:
 
 
 def test_a_model_that_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
-    from pretrain.model.encoder import Encoder, EncoderConfig
+    from pretrain.model.config import EncoderConfig
+    from pretrain.model.encoder import Encoder
     from pretrain.training.checkpoint import save_checkpoint
 
     for name, changes, form, message in (

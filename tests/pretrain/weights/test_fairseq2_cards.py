@@ -19,7 +19,8 @@ from pretrain.ctc.model import Recognizer, load_recognizer
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.model.encoder import Encoder, EncoderConfig
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.store.artefact import read_meta

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.ctc.model import Recognizer
-from pretrain.model.encoder import ARCHITECTURES, EncoderConfig
+from pretrain.model.config import ARCHITECTURES, EncoderConfig
 from pretrain.objectives.hubert import Hubert
 from pretrain.weights.families import ARCHS, FAMILIES, EncoderModelConfig, encoder_alone
 from units.lm.fairseq2 import UnitLMConfig

@@ -17,7 +17,8 @@ from pretrain.data.manifest import Manifest, write_manifest
 from pretrain.data.utterance import num_frames
 from pretrain.store.artefact import commit, read_meta
 from quantize.clustering import ClusterConfig, cluster
-from quantize.encoding import EncodeConfig, encode
+from quantize.encoding import encode
+from quantize.encoding_plan import EncodeConfig
 from units.corpus.corpus_writing import Document, write_corpus
 from units.corpus.sequence import deduplicate
 from units.corpus.unit_corpus import UnitCorpus
