@@ -51,7 +51,7 @@ def write_model(folder: Path, settings: dict[str, Any]) -> None:
     from pretrain.model.config import EncoderConfig
     from pretrain.model.encoder import Encoder
     from pretrain.training.checkpoint import save_checkpoint
-    from pretrain.weights.conversion import export_weights
+    from pretrain.weights.exporting import export_weights
 
     torch.manual_seed(settings["seed"])
     model = nn.Module()

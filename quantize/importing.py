@@ -145,7 +145,7 @@ def read_centroid_file(path: Path, allow_pickle: bool) -> tuple[str, dict[str, n
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return "safetensors", _read_safetensors(path)
     if head.startswith((b"PK", TORCH_BEFORE_1_6)):
-        from pretrain.weights.foreign import load_torch
+        from pretrain.weights.pickles import load_torch
 
         remedy = (
             "If you trust its makers, write the centroids to a plain file where they can be read:\n"

@@ -25,7 +25,7 @@ OURS = {*MAY_IMPORT, "tests", "benchmarks"}
 # From the ground up: a module imports from its own package and from packages listed before it.
 FLOORS = {
     "pretrain": "store config progress data training model objectives ctc weights fairseq2".split(),
-    "units": "corpus formats sound lm scores packing".split(),
+    "units": "corpus formats sound lm scores packing_config packing_foreign packing".split(),
 }
 FLAT = {"__init__", "config", "progress"}  # the only modules that are directly in pretrain/
 MAX_LINES, MAX_FUNCTION_LINES = 350, 60
@@ -41,7 +41,7 @@ every_module = pytest.mark.parametrize("module", PATHS)
 
 # Other libraries' formats are pickles. Some modules write them; those that read them do so by `weights_only`:
 # others' models, and the checkpoints from which fairseq2's trainer continues.
-READ_PICKLES = {"pretrain.weights.foreign", "pretrain.fairseq2.checkpoints"}
+READ_PICKLES = {"pretrain.weights.pickles", "pretrain.fairseq2.checkpoints"}
 WRITE_PICKLES = READ_PICKLES | {"pretrain.weights.fairseq", "pretrain.weights.torchaudio"}
 
 

@@ -21,7 +21,7 @@ class Writer:
 
 RUNS = Writer(
     ("huggingface", "fairseq", "fairseq2", "torchaudio"),
-    "pretrain.weights.conversion:export_weights",
+    "pretrain.weights.exporting:export_weights",
     ("form", "encoder_only"),
 )
 # What can be exported, and how. The names of the formats are those that the writing modules know.

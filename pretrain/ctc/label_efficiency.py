@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pretrain.config import differences, share
 from pretrain.ctc.cells import SCHEMA, Cell, LabelEfficiencyConfig, cells, say
+from pretrain.ctc.curve import as_text as as_text
 from pretrain.ctc.curve import summarize, write_curve
 from pretrain.ctc.finetune_config import FinetuneConfig
 from pretrain.ctc.subsets import draw_subset, transcribed

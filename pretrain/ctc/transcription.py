@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pretrain.ctc.alignment import forced_alignment, stretch, word_times, write_alignments
 from pretrain.ctc.decoding import Decoder, Hypothesis
+from pretrain.ctc.error_rates import as_text as as_text
 from pretrain.ctc.error_rates import count_edits, error_rates
 from pretrain.ctc.model import CTCBatch, LoadedRecognizer, load_recognizer
 from pretrain.ctc.online import Latency, OnlineRecognizer, recognize_online

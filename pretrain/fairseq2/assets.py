@@ -98,86 +98,33 @@ def resolver() -> Any:
 
 
 def find_card(name: str) -> "Card":
-    """fairseq2's own look-up: the card `name` (with or without `fairseq2:`), its bases and architecture, its checkpoint and its tokenizer
-    downloaded.
+    """The card `name` (with or without `fairseq2:`), found by fairseq2, with its checkpoint and its tokenizer downloaded.
 
-    ValueError: fairseq2 is missing, no such card, a family that is no encoder's, a card that fairseq2 cannot read or download.
+    Raises ValueError if fairseq2 is missing, for unknown cards and families, and for cards that fairseq2 cannot read or download.
     """
     source = PREFIX + (name := name.removeprefix(PREFIX))
     require_fairseq2(source)
     from fairseq2.assets import (
         AssetCardError,
         AssetDownloadError,
-        AssetDownloadManager,
         AssetMetadataError,
         AssetSourceNotFoundError,
-        get_asset_store,
     )
     from fairseq2.error import NotSupportedError
-    from fairseq2.models import ModelFamily
-    from fairseq2.models.wav2vec2 import get_wav2vec2_model_hub
-    from fairseq2.models.wav2vec2.asr import get_wav2vec2_asr_model_hub
-    from fairseq2.runtime.dependency import get_dependency_resolver
-
-    from pretrain.weights.card_config import near_names
-    from pretrain.weights.cards import OWN_FAMILIES, THEIR_FAMILIES, Card, require_family
 
     try:
-        resolver()  # started with our families
-        store = get_asset_store()
-        card = store.maybe_retrieve_card(name)
-        if card is None:
-            ours = []
-            for full in store.asset_names:  # `name@environment`; not `find_cards`, which one broken card ends
-                with contextlib.suppress(AssetCardError):
-                    known = store.maybe_retrieve_card(full.partition("@")[0])
-                    told = known.maybe_get_field("model_family") if known is not None else None
-                    if told is not None and told.value in (*THEIR_FAMILIES, *OWN_FAMILIES):
-                        ours.append(known.name)
-            raise ValueError(
-                f"{source}: fairseq2 has no asset card of that name{near_names(name, ours)}. Cards of your own are found in the folders "
-                "FAIRSEQ2_ASSET_DIR and FAIRSEQ2_USER_ASSET_DIR"
-            )
-        family_field = card.maybe_get_field("model_family")
-        if family_field is None:
-            raise ValueError(f"{source}: is the card of something else than a model: it has no model_family")
-        family = family_field.as_(str)
-        require_family(family, source)
-        config: dict[str, Any]
-        if family in OWN_FAMILIES:
-            config = asdict(resolver().resolve(ModelFamily, key=family).get_model_config(card))
-        else:
-            hub = get_wav2vec2_model_hub() if family == "wav2vec2" else get_wav2vec2_asr_model_hub()
-            config = plain_config(asdict(hub.get_model_config(card)))
-        downloads = get_dependency_resolver().resolve(AssetDownloadManager)
-        checkpoint = _download(card, "checkpoint", downloads.download_model)
-        if checkpoint is None:
-            raise ValueError(
-                f"{source}: its card has no checkpoint (a gated model?); add one to a card of your own"
-            )
-        if (inside := card.maybe_get_field("checkpoint_path")) is not None:
-            checkpoint = checkpoint / inside.as_(str)
-        extra = card.maybe_get_field("wordless")
-        held = dict(extra.value) if extra is not None and isinstance(extra.value, Mapping) else {}
-        tokenizer = (
-            _tokenizer(card, store, downloads)
-            if family == "wav2vec2_asr" and "vocabulary" not in held
-            else None
-        )
+        return _read_card(name, source)
     except (AssetCardError, AssetMetadataError, AssetSourceNotFoundError) as error:
-        hint = (
-            "; a package that brings its architecture may have to be installed"
-            if "architecture" in str(error)
-            else ""
-        )
+        hint = "; a package that brings its architecture may have to be installed"
         reasons, cause = [str(error)], error.__cause__
-        while cause is not None:  # of which one names the key, and one what is wrong with its value
+        while cause is not None:  # one names the key, another the fault of its value
             reasons, cause = [*reasons, str(cause)], cause.__cause__
         if any("recursion" in reason for reason in reasons):
             hint = "; is a card its own base?"
-        raise ValueError(
-            f"{source}: {': '.join(reason.removesuffix('.') for reason in reasons)}{hint}"
-        ) from None
+        elif "architecture" not in reasons[0]:
+            hint = ""
+        told = ": ".join(reason.removesuffix(".") for reason in reasons)
+        raise ValueError(f"{source}: {told}{hint}") from None
     except RecursionError:
         raise ValueError(f"{source}: maximum recursion depth exceeded; is a card its own base?") from None
     except UnicodeDecodeError as error:
@@ -185,7 +132,68 @@ def find_card(name: str) -> "Card":
         raise ValueError(f"{source}: {strange} is not UTF-8 ({error})") from None
     except (AssetDownloadError, NotSupportedError) as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def _read_card(name: str, source: str) -> "Card":
+    """`find_card`, with the errors of fairseq2."""
+    from fairseq2.assets import AssetDownloadManager, get_asset_store
+    from fairseq2.models import ModelFamily
+    from fairseq2.models.wav2vec2 import get_wav2vec2_model_hub
+    from fairseq2.models.wav2vec2.asr import get_wav2vec2_asr_model_hub
+    from fairseq2.runtime.dependency import get_dependency_resolver
+
+    from pretrain.weights.card_config import near_names
+    from pretrain.weights.cards import OWN_FAMILIES, Card, require_family
+
+    resolver()  # started with our families
+    store = get_asset_store()
+    card = store.maybe_retrieve_card(name)
+    if card is None:
+        raise ValueError(
+            f"{source}: fairseq2 has no asset card of that name{near_names(name, _known_names(store))}. Cards of your own are found "
+            "in the folders FAIRSEQ2_ASSET_DIR and FAIRSEQ2_USER_ASSET_DIR"
+        )
+    family_field = card.maybe_get_field("model_family")
+    if family_field is None:
+        raise ValueError(f"{source}: is the card of something else than a model: it has no model_family")
+    family = family_field.as_(str)
+    require_family(family, source)
+    config: dict[str, Any]
+    if family in OWN_FAMILIES:
+        config = asdict(resolver().resolve(ModelFamily, key=family).get_model_config(card))
+    else:
+        hub = get_wav2vec2_model_hub() if family == "wav2vec2" else get_wav2vec2_asr_model_hub()
+        config = plain_config(asdict(hub.get_model_config(card)))
+    downloads = get_dependency_resolver().resolve(AssetDownloadManager)
+    checkpoint = _download(card, "checkpoint", downloads.download_model)
+    if checkpoint is None:
+        raise ValueError(
+            f"{source}: its card has no checkpoint (a gated model?); add one to a card of your own"
+        )
+    if (inside := card.maybe_get_field("checkpoint_path")) is not None:
+        checkpoint = checkpoint / inside.as_(str)
+    extra = card.maybe_get_field("wordless")
+    held = dict(extra.value) if extra is not None and isinstance(extra.value, Mapping) else {}
+    tokenizer = None
+    if family == "wav2vec2_asr" and "vocabulary" not in held:
+        tokenizer = _tokenizer(card, store, downloads)
     return Card(source, family, config, checkpoint, tokenizer, held)
+
+
+def _known_names(store: Any) -> list[str]:
+    """The names of the cards of models that can be read."""
+    from fairseq2.assets import AssetCardError
+
+    from pretrain.weights.cards import OWN_FAMILIES, THEIR_FAMILIES
+
+    names = []
+    for full in store.asset_names:  # `name@environment`; not `find_cards`, which one broken card ends
+        with contextlib.suppress(AssetCardError):
+            card = store.maybe_retrieve_card(full.partition("@")[0])
+            family = card.maybe_get_field("model_family") if card is not None else None
+            if family is not None and family.value in (*THEIR_FAMILIES, *OWN_FAMILIES):
+                names.append(card.name)
+    return names
 
 
 def _download(card: Any, key: str, download: Any) -> Path | None:

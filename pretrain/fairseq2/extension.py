@@ -21,11 +21,12 @@ from fairseq2.models import ModelFamily
 from fairseq2.models.utils.ac import apply_layerwise_ac
 from fairseq2.models.utils.fsdp import apply_layerwise_fsdp
 from fairseq2.runtime.config_registry import ConfigRegistrar
+from fairseq2.utils.validation import ValidationResult
 from torch import Tensor, get_default_device, nn
 
 
 def register(container: Any) -> None:
-    """Register our families and the reader of run folders; again is no harm. What cannot be is said, and hinders nothing else."""
+    """Register our families and the reader of run folders; ."""
     if "wordless_encoder" in container.iter_keys(ModelFamily):
         return
     try:
@@ -51,6 +52,7 @@ def register_family(
 
     Our modules draw their own weights and have tables that no checkpoint holds, so they are not made on the meta device.
     """
+    config.validate = _validate
     register_model_family(
         container,
         name,
@@ -62,6 +64,16 @@ def register_family(
         fsdp_applier=shard_layers,
         layerwise_ac_applier=recompute_layers,
     )
+
+
+def _validate(config: Any) -> ValidationResult:
+    """fairseq2 calls this before it uses a config."""
+    result = ValidationResult()
+    try:
+        config.parsed()
+    except ValueError as error:
+        result.add_error(str(error))
+    return result
 
 
 def _build(config: Any) -> nn.Module:

@@ -6,17 +6,15 @@ their count over all ranks, clipping, AdamW, its schedule. What happens around i
     checkpoints/step_N/    its checkpoint manager's, written while training goes on; what a run goes on from
     metrics/*.jsonl, tb/   its recorders
 
-A finished run holds beside them a checkpoint of ours (its last step, and its best where one is kept), `metrics.jsonl`, TensorBoard
-events, summary and meta data: whatever takes a run takes it.
+A finished run also holds a checkpoint of ours (its last step, and its best if one is kept), the log, summary and meta data.
 
-Some of fairseq2's (0.8.1) ways are gone around, each through its public interfaces:
+Deviations from fairseq2's (0.8.1) ways, each through its public interfaces:
 - Gradients are divided in a `DataParallelFacade`. Its `normalize_grads` waits for ever where one rank counts nothing, and wants
   the counts on the CPU.
-- A trainer that was told how many steps to run ignores a request to stop. So it is not told, and asked to stop after the last step.
-- It saves a step before the loss of that step is known, and removes older checkpoints then. So two are kept at least, one that is good
-  among them.
+- A trainer with a number of steps ignores a request to stop. So it has none, and is asked to stop after the last step.
+- It saves a step before its loss is known, and then removes older checkpoints. So at least two are kept.
 - It closes the process group itself while DDP still holds it, which may hang (see World.leave). So the root gang does not close.
-- Its validator would want each metric twice. A `Validator` runs the engine's own validation.
+- Its validator wants each metric twice. A `Validator` runs the engine's own validation.
 """
 
 import math
@@ -141,10 +139,14 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         return self.stop
 
     def _trainer(self, gangs: Gangs, sharded: bool, metrics: MetricRecorder) -> Trainer:
-        run, training = self.run, self.run.training
-        last, wall = run.max_steps - 1, Stopwatch()
+        run, training, wall = self.run, self.run.training, Stopwatch()
+        last = run.max_steps - 1
         wall.start()
         dtype = autocast_dtype(training.precision, self.world.device)
+
+        def factor(step: int) -> float:
+            return run.optimizer.factor(min(step, last), run.max_steps)
+
         return Trainer(
             model=self.placed,
             unit=self,
@@ -153,9 +155,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
             amp=dtype != torch.float32,
             amp_dtype=dtype,
             optimizer=self.adamw,
-            lr_scheduler=LambdaLR(
-                self.adamw, lambda step: run.optimizer.factor(min(step, last), run.max_steps)
-            ),
+            lr_scheduler=LambdaLR(self.adamw, factor),
             fp16_loss_scaler=NOOP_FP16_LOSS_SCALER,
             validator=self.validator,
             early_stopper=_Patience(run) if training.patience is not None else NOOP_EARLY_STOPPER,

@@ -18,7 +18,8 @@ from pretrain.store.plain_text import read_text
 from pretrain.training.checkpoint import load_weights
 from pretrain.weights.card_config import DEFAULTS, complete_config
 from pretrain.weights.families import FAMILIES
-from pretrain.weights.foreign import load_pickle, load_safetensors
+from pretrain.weights.foreign import load_safetensors
+from pretrain.weights.pickles import load_pickle
 
 OWN_FAMILIES, THEIR_FAMILIES = tuple(FAMILIES), tuple(DEFAULTS)
 DEFAULT_ARCHS = {"wav2vec2": "base", "wav2vec2_asr": "base_10h"}  # whose configs `DEFAULTS` has

@@ -6,7 +6,7 @@ heads by pretrain/weights/recognizer.py.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,16 @@ import tomli_w
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import Config, PathStr, parse_config, without_none
-from pretrain.ctc.model import Layers, LoadedRecognizer, Recognizer, recognizer_of
-from pretrain.ctc.task import CTCConfig
-from pretrain.model.config import EncoderConfig
+from pretrain.config import Config, PathStr, without_none
+from pretrain.ctc.model import Layers, Recognizer
 from pretrain.model.encoder import Encoder
 from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
-from pretrain.store.artefact import commit, is_complete, read_meta, require_absent
-from pretrain.store.disk import atomic_folder, atomic_path, write_json
-from pretrain.store.hashes import sha256_file
+from pretrain.store.artefact import commit, require_absent
+from pretrain.store.disk import atomic_path, write_json
 from pretrain.store.schemes import plugin, split_scheme
-from pretrain.training.checkpoint import latest_checkpoint, load_weights, save_checkpoint
-from pretrain.weights.card_writing import write_card
-from pretrain.weights.cards import is_card
-from pretrain.weights.fairseq import read_fairseq, write_fairseq
-from pretrain.weights.fairseq2 import read_folder, read_weights
-from pretrain.weights.foreign import (
-    NUM_HEADS,
-    CTCHead,
-    Foreign,
-    load_pickle,
-    load_safetensors,
-    weights_only_hole,
-)
-from pretrain.weights.huggingface import HEADS_FILE, read_huggingface, write_huggingface
+from pretrain.training.checkpoint import latest_checkpoint, save_checkpoint
+from pretrain.weights.foreign import Foreign, Source
 from pretrain.weights.naming import (
     ENCODER_NAMES,
     HEAD_NAMES,
@@ -47,10 +32,18 @@ from pretrain.weights.naming import (
     Parameter,
     parameters,
     to_ours,
-    to_theirs,
     type_name,
 )
-from pretrain.weights.torchaudio import read_torchaudio, write_torchaudio
+from pretrain.weights.pickles import weights_only_hole
+
+# The formats, in the order in which they may claim a source. Each module has `claims` and `read` of a Source, and `write` of an
+# Exported.
+FORMATS: dict[Format, str] = {
+    "fairseq2": "pretrain.weights.fairseq2",
+    "huggingface": "pretrain.weights.huggingface",
+    "fairseq": "pretrain.weights.fairseq",
+    "torchaudio": "pretrain.weights.torchaudio",
+}
 
 
 class ImportConfig(Config):
@@ -66,47 +59,23 @@ class ImportConfig(Config):
 
 
 def read_foreign(config: ImportConfig) -> Foreign:
-    """Find out what `config.source` is and read it."""
+    """Reads `config.source` by the format that claims it."""
+    options = {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform}
     vocabulary = Path(config.vocabulary) if config.vocabulary else None
-    source, options = (
-        Path(config.source),
-        {"num_heads": config.num_heads, "normalize_waveform": config.normalize_waveform},
-    )
     if (named := split_scheme(config.source)) is not None:
         scheme, name = named
         return plugin(scheme).read_asset(name, vocabulary, options, config.allow_pickle)
-    if not (source / "config.json").is_file() and is_card(source):
-        return read_folder(source, vocabulary, options, config.allow_pickle)
-    if source.is_dir():
-        return read_huggingface(source, options, config.allow_pickle, vocabulary)
-    if not source.is_file():
+    source = Source(Path(config.source), options, vocabulary, config.num_classes, config.allow_pickle)
+    if not source.path.exists():
         raise ValueError(
-            f"{source}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model"
+            f"{source.path}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model"
         )
-    state = (
-        load_safetensors(source)
-        if source.suffix == ".safetensors"
-        else load_pickle(source, config.allow_pickle)
-    )
-    inside = state["model"] if isinstance(state.get("model"), Mapping) else state
-    if any(str(name).removeprefix("module.").startswith("encoder_frontend.") for name in inside):
-        return read_weights(source, state, sha256_file(source), options, vocabulary)
-    if isinstance(state.get("model"), Mapping):
-        return read_fairseq(source, state, options, config.num_classes, vocabulary)
-    if all(isinstance(tensor, Tensor) for tensor in state.values()):
-        if any(
-            name.startswith(("wav2vec2.encoder.layers.", "hubert.encoder.layers.", "feature_projection."))
-            for name in state
-        ):
-            raise ValueError(
-                f"{source}: weights of transformers; give the folder that holds them and config.json"
-            )
-        if any("post_extract_proj." in name for name in state):
-            return read_fairseq(source, {"model": state}, options, config.num_classes, vocabulary)
-        return read_torchaudio(source, state, options, vocabulary)
+    for module in map(import_module, FORMATS.values()):
+        if module.claims(source):
+            return module.read(source)
     raise ValueError(
-        f"{source}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of tensors; it has the keys "
-        f"{', '.join(map(repr, list(state)[:8]))}"
+        f"{source.path}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of tensors; it has the "
+        f"keys {', '.join(map(repr, list(source.state)[:8]))}"
     )
 
 
@@ -203,151 +172,6 @@ def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Te
     return weights, meta
 
 
-def export_weights(
-    run: str | Path, out: str | Path, form: Format, encoder_only: bool = False
-) -> dict[str, Any]:
-    """Run the verb `export`: a run's weights as a folder (huggingface, fairseq2) or a file (fairseq, torchaudio) named `out`.
-
-    They are the best that it kept (`keep_best`), else the newest; of a recogniser with its head where `form` has a place for one.
-    """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out}: is there already; remove it or choose another name")
-    weights, meta, fingerprint = load_weights(run)
-    tree = meta.get("config_encoder") or meta["config"].get("encoder")
-    if tree is None:
-        raise ValueError(
-            f"{run}: a {meta['kind']!r} run holds no encoder; give a pretraining or fine-tuning run"
-        )
-    encoder = parse_config(EncoderConfig, tree, f"{run}/meta.json")
-    objective = _objective_of(weights)
-    named = objective or _pretrained_with(meta)
-    if form == "fairseq2":
-        return _export_card(str(run), out, encoder, (weights, meta, fingerprint), named, encoder_only)
-    family: Objective = named or "wav2vec2"
-    _refuse_inexpressible(encoder, form, str(run))
-    notes = []
-    if named is None and form != "torchaudio":
-        notes.append(
-            "the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written as wav2vec 2.0"
-        )
-    recognizer: CTCHead | None = None
-    if meta["kind"] == "recognizer" and form == "huggingface" and not encoder_only:
-        recognizer = _recognizer(recognizer_of(run, weights, meta, fingerprint), notes)
-    elif meta["kind"] == "recognizer":
-        why = "as --encoder-only says" if encoder_only else "--format huggingface has it, too"
-        notes.append(f"the CTC head is left out: the encoder alone is exported; {why}")
-    if objective and (encoder_only or (form, objective) not in HEAD_NAMES):
-        why = (
-            "as --encoder-only says" if encoder_only else f"{form} has no model with the heads of {objective}"
-        )
-        notes.append(f"the pretraining heads are left out: {why}")
-        objective = None
-    head: HubertConfig | Wav2Vec2Config | None = None
-    if objective:
-        kind: type[HubertConfig] | type[Wav2Vec2Config] = (
-            HubertConfig if objective == "hubert" else Wav2Vec2Config
-        )
-        head = parse_config(kind, meta["config"][objective], f"{run}/meta.json")
-    if form == "torchaudio" and objective is None:
-        notes.append("the mask embedding is left out: torchaudio's Wav2Vec2Model has none")
-    if form == "torchaudio" and (flags := _flags_to_import_again(encoder)):
-        notes.append(f"a torchaudio file has no config: `wordless import` of this one needs {flags}")
-    if form == "huggingface" and objective == "hubert":
-        notes.append(
-            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has no place for them"
-        )
-    if form == "fairseq" and objective == "hubert":
-        notes.append("fairseq wants dict.km.txt in its label_dir, the lines `0 1`, `1 1`, … of every class")
-    groups = head.num_groups if isinstance(head, Wav2Vec2Config) else 1
-    tensors = to_theirs(weights, parameters(form, encoder, objective, groups, ctc=recognizer is not None))
-    if form == "huggingface":
-        with atomic_folder(out) as temporary:
-            write_huggingface(temporary, tensors, encoder, family, head, recognizer)
-    else:
-        with atomic_path(out) as temporary:
-            if form == "fairseq":
-                write_fairseq(temporary, tensors, encoder, family, head)
-            else:
-                write_torchaudio(temporary, tensors)
-    return {
-        "out": str(out),
-        "format": form,
-        "objective": family,
-        "heads": objective is not None,
-        "recognizer": recognizer is not None,
-        "weights": fingerprint,
-        "notes": notes,
-    }
-
-
-def _export_card(
-    run: str,
-    out: Path,
-    encoder: EncoderConfig,
-    loaded: tuple[dict[str, Tensor], dict[str, Any], str],
-    named: Objective | None,
-    encoder_only: bool,
-) -> dict[str, Any]:
-    """`export_weights` to fairseq2: a card with everything the run has, of fairseq2's own families or of ours."""
-    if "@" in out.name or not out.name.strip():
-        raise ValueError(
-            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without @"
-        )
-    weights, meta, fingerprint = loaded
-    notes: list[str] = []
-    objective, head, recognizer = _objective_of(weights), None, None
-    if meta["kind"] == "recognizer" and not encoder_only:
-        found = recognizer_of(run, weights, meta, fingerprint)
-        recognizer = CTCHead(
-            found.vocabulary,
-            found.text,
-            parse_config(CTCConfig, meta["config"].get("ctc", {}), f"{run}/meta.json"),
-        )
-    elif objective and not encoder_only:
-        kind: type[HubertConfig] | type[Wav2Vec2Config] = (
-            HubertConfig if objective == "hubert" else Wav2Vec2Config
-        )
-        head = parse_config(kind, meta["config"][objective], f"{run}/meta.json")
-    elif encoder_only:
-        weights = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
-        notes.append("the heads are left out: as --encoder-only says")
-    foreign = Foreign(
-        "wordless", weights, encoder, named, head, fingerprint, notes, recognizer, run, meta.get("codebook")
-    )
-    with atomic_folder(out) as temporary:
-        family = write_card(temporary, out.name, foreign)
-    return {
-        "out": str(out),
-        "format": "fairseq2",
-        "family": family,
-        "objective": named,
-        "heads": head is not None,
-        "recognizer": recognizer is not None,
-        "weights": fingerprint,
-        "notes": notes,
-    }
-
-
-def _recognizer(loaded: LoadedRecognizer, notes: list[str]) -> CTCHead:
-    """What transformers has to know of a recogniser; a ValueError for what it has no place for."""
-    if loaded.model.layer_weights is not None:
-        raise ValueError(
-            'a recogniser with ctc.layers = "weighted" has no counterpart: transformers sums layers for classification alone. '
-            "--encoder-only exports its encoder"
-        )
-    if loaded.vocabulary.spelling == "jamo":
-        notes.append(
-            "transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the syllables together"
-        )
-    if loaded.vocabulary.spelling == "phones":
-        notes.append(
-            "the tokenizer is of phones: it spells phones with spaces between them, not words (do_phonemize = false)"
-        )
-    ctc = parse_config(CTCConfig, loaded.meta["config"].get("ctc", {}), "meta.json: ctc")
-    return CTCHead(loaded.vocabulary, loaded.text, ctc)
-
-
 def _skeleton(foreign: Foreign) -> nn.Module:
     """The model of a run with these weights: the encoder with its heads, or alone."""
     if foreign.recognizer is not None:
@@ -387,48 +211,8 @@ def _ours(
     return to_ours(tensors, table, shapes, source)
 
 
-def _objective_of(weights: Mapping[str, Tensor]) -> Objective | None:
+def objective_of(weights: Mapping[str, Tensor]) -> Objective | None:
+    """The objective of a model with heads; None of an encoder alone."""
     if "quantizer.codes" in weights:
         return "wav2vec2"
     return "hubert" if "class_embeddings" in weights else None
-
-
-def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
-    """The objective of a run, or of what it was fine-tuned from, where that still stands; None where nothing says."""
-    named: Objective | None = meta.get("objective")
-    source = meta["config"].get("encoder")
-    if named is None and isinstance(source, str) and (model := split_scheme(source)) is not None:
-        scheme, name = model
-        with suppress(ValueError):  # the model, or its library, is gone
-            return plugin(scheme).objective(name)
-    if named is None and isinstance(source, str) and is_complete(source):
-        return _pretrained_with(read_meta(source))
-    return named
-
-
-def _refuse_inexpressible(encoder: EncoderConfig, form: Format, run: str) -> None:
-    if encoder.front_end != "waveform":
-        raise ValueError(
-            f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only waveform encoders do"
-        )
-    if encoder.streaming is not None:
-        raise ValueError(
-            f"{run}: a streaming encoder has no counterpart elsewhere: another library would let every frame see the whole utterance"
-        )
-    if form == "fairseq" and encoder.conv_dim == encoder.dim:
-        raise ValueError(
-            f"{run}: fairseq has no projection where conv_dim equals dim ({encoder.dim}), so it cannot hold this model"
-        )
-    if form == "torchaudio" and (encoder.conv_norm == "layer") != encoder.norm_first:
-        raise ValueError(
-            f"{run}: conv_norm = {encoder.conv_norm!r} with norm_first = {encoder.norm_first}: a torchaudio file has no config, and "
-            "readers tell one from the other, as in published models; export to huggingface or fairseq"
-        )
-
-
-def _flags_to_import_again(encoder: EncoderConfig) -> str:
-    """What `import` would take otherwise from the shapes of a file without a config."""
-    flags = [f"--num-heads {encoder.num_heads}"] if NUM_HEADS.get(encoder.dim) != encoder.num_heads else []
-    if encoder.normalize_waveform != (encoder.conv_norm == "layer"):
-        flags.append("--normalize-waveform" if encoder.normalize_waveform else "--no-normalize-waveform")
-    return " ".join(flags)

@@ -19,13 +19,14 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
+from pretrain.store.disk import atomic_path
 from pretrain.store.hashes import sha256_file
-from pretrain.weights.foreign import FairseqDictionary, Foreign, infer_encoder, leave_out, make_encoder
+from pretrain.weights.fairseq_classes import NUM_SPECIALS, dictionary_symbols, keep_classes
+from pretrain.weights.foreign import Exported, Foreign, Source, infer_encoder, leave_out, make_encoder
 from pretrain.weights.naming import Objective, canonical, head_in
 from pretrain.weights.recognizer import read_head
 
 CONV_LAYERS = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"  # what old checkpoints leave out
-NUM_SPECIALS = 4  # <s>, <pad>, </s>, <unk>
 
 # Our config's keys as fairseq calls them, with the default that a missing key stands for.
 FAIRSEQ_KEYS: dict[str, tuple[str, Any]] = {
@@ -55,6 +56,30 @@ FAIRSEQ_FIXED = (
 )
 
 
+def claims(source: Source) -> bool:
+    """Whether a file is a checkpoint of fairseq, or its tensors alone."""
+    inside = isinstance(source.state.get("model"), Mapping)
+    return inside or any("post_extract_proj." in name for name in source.names)
+
+
+def read(source: Source) -> Foreign:
+    """The model of a file."""
+    state = source.state if isinstance(source.state.get("model"), Mapping) else {"model": source.state}
+    return read_fairseq(source.path, state, source.options, source.num_classes, source.vocabulary)
+
+
+def write(out: Path, model: Exported) -> dict[str, Any]:
+    """Writes a checkpoint; returns the objective."""
+    if model.objective == "hubert":
+        model.notes.append(
+            "fairseq wants dict.km.txt in its label_dir, the lines `0 1`, `1 1`, … of every class"
+        )
+    family: Objective = model.named or "wav2vec2"
+    with atomic_path(out) as temporary:
+        write_fairseq(temporary, model.tensors("fairseq"), model.encoder, family, model.head)
+    return {"objective": family}
+
+
 def read_fairseq(
     source: Path,
     state: Mapping[str, Any],
@@ -69,74 +94,68 @@ def read_fairseq(
     model, task, criterion = _fairseq_settings(source, state)
     notes: list[str] = []
     tensors = canonical(state["model"], "w2v_encoder.w2v_model.", str(source))
-    recognizer = read_head(tensors, "fairseq", vocabulary, _dictionary_symbols(state), notes, str(source))
-    if (
-        "final_proj.weight" not in tensors
-    ):  # fairseq's fine-tuning removes the projection and not the embeddings
+    recognizer = read_head(tensors, "fairseq", vocabulary, dictionary_symbols(state), notes, str(source))
+    if "final_proj.weight" not in tensors:  # fairseq's fine-tuning removes the projection, not the embeddings
         leave_out(tensors, "label_embs_concat", "a table of label embeddings without its projection", notes)
     objective = head_in(tensors, "fairseq")
     if model:
-        for key, value, description in FAIRSEQ_FIXED:
-            if model.get(key, value) != value:
-                raise ValueError(
-                    f"{source}: {key} = {model[key]!r}: a model with {description} is not supported"
-                )
-        keys: dict[str, Any] = {
-            ours: model.get(theirs, default) for ours, (theirs, default) in FAIRSEQ_KEYS.items()
-        }
-        keys["conv_norm"] = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
-        keys["conv_dim"] = _conv_width(str(model.get("conv_feature_layers", CONV_LAYERS)), source)
-        keys["normalize_waveform"] = bool(task.get("normalize", False))
-        encoder = make_encoder(keys, options, str(source))
+        encoder = make_encoder(_encoder_keys(model, task, source), options, str(source))
     else:
         encoder = infer_encoder(source, tensors, "fairseq", options, notes)
-    head: HubertConfig | Wav2Vec2Config | None = None
-    temperature, mask_length = model.get("logit_temp", 0.1), model.get("mask_length", 10)
-    tree: dict[str, Any] = {"temperature": temperature, "mask_length": mask_length}
-    weights = criterion.get("loss_weights")
-    weights = weights if isinstance(weights, list) else []
+    mask_length = model.get("mask_length", 10)
+    tree: dict[str, Any] = {"temperature": model.get("logit_temp", 0.1), "mask_length": mask_length}
     if "mask_prob" in model:
         tree["mask_start_probability"] = round(model["mask_prob"] / mask_length, 12)
+    weights = criterion.get("loss_weights")
+    weights = weights if isinstance(weights, list) else []
+    head: HubertConfig | Wav2Vec2Config | None = None
     if objective == "wav2vec2":
-        codes = tensors.get("quantizer.vars")
-        groups = model.get("latent_groups", 2)
-        code_dim = groups * (
-            codes.shape[-1] if codes is not None else 128
-        )  # a missing tensor is reported with all others
-        final = len(tensors.get("project_q.weight", [None] * 256))
-        tree |= {
-            "num_groups": groups,
-            "num_entries": model.get("latent_vars", 320),
-            "code_dim": code_dim,
-            "final_dim": final,
-        }
-        tree["num_distractors"] = model.get("num_negatives", 100)
-        tree |= {"feature_dropout": model.get("dropout_features", 0.0)} if model else {}
-        first, last, decay = _temperatures(model.get("latent_temp", (2, 0.5, 0.999995)), source)
-        tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
+        tree |= _contrastive_keys(model, tensors, source)
         tree |= dict(zip(("diversity_weight", "feature_penalty"), weights, strict=False))
         head = parse_config(Wav2Vec2Config, tree, str(source))
-        others = [
-            key
-            for key in ("negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives")
-            if model.get(key)
-        ]
-        notes += [
-            f"{key} = {model[key]!r} is not carried on: distractors are other masked frames" for key in others
-        ]
+        for key in ("negatives_from_everywhere", "cross_sample_negatives", "codebook_negatives"):
+            if model.get(key):
+                notes += [f"{key} = {model[key]!r} is not carried on: distractors are other masked frames"]
     elif objective == "hubert":
-        _keep_classes(tensors, source, state, num_classes, notes)
+        keep_classes(tensors, source, state, num_classes, notes)
         tree["final_dim"] = tensors["label_embs_concat"].shape[1]
         tree |= dict(zip(("feature_penalty",), weights, strict=False))
-        tree["unmasked_weight"] = criterion.get("pred_nomask_weight", 0.0) / (
-            criterion.get("pred_masked_weight", 1.0) or 1.0
-        )
+        masked_weight = criterion.get("pred_masked_weight", 1.0) or 1.0
+        tree["unmasked_weight"] = criterion.get("pred_nomask_weight", 0.0) / masked_weight
         head = parse_config(HubertConfig, tree, str(source))
     named = model.get("_name", model.get("arch"))
-    family: Objective | None = objective or (
-        "hubert" if named and "hubert" in named else "wav2vec2" if named else None
-    )
+    by_name: Objective | None = ("hubert" if "hubert" in named else "wav2vec2") if named else None
+    family = objective or by_name
     return Foreign("fairseq", tensors, encoder, family, head, sha256_file(source), notes, recognizer)
+
+
+def _encoder_keys(model: dict[str, Any], task: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Keys of EncoderConfig. Raises ValueError for another architecture."""
+    for key, value, description in FAIRSEQ_FIXED:
+        if model.get(key, value) != value:
+            raise ValueError(f"{source}: {key} = {model[key]!r}: a model with {description} is not supported")
+    keys = {ours: model.get(theirs, default) for ours, (theirs, default) in FAIRSEQ_KEYS.items()}
+    keys["conv_norm"] = "layer" if model.get("extractor_mode") == "layer_norm" else "group"
+    keys["conv_dim"] = _conv_width(str(model.get("conv_feature_layers", CONV_LAYERS)), source)
+    keys["normalize_waveform"] = bool(task.get("normalize", False))
+    return keys
+
+
+def _contrastive_keys(model: dict[str, Any], tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """Keys of Wav2Vec2Config, without masks and weights of the losses."""
+    codes, groups = tensors.get("quantizer.vars"), model.get("latent_groups", 2)
+    first, last, decay = _temperatures(model.get("latent_temp", (2, 0.5, 0.999995)), source)
+    return {
+        "num_groups": groups,
+        "num_entries": model.get("latent_vars", 320),
+        # A missing tensor is reported later, with all others.
+        "code_dim": groups * (codes.shape[-1] if codes is not None else 128),
+        "final_dim": len(tensors.get("project_q.weight", [None] * 256)),
+        "num_distractors": model.get("num_negatives", 100),
+        **({"feature_dropout": model.get("dropout_features", 0.0)} if model else {}),
+        "gumbel_temperature": (first, last),
+        "gumbel_decay": decay,
+    }
 
 
 def _fairseq_settings(
@@ -160,82 +179,6 @@ def _fairseq_settings(
         )
         model = vars(model) if isinstance(model, argparse.Namespace) else model
     return model, task or {}, criterion
-
-
-def _keep_classes(
-    tensors: dict[str, Tensor],
-    source: Path,
-    state: Mapping[str, Any],
-    num_classes: int | None,
-    notes: list[str],
-) -> None:
-    """Bring `label_embs_concat` to a row per class, in the order of the labels: fairseq's dictionary puts four specials first."""
-    rows = len(tensors["label_embs_concat"])
-    projection, width = tensors.get("final_proj.weight"), tensors["label_embs_concat"].shape[1]
-    if projection is not None and len(projection) != width:
-        raise ValueError(
-            f"{source}: final_proj has {len(projection)} rows and embeddings {width}: several label sets are not supported"
-        )
-    symbols = _dictionary_symbols(state)
-    if len(symbols) > 1:
-        raise ValueError(f"{source}: learned from {len(symbols)} label sets; wordless learns from one")
-    if symbols and len(symbols[0]) == rows:
-        numbered = {int(symbol): row for row, symbol in enumerate(symbols[0]) if symbol.isdecimal()}
-        if sorted(numbered) != list(range(len(numbered))) or not numbered:
-            raise ValueError(
-                f"{source}: its dictionary's words are not the numbers 0 to K - 1, so no row can be told to be a class"
-            )
-        order, told = [numbered[label] for label in range(len(numbered))], "the file's dictionary"
-        sure = True
-        if num_classes not in (None, len(order)):
-            raise ValueError(
-                f"{source}: --num-classes {num_classes}, but its dictionary has {len(order)} numbers"
-            )
-    else:
-        kept, told = _count_classes(rows, num_classes, source)
-        order, sure = list(range(rows - kept, rows)), num_classes is not None
-    tensors["label_embs_concat"] = tensors["label_embs_concat"][order]
-    if len(order) < rows:
-        notes.append(
-            f"of {rows} label embeddings {rows - len(order)} are fairseq's special words, left out ({told}): K = {len(order)}"
-        )
-    elif not sure:
-        notes.append(
-            f"{rows} label embeddings, none taken for fairseq's special words: K = {rows}; --num-classes says otherwise"
-        )
-
-
-def _count_classes(rows: int, num_classes: int | None, source: Path) -> tuple[int, str]:
-    if num_classes is not None:
-        if rows not in (num_classes, num_classes + NUM_SPECIALS):
-            raise ValueError(
-                f"{source}: {rows} label embeddings; --num-classes {num_classes} would be {num_classes} or {num_classes + 4}"
-            )
-        return num_classes, "--num-classes"
-    usual = [
-        count
-        for count in (rows, rows - NUM_SPECIALS)
-        if count >= 32 and (count % 50 == 0 or count.bit_count() == 1)
-    ]
-    if len(usual) != 1:
-        raise ValueError(
-            f"{source}: {rows} label embeddings: K = {rows}, or K = {rows - NUM_SPECIALS} and fairseq's four special words? Say "
-            f"--num-classes {rows} or --num-classes {rows - NUM_SPECIALS} (`wc -l dict.km.txt` gives K)"
-        )
-    return usual[0], f"{rows} = {usual[0]} + {NUM_SPECIALS}; --num-classes says otherwise"
-
-
-def _dictionary_symbols(state: Mapping[str, Any]) -> list[list[str]]:
-    """The words of each label dictionary that the checkpoint holds, by row."""
-    if "symbols" in state:
-        return list(state["symbols"])
-    held = [value for key, value in (state.get("task_state") or {}).items() if "dictionar" in key and value]
-    groups = [
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        for value in held
-    ]
-    flat = [item for group in groups for item in group]
-    return [item.symbols for item in flat if isinstance(item, FairseqDictionary)]
 
 
 def _temperatures(value: Any, source: Path) -> tuple[float, float, float]:
@@ -288,15 +231,11 @@ def write_fairseq(
     family: Objective,
     head: HubertConfig | Wav2Vec2Config | None,
 ) -> None:
-    """Write canonical `tensors` as a checkpoint of plain dicts. HuBERT's classes get rows for fairseq's special words before."""
-    model: dict[str, Any] = {
-        "_name": family,
-        **{theirs: getattr(encoder, ours) for ours, (theirs, _) in FAIRSEQ_KEYS.items()},
-    }
-    model |= {
-        "extractor_mode": "layer_norm" if encoder.conv_norm == "layer" else "default",
-        "activation_fn": "gelu",
-    }
+    """Writes canonical `tensors` as a checkpoint of plain dicts, with rows for fairseq's special words before HuBERT's classes."""
+    model: dict[str, Any] = {"_name": family}
+    model |= {theirs: getattr(encoder, ours) for ours, (theirs, _) in FAIRSEQ_KEYS.items()}
+    model["extractor_mode"] = "layer_norm" if encoder.conv_norm == "layer" else "default"
+    model["activation_fn"] = "gelu"
     layers = zip([encoder.conv_dim] * len(CONV_KERNELS), CONV_KERNELS, CONV_STRIDES, strict=True)
     model["conv_feature_layers"] = str(list(layers))
     task: dict[str, Any] = {"data": ".", "sample_rate": 16000, "normalize": encoder.normalize_waveform}
@@ -310,44 +249,38 @@ def write_fairseq(
         }
         model["mask_prob"] = round(head.mask_start_probability * head.mask_length, 12)
     if isinstance(head, Wav2Vec2Config):
-        model |= {
-            "quantize_targets": True,
-            "num_negatives": head.num_distractors,
-            "latent_groups": head.num_groups,
-        }
-        model |= {
-            "latent_vars": head.num_entries,
-            "latent_dim": head.code_dim,
-            "dropout_features": head.feature_dropout,
-        }
-        model["latent_temp"] = [*head.gumbel_temperature, head.gumbel_decay]
+        model |= _quantizer_settings(head)
         criterion |= {"infonce": True, "loss_weights": [head.diversity_weight, head.feature_penalty]}
     elif isinstance(head, HubertConfig):
         classes = tensors["label_embs_concat"]
         # No label names these rows, so they are only ever wrong answers: they point away from all classes.
         specials = -classes.mean(0, keepdim=True).expand(NUM_SPECIALS, -1)
         tensors = {**tensors, "label_embs_concat": torch.cat([specials, classes])}
-        criterion |= {
-            "pred_masked_weight": 1.0,
-            "pred_nomask_weight": head.unmasked_weight,
-            "loss_weights": [head.feature_penalty],
-        }
-        words = ["<s>", "<pad>", "</s>", "<unk>", *map(str, range(len(classes)))]
-        state["symbols"] = [words]
+        criterion |= {"pred_masked_weight": 1.0, "pred_nomask_weight": head.unmasked_weight}
+        criterion["loss_weights"] = [head.feature_penalty]
+        state["symbols"] = [["<s>", "<pad>", "</s>", "<unk>", *map(str, range(len(classes)))]]
     if family == "hubert":
         model |= {"label_rate": 50, "untie_final_proj": False}
         task |= {"_name": "hubert_pretraining", "labels": ["km"], "label_rate": 50, "label_dir": None}
     else:
         task |= {"_name": "audio_pretraining"}
+    state["args"] = None
+    state["cfg"] = {"_name": None, "model": model, "task": task, "criterion": criterion}
+    state["model"] = tensors
     # What fairseq's loader looks for beside the weights.
     history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
-    state |= {
-        "args": None,
-        "cfg": {"_name": None, "model": model, "task": task, "criterion": criterion},
-        "model": tensors,
-    }
-    state |= {
-        "optimizer_history": [history],
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
-    }
+    state["optimizer_history"] = [history]
+    state["extra_state"] = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
     torch.save(state, path)
+
+
+def _quantizer_settings(head: Wav2Vec2Config) -> dict[str, Any]:
+    return {
+        "quantize_targets": True,
+        "num_negatives": head.num_distractors,
+        "latent_groups": head.num_groups,
+        "latent_vars": head.num_entries,
+        "latent_dim": head.code_dim,
+        "dropout_features": head.feature_dropout,
+        "latent_temp": [*head.gumbel_temperature, head.gumbel_decay],
+    }

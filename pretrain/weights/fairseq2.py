@@ -10,7 +10,6 @@ both or neither, which nobody trains.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,36 +17,44 @@ from torch import Tensor
 
 from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
-from pretrain.ctc.text import SPACE, TextConfig
+from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.model.config import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
+from pretrain.store.disk import atomic_folder
+from pretrain.store.hashes import sha256_file
 from pretrain.weights.card_config import (
     COMPUTED_KEYS,
     CONTRASTIVE_KEYS,
     COUNTER,
     CTC_KEYS,
-    DEFAULTS,
     ENCODER_KEYS,
-    near_names,
     told_with,
 )
-from pretrain.weights.cards import OWN_FAMILIES, Card, load_checkpoint, read_card, tensors_of
-from pretrain.weights.families import FAMILIES, EncoderModelConfig, RecognizerModelConfig
+from pretrain.weights.card_writing import write_card
+from pretrain.weights.cards import OWN_FAMILIES, Card, is_card, load_checkpoint, read_card, tensors_of
+from pretrain.weights.fairseq2_classes import (
+    given_classes,
+    held_classes,
+    held_table,
+    note_least_spans,
+    parsed,
+    with_classes,
+)
+from pretrain.weights.families import FAMILIES
 from pretrain.weights.foreign import (
     CTCHead,
+    Exported,
     Foreign,
+    Source,
     infer_encoder,
-    leave_out,
     make_encoder,
     normalization_note,
-    weights_only_hole,
 )
 from pretrain.weights.naming import CTC_HEADS, Format, Objective, canonical, head_in
-from pretrain.weights.recognizer import Classes, of_symbols, read_vocabulary, take_rows
-from pretrain.weights.sentencepiece import SPACE_PIECE, Pieces, read_pieces
+from pretrain.weights.pickles import weights_only_hole
 
 # Keys whose other values make another architecture.
 FIXED: tuple[tuple[str, Any, str], ...] = (
@@ -57,6 +64,47 @@ FIXED: tuple[tuple[str, Any, str], ...] = (
     ("pos_encoder_depth", 1, "several positional convolutions"),
 )
 NO_OPTIONS: dict[str, Any] = {"num_heads": None, "normalize_waveform": None}
+
+
+def claims(source: Source) -> bool:
+    """Whether a source is a card, a folder with one or of fairseq2's trainer, or a file of fairseq2's tensors."""
+    if not (source.path / "config.json").is_file() and is_card(source.path):
+        return True
+    first = "encoder_frontend."
+    return source.path.is_file() and any(
+        name.removeprefix("module.").startswith(first) for name in source.names
+    )
+
+
+def read(source: Source) -> Foreign:
+    """The model of a folder or file."""
+    if is_card(source.path):
+        return read_folder(source.path, source.vocabulary, source.options, source.allow_pickle)
+    sha256 = sha256_file(source.path)
+    return read_weights(source.path, source.state, sha256, source.options, source.vocabulary)
+
+
+def write(out: Path, model: Exported) -> dict[str, Any]:
+    """Writes a folder with a card, of fairseq2's own families or of ours; returns the family and the objective."""
+    if "@" in out.name or not out.name.strip():
+        raise ValueError(
+            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without @"
+        )
+    foreign = Foreign(
+        "wordless",
+        model.weights,
+        model.encoder,
+        model.named,
+        model.head,
+        model.fingerprint,
+        model.notes,
+        model.recognizer,
+        model.run,
+        model.codebook,
+    )
+    with atomic_folder(out) as temporary:
+        family = write_card(temporary, out.name, foreign)
+    return {"family": family, "objective": model.named}
 
 
 def read_folder(
@@ -78,7 +126,7 @@ def read_model(
         if vocabulary is not None and card.family == "wordless_recognizer":
             raise ValueError(f"{source}: holds its vocabulary; drop --vocabulary")
         return _own(card, state, sha256, options, notes, source)
-    told, held = card.config["encoder_config"], _held(card, "encoder")
+    told, held = card.config["encoder_config"], held_table(card, "encoder")
     kept = ("architecture", "normalize_waveform")  # what fairseq2's config has no key for
     keys = {key: held[key] for key in kept if key in held}
     keys |= _encoder_keys(told, card.source)
@@ -124,8 +172,8 @@ def read_weights(
     objective = head_in(tensors, "fairseq2")
     recognizer = None
     if objective is None and (weight := tensors.get("final_proj.weight")) is not None and weight.ndim == 2:
-        classes = _given_classes(vocabulary, len(weight), notes) if vocabulary else None
-        recognizer = _with_classes(tensors, "fairseq2", classes, CTCConfig(), notes, str(source))
+        classes = given_classes(vocabulary, len(weight), notes) if vocabulary else None
+        recognizer = with_classes(tensors, "fairseq2", classes, CTCConfig(), notes, str(source))
     encoder = infer_encoder(source, tensors, "fairseq2", options, notes)
     head = None
     if (
@@ -195,14 +243,14 @@ def _contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
             f"{card.source}: codebook_sampling_temperature = {temperatures}: first, last and decay are expected"
         )
     first, last, decay = temperatures
-    held = _held(card, "wav2vec2")
+    held = held_table(card, "wav2vec2")
     tree = {"feature_dropout": told["encoder_config"]["first_pass_dropout_p"], **held}
     tree |= {ours: told[theirs] for ours, theirs in CONTRASTIVE_KEYS.items()}
     tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
     tree["mask_start_probability"] = round(
         told["max_temporal_mask_prob"] / max(1, told["temporal_mask_span_len"]), 12
     )
-    _note_least_spans(card, notes)
+    note_least_spans(card, notes)
     if told["max_spatial_mask_prob"]:
         notes.append("max_spatial_mask_prob is not carried on: wav2vec 2.0 here masks time alone")
     if not told["quantizer_encoder_grad"]:
@@ -225,7 +273,7 @@ def _recognizer(
         raise ValueError(f"{card.checkpoint}: has no {name}, so it is no checkpoint of {card.family}")
     if weight.shape[:1] != (rows,):
         raise ValueError(f"{card.source}: target_vocab_size = {rows}, but {name} is {tuple(weight.shape)}")
-    tree = {"mask_channel_probability": 0.0, **_held(card, "ctc")}
+    tree = {"mask_channel_probability": 0.0, **held_table(card, "ctc")}
     tree |= {"final_dropout": told["final_dropout_p"], "mask_start_probability": 0.0}
     if told["use_masking"]:  # else fairseq2's lengths are of nothing
         for start, ours, theirs in (
@@ -240,121 +288,11 @@ def _recognizer(
                     f"{ours}_length": length,
                     f"{start}_probability": round(probability / max(1, length), 12),
                 }
-        _note_least_spans(card, notes)
-    classes = _given_classes(vocabulary, rows, notes) if vocabulary else _held_classes(card, rows, notes)
+        note_least_spans(card, notes)
+    classes = given_classes(vocabulary, rows, notes) if vocabulary else held_classes(card, rows, notes)
     with told_with(CTC_KEYS | COMPUTED_KEYS, card.source):
         ctc = parse_config(CTCConfig, tree, card.source)
-    return _with_classes(tensors, form, classes, ctc, notes, str(card.checkpoint))
-
-
-def _note_least_spans(card: Card, notes: list[str]) -> None:
-    """fairseq2 raises where an utterance has fewer spans; here there are at least two of time, shorter where they have to be."""
-    if "encoder" in card.extra:  # it was written by `export`
-        return
-    notes.extend(
-        f"{key} = {card.config[key]} is not carried on: at least two spans of time are masked here, and none of channels"
-        for key in ("min_num_temporal_mask_spans", "min_num_spatial_mask_spans")
-        if card.config[key] != DEFAULTS[card.family][key]
-    )
-
-
-def _with_classes(
-    tensors: dict[str, Tensor],
-    form: Format,
-    classes: Classes | None,
-    ctc: CTCConfig,
-    notes: list[str],
-    source: str,
-) -> CTCHead | None:
-    if classes is None:
-        leave_out(tensors, f"{CTC_HEADS[form]}.", "a CTC head", notes)
-        notes.append(
-            "nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or dict.ltr.txt) does"
-        )
-        return None
-    take_rows(tensors, CTC_HEADS[form], classes.rows, source)
-    return CTCHead(classes.vocabulary, classes.text, ctc)
-
-
-def _given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
-    """The classes that `--vocabulary` tells: a SentencePiece model of characters, a dictionary of fairseq's or a vocab.json."""
-    if path.suffix == ".model":
-        pieces = read_pieces(path)
-        if not pieces.of_characters:
-            raise ValueError(
-                f"{path}: is no SentencePiece model of characters; a recogniser of pieces is not supported"
-            )
-        if len(pieces.names) > rows:
-            raise ValueError(
-                f"{path}: has {len(pieces.names)} pieces, but the CTC head {rows} classes; is it of this model?"
-            )
-        return _of_pieces(pieces, rows, notes, str(path))
-    classes = read_vocabulary(path, rows, notes)
-    if classes.rows[0] != 0:
-        raise ValueError(f"{path}: its blank is number {classes.rows[0]}; that of fairseq2 is always 0")
-    return classes
-
-
-def _held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
-    """The classes that a card tells: an exported one itself, others by their tokenizer. None where it is none of characters."""
-    if meta := _held(card, "vocabulary"):
-        text = parse_config(TextConfig, _held(card, "text"), f"{card.source}: wordless.text")
-        vocabulary = Vocabulary.from_meta(
-            _parsed(card, RecognizerModelConfig, {"vocabulary": meta}, "wordless")["vocabulary"]
-        )
-        if len(vocabulary) > rows:
-            raise ValueError(
-                f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is {rows}"
-            )
-        if len(vocabulary) == rows or card.extra.get("unknown_class"):
-            return Classes(vocabulary, text, list(range(len(vocabulary))))
-    if card.tokenizer is None:
-        return None
-    pieces = read_pieces(card.tokenizer)
-    if not pieces.of_characters or len(pieces.names) > rows:
-        notes.append(
-            f"{card.tokenizer.name} has {len(pieces.names)} pieces for {rows} classes, or they are no characters: not used"
-        )
-        return None
-    return _of_pieces(pieces, rows, notes, str(card.tokenizer))
-
-
-def _of_pieces(pieces: Pieces, rows: int, notes: list[str], source: str) -> Classes:
-    """Classes spelled as a model of characters spells them; its space is ours, and `|` is then a character's name, if it has one."""
-    symbols = [f"<{row}>" if row >= len(pieces.names) else pieces.names[row] for row in range(1, rows)]
-    if SPACE_PIECE in symbols and SPACE in symbols:
-        symbols[symbols.index(SPACE)] = "<|>"  # never the space
-    symbols = [SPACE if symbol in (SPACE_PIECE, " ") else symbol for symbol in symbols]
-    if len(set(symbols)) < len(symbols):
-        raise ValueError(f"{source}: two of its pieces are one character; only different ones are supported")
-    return of_symbols(symbols, list(range(rows)), notes)
-
-
-def _held(card: Card, key: str) -> dict[str, Any]:
-    """A table of the card's field `wordless`; empty where it has none."""
-    if not isinstance(held := card.extra.get(key) or {}, Mapping):
-        raise ValueError(f"{card.source}: wordless.{key} = {held!r}: a table is expected")
-    return dict(held)
-
-
-def _parsed(
-    card: Card, kind: type[EncoderModelConfig], told: Mapping[str, Any], where: str = "model_config"
-) -> dict[str, Any]:
-    """Tables of one of our families as fairseq2 would have them; ValueError that names the card for keys and values that are not of it."""
-    known = {field.name: field.type for field in fields(kind)}
-    for key, value in told.items():
-        if key not in known:
-            raise ValueError(
-                f"{card.source}: {where}.{key}: no key of a {card.family}{near_names(str(key), known)}"
-            )
-        if not isinstance(value, int if known[key] is int else Mapping):
-            expected = "a whole number" if known[key] is int else "a table"
-            raise ValueError(f"{card.source}: {where}.{key} = {value!r}: {expected} is expected")
-    try:
-        return kind(**told).parsed()
-    except ValueError as error:
-        lines = str(error).replace("model_config.", f"{where}.").splitlines()
-        raise ValueError("\n".join(f"{card.source}: {line}" for line in lines)) from None
+    return with_classes(tensors, form, classes, ctc, notes, str(card.checkpoint))
 
 
 def _own(
@@ -366,7 +304,7 @@ def _own(
     source: str,
 ) -> Foreign:
     """A model of one of our families: our tensors and configs, which need no conversion."""
-    told = _parsed(card, FAMILIES[card.family].config, card.config)
+    told = parsed(card, FAMILIES[card.family].config, card.config)
     given = {key: value for key, value in options.items() if value is not None}
     encoder = parse_config(EncoderConfig, {**told["encoder"], **given}, card.source)
     head: HubertConfig | Wav2Vec2Config | None = None

@@ -59,17 +59,6 @@ class ModelConfig:
         """The fields with every tree as our classes resolve it; a ValueError as `build`."""
         raise NotImplementedError
 
-    def validate(self) -> Any:
-        """What fairseq2 calls before it uses a config (fairseq2.utils.validation)."""
-        from fairseq2.utils.validation import ValidationResult
-
-        result = ValidationResult()
-        try:
-            self.parsed()
-        except ValueError as error:
-            result.add_error(str(error))
-        return result
-
 
 @dataclass(kw_only=True)
 class EncoderModelConfig(ModelConfig):

@@ -18,19 +18,23 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
+from pretrain.store.disk import atomic_folder
 from pretrain.store.hashes import sha256_file
 from pretrain.weights.foreign import (
     CTCHead,
+    Exported,
     Foreign,
+    Source,
     leave_out,
-    load_pickle,
     load_safetensors,
     make_encoder,
     normalization_note,
     read_json,
 )
 from pretrain.weights.naming import CTC_HEADS, HEAD_NAMES, Objective, canonical, head_in
-from pretrain.weights.recognizer import read_classes, read_training, read_vocabulary, take_rows, write_head
+from pretrain.weights.pickles import load_pickle
+from pretrain.weights.recognizer import Classes, read_classes, read_training, read_vocabulary, take_rows
+from pretrain.weights.recognizer_writing import write_head
 
 HEADS_FILE = "pretraining_heads.safetensors"
 
@@ -78,6 +82,36 @@ HUGGINGFACE_FIXED = (
 )
 
 
+def claims(source: Source) -> bool:
+    """Whether a source is a folder. Raises ValueError for a file of transformers' weights."""
+    if source.path.is_dir():
+        return True
+    theirs = "wav2vec2.encoder.layers.", "hubert.encoder.layers.", "feature_projection."
+    if any(str(name).startswith(theirs) for name in source.state):
+        raise ValueError(
+            f"{source.path}: weights of transformers; give the folder that holds them and config.json"
+        )
+    return False
+
+
+def read(source: Source) -> Foreign:
+    """The model of a folder."""
+    return read_huggingface(source.path, source.options, source.allow_pickle, source.vocabulary)
+
+
+def write(out: Path, model: Exported) -> dict[str, Any]:
+    """Writes a folder; returns the objective."""
+    if model.objective == "hubert":
+        model.notes.append(
+            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has no place for them"
+        )
+    family: Objective = model.named or "wav2vec2"
+    tensors = model.tensors("huggingface")
+    with atomic_folder(out) as temporary:
+        write_huggingface(temporary, tensors, model.encoder, family, model.head, model.recognizer)
+    return {"objective": family}
+
+
 def read_huggingface(
     folder: Path, options: dict[str, Any], allow_pickle: bool, vocabulary: Path | None = None
 ) -> Foreign:
@@ -99,42 +133,21 @@ def read_huggingface(
                 f"{folder}/config.json: {key} = {config[key]!r}: a model with {description} is not supported"
             )
     state, sha256 = _huggingface_tensors(folder, allow_pickle)
-    notes = []
+    notes: list[str] = []
     widths = set(config.get("conv_dim", [512]))
     if len(widths) != 1:
         raise ValueError(
             f"{folder}/config.json: conv_dim = {config['conv_dim']}: convolutions of different widths are not supported"
         )
-    keys: dict[str, Any] = {
-        ours: config.get(theirs, default) for ours, (theirs, default) in HUGGINGFACE_KEYS.items()
-    }
+    keys = {ours: config.get(theirs, default) for ours, (theirs, default) in HUGGINGFACE_KEYS.items()}
     if (processor := _feature_extractor(folder)) is not None:
         keys["normalize_waveform"] = bool(processor.get("do_normalize", True))
     else:
-        keys["normalize_waveform"] = keys["conv_norm"] == "layer"
+        normalize = keys["normalize_waveform"] = keys["conv_norm"] == "layer"
         if options["normalize_waveform"] is None:
-            notes.append(
-                normalization_note("there is no preprocessor_config.json", keys["normalize_waveform"])
-            )
+            notes.append(normalization_note("there is no preprocessor_config.json", normalize))
     tensors = canonical(state, f"{kind}.", str(folder))
-    recognizer = None
-    if (head_weight := tensors.get(f"{CTC_HEADS['huggingface']}.weight")) is not None:
-        rows = len(head_weight)
-        classes = (
-            read_vocabulary(vocabulary, rows, notes)
-            if vocabulary
-            else read_classes(folder, config, rows, notes)
-        )
-        if classes is None:
-            leave_out(tensors, "lm_head.", "a CTC head", notes)
-            notes.append(
-                "no vocab.json says what the classes of the CTC head are; --vocabulary FILE does, and keeps it"
-            )
-        else:
-            take_rows(tensors, CTC_HEADS["huggingface"], classes.rows, str(folder))
-            recognizer = CTCHead(
-                classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json")
-            )
+    recognizer = _recognizer(folder, config, tensors, vocabulary, notes)
     if (folder / HEADS_FILE).is_file():
         tensors |= load_safetensors(folder / HEADS_FILE)
     encoder = make_encoder({**keys, "conv_dim": widths.pop()}, options, f"{folder}/config.json")
@@ -146,6 +159,30 @@ def read_huggingface(
     elif objective == "hubert":
         head = HubertConfig(final_dim=tensors["label_embeddings"].shape[1])
     return Foreign("huggingface", tensors, encoder, kind, head, sha256, notes, recognizer)
+
+
+def _recognizer(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    vocabulary: Path | None,
+    notes: list[str],
+) -> CTCHead | None:
+    """The CTC head among the tensors, None if there is none; one whose classes are unknown is left out."""
+    if (weight := tensors.get(f"{CTC_HEADS['huggingface']}.weight")) is None:
+        return None
+    if vocabulary:
+        classes: Classes | None = read_vocabulary(vocabulary, len(weight), notes)
+    else:
+        classes = read_classes(folder, config, len(weight), notes)
+    if classes is None:
+        leave_out(tensors, "lm_head.", "a CTC head", notes)
+        notes.append(
+            "no vocab.json says what the classes of the CTC head are; --vocabulary FILE does, and keeps it"
+        )
+        return None
+    take_rows(tensors, CTC_HEADS["huggingface"], classes.rows, str(folder))
+    return CTCHead(classes.vocabulary, classes.text, read_training(config, f"{folder}/config.json"))
 
 
 def _feature_extractor(folder: Path) -> dict[str, Any] | None:
@@ -196,7 +233,7 @@ def write_huggingface(
     head: HubertConfig | Wav2Vec2Config | None,
     recognizer: CTCHead | None = None,
 ) -> None:
-    """Write canonical `tensors` as a model that `from_pretrained` takes, into the existing `folder`.
+    """Writes canonical `tensors` as a model that `from_pretrained` takes, into the existing `folder`.
 
     A recogniser's masks are those of its training. Others' are left to transformers' defaults, those of its released models: it
     takes `mask_time_prob` for SpecAugment's when a model is fine-tuned, where pretraining's 0.65 would be far too much.
@@ -206,15 +243,10 @@ def write_huggingface(
     name += "ForCTC" if recognizer else "ForPreTraining" if contrastive else "Model"
     config: dict[str, Any] = {"model_type": family, "architectures": [name], "torch_dtype": "float32"}
     config |= {theirs: getattr(encoder, ours) for ours, (theirs, _) in HUGGINGFACE_KEYS.items()}
-    config |= {
-        key: value
-        for key, value, _ in HUGGINGFACE_FIXED
-        if key not in (WAV2VEC2_ONLY if family == "hubert" else HUBERT_ONLY)
-    }
-    config |= {
-        "conv_dim": [encoder.conv_dim] * len(CONV_KERNELS),
-        "num_feat_extract_layers": len(CONV_KERNELS),
-    }
+    unknown = WAV2VEC2_ONLY if family == "hubert" else HUBERT_ONLY
+    config |= {key: value for key, value, _ in HUGGINGFACE_FIXED if key not in unknown}
+    config["conv_dim"] = [encoder.conv_dim] * len(CONV_KERNELS)
+    config["num_feat_extract_layers"] = len(CONV_KERNELS)
     if contrastive:
         config |= {theirs: getattr(contrastive, ours) for ours, (theirs, _) in CONTRASTIVE_KEYS.items()}
     processor = {
@@ -230,18 +262,14 @@ def write_huggingface(
         tensors = dict(tensors)
         config |= write_head(folder, recognizer, tensors)
         processor["processor_class"] = "Wav2Vec2Processor"
-    heads = {part for names in (HEAD_NAMES["huggingface", "hubert"],) for part in names.values()}
-    apart = {
-        key: tensor
-        for key, tensor in tensors.items()
-        if key.removesuffix(".weight").removesuffix(".bias") in heads
-    }
+    heads = {*HEAD_NAMES["huggingface", "hubert"].values()}
+    apart = {key: tensor for key, tensor in tensors.items() if _module(key) in heads}
     prefix = f"{family}." if contrastive or recognizer else ""
     inside = {*HEAD_NAMES["huggingface", "wav2vec2"].values(), CTC_HEADS["huggingface"]}
     written = {}
     for key, tensor in tensors.items():
         if key not in apart:
-            full = key if key.removesuffix(".weight").removesuffix(".bias") in inside else prefix + key
+            full = key if _module(key) in inside else prefix + key
             full = full.replace(".weight_g", ".parametrizations.weight.original0")
             written[full.replace(".weight_v", ".parametrizations.weight.original1")] = tensor
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -249,3 +277,8 @@ def write_huggingface(
     save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
     if apart:
         save_file(apart, folder / HEADS_FILE)
+
+
+def _module(key: str) -> str:
+    """The module of a weight or bias."""
+    return key.removesuffix(".weight").removesuffix(".bias")

@@ -167,43 +167,17 @@ def parameters(
 
     `num_groups`: of wav2vec 2.0's codebook.
     """
-    names, layer_names = ENCODER_NAMES[form], LAYER_NAMES[form]
-    found = []
-    for number in range(len(CONV_KERNELS)):
-        conv = names["conv"].format(number)
-        found.append(
-            Parameter(f"encoder.front_end.weights.{number}", (f"{conv}.weight",), _taps_first, _taps_last)
-        )
-        if encoder.conv_bias:
-            found.append(Parameter(f"encoder.front_end.biases.{number}", (f"{conv}.bias",)))
-        if encoder.conv_norm == "layer" or number == 0:
-            found += _affine(
-                f"encoder.front_end.norms.{number}", names[f"{encoder.conv_norm}_norm"].format(number)
-            )
-    found += _affine("encoder.feature_norm", names["feature_norm"]) + _affine(
-        "encoder.project", names["project"]
-    )
+    names = ENCODER_NAMES[form]
+    found = _front_end(names, encoder)
+    found += _affine("encoder.feature_norm", names["feature_norm"])
+    found += _affine("encoder.project", names["project"])
     found.append(Parameter("encoder.mask_embedding", (names["mask_embedding"],)))
     for ours, theirs in (("magnitude", "weight_g"), ("direction", "weight_v"), ("bias", "bias")):
         found.append(Parameter(f"encoder.positional.{ours}", (f"{names['positional']}.{theirs}",)))
-    found += _affine(
-        "encoder.norm", names["norm"] if encoder.norm_first else names.get("first_norm", names["norm"])
-    )
+    norm = names["norm"] if encoder.norm_first else names.get("first_norm", names["norm"])
+    found += _affine("encoder.norm", norm)
     for number in range(encoder.num_layers):
-        ours, theirs = f"encoder.layers.{number}", names["layer"].format(number)
-        attention = f"{theirs}.{layer_names['attention']}"
-        for kind in ("weight", "bias"):
-            parts = tuple(f"{attention}.{letter}_proj.{kind}" for letter in "qkv")
-            found.append(
-                Parameter(
-                    f"{ours}.qkv.{kind}",
-                    parts,
-                    lambda rows: torch.cat(list(rows)),
-                    lambda rows: rows.chunk(3),
-                )
-            )
-        for part in ("attention_out", "attention_norm", "ffn_in", "ffn_out", "ffn_norm"):
-            found += _affine(f"{ours}.{part}", f"{theirs}.{layer_names[part]}")
+        found += _layer(f"encoder.layers.{number}", names["layer"].format(number), LAYER_NAMES[form])
     for ours, theirs in HEAD_NAMES[form, objective].items() if objective else ():
         if ours == "quantizer.codes":  # theirs are (1, groups · entries, dim)
             found.append(
@@ -217,6 +191,29 @@ def parameters(
         else:
             found += [Parameter(ours, (theirs,))] if ours == "class_embeddings" else _affine(ours, theirs)
     return found + (_affine("head", CTC_HEADS[form]) if ctc else [])
+
+
+def _front_end(names: Mapping[str, str], encoder: EncoderConfig) -> list[Parameter]:
+    found = []
+    for number in range(len(CONV_KERNELS)):
+        conv, ours = names["conv"].format(number), "encoder.front_end"
+        found.append(Parameter(f"{ours}.weights.{number}", (f"{conv}.weight",), _taps_first, _taps_last))
+        if encoder.conv_bias:
+            found.append(Parameter(f"{ours}.biases.{number}", (f"{conv}.bias",)))
+        if encoder.conv_norm == "layer" or number == 0:
+            found += _affine(f"{ours}.norms.{number}", names[f"{encoder.conv_norm}_norm"].format(number))
+    return found
+
+
+def _layer(ours: str, theirs: str, names: Mapping[str, str]) -> list[Parameter]:
+    found = []
+    for kind in ("weight", "bias"):
+        parts = tuple(f"{theirs}.{names['attention']}.{letter}_proj.{kind}" for letter in "qkv")
+        qkv = f"{ours}.qkv.{kind}"
+        found.append(Parameter(qkv, parts, lambda rows: torch.cat(list(rows)), lambda rows: rows.chunk(3)))
+    for part in ("attention_out", "attention_norm", "ffn_in", "ffn_out", "ffn_norm"):
+        found += _affine(f"{ours}.{part}", f"{theirs}.{names[part]}")
+    return found
 
 
 def _affine(ours: str, theirs: str) -> list[Parameter]:

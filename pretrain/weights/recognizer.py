@@ -242,101 +242,6 @@ def read_training(config: Mapping[str, Any], source: str) -> CTCConfig:
     return parse_config(CTCConfig, tree, source)
 
 
-def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a tokenizer's files into `folder` and bring the head `lm_head` of `tensors` to its classes; returns keys for config.json.
-
-    transformers leaves masks out for `apply_spec_augment` alone and not for probabilities of zero, with which the mask embedding
-    would have no place. Its losses of reduction "mean" are divided by the number of symbols, utterance by utterance, as ours by that of
-    the batch.
-    """
-    vocabulary, _, ctc = recognizer
-    write = _write_pieces if vocabulary.spelling == "tokenizer" else _write_vocab
-    settings, rows = write(folder, vocabulary)
-    take_rows(tensors, "lm_head", rows, str(folder))
-    blank = settings["pad_token"]
-    settings |= {
-        "clean_up_tokenization_spaces": False,
-        "processor_class": "Wav2Vec2Processor",
-    }  # " ." stays " ."
-    special = {
-        key: value
-        for key, value in settings.items()
-        if key in ("pad_token", "unk_token", "bos_token", "eos_token") and value
-    }
-    _write(folder / "tokenizer_config.json", settings)
-    _write(folder / "special_tokens_map.json", special)
-    names = [blank, *vocabulary.symbols] if vocabulary.spelling != "tokenizer" else []
-    ids = {
-        key: names.index(token) if (token := settings[key]) in names else None
-        for key in ("bos_token", "eos_token")
-    }
-    masks = ctc.mask_start_probability > 0 or ctc.mask_channel_probability > 0
-    told = {
-        "mask_time_prob": round(ctc.mask_start_probability * ctc.mask_length, 12),
-        "mask_time_length": ctc.mask_length,
-        "mask_feature_prob": round(ctc.mask_channel_probability * ctc.mask_channel_length, 12),
-        "mask_feature_length": ctc.mask_channel_length,
-        "mask_time_min_masks": 2,
-        "mask_feature_min_masks": 0,
-    }
-    return {
-        "vocab_size": len(rows),
-        "pad_token_id": rows.index(0),
-        **{f"{key}_id": value for key, value in ids.items()},
-        "ctc_loss_reduction": "mean",
-        "ctc_zero_infinity": False,
-        "final_dropout": ctc.final_dropout,
-        "apply_spec_augment": masks,
-        **(told if masks else {}),
-    }
-
-
-def _write_vocab(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
-    """vocab.json with our classes in our order. There is a token for unknown characters only where there is a class for them."""
-    blank = name_blank(vocabulary.symbols)
-    _write(
-        folder / "vocab.json",
-        {blank: 0, **{symbol: number for number, symbol in enumerate(vocabulary.symbols, start=1)}},
-    )
-    unknown = next((name for name in ("<unk>", "[UNK]", "[unk]") if name in vocabulary.symbols), "<unk>")
-    ends = {
-        key: name if name in vocabulary.symbols else None
-        for key, name in (("bos_token", "<s>"), ("eos_token", "</s>"))
-    }
-    settings: dict[str, Any] = {"pad_token": blank, "unk_token": unknown, **ends}
-    if vocabulary.spelling == "phones":
-        delimiters = {"phone_delimiter_token": " ", "word_delimiter_token": None}
-        return {"tokenizer_class": PHONES, **settings, **delimiters, "do_phonemize": False}, [
-            *range(len(vocabulary))
-        ]
-    settings |= {"word_delimiter_token": SPACE, "replace_word_delimiter_char": " ", "do_lower_case": False}
-    return {"tokenizer_class": CHARACTERS, **settings}, [*range(len(vocabulary))]
-
-
-def _write_pieces(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
-    """tokenizer.json with the blank as one more token, its decoder after CTC's; the tokenizer's special tokens are classes that never win."""
-    assert vocabulary.tokenizer is not None
-    tree, numbers = json.loads(vocabulary.tokenizer), _numbers(vocabulary.tokenizer)
-    blank, last = name_blank(numbers), 1 + max(numbers.values())
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tree["added_tokens"] = [
-        *tree.get("added_tokens", []),
-        {"id": last, "content": blank, **plain, "special": True},
-    ]
-    ctc = {"type": "CTC", "pad_token": blank, "word_delimiter_token": SPACE, "cleanup": False}
-    tree["decoder"] = {
-        "type": "Sequence",
-        "decoders": [ctc, *([tree["decoder"]] if tree.get("decoder") else [])],
-    }
-    tree["post_processor"] = None  # which may put special tokens around a transcript
-    _write(folder / "tokenizer.json", tree)
-    rows = [-1] * last + [0]
-    for row, symbol in enumerate(vocabulary.symbols, start=1):
-        rows[numbers[symbol]] = row
-    ends = {"bos_token": None, "eos_token": None, "unk_token": None}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": blank, **ends}, rows
-
-
 def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, notes: list[str]) -> Classes:
     """The classes of a tokenizer.json whose decoder begins with CTC's: without it and the blank, it is the tokenizer of transcripts."""
     path = folder / "tokenizer.json"
@@ -353,10 +258,10 @@ def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, 
     )
     added = [token for token in tree.get("added_tokens", []) if token["content"] != blank]
     with TemporaryDirectory() as plain:
-        _write(Path(plain, path.name), {**tree, "added_tokens": added})
+        write_tree(Path(plain, path.name), {**tree, "added_tokens": added})
         vocabulary = Vocabulary.of_tokenizer(Path(plain, path.name))
     assert vocabulary.tokenizer is not None
-    numbers = _numbers(vocabulary.tokenizer)
+    numbers = piece_numbers(vocabulary.tokenizer)
     tokens = {token["id"]: token["content"] for token in tree.get("added_tokens", [])}
     rows = _blank_first(str(path), tokens, blank, config.get("pad_token_id", 0), num_rows)
     kept = [rows[0], *(numbers[symbol] for symbol in vocabulary.symbols)]
@@ -371,7 +276,7 @@ def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, 
     )
 
 
-def _numbers(definition: str) -> dict[str, int]:
+def piece_numbers(definition: str) -> dict[str, int]:
     """The tokenizer's number of each of its tokens."""
     from tokenizers import Tokenizer
 
@@ -435,5 +340,6 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _write(path: Path, value: Mapping[str, Any]) -> None:
+def write_tree(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON as transformers does."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

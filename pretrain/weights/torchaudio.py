@@ -10,11 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.model.config import EncoderConfig
 from pretrain.objectives.hubert import HubertConfig
+from pretrain.store.disk import atomic_path
 from pretrain.store.hashes import sha256_file
-from pretrain.weights.foreign import Foreign, infer_encoder
+from pretrain.weights.foreign import NUM_HEADS, Exported, Foreign, Source, infer_encoder
 from pretrain.weights.naming import canonical
 from pretrain.weights.recognizer import read_head
+
+
+def claims(source: Source) -> bool:
+    """Whether a file holds nothing but tensors."""
+    return all(isinstance(tensor, Tensor) for tensor in source.state.values())
+
+
+def read(source: Source) -> Foreign:
+    """The model of a file."""
+    return read_torchaudio(source.path, source.state, source.options, source.vocabulary)
+
+
+def write(out: Path, model: Exported) -> dict[str, Any]:
+    """Writes a file; returns the objective."""
+    if model.objective is None:
+        model.notes.append("the mask embedding is left out: torchaudio's Wav2Vec2Model has none")
+    if flags := _flags_to_import_again(model.encoder):
+        model.notes.append(f"a torchaudio file has no config: `wordless import` of this one needs {flags}")
+    with atomic_path(out) as temporary:
+        write_torchaudio(temporary, model.tensors("torchaudio"))
+    return {"objective": model.named or "wav2vec2"}
 
 
 def read_torchaudio(
@@ -50,3 +73,11 @@ def write_torchaudio(path: Path, tensors: Mapping[str, Tensor]) -> None:
     else:
         state = {name: tensor for name, tensor in tensors.items() if not name.startswith(outside)}
     torch.save(state, path)
+
+
+def _flags_to_import_again(encoder: EncoderConfig) -> str:
+    """What `import` would take otherwise from the shapes of a file without a config."""
+    flags = [f"--num-heads {encoder.num_heads}"] if NUM_HEADS.get(encoder.dim) != encoder.num_heads else []
+    if encoder.normalize_waveform != (encoder.conv_norm == "layer"):
+        flags.append("--normalize-waveform" if encoder.normalize_waveform else "--no-normalize-waveform")
+    return " ".join(flags)

@@ -21,7 +21,8 @@ from pretrain.model.encoder import load_encoder
 from pretrain.objectives.pretraining import PretrainConfig, pretrain
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import load_weights
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from quantize.clustering import ClusterConfig, cluster
 from quantize.codebook import Codebook
 from quantize.encoding import encode

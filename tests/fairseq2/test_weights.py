@@ -44,13 +44,8 @@ from pretrain.training.checkpoint import load_weights, save_checkpoint
 from pretrain.weights.card_config import DEFAULTS, complete_config
 from pretrain.weights.card_writing import _ctc_config
 from pretrain.weights.cards import load_checkpoint, read_card
-from pretrain.weights.conversion import (
-    ImportConfig,
-    _pretrained_with,
-    export_weights,
-    import_weights,
-    in_memory,
-)
+from pretrain.weights.conversion import ImportConfig, import_weights, in_memory
+from pretrain.weights.exporting import _pretrained_with, export_weights
 from pretrain.weights.fairseq2 import _encoder_keys
 from pretrain.weights.naming import parameters, to_theirs
 from pretrain.weights.sentencepiece import write_pieces

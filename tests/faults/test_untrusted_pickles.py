@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain.weights.conversion import ImportConfig, import_weights
-from pretrain.weights.foreign import load_torch
+from pretrain.weights.pickles import load_torch
 from quantize import joblib_file
 from quantize.importing import CodebookImportConfig, import_codebook
 from quantize.joblib_file import read_arrays

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pretrain.model.encoder import load_encoder
 from pretrain.store.hashes import sha256_file
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from tests.parity.peers import import_peer, transformers_model
 
 transformers = pytest.importorskip("transformers")

@@ -17,7 +17,8 @@ from pretrain.data.utterance import num_frames
 from pretrain.model.encoder import Encoder, load_encoder
 from pretrain.objectives.hubert import Hubert, hubert_batch
 from pretrain.store.hashes import sha256_file
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from pretrain.weights.foreign import infer_encoder
 from pretrain.weights.naming import canonical, parameters, to_theirs
 from quantize.mfcc import deltas, mfcc

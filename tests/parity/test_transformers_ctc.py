@@ -32,7 +32,8 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import load_encoder
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import save_checkpoint
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from tests.parity.peers import NO_DROPOUT, scatter, transformers_model
 from tests.parity.test_transformers_export import load_silently
 from tests.pretrain.conftest import write_corpus

@@ -14,7 +14,8 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.store.hashes import sha256_file
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from pretrain.weights.huggingface import HUGGINGFACE_KEYS
 from pretrain.weights.naming import canonical, parameters, to_theirs
 from tests.parity.peers import import_peer, transformers_model

@@ -67,7 +67,7 @@ def export_card(run: str | Path, out: str | Path) -> dict[str, Any]:
 
 
 def register(container: Any) -> None:
-    """Register the family; again is no harm. What cannot be is said, and hinders nothing else."""
+    """Registers the family, once. A failure is logged, and does not affect other extensions."""
     from fairseq2.logging import log
     from fairseq2.models import ModelFamily
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import wordless.cli
+import wordless.running
 from pretrain.store.artefact import is_complete, read_meta
 from pretrain.training import run as run_module
 from pretrain.training import stopping
@@ -351,7 +352,7 @@ def test_the_command_tells_of_a_lost_rank_without_a_traceback(
         with lost_ranks_told(tmp_path / "run", World(1, 4, torch.device("cpu")), lambda: None):
             raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
 
-    monkeypatch.setattr(wordless.cli, "_run_verb", lost)
+    monkeypatch.setattr(wordless.running, "run_verb", lost)
     (tmp_path / "config.toml").write_text("")
     assert wordless.cli.main(["pretrain", str(tmp_path / "config.toml")]) == 1
     error = capsys.readouterr().err

@@ -25,9 +25,10 @@ from pretrain.model.encoder import Encoder, load_encoder
 from pretrain.store.artefact import read_meta
 from pretrain.store.hashes import sha256_file
 from pretrain.training.checkpoint import save_checkpoint
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
-from pretrain.weights.foreign import weights_only_hole
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from pretrain.weights.naming import Format
+from pretrain.weights.pickles import weights_only_hole
 from wordless.cli import main
 
 WIDTH, CONV, FFN, KERNEL, GROUPS, LAYERS = 64, 32, 96, 16, 4, 2

@@ -25,7 +25,8 @@ from pretrain.objectives.hubert import Hubert, HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pretrain.store.artefact import read_meta
 from pretrain.training.checkpoint import load_weights, save_checkpoint
-from pretrain.weights.conversion import ImportConfig, export_weights, import_weights
+from pretrain.weights.conversion import ImportConfig, import_weights
+from pretrain.weights.exporting import export_weights
 from pretrain.weights.sentencepiece import read_pieces, write_pieces
 from tests.parity.peers import scatter
 from wordless.cli import main
