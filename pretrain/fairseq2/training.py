@@ -27,7 +27,7 @@ from typing import Any
 import fairseq2.recipe  # noqa: F401  # before fairseq2.trainer, with which it imports in a circle
 import torch
 from fairseq2.checkpoint import NOOP_HG_EXPORTER
-from fairseq2.early_stopper import NOOP_EARLY_STOPPER, EarlyStopper
+from fairseq2.early_stopper import NOOP_EARLY_STOPPER
 from fairseq2.gang import Gangs
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.recorders import NOOP_METRIC_RECORDER, MetricRecorder
@@ -51,6 +51,7 @@ from pretrain.fairseq2.checkpoints import (
     require_fitting_shards,
 )
 from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
+from pretrain.fairseq2.patience import Patience
 from pretrain.fairseq2.reader import MicroBatch, TaskReader
 from pretrain.fairseq2.recording import Sums, recorder
 from pretrain.training.checkpoint import Best
@@ -158,7 +159,7 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
             lr_scheduler=LambdaLR(self.adamw, factor),
             fp16_loss_scaler=NOOP_FP16_LOSS_SCALER,
             validator=self.validator,
-            early_stopper=_Patience(run) if training.patience is not None else NOOP_EARLY_STOPPER,
+            early_stopper=Patience(run) if training.patience is not None else NOOP_EARLY_STOPPER,
             checkpoint_manager=self.manager,
             hg_exporter=NOOP_HG_EXPORTER,
             metric_recorder=metrics,
@@ -341,13 +342,3 @@ class _TaskValidator(Validator):  # type: ignore[misc]
         return steps.judge(train_step_nr, values)
 
     def reset(self) -> None: ...
-
-
-class _Patience(EarlyStopper):  # type: ignore[misc]
-    """Whether `patience` validations in a row were not the best."""
-
-    def __init__(self, run: Run):
-        self._run = run
-
-    def should_stop(self, step_nr: int, score: float) -> bool:
-        return self._run.out_of_patience
