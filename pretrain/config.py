@@ -1,10 +1,11 @@
 """Configuration: TOML in, frozen pydantic models out, every mistake reported at once.
 
-A config class stands beside the code it configures and derives from `Config`. Reading is strict: an unknown key or a wrong
-type is an error that names the file, the dotted key, what was expected and the nearest right name. Nothing rewrites a config.
+A config class stands beside the code it configures and derives from `Config`. Reading is strict: an unknown
+key or a wrong type is an error that names the file, the dotted key, what was expected and the nearest right
+name. Nothing rewrites a config.
 
-A key that is a path has the type `PathStr`, and a seed the type `Seed`. In a path `~`, `~user`, `$NAME` and `${NAME}` are replaced;
-no other text is touched.
+A key that is a path has the type `PathStr`, and a seed the type `Seed`. In a path `~`, `~user`, `$NAME` and
+`${NAME}` are replaced; no other text is touched.
 """
 
 import difflib
@@ -37,14 +38,16 @@ Split = Annotated[
     BeforeValidator(lambda name: None if name == "" else name),
     Field(description='"": every row, whatever its split'),
 ]
-"""For configs: the name of a split of a manifest or a corpus, or "", which becomes None: TOML has no other way to say none."""
+"""For configs: the name of a split of a manifest or a corpus, or "", which becomes None: TOML has no other
+way to say none."""
 
 
 def expand_path(path: str) -> str:
     """`path` with a leading `~` or `~user` and each `$NAME` and `${NAME}` replaced.
 
-    Raises ValueError if the path is blank or has a NUL byte, if there is no such user, and if a variable is not set or empty. A
-    variable that is not set stays where a folder or file of that very name exists below an absolute path.
+    Raises ValueError if the path is blank or has a NUL byte, if there is no such user, and if a variable is
+    not set or empty. A variable that is not set stays where a folder or file of that very name exists below
+    an absolute path.
     """
     if not path.strip() or "\0" in path:
         raise ValueError(f"is {path!r}, and a path is needed")
@@ -57,13 +60,15 @@ def expand_path(path: str) -> str:
         if os.path.isabs(whole) and os.path.lexists(whole):
             return match[0]
         raise ValueError(
-            f"{path!r} has the variable ${name}, which is {'empty' if found == '' else 'not set'}; set it, or write the path in full"
+            f"{path!r} has the variable ${name}, which is {'empty' if found == '' else 'not set'}; set it, "
+            "or write the path in full"
         )
 
     expanded = os.path.expanduser(_VARIABLE.sub(value, path))
     if path.startswith("~") and expanded.startswith("~"):
         raise ValueError(
-            f"{path!r} begins with {path.partition('/')[0]!r}, which is no user's home here; write ./{path} for a name with ~"
+            f"{path!r} begins with {path.partition('/')[0]!r}, which is no user's home here; write "
+            f"./{path} for a name with ~"
         )
     return expanded
 
@@ -83,7 +88,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def part_of(example: str) -> Any:
-    """The type of a config's `part`, which of how many shares of the work; None is all of it. `example` is for the message."""
+    """The type of a config's `part`, which of how many shares of the work; None is all of it. `example` is
+    for the message."""
 
     def require(part: str | None) -> str | None:
         if part is not None:
@@ -123,7 +129,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of `tree` with `dotted.key=value` applied in order. Values are TOML; what does not parse as TOML is a string."""
+    """A copy of `tree` with `dotted.key=value` applied in order. Values are TOML; what does not parse as TOML
+    is a string."""
     tree = json.loads(json.dumps(tree, default=str))
     for override in overrides:
         key, separator, text = override.partition("=")

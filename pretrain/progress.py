@@ -1,11 +1,14 @@
 """Progress bars with a rate and a time left, for everything that may take longer than two seconds.
 
-Where the environment has WORDLESS_PROGRESS=FILE (a job's), the same is kept in FILE as JSON, for whoever asks how the job fares:
+Where the environment has WORDLESS_PROGRESS=FILE (a job's), the same is kept in FILE as JSON, for whoever asks
+how the job fares:
 
-    {"what": "train hubert1", "done": 120.0, "total": 400.0, "unit": "step", "rate": 3.1, "seconds_left": 90.3, "note": "loss 3.123",
+    {"what": "train hubert1", "done": 120.0, "total": 400.0, "unit": "step", "rate": 3.1, "seconds_left":
+    90.3, "note": "loss 3.123",
      "time": 1795276474.1}
 
-`rate` is per second since this process began; it and `seconds_left` are null until something is done; `time` is Unix time.
+`rate` is per second since this process began; it and `seconds_left` are null until something is done; `time`
+is Unix time.
 """
 
 import json
@@ -31,7 +34,8 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: float, unit: str, done: float = 0.0) -> Iterator[Callable[..., None]]:
-    """Yield `advance(amount, note=None)`; a note stays until the next. On a terminal a bar; elsewhere (logs, CI) a line at most every ten seconds.
+    """Yield `advance(amount, note=None)`; a note stays until the next. On a terminal a bar; elsewhere (logs,
+    CI) a line at most every ten seconds.
 
     >>> with progress("decode", total=2, unit="file") as advance:
     ...     advance(1)
@@ -87,7 +91,10 @@ def _line_printer(description: str, total: float, unit: str, done: float) -> Cal
             last = now
             rate = (count - began) / (now - start)
             left = (total - count) / max(rate, 1e-9)
-            text = f"{description}: {100 * count / max(total, 1e-9):.0f}% {rate:,.1f} {unit}/s, {left:.0f} s left {latest}"
+            text = (
+                f"{description}: {100 * count / max(total, 1e-9):.0f}% {rate:,.1f} {unit}/s, {left:.0f} s "
+                f"left {latest}"
+            )
             print(text.rstrip(), file=sys.stderr, flush=True)
 
     return advance
@@ -95,7 +102,8 @@ def _line_printer(description: str, total: float, unit: str, done: float) -> Cal
 
 @contextmanager
 def _file(path: str, description: str, total: float, unit: str, done: float) -> Iterator[Callable[..., None]]:
-    """Keep `path` up to date, at most every FILE_SECONDS, and at the end. Where it cannot be written the work goes on."""
+    """Keep `path` up to date, at most every FILE_SECONDS, and at the end. Where it cannot be written the work
+    goes on."""
     start = last = time.monotonic()
     count, latest = done, ""
 

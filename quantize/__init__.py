@@ -1,1 +1,2 @@
-"""From hidden features to discrete labels: feature sources, k-means, codebooks, encoding a corpus, the quality of units."""
+"""From hidden features to discrete labels: feature sources, k-means, codebooks, encoding a corpus, the
+quality of units."""

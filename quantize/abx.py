@@ -1,12 +1,15 @@
-"""ABX: is a phone nearer to another token of itself than to a token of another phone? The error rate, without any training.
+"""ABX: is a phone nearer to another token of itself than to a token of another phone? The error rate, without
+any training.
 
-Of tokens a and x of one phone and b of another, a triple is an error when d(x, a) > d(x, b) and half of one when they are equal.
-"within": all three of one speaker; "across": a and b of one speaker, x of another (Schatz 2016; Kahn et al. 2020, Libri-light;
-Nguyen et al. 2020, ZeroSpeech 2021). What is counted, and in which order it is averaged, follows Libri-light and fastabx; the
-frames of a token follow fastabx, which takes the last frame that Libri-light leaves out by mistake (a slightly higher error).
+Of tokens a and x of one phone and b of another, a triple is an error when d(x, a) > d(x, b) and half of one
+when they are equal. "within": all three of one speaker; "across": a and b of one speaker, x of another
+(Schatz 2016; Kahn et al. 2020, Libri-light; Nguyen et al. 2020, ZeroSpeech 2021). What is counted, and in
+which order it is averaged, follows Libri-light and fastabx; the frames of a token follow fastabx, which takes
+the last frame that Libri-light leaves out by mistake (a slightly higher error).
 
-`phone_items` lists the tokens of aligned utterances, `abx` scores them under a distance: "angular" arccos(cos)/π, "cosine" 1 − cos,
-or, of discrete units, "discrete": 0 where two are equal, 1 where not, which is the cosine distance of one-hot vectors.
+`phone_items` lists the tokens of aligned utterances, `abx` scores them under a distance: "angular"
+arccos(cos)/π, "cosine" 1 − cos, or, of discrete units, "discrete": 0 where two are equal, 1 where not, which
+is the cosine distance of one-hot vectors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +32,8 @@ Distance = Literal["angular", "cosine", "discrete"]
 class AbxScore:
     """`error` in [0, 1], 0.5 at chance; None where there is nothing to compare, and then `reason` says why.
 
-    `contrasts` (phones, phones): the error of telling the row's phone from the column's, NaN where no cell has the two; `error`
-    is its mean. A cell is a phone pair in one context, of one speaker or of two.
+    `contrasts` (phones, phones): the error of telling the row's phone from the column's, NaN where no cell
+    has the two; `error` is its mean. A cell is a phone pair in one context, of one speaker or of two.
     """
 
     error: float | None
@@ -41,7 +44,8 @@ class AbxScore:
 
 
 def draw_tokens(items: Items, max_group: int | None, seed: int) -> Items:
-    """At most `max_group` tokens of each (context, speaker, phone), sorted by these; the same whatever the order they come in.
+    """At most `max_group` tokens of each (context, speaker, phone), sorted by these; the same whatever the
+    order they come in.
 
     Libri-light draws a group's tokens anew for each cell. Once for all cells lets them share their distances.
     """
@@ -56,7 +60,8 @@ def draw_tokens(items: Items, max_group: int | None, seed: int) -> Items:
 
 
 def draw_speakers(items: Items, max_x_across: int | None, seed: int) -> dict[tuple[int, int, int], list[int]]:
-    """From whom x comes: for (context, phone, speaker of a and b), at most `max_x_across` others with that phone in that context."""
+    """From whom x comes: for (context, phone, speaker of a and b), at most `max_x_across` others with that
+    phone in that context."""
     rng, chosen = np.random.default_rng([seed, 1]), {}
     speakers: dict[tuple[int, int], list[int]] = {}
     triples = zip(items.context.tolist(), items.phone.tolist(), items.speaker.tolist(), strict=True)
@@ -81,15 +86,16 @@ def abx(
     max_x_across: int | None = 5,
     seed: int = 0,
 ) -> AbxScore:
-    """The ABX error of features by utterance id, (frames, dim) float at 50 Hz or, for "discrete", labels (frames,).
+    """The ABX error of features by utterance id, (frames, dim) float at 50 Hz or, for "discrete", labels
+    (frames,).
 
-    Tokens are aligned by dynamic time warping; their distance is the mean frame distance along the path. The errors of a phone
-    pair's cells (contexts and, across, speakers of x) are averaged, then its speakers, then the ordered pairs of phones. At most
-    `max_group` tokens stand for a phone in a context of a speaker and, across, at most `max_x_across` other speakers say x
-    (Libri-light: 10 and 5; None: all), drawn by the seed.
+    Tokens are aligned by dynamic time warping; their distance is the mean frame distance along the path. The
+    errors of a phone pair's cells (contexts and, across, speakers of x) are averaged, then its speakers, then
+    the ordered pairs of phones. At most `max_group` tokens stand for a phone in a context of a speaker and,
+    across, at most `max_x_across` other speakers say x (Libri-light: 10 and 5; None: all), drawn by the seed.
 
-    Frame distances are rounded to 2^-16 (quantize/dtw.py), so that tokens that are equally far tie, and scores are the same however
-    the work is cut. A frame of zeros is as far as can be from any that is not.
+    Frame distances are rounded to 2^-16 (quantize/dtw.py), so that tokens that are equally far tie, and
+    scores are the same however the work is cut. A frame of zeros is as far as can be from any that is not.
     Missing or non-finite features and arrays of the wrong form or length are ValueErrors.
     """
     items = draw_tokens(_within_features(items, features, distance), max_group, seed)
@@ -116,7 +122,8 @@ def abx(
 
 
 def _within_features(items: Items, features: Mapping[str, np.ndarray], distance: Distance) -> Items:
-    """The tokens, cut to the frames there are. Missing features, other forms and other lengths are ValueErrors."""
+    """The tokens, cut to the frames there are. Missing features, other forms and other lengths are
+    ValueErrors."""
     lengths = np.zeros(len(items.ids), np.int64)
     for number in np.unique(items.utterance):
         name = items.ids[number]
@@ -128,15 +135,18 @@ def _within_features(items: Items, features: Mapping[str, np.ndarray], distance:
         if values.ndim != wanted or (wanted == 1) != (values.dtype.kind in "iu"):
             form = "labels (frames,) of integers" if wanted == 1 else "features (frames, dim) of floats"
             raise ValueError(
-                f"ABX: utterance {name!r} has an array {values.shape} of {values.dtype}; the distance {distance!r} is of {form}"
+                f"ABX: utterance {name!r} has an array {values.shape} of {values.dtype}; the distance "
+                f"{distance!r} is of {form}"
             )
         lengths[number] = len(values)
     beyond = items.last - lengths[items.utterance]
     if len(items) and beyond.max() > 1:  # one frame of difference is a matter of padding
         worst = int(beyond.argmax())
         raise ValueError(
-            f"ABX: utterance {items.ids[items.utterance[worst]]!r} has {lengths[items.utterance[worst]]} frames of features and "
-            f"a token that ends at frame {items.last[worst]}; they belong to other audio, or are not at {FRAME_RATE_HZ:g} Hz"
+            f"ABX: utterance {items.ids[items.utterance[worst]]!r} has {lengths[items.utterance[worst]]} "
+            "frames of features and "
+            f"a token that ends at frame {items.last[worst]}; they belong to other audio, or are not at "
+            f"{FRAME_RATE_HZ:g} Hz"
         )
     cut = replace(items, last=np.minimum(items.last, lengths[items.utterance]))
     return cut.take(cut.first < cut.last)
@@ -144,9 +154,11 @@ def _within_features(items: Items, features: Mapping[str, np.ndarray], distance:
 
 @dataclass
 class _Job:
-    """Tokens `rows` against `cols` (sorted by phone), the same array within a speaker; whose distances a few queries need.
+    """Tokens `rows` against `cols` (sorted by phone), the same array within a speaker; whose distances a few
+    queries need.
 
-    A query (side, phone) takes the row (0) or column (1) tokens of a phone as x, and the other side's as a and b.
+    A query (side, phone) takes the row (0) or column (1) tokens of a phone as x, and the other side's as a
+    and b.
     """
 
     rows: np.ndarray
@@ -170,9 +182,11 @@ class _Job:
     def cells(
         self, items: Items, block: Block, found: np.ndarray
     ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray, int]]:
-        """(speaker of a and b, their phone a, the phones b, errors of the cells, triples in all) of each query.
+        """(speaker of a and b, their phone a, the phones b, errors of the cells, triples in all) of each
+        query.
 
-        `found` (2, pairs): the distances of the block's pairs with the row's token as x, and with the column's.
+        `found` (2, pairs): the distances of the block's pairs with the row's token as x, and with the
+        column's.
         """
         by_row = np.full((len(self.rows), len(self.cols)), np.nan, found.dtype)
         by_col = by_row if self.rows is self.cols else np.full(by_row.shape[::-1], np.nan, found.dtype)
@@ -201,7 +215,8 @@ class _Job:
 
 
 def _nearer(to_a: np.ndarray, to_targets: np.ndarray) -> np.ndarray:
-    """For each target, the (x, a) with d(x, a) < d(x, target), equals as half: of (x, a) and (x, targets), (targets,)."""
+    """For each target, the (x, a) with d(x, a) < d(x, target), equals as half: of (x, a) and (x, targets),
+    (targets,)."""
     step = max(1, COMPARISONS // (to_a.shape[1] * to_targets.shape[1]))
     total = np.zeros(to_targets.shape[1])
     for start in range(0, len(to_a), step):
@@ -247,7 +262,8 @@ def _jobs_across(items: Items, chosen: dict[tuple[int, int, int], list[int]]) ->
 
 
 def _averaged(cells: list[tuple[int, int, np.ndarray, np.ndarray]], num_phones: int) -> np.ndarray:
-    """Errors by phone pair: the mean over a speaker's cells, then over speakers. (phones, phones), NaN where there are none."""
+    """Errors by phone pair: the mean over a speaker's cells, then over speakers. (phones, phones), NaN where
+    there are none."""
     contrasts = np.full(num_phones * num_phones, np.nan)
     if cells:
         speaker = np.concatenate([np.full(len(others), speaker) for speaker, _, others, _ in cells])
@@ -266,4 +282,7 @@ def _why_nothing(items: Items, mode: Mode) -> str:
     if mode == "across" and len(np.unique(items.speaker)) < 2:
         return "one speaker only"
     shared = " of one speaker" if mode == "within" else ", of one speaker and again of another,"
-    return f"no two phones{shared} share a context, one of them spoken twice; more speech, or context 'any', may help"
+    return (
+        f"no two phones{shared} share a context, one of them spoken twice; more speech, or context 'any', "
+        "may help"
+    )

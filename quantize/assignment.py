@@ -1,8 +1,9 @@
 """The nearest centroid of each frame: FAISS searches, and what float32 cannot tell is decided in float64.
 
-A label is a function of the frame and the centroids: FAISS finds the two nearest centroids of a point in float32; where the
-two are closer than float32 can tell, the distances are computed in float64 and the lowest index wins a tie. Chunks, threads and
-processors do not matter. FAISS is imported here alone, and works in threads of this module.
+A label is a function of the frame and the centroids: FAISS finds the two nearest centroids of a point in
+float32; where the two are closer than float32 can tell, the distances are computed in float64 and the lowest
+index wins a tie. Chunks, threads and processors do not matter. FAISS is imported here alone, and works in
+threads of this module.
 """
 
 import importlib
@@ -17,14 +18,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-BLOCK = 4096  # rows per search, at most MAX_BLOCK; more, and glibc gives the float64 of each block back to the system
+# Rows per search, at most MAX_BLOCK. With more, glibc returns the float64 of each block to the system.
+BLOCK = 4096
 MAX_BLOCK = 8192  # integers below 2^40 of so many rows add up below 2^53, exactly, in float64
 
 
 def _import_faiss() -> ModuleType:
-    """The OpenBLAS in FAISS's wheel takes a processor newer than itself for a 2004 one and runs four times too slow.
+    """The OpenBLAS in FAISS's wheel takes a processor newer than itself for a 2004 one and runs four times
+    too slow.
 
-    It reads OPENBLAS_CORETYPE while it is loaded: name the best kernels the processor has (65 → 258 GFLOP/s on a Xeon of 2023).
+    It reads OPENBLAS_CORETYPE while it is loaded: name the best kernels the processor has (65 → 258 GFLOP/s
+    on a Xeon of 2023).
     """
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -55,7 +59,8 @@ def _num_threads() -> int:
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """Threads of our own, each with FAISS on one: a second OpenMP team spinning beside torch's costs up to ten times the search."""
+    """Threads of our own, each with FAISS on one: a second OpenMP team spinning beside torch's costs up to
+    ten times the search."""
     return ThreadPoolExecutor(_num_threads(), "faiss", initializer=faiss.omp_set_num_threads, initargs=(1,))
 
 
@@ -65,7 +70,8 @@ def _gpu() -> Any:
 
 
 def over_blocks(function: Callable[[slice], R], num_rows: int, block: int | None = None) -> Iterator[R]:
-    """`function` of every block of rows, computed in parallel, in order; never more than two results a thread lie waiting."""
+    """`function` of every block of rows, computed in parallel, in order; never more than two results a thread
+    lie waiting."""
     pending: deque[Future[R]] = deque()
     size = block or BLOCK
     for start in range(0, num_rows, size):
@@ -77,9 +83,11 @@ def over_blocks(function: Callable[[slice], R], num_rows: int, block: int | None
 
 
 def nearest(points: np.ndarray, centroids: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
-    """The nearest row of `centroids` (K, dim) for each of `points` (n, dim), after `mean` is taken off: (n,) int64.
+    """The nearest row of `centroids` (K, dim) for each of `points` (n, dim), after `mean` is taken off: (n,)
+    int64.
 
-    Equals the argmin of float64 distances, the lowest index of equals. NaN or infinity in `points` is a ValueError.
+    Equals the argmin of float64 distances, the lowest index of equals. NaN or infinity in `points` is a
+    ValueError.
     """
     centroids = np.ascontiguousarray(centroids, dtype=np.float32)
     found = over_blocks(
@@ -93,7 +101,8 @@ def _centred(block: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
 
 
 def nearest_in_block(block: np.ndarray, centroids: np.ndarray, first_row: int) -> np.ndarray:
-    """`nearest` of one block of rows, float32 and contiguous, in this thread; `first_row` is its place, for the message."""
+    """`nearest` of one block of rows, float32 and contiguous, in this thread; `first_row` is its place, for
+    the message."""
     norms = np.sqrt(np.einsum("nd,nd->n", block, block))
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
@@ -108,18 +117,17 @@ def nearest_in_block(block: np.ndarray, centroids: np.ndarray, first_row: int) -
             distances, indices = faiss.knn_gpu(_gpu(), block, centroids, 2)
     else:
         distances, indices = faiss.knn(block, centroids, 2)  # (rows, 2), ascending
-    # Rounding of |x|² + |c|² - 2x·c in float32: at most dim roundings each of half an ulp; eight standard deviations of
-    # their random walk where that is less. Relative to (|x| + |c|)², and |c| ≤ |x| + d for any centroid that can win.
+    # Rounding of |x|² + |c|² - 2x·c in float32: at most dim roundings each of half an ulp; eight standard
+    # deviations of their random walk where that is less. Relative to (|x| + |c|)², and |c| ≤ |x| + d for any
+    # centroid that can win.
     dim = block.shape[1]
     unit = (min(dim, 8 * dim**0.5) + 8) * 2.0**-24
-    error = (
-        unit * (2 * norms + np.sqrt(np.maximum(distances[:, 0], 0))) ** 2 + dim * 2.0**-148
-    )  # the last: squares too small for float32
+    # the last: squares too small for float32
+    error = unit * (2 * norms + np.sqrt(np.maximum(distances[:, 0], 0))) ** 2 + dim * 2.0**-148
     labels: np.ndarray = indices[:, 0].astype(np.int64)
     unsure = np.flatnonzero(distances[:, 1] - distances[:, 0] <= 2 * error)
-    step = max(
-        1, 2**22 // centroids.size
-    )  # every centroid may be a candidate of every row: some 128 MB a thread, or one row
+    # every centroid may be a candidate of every row: some 128 MB a thread, or one row
+    step = max(1, 2**22 // centroids.size)
     for start in range(0, len(unsure), step):
         rows = unsure[start : start + step]
         labels[rows] = _resolve(block[rows], centroids, error[rows])

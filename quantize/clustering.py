@@ -1,7 +1,8 @@
 """The verb `cluster`: fits a codebook on a seeded sample of frames, and chooses the layer of the encoder.
 
-`out/partial` holds the work of an interrupted run: the chosen layer, the sample as far as it is collected, the state of
-k-means. The same command goes on from there and ends in the same codebook; `plan.json` prevents another one from doing so.
+`out/partial` holds the work of an interrupted run: the chosen layer, the sample as far as it is collected,
+the state of k-means. The same command goes on from there and ends in the same codebook; `plan.json` prevents
+another one from doing so.
 """
 
 import json
@@ -33,7 +34,8 @@ DEFAULT_HOURS = 10.0
 
 
 class ClusterConfig(Extraction):
-    """`hours` or `frames` to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`, or that of `sweep`."""
+    """`hours` or `frames` to fit on. `layer = "best"`: the layer with the highest PNMI on `select_split`, or
+    that of `sweep`."""
 
     manifest: PathStr
     out: PathStr
@@ -106,7 +108,8 @@ class ClusterConfig(Extraction):
 
 
 def cluster(config: ClusterConfig) -> dict[str, Any]:
-    """Fits `levels` × `num_classes` centroids and writes the codebook; returns statistics of the fit and the choice of a layer."""
+    """Fits `levels` × `num_classes` centroids and writes the codebook; returns statistics of the fit and the
+    choice of a layer."""
     out, partial = Path(config.out), Path(config.out) / "partial"
     if is_complete(out):
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed right after its commit
@@ -208,14 +211,16 @@ def _choose(
         )
     if choice["convention"] != source.convention:
         raise ValueError(
-            f"sweep: {config.sweep} is of {choice['convention']!r} features, and convention is {source.convention!r}; "
+            f"sweep: {config.sweep} is of {choice['convention']!r} features, and convention is "
+            f"{source.convention!r}; "
             "make them agree"
         )
     return {key: choice[key] for key in ("layer", "chosen_by", "sweep")}
 
 
 def _speakers(sample: Sample) -> dict[str, Any]:
-    """The number of speakers in the sample, and the smallest and largest share of its frames of one of them."""
+    """The number of speakers in the sample, and the smallest and largest share of its frames of one of
+    them."""
     if sample.speaker_frames is None:
         return {}
     shares = sample.speaker_frames / sample.size

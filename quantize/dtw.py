@@ -1,12 +1,12 @@
 """Dynamic time warping of very many short pairs at once.
 
-The distance of two tokens is the cost of the cheapest path through their frame distances, in steps of one frame of either or
-both, divided by the path's length (Libri-light's and fastabx's). Of equal predecessors the path takes the diagonal, then the
-one a column back, then the one a row back: lengths, and with them distances, depend on which token is the row where such ties
-are, so both directions come out, of one pass.
+The distance of two tokens is the cost of the cheapest path through their frame distances, in steps of one
+frame of either or both, divided by the path's length (Libri-light's and fastabx's). Of equal predecessors the
+path takes the diagonal, then the one a column back, then the one a row back: lengths, and with them
+distances, depend on which token is the row where such ties are, so both directions come out, of one pass.
 
-Frame distances are rounded to a grid of 2^-16 (by 8e-6 at most), on which the sums along paths are exact: tokens that are equally far are
-so to the last bit, whichever way and in whatever company they are aligned.
+Frame distances are rounded to a grid of 2^-16 (by 8e-6 at most), on which the sums along paths are exact:
+tokens that are equally far are so to the last bit, whichever way and in whatever company they are aligned.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ GREATEST = {"angular": 1, "cosine": 2, "discrete": 1}  # frame distance
 
 
 class Spans(NamedTuple):
-    """Tokens in utterances' frames, arrays (tokens,): the utterance's number in a list of ids, first frame, last frame (exclusive)."""
+    """Tokens in utterances' frames, arrays (tokens,): the utterance's number in a list of ids, first frame,
+    last frame (exclusive)."""
 
     utterance: np.ndarray
     first: np.ndarray
@@ -32,12 +33,14 @@ class Spans(NamedTuple):
 class Tokens:
     """The frames of tokens, and the distances between them.
 
-    "angular" is arccos(cos)/π, "cosine" 1 − cos, with a frame of zeros at the greatest distance (1 and 2) from any that is not;
-    "discrete" is 0 where two labels are equal and 1 where not. A cosine within 1e-6 of ±1 counts as ±1: in float32 a frame's
-    cosine with itself is not quite 1, and arccos would make a distance of 1e-4 of that.
+    "angular" is arccos(cos)/π, "cosine" 1 − cos, with a frame of zeros at the greatest distance (1 and 2)
+    from any that is not; "discrete" is 0 where two labels are equal and 1 where not. A cosine within 1e-6 of
+    ±1 counts as ±1: in float32 a frame's cosine with itself is not quite 1, and arccos would make a distance
+    of 1e-4 of that.
 
-    Matrix products are in float64: their last bits depend on the place in the matrix, in float32 that would put one distance in a hundred
-    on another step of the grid, here one in 10^10. Equal frames, as centroids are, are one frame, so that there is less to multiply.
+    Matrix products are in float64: their last bits depend on the place in the matrix, in float32 that would
+    put one distance in a hundred on another step of the grid, here one in 10^10. Equal frames, as centroids
+    are, are one frame, so that there is less to multiply.
     """
 
     def __init__(self, ids: list[str], spans: Spans, features: Mapping[str, np.ndarray], distance: str):
@@ -56,12 +59,12 @@ class Tokens:
             self._start[of] = total + np.cumsum(used)[spans.first[of]] - 1
             parts.append(values[used] if distance == "discrete" else _unit_length(values[used], name))
             total += len(parts[-1])
-        frames = (
-            np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
-        )  # (total, dim), or (total,) of labels
+        # (total, dim), or (total,) of labels
+        frames = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
         self._frame, first = _numbered(frames)
         self._distinct = frames if len(first) == len(frames) else frames[first]
-        # A cheapest path costs no more than the one along the diagonal and then an edge: as many frames as the longer token has.
+        # A cheapest path costs no more than the one along the diagonal and then an edge: as many frames as
+        # the longer token has.
         exact_in_float32 = int(self.length.max(initial=0)) * GREATEST[distance] * GRID <= 2**24
         self.dtype = np.dtype(np.float32 if exact_in_float32 else np.float64)
 
@@ -105,7 +108,8 @@ class Tokens:
 
 
 def _numbered(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each frame (n, dim) or label (n,) among the distinct ones, and where each of those is first; both (…,) int64."""
+    """The number of each frame (n, dim) or label (n,) among the distinct ones, and where each of those is
+    first; both (…,) int64."""
     if frames.ndim == 1:
         _, first, number = np.unique(frames, return_index=True, return_inverse=True)
         return number, first
@@ -118,13 +122,15 @@ def _numbered(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _once(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Distinct numbers, and where each of `numbers` is among them: None where they are distinct as they come."""
+    """Distinct numbers, and where each of `numbers` is among them: None where they are distinct as they
+    come."""
     once, where = np.unique(numbers, return_inverse=True)
     return (numbers, None) if len(once) == len(numbers) else (once, where)
 
 
 def _unit_length(frames: np.ndarray, name: str) -> np.ndarray:
-    """Frames (n, dim) divided by their norms, zeros left as they are; in float64 where they come so, else in float32."""
+    """Frames (n, dim) divided by their norms, zeros left as they are; in float64 where they come so, else in
+    float32."""
     frames = frames.astype(np.float64 if frames.dtype == np.float64 else np.float32)
     norms = np.sqrt(np.einsum("nd,nd->n", frames, frames, dtype=np.float64))
     if not np.isfinite(norms).all():
@@ -143,7 +149,8 @@ class Block(NamedTuple):
 
 
 def aligned(tokens: Tokens, blocks: Iterable[Block]) -> Iterator[tuple[Block, np.ndarray]]:
-    """Each block, in order, with the distances of its pairs, (2, pairs): with r's token as the row, and with c's as the row."""
+    """Each block, in order, with the distances of its pairs, (2, pairs): with r's token as the row, and with
+    c's as the row."""
     pending: list[tuple[Block, np.ndarray]] = []
     waiting: list[tuple[Block, np.ndarray]] = []
     size = 0
@@ -166,7 +173,8 @@ def aligned(tokens: Tokens, blocks: Iterable[Block]) -> Iterator[tuple[Block, np
 
 
 def _pieces(tokens: Tokens, block: Block) -> Iterator[tuple[Block, slice]]:
-    """A block by some of its rows at a time, about `BATCH` frame distances each, and where the piece's pairs are in the block's."""
+    """A block by some of its rows at a time, about `BATCH` frame distances each, and where the piece's pairs
+    are in the block's."""
     frames = np.cumsum(tokens.length[block.rows]) * int(tokens.length[block.cols].sum())
     if frames[-1] <= BATCH:
         yield block, slice(0, len(block.r))
@@ -184,9 +192,8 @@ def _align(tokens: Tokens, pieces: list[tuple[Block, np.ndarray]]) -> None:
     if not pieces:
         return
     costs: list[np.ndarray] = []
-    places: list[
-        np.ndarray
-    ] = []  # of each piece: (4, pairs) first cell of a pair, cells to the next row, its rows and columns
+    # of each piece: (4, pairs) first cell of a pair, cells to the next row, its rows and columns
+    places: list[np.ndarray] = []
     size = 0
     for (rows, cols, r, c), _ in pieces:
         part = tokens.costs(rows, cols)
@@ -214,22 +221,21 @@ def warped(
 ) -> np.ndarray:
     """Mean cost along the best path of each pair, (2, pairs): as it is, and with rows and columns exchanged.
 
-    Frame distance (i, j) of a pair is costs[first + i * row_step + j * col_step], 0 <= i < num_rows, 0 <= j < num_cols; the other
-    arguments are (pairs,) int64, `costs` is flat. Means are float64, in which those of different sums over lengths differ.
+    Frame distance (i, j) of a pair is costs[first + i * row_step + j * col_step], 0 <= i < num_rows, 0 <= j <
+    num_cols; the other arguments are (pairs,) int64, `costs` is flat. Means are float64, in which those of
+    different sums over lengths differ.
     """
     out = np.empty((2, len(first)))
-    tall = (
-        num_rows > num_cols
-    )  # exchanged: with the shorter token as rows there are half as many shapes and shorter diagonals
+    # exchanged: with the shorter token as rows there are half as many shapes and shorter diagonals
+    tall = num_rows > num_cols
     n, m = np.where(tall, num_cols, num_rows), np.where(tall, num_rows, num_cols)
     row_step, col_step = np.where(tall, col_step, row_step), np.where(tall, row_step, col_step)
     order = np.lexsort((np.where(n % 2, m, -m), n))  # shapes beside each other are alike
     start, count = 0, CHUNK
     while start < len(order):
         pairs = order[start : start + count]
-        if (
-            count > 32 and len(pairs) * int(n[pairs].max()) * int(m[pairs].max()) > CHUNK
-        ):  # all are padded to the largest
+        # all are padded to the largest
+        if count > 32 and len(pairs) * int(n[pairs].max()) * int(m[pairs].max()) > CHUNK:
             count //= 2
             continue
         found = _warped(costs, first[pairs], row_step[pairs], col_step[pairs], n[pairs], m[pairs])
@@ -246,14 +252,17 @@ def _warped(
     n: np.ndarray,
     m: np.ndarray,
 ) -> np.ndarray:
-    """`warped` of pairs of like shapes (n, m), n <= m, anti-diagonal by anti-diagonal for all pairs at once."""
+    """`warped` of pairs of like shapes (n, m), n <= m, anti-diagonal by anti-diagonal for all pairs at
+    once."""
     N, M, P = int(n.max()), int(m.max()), len(first)
-    # A pair that has fewer rows or columns repeats its last ones: they come after its last cell and do not change it.
+    # A pair that has fewer rows or columns repeats its last ones: they come after its last cell and do not
+    # change it.
     rows = first + np.minimum(np.arange(N)[:, None], n - 1) * row_step  # (N, P)
     cols = np.minimum(np.arange(M)[:, None], m - 1) * col_step  # (M, P)
     lattice = costs.take(rows[:, None] + cols).reshape(N * M, P)
-    # Of three diagonals in turn, and of row i at i + 1: the sum along the best path to a cell, and that path's length, of the
-    # pair and of the pair exchanged. What lies outside the lattice stays infinitely dear.
+    # Of three diagonals in turn, and of row i at i + 1: the sum along the best path to a cell, and that
+    # path's length, of the pair and of the pair exchanged. What lies outside the lattice stays infinitely
+    # dear.
     sums = np.full((3, N + 1, P), np.inf, costs.dtype)
     lengths = np.ones((3, 2, N + 1, P), costs.dtype)
     sums[0, 1] = lattice[0]
@@ -271,9 +280,8 @@ def _warped(
             side = np.minimum(row_back, col_back)
             straight = corner <= side
             best = np.minimum(corner, side, out=side)
-            diagonal = lattice[
-                low * M + k - low : (high - 1) * M + k - high + 2 : max(1, M - 1)
-            ]  # (i, k - i), M - 1 cells apart
+            # (i, k - i), M - 1 cells apart
+            diagonal = lattice[low * M + k - low : (high - 1) * M + k - high + 2 : max(1, M - 1)]
             np.add(best, diagonal, out=sums[here, low + 1 : high + 1])
             by_corner = lengths[before, :, low:high]
             by_row, by_col = lengths[last, :, low:high], lengths[last, :, low + 1 : high + 1]
@@ -289,7 +297,8 @@ def _warped(
 
 
 def _choose(condition: np.ndarray, yes: np.ndarray, no: np.ndarray, out: np.ndarray) -> None:
-    """np.where for small whole numbers: without its branches, which the processor cannot foresee here, twenty times faster."""
+    """np.where for small whole numbers: without its branches, which the processor cannot foresee here, twenty
+    times faster."""
     difference = yes - no
     difference *= condition
     np.add(no, difference, out=out)

@@ -1,14 +1,15 @@
 """The verb `encode`: audio to labels, two bytes a frame, in one pass.
 
-Utterances are cut into shards of like duration, in manifest order. A shard is computed from its own utterances alone and
-appears when it is complete. The same command makes the shards that are missing or damaged, so an interruption costs at most
-one shard per process. Any number of processes and machines on one disk can make shards of the same folder (`processes`,
-`part`): two that make the same one write the same bytes, and the one that finds all of them commits. `plan.json` beside the
-shards prevents a run from going on with another run's inputs.
+Utterances are cut into shards of like duration, in manifest order. A shard is computed from its own
+utterances alone and appears when it is complete. The same command makes the shards that are missing or
+damaged, so an interruption costs at most one shard per process. Any number of processes and machines on one
+disk can make shards of the same folder (`processes`, `part`): two that make the same one write the same
+bytes, and the one that finds all of them commits. `plan.json` beside the shards prevents a run from going on
+with another run's inputs.
 
-Labels of MFCC, and of an encoder on CPUs of one kind, depend on no batch, shard, process or thread. On GPUs they may, where
-a frame lies within rounding of a border (see `quantize.features`); the same settings on the same kind of GPU give the same
-labels, interrupted or not.
+Labels of MFCC, and of an encoder on CPUs of one kind, depend on no batch, shard, process or thread. On GPUs
+they may, where a frame lies within rounding of a border (see `quantize.features`); the same settings on the
+same kind of GPU give the same labels, interrupted or not.
 """
 
 import time
@@ -35,7 +36,8 @@ __all__ = ["EncodeConfig", "encode"]
 def encode(config: EncodeConfig) -> dict[str, Any]:
     """Writes the labels of a split (None: of every row). Returns counts, speed and the use of the classes.
 
-    With `part`, the part that finds all shards finishes the labels; until then the summary has `shards_missing`.
+    With `part`, the part that finds all shards finishes the labels; until then the summary has
+    `shards_missing`.
     """
     began = time.monotonic()
     if config.part is None:
@@ -64,9 +66,8 @@ def encode(config: EncodeConfig) -> dict[str, Any]:
 
 
 def _encode_part(plan: Plan) -> None:
-    if (
-        plan.out / "plan.json"
-    ).is_file():  # checked before an encoder is loaded; a new plan is written after that
+    # checked before an encoder is loaded; a new plan is written after that
+    if (plan.out / "plan.json").is_file():
         keep_to_plan(plan.out, plan.identity())
     todo = sum(plan.seconds[shard] for shard in plan.part if not shard_stands(plan.out, shard))
     total = sum(plan.seconds[shard] for shard in plan.part)
@@ -121,9 +122,11 @@ def _require_same(plan: Plan) -> None:
 
 
 def label_agreement(config: EncodeConfig, codebook: Codebook, rows: Manifest) -> dict[str, float]:
-    """The share of frames, of a seeded draw of utterances, with the label of float32; empty if they are of float32.
+    """The share of frames, of a seeded draw of utterances, with the label of float32; empty if they are of
+    float32.
 
-    `label_agreement` is of level 0. With more levels, `label_agreement_all_levels` counts the frames that agree at every level.
+    `label_agreement` is of level 0. With more levels, `label_agreement_all_levels` counts the frames that
+    agree at every level.
     """
     if config.precision == "float32" or config.encoder is None:
         return {}

@@ -26,7 +26,8 @@ FEWEST_SHARDS, MOST_SHARDS = 8, 1000  # by default: enough for several processes
 
 
 class EncodeConfig(Extraction):
-    """`encoder`: the run folder, or fairseq2:CARD, whose features the codebook was fitted on, when they are an encoder's.
+    """`encoder`: the run folder, or fairseq2:CARD, whose features the codebook was fitted on, when they are
+    an encoder's.
 
     With a `precision` other than float32, the summary has the label agreement with float32.
     """
@@ -39,7 +40,9 @@ class EncodeConfig(Extraction):
     num_shards: int | None = Field(
         None,
         ge=1,
-        description="at most; never more than utterances; by default half an hour of audio each, 8 to 1,000 of them",
+        description=(
+            "at most; never more than utterances; by default half an hour of audio each, 8 to 1,000 of them"
+        ),
     )
     processes: int = Field(
         1,
@@ -48,7 +51,9 @@ class EncodeConfig(Extraction):
     )
     part: Annotated[str | None, part_of('"2/16" for the second of sixteen parts')] = Field(
         None,
-        description='"2/16" does every 16th shard from the second on: for job arrays and machines that share a disk',
+        description=(
+            '"2/16" does every 16th shard from the second on: for job arrays and machines that share a disk'
+        ),
     )
 
 
@@ -101,7 +106,8 @@ class Plan:
 def encode_shards(
     plan: Plan, source: FeatureSource, shards: Iterable[int], advance: Callable[[float], object]
 ) -> None:
-    """Writes the labels of `shards`, which are taken a little ahead of their turn; `advance` gets seconds of audio."""
+    """Writes the labels of `shards`, which are taken a little ahead of their turn; `advance` gets seconds of
+    audio."""
     under_way: deque[tuple[int, list[Utterance]]] = deque()
 
     def groups() -> Iterator[list[Utterance]]:
@@ -128,7 +134,8 @@ def encode_shards(
 
 @contextmanager
 def unless_overtaken(out: Path) -> Iterator[None]:
-    """Ignores missing files where another process has finished the same labels first, and removed the rest."""
+    """Ignores missing files where another process has finished the same labels first, and removed the
+    rest."""
     try:
         yield
     except FileNotFoundError:
@@ -142,7 +149,8 @@ def default_num_shards(seconds: float) -> int:
 
 
 def plan_shards(lengths: np.ndarray, num_shards: int) -> list[range]:
-    """Rows of each shard: consecutive rows of about the same total length; at most `num_shards`, none of them empty."""
+    """Rows of each shard: consecutive rows of about the same total length; at most `num_shards`, none of them
+    empty."""
     ends = np.cumsum(lengths, dtype=np.float64)
     shard = np.floor((ends - lengths / 2) / ends[-1] * num_shards)
     bounds = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(lengths)]

@@ -56,7 +56,8 @@ def encode_in_processes(plan: Plan, advance: Callable[[float], object]) -> None:
 
 
 def _work(config: EncodeConfig, connection: Connection) -> None:
-    """A worker process. It sends None to ask for a shard (None is the end), seconds of audio, or the text of a ValueError."""
+    """A worker process. It sends None to ask for a shard (None is the end), seconds of audio, or the text of
+    a ValueError."""
     try:
         plan = Plan(config)
         source = open_source(plan.codebook, config.encoder, config)
@@ -76,7 +77,8 @@ def _ask(connection: Connection) -> int | None:
 
 @contextmanager
 def _share_of_the_machine(config: EncodeConfig, number: int, count: int) -> Iterator[None]:
-    """The environment in which worker `number` of `count` starts: its share of the threads, and one of several GPUs."""
+    """The environment in which worker `number` of `count` starts: its share of the threads, and one of
+    several GPUs."""
     import torch
 
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
@@ -104,6 +106,7 @@ def _why_it_ended(plan: Plan, exit_code: int) -> str:
             cause += ", as happens when memory runs out: fewer `processes` or threads need less"
     done = sum(shard_stands(plan.out, shard) for shard in plan.part)
     return (
-        f"{plan.out}: one of {plan.config.processes} processes {cause}. {done} of {len(plan.part)} shards are "
+        f"{plan.out}: one of {plan.config.processes} processes {cause}. {done} of {len(plan.part)} shards "
+        "are "
         "done; the same command makes the rest"
     )

@@ -1,4 +1,5 @@
-"""How features are computed, for all verbs that need some: the keys they share, and the source that a codebook needs."""
+"""How features are computed, for all verbs that need some: the keys they share, and the source that a
+codebook needs."""
 
 from pydantic import Field
 
@@ -45,7 +46,8 @@ def open_source(codebook: Codebook, encoder: str | None, extraction: Extraction)
         return MfccSource(wanted["cmvn"], extraction.workers)
     if encoder is None:
         raise ValueError(
-            f"encoder: {folder} quantises layer {wanted['layer']} of encoder {wanted['encoder']}; give its run folder"
+            f"encoder: {folder} quantises layer {wanted['layer']} of encoder {wanted['encoder']}; give its "
+            "run folder"
         )
     source = open_encoder(encoder, wanted["layer"], extraction, wanted.get("convention", "residual"))
     if source.fingerprint != wanted["encoder"]:

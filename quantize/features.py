@@ -1,23 +1,26 @@
 """Feature sources: one vector per 20 ms frame, on which k-means is fitted and which a codebook quantises.
 
-A source turns utterances into (frames, dim) float32 arrays, with `num_frames` frames of each utterance, and describes
-itself for the codebook. Threads decode audio ahead of the computation.
+A source turns utterances into (frames, dim) float32 arrays, with `num_frames` frames of each utterance, and
+describes itself for the codebook. Threads decode audio ahead of the computation.
 
-On a CPU, MFCC and the features of an encoder are a function of the samples and the weights, to the last bit. Each utterance
-goes through the encoder alone, in one thread; torch's number of threads go on at once. So the numbers of threads, batches
-and shards change nothing. (A matrix product that is split over threads, or has another number of rows, differs in its last
-bits.) Other kinds of processor and other versions of torch may add in another order.
+On a CPU, MFCC and the features of an encoder are a function of the samples and the weights, to the last bit.
+Each utterance goes through the encoder alone, in one thread; torch's number of threads go on at once. So the
+numbers of threads, batches and shards change nothing. (A matrix product that is split over threads, or has
+another number of rows, differs in its last bits.) Other kinds of processor and other versions of torch may
+add in another order.
 
-On a GPU, utterances are packed end to end into batches of `batch_seconds`, without padding. No utterance affects another,
-but the matrix products have other shapes in another batch, and the last bits of a feature may differ, and with them a label
-on the border of two classes. The same batches on the same kind of GPU give the same bits.
+On a GPU, utterances are packed end to end into batches of `batch_seconds`, without padding. No utterance
+affects another, but the matrix products have other shapes in another batch, and the last bits of a feature
+may differ, and with them a label on the border of two classes. The same batches on the same kind of GPU give
+the same bits.
 
-Utterances of more than 100 s go through the encoder in windows: equal parts of at most 100 s, each with 2 s of context on
-both sides, which are dropped. Normalisation over time uses the statistics of the whole utterance (pretrain/model/totals.py),
-and the positional convolution reaches less than 2 s. So the input of the first layer equals that of the whole utterance, to
-rounding; only attention is limited to the window (docs/formats.md has numbers). Memory holds the decoded samples and the
-features of one utterance (per hour 230 MB, and 550 MB of BASE), and activations of one window per thread. A streaming
-encoder needs no windows: it takes long utterances chunk by chunk (pretrain/model/online.py).
+Utterances of more than 100 s go through the encoder in windows: equal parts of at most 100 s, each with 2 s
+of context on both sides, which are dropped. Normalisation over time uses the statistics of the whole
+utterance (pretrain/model/totals.py), and the positional convolution reaches less than 2 s. So the input of
+the first layer equals that of the whole utterance, to rounding; only attention is limited to the window
+(docs/formats.md has numbers). Memory holds the decoded samples and the features of one utterance (per hour
+230 MB, and 550 MB of BASE), and activations of one window per thread. A streaming encoder needs no windows:
+it takes long utterances chunk by chunk (pretrain/model/online.py).
 """
 
 from collections import deque
@@ -43,9 +46,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "int8"]
-Layers = Iterator[
-    tuple[Utterance, list[np.ndarray]]
-]  # an utterance, its features (frames, dim) of some layers
+# an utterance, its features (frames, dim) of some layers
+Layers = Iterator[tuple[Utterance, list[np.ndarray]]]
 Totals = dict[str, "Tensor"]  # pretrain/model/totals.py
 WINDOW_FRAMES = 5000  # longer utterances (100 s) go through the encoder in windows
 CONTEXT_FRAMES = 100  # on both sides of a window; the positional convolution reaches 64 frames
@@ -54,10 +56,11 @@ AHEAD_SECONDS = 3600.0  # of audio decoded ahead at most (230 MB), but for one u
 
 
 class FeatureSource(Protocol):
-    """Gives the features of utterances, in the order given, their `dim`, and a description that JSON can hold.
+    """Gives the features of utterances, in the order given, their `dim`, and a description that JSON can
+    hold.
 
-    `stream` takes group after group as it needs them, so that decoding does not pause in between. No batch has utterances
-    of two groups.
+    `stream` takes group after group as it needs them, so that decoding does not pause in between. No batch
+    has utterances of two groups.
     """
 
     @property
@@ -87,10 +90,11 @@ class MfccSource:
 
 
 class EncoderSource:
-    """The features of one layer of a trained encoder (0 is the input of the first layer; see `LayerConvention` for the others).
+    """The features of one layer of a trained encoder (0 is the input of the first layer; see
+    `LayerConvention` for the others).
 
-    `batch_seconds`: audio per batch on a GPU; None is 200, 0 is one utterance at a time, as always on a CPU. `precision`: of
-    the matrix products; int8 changes the encoder for good, and runs on a CPU.
+    `batch_seconds`: audio per batch on a GPU; None is 200, 0 is one utterance at a time, as always on a CPU.
+    `precision`: of the matrix products; int8 changes the encoder for good, and runs on a CPU.
     """
 
     def __init__(
@@ -136,12 +140,14 @@ class EncoderSource:
         yield from self.stream([utterances])
 
     def stream(self, groups: Iterable[Sequence[Utterance]]) -> Iterator[tuple[Utterance, np.ndarray]]:
-        """Features of group after group. Batches end with their group, so they do not depend on earlier work."""
+        """Features of group after group. Batches end with their group, so they do not depend on earlier
+        work."""
         for utterance, layers in self._run(groups, [self.layer]):
             yield utterance, layers[0]
 
     def all_layers(self, utterances: Sequence[Utterance], layers: Sequence[int] | None = None) -> Layers:
-        """The same for several layers at once, or for all; layer 0 is the input of the first. Later layers do not run."""
+        """The same for several layers at once, or for all; layer 0 is the input of the first. Later layers do
+        not run."""
         every = range(self.encoder.config.num_layers + 1)
         yield from self._run([utterances], list(every if layers is None else layers))
 
@@ -151,7 +157,8 @@ class EncoderSource:
         return self._in_batches(groups, layers)
 
     def _each_alone(self, utterances: Iterable[Utterance], layers: list[int]) -> Layers:
-        """Window by window, each in one thread from front end to last layer, as many at a time as torch has threads."""
+        """Window by window, each in one thread from front end to last layer, as many at a time as torch has
+        threads."""
         import torch
 
         threads = torch.get_num_threads()
@@ -162,7 +169,8 @@ class EncoderSource:
             utterance, parts = pending.popleft()
             return utterance, _stitched([part.result() for part in parts])
 
-        # set_num_threads is about the thread that calls it (and about threads yet to come, hence the restoring below)
+        # set_num_threads is about the thread that calls it (and about threads yet to come, hence the
+        # restoring below)
         with ThreadPoolExecutor(threads, "encoder", initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for utterance, waveform in decoded:
@@ -227,7 +235,8 @@ class EncoderSource:
     def _extract_window(
         self, waveform: np.ndarray, window: Window, layers: list[int], totals: "Totals | None" = None
     ) -> list[np.ndarray]:
-        """The frames that a window of a waveform keeps, of each of `layers`; `totals` are of the whole waveform."""
+        """The frames that a window of a waveform keeps, of each of `layers`; `totals` are of the whole
+        waveform."""
         if self.encoder.config.streaming is not None and window.last > WINDOW_FRAMES:
             return self._extract_online(waveform, layers)
         samples = window.samples(waveform, num_frames(len(waveform)))
@@ -237,7 +246,8 @@ class EncoderSource:
     def _extract(
         self, waveforms: Sequence[np.ndarray], layers: list[int], totals: "Totals | None" = None
     ) -> list[list[np.ndarray]]:
-        """Of each waveform the features (frames, dim) of each of `layers`; with `totals`, of a window of one utterance."""
+        """Of each waveform the features (frames, dim) of each of `layers`; with `totals`, of a window of one
+        utterance."""
         from pretrain.data.packing import pack
 
         buffer, layout = pack(waveforms)
@@ -279,7 +289,8 @@ def _stitched(windows: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 
 def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) -> EncoderSource:
-    """The encoder of a run folder as a feature source, with its `options`; `device` "auto" is the GPU when torch has one."""
+    """The encoder of a run folder as a feature source, with its `options`; `device` "auto" is the GPU when
+    torch has one."""
     from pretrain.model.encoder import load_encoder
     from pretrain.training.parallel import resolve_device
 
@@ -291,7 +302,8 @@ def open_encoder_source(run: str, layer: int, *, device: str, **options: Any) ->
 def ahead(
     function: Callable[[Utterance], T], utterances: Iterable[Utterance], workers: int
 ) -> Generator[tuple[Utterance, T], None, None]:
-    """`(utterance, function(utterance))` in order, computed by `workers` threads a little ahead of the consumer.
+    """`(utterance, function(utterance))` in order, computed by `workers` threads a little ahead of the
+    consumer.
 
     Of hour-long recordings, two at a time are in memory.
     """

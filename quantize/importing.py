@@ -1,8 +1,9 @@
 """Codebooks from and to other tools: `wordless import --codebook` and `wordless export` of a codebook.
 
-Read: k-means of scikit-learn, fairseq and s3prl (joblib, pickle), torch's `.pt`, `.npy`, safetensors. Written: `.npy` and
-safetensors, the centroids in the space of the features. An imported codebook has `mean` 0, so that its centroids are theirs bit
-for bit, rounded to float32 if they were float64, and a label is the exact argmin of the distances to them.
+Read: k-means of scikit-learn, fairseq and s3prl (joblib, pickle), torch's `.pt`, `.npy`, safetensors.
+Written: `.npy` and safetensors, the centroids in the space of the features. An imported codebook has `mean`
+0, so that its centroids are theirs bit for bit, rounded to float32 if they were float64, and a label is the
+exact argmin of the distances to them.
 """
 
 import json
@@ -64,8 +65,8 @@ class CodebookImportConfig(Config):
 def import_codebook(config: CodebookImportConfig) -> dict[str, Any]:
     """Make a codebook of the centroids in `config.source`: (K, dim), or (levels, K, dim) of residual levels.
 
-    A ValueError names the source: a pickle without `allow_pickle`, one that is more than a k-means, no centroids or several,
-    NaN, or another dimension than the features'.
+    A ValueError names the source: a pickle without `allow_pickle`, one that is more than a k-means, no
+    centroids or several, NaN, or another dimension than the features'.
     """
     require_absent(config.out)
     path, out = Path(config.source), Path(config.out)
@@ -156,14 +157,16 @@ def read_centroid_file(path: Path, allow_pickle: bool) -> tuple[str, dict[str, n
         raise ValueError(f"{path}: is empty (0 bytes); was it downloaded whole?")
     if not allow_pickle:
         raise ValueError(
-            f"{path}: neither .npy nor safetensors. A joblib or pickle file can run code when it is read; with --allow-pickle it is "
+            f"{path}: neither .npy nor safetensors. A joblib or pickle file can run code when it is read; "
+            "with --allow-pickle it is "
             "read as data, by a reader that runs nothing of it and refuses what is more than a k-means"
         )
     return "joblib", read_arrays(path)
 
 
 def choose_centroids(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
-    """The array that holds centroids, of float16, 32 or 64: by its name, or the only one of two or three axes."""
+    """The array that holds centroids, of float16, 32 or 64: by its name, or the only one of two or three
+    axes."""
     known = [name for name in NAMES if name in arrays]
     shaped = known[:1] or [name for name, array in arrays.items() if array.ndim in (2, 3)]
     if len(shaped) != 1 or arrays[shaped[0]].ndim not in (2, 3) or arrays[shaped[0]].dtype.kind != "f":
@@ -171,13 +174,15 @@ def choose_centroids(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
             f"{f'{name!r} ' if name else ''}{array.dtype} {array.shape}" for name, array in arrays.items()
         )
         raise ValueError(
-            f"{path}: one array of floats (K, dim), or (levels, K, dim), is needed, by any name or as {NAMES[0]!r}; "
+            f"{path}: one array of floats (K, dim), or (levels, K, dim), is needed, by any name or as "
+            f"{NAMES[0]!r}; "
             f"there is {there or 'none'}"
         )
     found = arrays[shaped[0]]
     if "mean" in arrays:
         raise ValueError(
-            f"{path}: has a `mean` beside its centroids, as the codebooks of wordless have; use the codebook's folder as it is, "
+            f"{path}: has a `mean` beside its centroids, as the codebooks of wordless have; use the "
+            "codebook's folder as it is, "
             "or write it with `wordless export`"
         )
     if not 1 <= found.shape[-2] <= MAX_CLASSES or found.shape[0] == 0:
@@ -210,11 +215,12 @@ def _numbers(value: Any) -> dict[str, np.ndarray]:
 
 
 def export_codebook(folder: str | Path, out: str | Path, form: CodebookFormat) -> dict[str, Any]:
-    """Write a codebook's centroids in the space of the features to the file `out`: float32 (K, dim), or (levels, K, dim).
+    """Write a codebook's centroids in the space of the features to the file `out`: float32 (K, dim), or
+    (levels, K, dim).
 
-    Level 0 has the mean added, so the nearest of its rows, squared Euclidean, is the label; a further level's rows are compared
-    with what the levels before leave of a frame. `safetensors` has one tensor, `centroids`, and says in its metadata where it
-    is from.
+    Level 0 has the mean added, so the nearest of its rows, squared Euclidean, is the label; a further level's
+    rows are compared with what the levels before leave of a frame. `safetensors` has one tensor, `centroids`,
+    and says in its metadata where it is from.
     """
     out = Path(out)
     if out.exists():

@@ -1,9 +1,11 @@
-"""Pickles and joblib files of fitted k-means (scikit-learn, fairseq, s3prl), read as data: nothing they name is imported or called.
+"""Pickles and joblib files of fitted k-means (scikit-learn, fairseq, s3prl), read as data: nothing they name
+is imported or called.
 
-A pickle is a program for a small stack machine that may import and call anything. Here `pickletools` takes it apart; the opcodes
-that build plain values are followed, and what would be imported or called is only written down (`Named`, `Made`). Names that a
-fitted k-means has no need of are refused. A joblib file is a pickle with the bytes of each array right behind the opcodes of its
-`NumpyArrayWrapper`, the whole of it compressed or not (joblib 0.10 of 2016 and newer).
+A pickle is a program for a small stack machine that may import and call anything. Here `pickletools` takes it
+apart; the opcodes that build plain values are followed, and what would be imported or called is only written
+down (`Named`, `Made`). Names that a fitted k-means has no need of are refused. A joblib file is a pickle with
+the bytes of each array right behind the opcodes of its `NumpyArrayWrapper`, the whole of it compressed or not
+(joblib 0.10 of 2016 and newer).
 """
 
 import bz2
@@ -30,7 +32,8 @@ class Named:
 
 @dataclass(eq=False)
 class Made:
-    """What the pickle would make an object from: the class or function to call, its arguments, the state to set."""
+    """What the pickle would make an object from: the class or function to call, its arguments, the state to
+    set."""
 
     maker: Named
     arguments: tuple[Any, ...]
@@ -76,9 +79,8 @@ KNOWN = {
     "numpy.random._pickle.__bit_generator_ctor",
 }
 EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict}
-LARGEST = (
-    8 * 2**16 * 2**12 + 2**29
-)  # bytes: 65,536 centroids of 4,096 dimensions in float64, and half a gigabyte for all else
+# bytes: 65,536 centroids of 4,096 dimensions in float64, and half a gigabyte for all else
+LARGEST = 8 * 2**16 * 2**12 + 2**29
 SMALL = 2**28  # bytes that any packed file may unpack to
 PLAIN = {"int_or_bool", "int", "float", "str", "bytes", "bytearray", "bytes_or_str"}
 VALUES = {  # opcodes whose argument is the value they push
@@ -89,10 +91,11 @@ VALUES = {  # opcodes whose argument is the value they push
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a pickle or joblib file: a k-means' `cluster_centers_`, those of a dict by name, or one alone by the name "".
+    """The arrays of a pickle or joblib file: a k-means' `cluster_centers_`, those of a dict by name, or one
+    alone by the name "".
 
-    A ValueError names the file: damaged; holding something else; naming what no k-means needs; of a joblib before 0.10, or
-    compressed with lz4; larger than any k-means, unpacked if it is packed.
+    A ValueError names the file: damaged; holding something else; naming what no k-means needs; of a joblib
+    before 0.10, or compressed with lz4; larger than any k-means, unpacked if it is packed.
     """
     data = _decompress(path)
     try:
@@ -130,7 +133,8 @@ def _as_array(value: Any) -> np.ndarray | None:
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """An array of numbers from its bytes; of objects: refused. A dtype is `dtype('f4', False, True)` with the state (3, '<', …)."""
+    """An array of numbers from its bytes; of objects: refused. A dtype is `dtype('f4', False, True)` with the
+    state (3, '<', …)."""
     match dtype:
         case Made(Named("numpy.dtype"), (str(code), *_), (_, str(endian), *_)):
             pass
@@ -150,7 +154,8 @@ def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 class _Machine:
-    """The stack machine of the pickle protocols 0 to 5, less whatever imports, calls or looks outside of the file."""
+    """The stack machine of the pickle protocols 0 to 5, less whatever imports, calls or looks outside of the
+    file."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -241,16 +246,16 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _known(module: Any, name: Any) -> Named:
-    if not isinstance(module, str) or not isinstance(
-        name, str
-    ):  # a list that holds itself many times would be written out
+    # a list that holds itself many times would be written out
+    if not isinstance(module, str) or not isinstance(name, str):
         raise TypeError("a name that is no text")
     full = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
     if full.endswith("NDArrayWrapper"):
         raise RefusedError("was written by a joblib before 0.10, with its arrays in other files")
     if full not in KNOWN:
         raise RefusedError(
-            f"names {full}, of which no k-means of scikit-learn has need, so it is not read; nothing of it was run"
+            f"names {full}, of which no k-means of scikit-learn has need, so it is not read; nothing of it "
+            "was run"
         )
     return Named(full)
 
@@ -301,7 +306,7 @@ def _decompress(path: Path) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    return f"""If you trust its makers, write its centroids to a plain file where the library that wrote it is installed:
+    return f"""If you trust its makers, write its centroids to a plain file where its library is installed:
 
 import joblib, numpy
 numpy.save({str(path.with_suffix(".npy"))!r}, joblib.load({str(path)!r}).cluster_centers_)  # runs what the file says"""

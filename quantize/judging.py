@@ -34,8 +34,9 @@ FEW_CELLS = 100  # of ABX: below, its error is a rough number, and a note says s
 class Judge:
     """ABX and probes of one set of utterances: of their units, centroids, or features of a layer.
 
-    Measures that cannot be computed (no phones, one speaker, too few tokens) are left out; `notes` has the reasons. `brief`: for
-    comparing layers, with fewer triples and frames, no ABX of units, and the speaker probe of units only.
+    Measures that cannot be computed (no phones, one speaker, too few tokens) are left out; `notes` has the
+    reasons. `brief`: for comparing layers, with fewer triples and frames, no ABX of units, and the speaker
+    probe of units only.
     """
 
     def __init__(
@@ -66,16 +67,17 @@ class Judge:
         return [utterance.id for utterance in self.utterances]
 
     def of_units(self, labels: Mapping[str, np.ndarray], num_classes: int) -> dict[str, float]:
-        """Of labels (frames,) by utterance: `abx_within`, `abx_across`; `phone_accuracy` and `phone_majority` (its chance);
-        `speaker_accuracy` and `speaker_chance`, of an utterance by its shares of the units; `speaker_frame_accuracy` and
-        `speaker_frame_majority`, of a single unit."""
+        """Of labels (frames,) by utterance: `abx_within`, `abx_across`; `phone_accuracy` and `phone_majority`
+        (its chance); `speaker_accuracy` and `speaker_chance`, of an utterance by its shares of the units;
+        `speaker_frame_accuracy` and `speaker_frame_majority`, of a single unit."""
         found = {} if self.brief else self.abx(labels, "discrete")
         return (
             found | self.phones(labels) | self.speakers(labels, lambda units: histogram(units, num_classes))
         )
 
     def of_features(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Of features (frames, dim): the same under keys that end in `_features`, of an utterance by its mean, without chances."""
+        """Of features (frames, dim): the same under keys that end in `_features`, of an utterance by its
+        mean, without chances."""
         found = self.phones(features)
         if not self.brief:
             found |= self.speakers(features, pooled)
@@ -151,7 +153,8 @@ class Judge:
             return {}
         if found.get("stopped"):
             self._note(
-                f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ a little"
+                f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ "
+                "a little"
             )
         return {key: float(found[key]) for key in keys}
 
@@ -167,11 +170,13 @@ def judge_features(
     source: FeatureSource,
     folder: str | Path,
 ) -> dict[str, Any]:
-    """ABX and probes of the features of a judge's utterances, ABX of their centroids, and the loss by quantising.
+    """ABX and probes of the features of a judge's utterances, ABX of their centroids, and the loss by
+    quantising.
 
-    `units` are labels (frames, levels) by utterance. `quantisation_error` is the mean squared distance of a frame to the sum of
-    its centroids, over the variance of the frames: 1 is the error of the frames' mean alone. Spherical centroids are directions,
-    without such a distance. Features and centroids are in an unnamed file in `folder` meanwhile.
+    `units` are labels (frames, levels) by utterance. `quantisation_error` is the mean squared distance of a
+    frame to the sum of its centroids, over the variance of the frames: 1 is the error of the frames' mean
+    alone. Spherical centroids are directions, without such a distance. Features and centroids are in an
+    unnamed file in `folder` meanwhile.
     """
     spherical = bool(codebook.meta["config"].get("spherical"))
     total = sum(utterance.num_frames for utterance in judge.utterances)

@@ -1,11 +1,11 @@
 """K-means over frames: Lloyd's algorithm, in exact arithmetic, from a k-means++ start.
 
-Labels are exact (`quantize.assignment`) and so are sums (`quantize.rows`); an iteration only moves the rows whose label
-changed. So a seed and a sample give one codebook on a machine, byte for byte, with any number of threads and after any
-interruption.
+Labels are exact (`quantize.assignment`) and so are sums (`quantize.rows`); an iteration only moves the rows
+whose label changed. So a seed and a sample give one codebook on a machine, byte for byte, with any number of
+threads and after any interruption.
 
-The sample may be a map larger than memory: it is read block by block. Memory holds a bounded part of it for the start, and
-the labels, two bytes a row and level.
+The sample may be a map larger than memory: it is read block by block. Memory holds a bounded part of it for
+the start, and the labels, two bytes a row and level.
 """
 
 import math
@@ -30,7 +30,8 @@ SAVE_SECONDS = 20.0  # between states of an unfinished fit
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A fitted codebook. Centroids of level 0 are relative to `mean`, those of each further level to what is left above it."""
+    """A fitted codebook. Centroids of level 0 are relative to `mean`, those of each further level to what is
+    left above it."""
 
     centroids: np.ndarray  # (levels, K, dim) float32
     mean: np.ndarray  # (dim,) float32, of the sample
@@ -49,21 +50,23 @@ def kmeans(
     restarts: int = 1,
     state: Path | None = None,
 ) -> Fit:
-    """Lloyd's algorithm from a greedy k-means++ start on `points` (n, dim) float32, an array or a map; the best of `restarts`.
+    """Lloyd's algorithm from a greedy k-means++ start on `points` (n, dim) float32, an array or a map; the
+    best of `restarts`.
 
-    Stops when inertia falls by less than `tolerance` of itself. An empty class moves to a point drawn in proportion to its
-    squared distance. More classes than points, NaN or infinity: ValueError. More classes than distinct points: the rest stay
-    empty, counted in `num_empty`.
+    Stops when inertia falls by less than `tolerance` of itself. An empty class moves to a point drawn in
+    proportion to its squared distance. More classes than points, NaN or infinity: ValueError. More classes
+    than distinct points: the rest stay empty, counted in `num_empty`.
 
-    `levels`: each further one is fitted in the same way, with `restarts` of its own, on what the levels above leave (residual
-    quantisation; Juang & Gray 1982). The first is the same whatever the number of levels.
+    `levels`: each further one is fitted in the same way, with `restarts` of its own, on what the levels above
+    leave (residual quantisation; Juang & Gray 1982). The first is the same whatever the number of levels.
 
-    `spherical`: by cosine (Dhillon & Modha 2001). Rows are centred and scaled to unit length, centroids too after every
-    iteration, so that the nearest centroid of a centred row of any length is the one of the largest cosine. Inertia is that
-    of the unit rows. With several levels: ValueError.
+    `spherical`: by cosine (Dhillon & Modha 2001). Rows are centred and scaled to unit length, centroids too
+    after every iteration, so that the nearest centroid of a centred row of any length is the one of the
+    largest cosine. Inertia is that of the unit rows. With several levels: ValueError.
 
-    `state`: a file to go on from after an interruption, to the bytes of an uninterrupted fit. Written every 20 s at most
-    and after each start, restart and level; the caller removes it. A state of other arguments or points: ValueError.
+    `state`: a file to go on from after an interruption, to the bytes of an uninterrupted fit. Written every
+    20 s at most and after each start, restart and level; the caller removes it. A state of other arguments or
+    points: ValueError.
     """
     options = {
         "num_classes": num_classes,
@@ -109,11 +112,11 @@ def _check(options: dict[str, int], num_frames: int, spherical: bool) -> None:
 def _lloyd(
     rows: Rows, run: Run, max_iterations: int, tolerance: float, report: Callable[[], None] = lambda: None
 ) -> tuple[np.ndarray, LevelFit]:
-    """Centroids (K, dim) and statistics of `run` taken to its end; `report` is called after each iteration."""
+    """Centroids (K, dim) and statistics of `run` taken to its end; `report` is called after each
+    iteration."""
     num_classes = len(run.centroids)
-    labels = np.full(
-        len(rows), num_classes, np.min_scalar_type(num_classes)
-    )  # one more class: of unlabelled rows
+    # one more class: of unlabelled rows
+    labels = np.full(len(rows), num_classes, np.min_scalar_type(num_classes))
     sums, counts = np.zeros((num_classes + 1, rows.dim), np.int64), np.zeros(num_classes + 1, np.int64)
     while True:
         relabel = partial(_relabel, rows, run.centroids, labels)
@@ -149,7 +152,8 @@ def _lloyd(
 def _relabel(
     rows: Rows, centroids: np.ndarray, labels: np.ndarray, part: slice
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label the rows of `part`: the classes that won or lost rows, and what their sums (classes, dim) and counts change by."""
+    """Label the rows of `part`: the classes that won or lost rows, and what their sums (classes, dim) and
+    counts change by."""
     import torch
 
     block = rows[part]
@@ -171,9 +175,11 @@ def _relabel(
 def _draw_far(
     rows: Rows, centroids: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Up to `count` rows drawn in proportion to their squared distance to their centroid; none if all lie on theirs.
+    """Up to `count` rows drawn in proportion to their squared distance to their centroid; none if all lie on
+    theirs.
 
-    Weighted sampling without replacement in one pass: the smallest of exponential waiting times (Efraimidis & Spirakis 2006).
+    Weighted sampling without replacement in one pass: the smallest of exponential waiting times (Efraimidis &
+    Spirakis 2006).
     """
 
     def distances(part: slice) -> np.ndarray:
@@ -196,7 +202,8 @@ def _draw_far(
 
 
 def _start(rows: Rows, num_classes: int, rng: np.random.Generator) -> Run:
-    """A run before its first iteration: k-means++ and a few iterations on a random part of the rows give its centroids."""
+    """A run before its first iteration: k-means++ and a few iterations on a random part of the rows give its
+    centroids."""
     count = max(SEEDING_POINTS * num_classes, 10_000)
     count = min(len(rows), max(num_classes, min(count, SEEDING_BYTES // (4 * rows.dim))))
     part = rows[np.sort(rng.choice(len(rows), size=count, replace=False))]

@@ -1,4 +1,5 @@
-"""The state of k-means: a run of Lloyd's algorithm between two iterations, finished levels, and their file."""
+"""The state of k-means: a run of Lloyd's algorithm between two iterations, finished levels, and their
+file."""
 
 import json
 import math
@@ -21,9 +22,8 @@ class LevelFit:
     """Statistics of one level."""
 
     inertia: float  # mean squared distance of a row to its centroid: what the level leaves
-    relative_error: (
-        float  # inertia over the mean squared length of the first level's rows: 1 is nothing explained
-    )
+    # inertia over the mean squared length of the first level's rows: 1 is nothing explained
+    relative_error: float
     iterations: int  # over the whole sample
     converged: bool  # False: stopped by max_iterations
     empty_reseeded: int  # classes that lost all points on the way and were put elsewhere
@@ -44,7 +44,8 @@ class Run:
 
 
 class Unfinished:
-    """The state of an interrupted fit: finished levels, the best restart of the next, and a run between two iterations.
+    """The state of an interrupted fit: finished levels, the best restart of the next, and a run between two
+    iterations.
 
     One safetensors file holds the centroids of each, `mean`, and the rest as JSON.
     """

@@ -37,7 +37,8 @@ Panel = tuple[str, str, dict[str, str]]
 
 
 def layer_panels(summary: Mapping[str, Any]) -> list[Panel]:
-    """The panels of `PANELS` that a sweep has numbers for; perplexity beside them where it knows no phones."""
+    """The panels of `PANELS` that a sweep has numbers for; perplexity beside them where it knows no
+    phones."""
     known = {key for layer in summary["layers"].values() for key in layer}
     found = [
         (title, label, {key: name for key, name in keys.items() if key in known})

@@ -1,11 +1,12 @@
 """The verb `measure`: how good units are, or which layer of an encoder makes the best ones.
 
-With `labels`: measures that count over frames, on all utterances of a split; ABX and probes of the units, on a seeded draw
-of utterances. With the `codebook` of the labels (and its `encoder`): also ABX and probes of the features before
-quantisation, and the loss by quantising. With `layers` and an `encoder`: the sweep of quantize/sweep.py.
+With `labels`: measures that count over frames, on all utterances of a split; ABX and probes of the units, on
+a seeded draw of utterances. With the `codebook` of the labels (and its `encoder`): also ABX and probes of the
+features before quantisation, and the loss by quantising. With `layers` and an `encoder`: the sweep of
+quantize/sweep.py.
 
-Silence and frames without a phone count as phones of their own, as in the HuBERT paper; `pnmi_speech` is without them.
-Purities cannot be compared across different numbers of classes.
+Silence and frames without a phone count as phones of their own, as in the HuBERT paper; `pnmi_speech` is
+without them. Purities cannot be compared across different numbers of classes.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ JUDGED_FRAMES = 200_000  # 67 minutes; of 768 dimensions, features and centroids
 
 
 class MeasureConfig(Extraction):
-    """Either `labels` or `layers`. `silence`: phones that are no tokens of ABX and are left out of `pnmi_speech`; "" is no phone."""
+    """Either `labels` or `layers`. `silence`: phones that are no tokens of ABX and are left out of
+    `pnmi_speech`; "" is no phone."""
 
     manifest: PathStr
     out: PathStr
@@ -131,7 +133,8 @@ def require_frames(config: MeasureConfig) -> None:
         budget, _ = plan_sweep(rows, config.num_classes, config.seed, config.frames)
         if (size := Sample(fit_rows, budget, config.seed).size) < config.num_classes:
             raise ValueError(
-                f"{manifest.folder}: num_classes: {config.num_classes} classes cannot be fitted on the {size} frames of "
+                f"{manifest.folder}: num_classes: {config.num_classes} classes cannot be fitted on the "
+                f"{size} frames of "
                 f"fit_split = {config.fit_split!r}; take fewer classes"
             )
 
@@ -148,8 +151,9 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
 def measure_units(config: MeasureConfig) -> dict[str, Any]:
     """Quality of labels: writes summary.json, joint.npy (phones, classes) int64 of level 0, and phones.json.
 
-    Measures whose phones or speakers are missing are left out; `notes` in the summary has the reasons. Without phone
-    alignments `joint.npy` has no rows. Raises ValueError if labels and audio differ by more than one frame.
+    Measures whose phones or speakers are missing are left out; `notes` in the summary has the reasons.
+    Without phone alignments `joint.npy` has no rows. Raises ValueError if labels and audio differ by more
+    than one frame.
     """
     assert config.labels is not None
     manifest, labels, out = Manifest(config.manifest), Labels(config.labels), Path(config.out)
@@ -246,7 +250,8 @@ def open_codebook(config: MeasureConfig, labels: Labels) -> Codebook | None:
 
 
 def measure_layers(config: MeasureConfig) -> dict[str, Any]:
-    """Compare layers: writes summary.json (`layers` {layer: measures}, `layer`, `chosen_by`) and layers.svg."""
+    """Compare layers: writes summary.json (`layers` {layer: measures}, `layer`, `chosen_by`) and
+    layers.svg."""
     import matplotlib
 
     assert config.encoder is not None and config.layers is not None

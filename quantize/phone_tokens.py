@@ -17,7 +17,8 @@ Context = Literal["triphone", "phoneme", "any"]
 
 @dataclass(frozen=True)
 class Items:
-    """Tokens to compare. Arrays are (tokens,) int64; the numbers in them point into the tables of names, which are sorted.
+    """Tokens to compare. Arrays are (tokens,) int64; the numbers in them point into the tables of names,
+    which are sorted.
 
     A token is the frames `first` to `last` (exclusive) of its utterance.
     """
@@ -47,12 +48,13 @@ def phone_items(
 ) -> Items:
     """The tokens of every utterance that has phones and a speaker.
 
-    "triphone": a token is a phone with its two neighbours, first to last frame, and is compared with tokens of the same
-    neighbours: /bag/ with /beg/. "phoneme": the phone's own frames, the same neighbours. "any": the phone's own frames, whatever
-    surrounds it. Phones named in `silence` are no tokens, nor neighbours; neither is a phone one frame or more away.
+    "triphone": a token is a phone with its two neighbours, first to last frame, and is compared with tokens
+    of the same neighbours: /bag/ with /beg/. "phoneme": the phone's own frames, the same neighbours. "any":
+    the phone's own frames, whatever surrounds it. Phones named in `silence` are no tokens, nor neighbours;
+    neither is a phone one frame or more away.
 
-    Frame i stands for the time (i + ½)/50 s and belongs to a token if that time lies in it, both ends included (fastabx).
-    Tokens without a frame are left out, as in Libri-light.
+    Frame i stands for the time (i + ½)/50 s and belongs to a token if that time lies in it, both ends
+    included (fastabx). Tokens without a frame are left out, as in Libri-light.
     """
     usable = [utterance for utterance in rows if utterance.phones and utterance.speaker is not None]
     spans: list[tuple[int, int]] = []

@@ -1,8 +1,9 @@
-"""What a linear classifier can read from units or features: the phone of a frame, and the speaker of an utterance.
+"""What a linear classifier can read from units or features: the phone of a frame, and the speaker of an
+utterance.
 
-Units should tell the phone and not the speaker. Both probes learn on some utterances and are judged on others; what cannot be
-done (one speaker, no phones) comes back as {"reason": why} instead of figures. A regression that stops at `MAX_ITERATIONS` adds
-`stopped`, True, to its figures.
+Units should tell the phone and not the speaker. Both probes learn on some utterances and are judged on
+others; what cannot be done (one speaker, no phones) comes back as {"reason": why} instead of figures. A
+regression that stops at `MAX_ITERATIONS` adds `stopped`, True, to its figures.
 """
 
 import warnings
@@ -13,9 +14,8 @@ import numpy as np
 
 MAX_ITERATIONS = 100  # of L-BFGS: the last digits of a probe are not worth the minutes
 MIN_PER_SPEAKER = 2  # utterances: one to learn from and one to be judged on
-Frames = tuple[
-    np.ndarray, np.ndarray
-]  # names (frames,) of str, "" where there is none; features (frames, dim) or labels (frames,)
+# names (frames,) of str, "" where there is none; features (frames, dim) or labels (frames,)
+Frames = tuple[np.ndarray, np.ndarray]
 
 
 def pooled(features: np.ndarray) -> np.ndarray:
@@ -24,12 +24,14 @@ def pooled(features: np.ndarray) -> np.ndarray:
 
 
 def histogram(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The share of an utterance's labels (frames,) that each class has, (num_classes,) float64; zeros of none."""
+    """The share of an utterance's labels (frames,) that each class has, (num_classes,) float64; zeros of
+    none."""
     return np.bincount(labels.astype(np.int64), minlength=num_classes) / max(1, len(labels))
 
 
 def split_utterances(speakers: Sequence[str | None], *, seed: int = 0) -> np.ndarray:
-    """Which utterances to learn from, (utterances,) bool: half of each speaker's (the larger half), drawn by the seed."""
+    """Which utterances to learn from, (utterances,) bool: half of each speaker's (the larger half), drawn by
+    the seed."""
     rng = np.random.default_rng(seed)
     training = np.zeros(len(speakers), bool)
     for mine in _by_name(speakers).values():
@@ -38,12 +40,14 @@ def split_utterances(speakers: Sequence[str | None], *, seed: int = 0) -> np.nda
 
 
 def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: int = 0) -> dict[str, Any]:
-    """How well the speaker is told from a vector for each utterance, (utterances, dim): unit histograms or mean features.
+    """How well the speaker is told from a vector for each utterance, (utterances, dim): unit histograms or
+    mean features.
 
-    Multinomial logistic regression, speakers weighted alike, on standardised vectors of half of each speaker's utterances.
-    `speaker_accuracy` is the mean over speakers of the share of their other utterances that is told right, `speaker_chance` what
-    guessing gives, 1 / `num_speakers`; `speaker_utterances` is how many are judged. Speakers with one utterance, and utterances
-    without a speaker, are left out; with fewer than two speakers left there is a `reason` instead.
+    Multinomial logistic regression, speakers weighted alike, on standardised vectors of half of each
+    speaker's utterances. `speaker_accuracy` is the mean over speakers of the share of their other utterances
+    that is told right, `speaker_chance` what guessing gives, 1 / `num_speakers`; `speaker_utterances` is how
+    many are judged. Speakers with one utterance, and utterances without a speaker, are left out; with fewer
+    than two speakers left there is a `reason` instead.
     """
     assert len(vectors) == len(speakers)
     kept = [
@@ -51,7 +55,8 @@ def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: 
     ]
     if len(kept) < 2:
         return {
-            "reason": f"{len(kept)} speakers with {MIN_PER_SPEAKER} or more utterances; telling speakers apart needs two"
+            "reason": f"{len(kept)} speakers with {MIN_PER_SPEAKER} or more utterances; telling speakers "
+            "apart needs two"
         }
     chosen = np.concatenate(kept)
     truth = np.repeat(np.arange(len(kept)), [len(mine) for mine in kept])
@@ -73,13 +78,14 @@ def speaker_probe(vectors: np.ndarray, speakers: Sequence[str | None], *, seed: 
 def phone_probe(
     train: Sequence[Frames], test: Sequence[Frames], *, max_frames: int = 20_000, seed: int = 0
 ) -> dict[str, Any]:
-    """How well the phone of a single frame is told, of (phones, frames) by utterance; learnt on `train` and judged on `test`.
+    """How well the phone of a single frame is told, of (phones, frames) by utterance; learnt on `train` and
+    judged on `test`.
 
-    Of labels (frames,), integers, by the commonest phone of each unit in `train`: no linear classifier of one-hot vectors is
-    right more often there. Of features (frames, dim) by multinomial logistic regression on standardised features, at most
-    `max_frames` of train and of test, drawn by the seed. `phone_accuracy` and `phone_majority`, that of always naming train's
-    commonest phone, are shares of the `phone_frames` judged. Frames without a phone, "", are left out; a phone that only `test`
-    has is never told.
+    Of labels (frames,), integers, by the commonest phone of each unit in `train`: no linear classifier of
+    one-hot vectors is right more often there. Of features (frames, dim) by multinomial logistic regression on
+    standardised features, at most `max_frames` of train and of test, drawn by the seed. `phone_accuracy` and
+    `phone_majority`, that of always naming train's commonest phone, are shares of the `phone_frames` judged.
+    Frames without a phone, "", are left out; a phone that only `test` has is never told.
     """
     return _frame_probe(_known(train), _known(test), "phone", "phone", max_frames, seed)
 
@@ -91,10 +97,12 @@ def speaker_frame_probe(
     max_frames: int = 20_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """As `phone_probe`, of (speaker, frames) by utterance: how well the speaker is told from a single frame or unit.
+    """As `phone_probe`, of (speaker, frames) by utterance: how well the speaker is told from a single frame
+    or unit.
 
-    The harder question of the two: a few seconds of anything tell a few voices apart. `speaker_frame_accuracy`,
-    `speaker_frame_majority` and `speaker_frames`, or a `reason`. Train and test hold other utterances of the same speakers.
+    The harder question of the two: a few seconds of anything tell a few voices apart.
+    `speaker_frame_accuracy`, `speaker_frame_majority` and `speaker_frames`, or a `reason`. Train and test
+    hold other utterances of the same speakers.
     """
     learnt, judged = (
         _known([(np.full(len(frames), speaker), frames) for speaker, frames in half])
@@ -106,7 +114,8 @@ def speaker_frame_probe(
 def _frame_probe(
     learnt: Frames | None, judged: Frames | None, what: str, key: str, max_frames: int, seed: int
 ) -> dict[str, Any]:
-    """Accuracy, that of train's commonest name, and frames judged, of the names of frames, or why there is none."""
+    """Accuracy, that of train's commonest name, and frames judged, of the names of frames, or why there is
+    none."""
     if learnt is None or judged is None:
         return {"reason": f"no frames with a {what} to {'learn from' if learnt is None else 'be judged on'}"}
     names, truth = np.unique(learnt[0], return_inverse=True)
@@ -154,7 +163,8 @@ def _known(pieces: Sequence[Frames]) -> Frames | None:
 
 
 def _commonest(labels: np.ndarray, truth: np.ndarray, judged: np.ndarray, otherwise: int) -> np.ndarray:
-    """For each of `judged` the commonest class that its label has in training; `otherwise` where it does not occur there."""
+    """For each of `judged` the commonest class that its label has in training; `otherwise` where it does not
+    occur there."""
     num_labels = 1 + max(int(labels.max()), int(judged.max()))
     num_classes = int(truth.max()) + 1
     counts = np.bincount(labels.astype(np.int64) * num_classes + truth, minlength=num_labels * num_classes)
@@ -165,7 +175,8 @@ def _commonest(labels: np.ndarray, truth: np.ndarray, judged: np.ndarray, otherw
 def _regression(
     train: np.ndarray, truth: np.ndarray, test: np.ndarray, *, balanced: bool
 ) -> tuple[np.ndarray, dict[str, bool]]:
-    """Classes (test,) by logistic regression learnt on train (n, dim), standardised by train's mean and deviation; `stopped`, if it was."""
+    """Classes (test,) by logistic regression learnt on train (n, dim), standardised by train's mean and
+    deviation; `stopped`, if it was."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits

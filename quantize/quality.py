@@ -1,7 +1,8 @@
 """How good units are, from counts: usage, runs, bitrates; and the names that all measures go by in tables.
 
-Everything here is over 50 Hz frames. Information shared with phones and the purities are in pretrain/objectives/pnmi.py, ABX in abx.py,
-the probes in probes.py; the verb `measure`, which puts them together, is in measuring.py.
+Everything here is over 50 Hz frames. Information shared with phones and the purities are in
+pretrain/objectives/pnmi.py, ABX in abx.py, the probes in probes.py; the verb `measure`, which puts them
+together, is in measuring.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,8 @@ FORMATS = {key: form for group in MEASURES.values() for key, (_, form) in group.
 
 
 def table_groups(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[list[str]]]:
-    """By group, a row of texts for each measure that any column has: its title, then its value in each column, a dash for none."""
+    """By group, a row of texts for each measure that any column has: its title, then its value in each
+    column, a dash for none."""
     groups = {
         group: [
             [title, *(format_measure(key, column.get(key)) for column in columns)]
@@ -112,7 +114,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def matching_labels(utterance: Utterance, labels: Labels) -> np.ndarray:
-    """Level-0 labels of an utterance, at most as many as it has frames; more than one frame of difference is a ValueError."""
+    """Level-0 labels of an utterance, at most as many as it has frames; more than one frame of difference is
+    a ValueError."""
     return matching_levels(utterance, labels)[:, 0]
 
 
@@ -121,14 +124,16 @@ def matching_levels(utterance: Utterance, labels: Labels) -> np.ndarray:
     frames = labels[utterance.id]
     if abs(len(frames) - utterance.num_frames) > 1:
         raise ValueError(
-            f"{labels.folder}: utterance {utterance.id!r} has {len(frames)} labels and {utterance.num_frames} frames of audio; "
+            f"{labels.folder}: utterance {utterance.id!r} has {len(frames)} labels and "
+            f"{utterance.num_frames} frames of audio; "
             "the labels belong to other audio, encode this manifest"
         )
     return frames[: utterance.num_frames].reshape(-1, labels.num_levels)
 
 
 def deduplicated(labels: np.ndarray) -> np.ndarray:
-    """Units: labels (frames,) or (frames, levels) with runs of one class, or of one class at every level, collapsed."""
+    """Units: labels (frames,) or (frames, levels) with runs of one class, or of one class at every level,
+    collapsed."""
     if labels.ndim == 1:
         return labels[np.flatnonzero(np.diff(labels.astype(np.int64), prepend=-1))]
     changes = np.diff(labels.astype(np.int64), prepend=-1, axis=0).any(axis=1)
@@ -136,17 +141,20 @@ def deduplicated(labels: np.ndarray) -> np.ndarray:
 
 
 def usage_metrics(counts: np.ndarray) -> dict[str, float]:
-    """Of frame counts by class (K,): `usage`, the share of classes that occur, and `perplexity` 2^H over frames."""
+    """Of frame counts by class (K,): `usage`, the share of classes that occur, and `perplexity` 2^H over
+    frames."""
     return {"usage": float((counts > 0).mean()), "perplexity": 2.0 ** entropy_bits(counts)}
 
 
 def rate_metrics(
     counts: np.ndarray, unit_counts: np.ndarray, frame_rate_hz: float, num_levels: int = 1
 ) -> dict[str, float]:
-    """Units per second and the three bitrates in use, in bits per second. Units are labels with runs collapsed.
+    """Units per second and the three bitrates in use, in bits per second. Units are labels with runs
+    collapsed.
 
-    `bitrate_frames`: frame rate · log2 K · levels. `bitrate_units`: units/s · log2 K. `bitrate_entropy`: units/s · H, with H
-    the entropy of the units that are sent (ZeroSpeech's definition). Time is frames / frame rate.
+    `bitrate_frames`: frame rate · log2 K · levels. `bitrate_units`: units/s · log2 K. `bitrate_entropy`:
+    units/s · H, with H the entropy of the units that are sent (ZeroSpeech's definition). Time is frames /
+    frame rate.
     """
     units_per_second = float(unit_counts.sum() / max(1, counts.sum()) * frame_rate_hz)
     class_bits = float(np.log2(len(counts)))
@@ -159,10 +167,12 @@ def rate_metrics(
 
 
 def level_metrics(counts: np.ndarray, joint_counts: np.ndarray, frame_rate_hz: float) -> dict[str, Any]:
-    """Of frame counts (levels, K), and of the counts (levels, K) that are left where runs of the same class at every level collapse:
+    """Of frame counts (levels, K), and of the counts (levels, K) that are left where runs of the same class
+    at every level collapse:
 
-    `usage_by_level`, `perplexity_by_level`, and `bitrate_joint`: the rate of those joint units times the sum of the levels'
-    entropies, in bits per second: each level coded by itself, so an upper bound of what a joint code would need.
+    `usage_by_level`, `perplexity_by_level`, and `bitrate_joint`: the rate of those joint units times the sum
+    of the levels' entropies, in bits per second: each level coded by itself, so an upper bound of what a
+    joint code would need.
     """
     usage = [usage_metrics(level) for level in counts]
     per_second = joint_counts[0].sum() / max(1, counts[0].sum()) * frame_rate_hz

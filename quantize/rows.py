@@ -1,7 +1,7 @@
 """The sample as k-means reads it: block by block, from an array or a map, with sums that are exact.
 
-A sum is a function of the rows in it: they are rounded to integers (`FixedPoint`) and added as such, so the order of blocks
-and threads does not matter, and a class of any size has its true mean.
+A sum is a function of the rows in it: they are rounded to integers (`FixedPoint`) and added as such, so the
+order of blocks and threads does not matter, and a class of any size has its true mean.
 """
 
 import math
@@ -12,11 +12,12 @@ from quantize.assignment import nearest_in_block, over_blocks
 
 
 class FixedPoint:
-    """Values of `num_rows` rows, none above `largest`, as integers: their sums are exact, so the order does not matter.
+    """Values of `num_rows` rows, none above `largest`, as integers: their sums are exact, so the order does
+    not matter.
 
-    A value is rounded to a multiple of 2^-40 of the largest, so a mean is off by 2^-41 of it at most: what float32 itself rounds
-    off values 2^16 times smaller than the largest. From 2^23 rows on a bit is lost with each doubling (2^32 rows: 2^-32), so
-    that totals fit into int64.
+    A value is rounded to a multiple of 2^-40 of the largest, so a mean is off by 2^-41 of it at most: what
+    float32 itself rounds off values 2^16 times smaller than the largest. From 2^23 rows on a bit is lost with
+    each doubling (2^32 rows: 2^-32), so that totals fit into int64.
     """
 
     def __init__(self, num_rows: int, largest: float):
@@ -32,9 +33,10 @@ class FixedPoint:
 class Rows:
     """The sample as a level of k-means sees it: `rows[part]`, by slice or by indices, is (rows, dim) float32.
 
-    Rows are centred, then less the centroids of the levels above (`descend`), in the float32 arithmetic of `Codebook.assign`;
-    spherical ones are centred, then of unit length, or zero. `points` is read when asked for and never as a whole.
-    `mean`: the points' own when None. `fixed` holds sums of rows, `energy` is Σ|row|², `variance` its mean at the first level.
+    Rows are centred, then less the centroids of the levels above (`descend`), in the float32 arithmetic of
+    `Codebook.assign`; spherical ones are centred, then of unit length, or zero. `points` is read when asked
+    for and never as a whole. `mean`: the points' own when None. `fixed` holds sums of rows, `energy` is
+    Σ|row|², `variance` its mean at the first level.
     """
 
     def __init__(self, points: np.ndarray, mean: np.ndarray | None = None, spherical: bool = False):
@@ -77,7 +79,8 @@ class Rows:
         return np.ascontiguousarray(self.points[part], dtype=np.float32)
 
     def _largest(self) -> float:
-        """The largest magnitude. NaN, infinity, or values whose squared distances float32 cannot hold: ValueError."""
+        """The largest magnitude. NaN, infinity, or values whose squared distances float32 cannot hold:
+        ValueError."""
 
         def by_dimension(part: slice) -> np.ndarray:
             block = self._read(part)
@@ -85,7 +88,8 @@ class Rows:
             if not np.isfinite(largest).all():
                 row, dimension = np.argwhere(~np.isfinite(block))[0]
                 raise ValueError(
-                    f"features: NaN or infinity in dimension {dimension} of the sample's row {part.start + row}"
+                    f"features: NaN or infinity in dimension {dimension} of the sample's row "
+                    f"{part.start + row}"
                 )
             return largest
 
@@ -93,7 +97,8 @@ class Rows:
         if 16 * self.dim * float(largest.max()) ** 2 > float(np.finfo(np.float32).max):
             worst = int(largest.argmax())
             raise ValueError(
-                f"features: {largest[worst]:.3g} in dimension {worst}: float32 cannot hold its square; scale them"
+                f"features: {largest[worst]:.3g} in dimension {worst}: float32 cannot hold its square; "
+                "scale them"
             )
         return float(largest.max())
 
@@ -112,9 +117,8 @@ class Rows:
             block = self[part]
             squares = np.square(block, dtype=np.float64) * fixed.scale
             high = np.rint(squares)
-            low = np.rint(
-                (squares - high) * 2.0**fixed.bits
-            )  # twice the bits: a square spans twice the range
+            # twice the bits: a square spans twice the range
+            low = np.rint((squares - high) * 2.0**fixed.bits)
             return (
                 float(np.abs(block).max()),
                 high.sum(axis=0).astype(np.int64),

@@ -1,7 +1,7 @@
 """Frames to fit on: drawn over the whole corpus while features stream by, and kept in a file.
 
-Which frames are drawn is a function of the seed and the manifest alone. Memory holds some hundred bytes for each row
-while the plan is made; the frames go to `sample.npy`, and what an interrupted run has written stays.
+Which frames are drawn is a function of the seed and the manifest alone. Memory holds some hundred bytes for
+each row while the plan is made; the frames go to `sample.npy`, and what an interrupted run has written stays.
 """
 
 import json
@@ -33,11 +33,13 @@ RECORD_SECONDS = 15.0  # between notes of how far the file is written
 def plan_sample(
     num_frames: np.ndarray, budget: int, seed: int, speakers: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which utterances to visit and how many frames to draw from each: (rows ascending, counts), `budget` frames or all there are.
+    """Which utterances to visit and how many frames to draw from each: (rows ascending, counts), `budget`
+    frames or all there are.
 
-    `num_frames` (rows,) int64; `speakers` (rows,) are numbers from 0. Every speaker gives the same number of frames, as far as
-    it has them (`share_out`); without `speakers` all rows are one. A speaker's utterances are drawn until they hold `VISIT`
-    times what it is to give; each of them then gives the same share of its frames.
+    `num_frames` (rows,) int64; `speakers` (rows,) are numbers from 0. Every speaker gives the same number of
+    frames, as far as it has them (`share_out`); without `speakers` all rows are one. A speaker's utterances
+    are drawn until they hold `VISIT` times what it is to give; each of them then gives the same share of its
+    frames.
     """
     num_frames = np.asarray(num_frames, np.int64)
     speakers = np.zeros(len(num_frames), np.int64) if speakers is None else speakers
@@ -51,8 +53,9 @@ def plan_sample(
     rows = rows[np.lexsort((rows, speakers[rows]))]
     frames, owner = num_frames[rows], speakers[rows]
     held, wanted = _sums(owner, frames, len(have))[owner], quotas[owner]
-    # Of a speaker's frames up to the end of an utterance, `wanted / held` are drawn, rounded down; the utterance gives what
-    # that adds. As whole part and carried rest, because the product of two frame counts would not fit 64 bits.
+    # Of a speaker's frames up to the end of an utterance, `wanted / held` are drawn, rounded down; the
+    # utterance gives what that adds. As whole part and carried rest, because the product of two frame counts
+    # would not fit 64 bits.
     whole, rest = np.divmod(frames * wanted, held)
     ends = np.cumsum(rest)
     ends -= (ends - rest)[np.searchsorted(owner, owner)]
@@ -63,16 +66,17 @@ def plan_sample(
 
 
 def share_out(have: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """`budget` in equal parts among holders of `have` (n,): what one lacks, the others give. (n,) int64, at most `have`.
+    """`budget` in equal parts among holders of `have` (n,): what one lacks, the others give. (n,) int64, at
+    most `have`.
 
-    Everybody gives up to one level, as water finds its own; the few that are left over in rounding go to holders at random.
+    Everybody gives up to one level, as water finds its own; the few that are left over in rounding go to
+    holders at random.
     """
     budget, count = min(budget, int(have.sum())), len(have)
     rising = np.sort(have)
     below = np.cumsum(rising) - rising
-    full = int(
-        np.searchsorted(below + rising * np.arange(count, 0, -1), budget)
-    )  # so many give all they have
+    # so many give all they have
+    full = int(np.searchsorted(below + rising * np.arange(count, 0, -1), budget))
     if full == count:
         return have.astype(np.int64)
     level = (budget - int(below[full])) // (count - full)
@@ -87,7 +91,8 @@ def _sums(numbers: np.ndarray, values: np.ndarray, count: int = 0) -> np.ndarray
 
 
 def speaker_numbers(rows: Manifest) -> np.ndarray | None:
-    """A number from 0 for the speaker of each row, (rows,) int64; rows without a speaker share one. None where none is known."""
+    """A number from 0 for the speaker of each row, (rows,) int64; rows without a speaker share one. None
+    where none is known."""
     column = rows.column("speaker")
     if column.null_count == len(column):
         return None
@@ -98,7 +103,8 @@ def speaker_numbers(rows: Manifest) -> np.ndarray | None:
 class Sample:
     """Which frames of `rows` to draw: `budget` of them, or all there are.
 
-    `balance` "speaker": as many from each speaker, where the manifest knows speakers. No frame in `rows`: ValueError.
+    `balance` "speaker": as many from each speaker, where the manifest knows speakers. No frame in `rows`:
+    ValueError.
     """
 
     def __init__(self, rows: Manifest, budget: int, seed: int, balance: Balance = "speaker"):
@@ -111,7 +117,8 @@ class Sample:
         self.size = int(self._counts.sum())
         if self.size == 0:
             raise ValueError(
-                f"{rows.folder}: no frame of 20 ms in the {len(rows)} utterances to fit on; choose another split"
+                f"{rows.folder}: no frame of 20 ms in the {len(rows)} utterances to fit on; choose another "
+                "split"
             )
         self._seconds = rows.lengths[self._visited] / SAMPLE_RATE
         self.seconds = float(self._seconds.sum())
@@ -133,7 +140,8 @@ class Sample:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Numbers of the utterances where a piece of `PIECE_SECONDS` begins, and the number of all. A sample has one set of pieces."""
+        """Numbers of the utterances where a piece of `PIECE_SECONDS` begins, and the number of all. A sample
+        has one set of pieces."""
         piece = np.floor((np.cumsum(self._seconds) - self._seconds) / PIECE_SECONDS)
         return [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(self)]
 
@@ -159,11 +167,13 @@ class Sample:
 
 
 def collect(source: FeatureSource, sample: Sample, folder: Path) -> Path:
-    """Write the sample to `folder/sample.npy`, (frames, dim) float32, in manifest order; go on where an earlier call stopped.
+    """Write the sample to `folder/sample.npy`, (frames, dim) float32, in manifest order; go on where an
+    earlier call stopped.
 
-    `collected.json` says how many utterances are safely in the file. Work goes on at the start of a piece, and no batch reaches
-    into two, so that batches are made of the same utterances however often it was interrupted, and the file has the same bytes.
-    NaN or infinity in a feature: a ValueError names the utterance.
+    `collected.json` says how many utterances are safely in the file. Work goes on at the start of a piece,
+    and no batch reaches into two, so that batches are made of the same utterances however often it was
+    interrupted, and the file has the same bytes. NaN or infinity in a feature: a ValueError names the
+    utterance.
     """
     path, record = folder / "sample.npy", folder / "collected.json"
     done = (
@@ -198,13 +208,15 @@ def collect(source: FeatureSource, sample: Sample, folder: Path) -> Path:
 
 
 def require_space(folder: Path, num_frames: int, dim: int) -> None:
-    """The disk has room for the sample that `collect` is to write to `folder`, beside what it has written, or a ValueError says how much."""
+    """The disk has room for the sample that `collect` is to write to `folder`, beside what it has written, or
+    a ValueError says how much."""
     path = folder / "sample.npy"
     needed = 4 * num_frames * dim - (path.stat().st_size if path.is_file() else 0)
     standing = next(parent for parent in path.absolute().parents if parent.is_dir())
     if (free := shutil.disk_usage(standing).free) < needed:
         raise ValueError(
-            f"{folder}: the sample needs {needed:,} bytes of disk and {free:,} are free; lower `hours` or `frames`, or choose "
+            f"{folder}: the sample needs {needed:,} bytes of disk and {free:,} are free; lower `hours` or "
+            "`frames`, or choose "
             "an `out` with more space"
         )
 
@@ -214,13 +226,15 @@ def require_finite(utterance: Utterance, features: np.ndarray) -> None:
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise ValueError(
-            f"{utterance.path} (utterance {utterance.id!r}): NaN or infinity in the features of frame {int(np.argmin(finite))}; "
+            f"{utterance.path} (utterance {utterance.id!r}): NaN or infinity in the features of frame "
+            f"{int(np.argmin(finite))}; "
             "leave the utterance out of the manifest, or see whether the encoder has diverged"
         )
 
 
 def load_sample(path: Path, memory_gb: float) -> np.ndarray:
-    """The sample (frames, dim) float32: in memory if it fits into so many 10^9 bytes, else as a read-only map of the file."""
+    """The sample (frames, dim) float32: in memory if it fits into so many 10^9 bytes, else as a read-only map
+    of the file."""
     fits = path.stat().st_size <= memory_gb * 1e9
     points: np.ndarray = np.load(path, mmap_mode=None if fits else "r", allow_pickle=False)
     return points
@@ -238,15 +252,15 @@ def frame_file(folder: str | Path | None, shape: tuple[int, int, int]) -> np.nda
     with tempfile.TemporaryFile(dir=folder) as file:
         size = 4 * int(np.prod(shape, dtype=np.int64))
         try:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # a full disk is an error here rather than a dead process later
+            # a full disk is an error here rather than a dead process later
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:  # macOS
                 file.truncate(size)
         except OSError as error:
             where = folder or tempfile.gettempdir()
             raise ValueError(
-                f"{where}: the features need {size:,} bytes of disk for a while ({error.strerror}); lower `frames`"
+                f"{where}: the features need {size:,} bytes of disk for a while ({error.strerror}); lower "
+                "`frames`"
             ) from None
         return np.memmap(file, np.float32, "r+", shape=shape)

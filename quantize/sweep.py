@@ -1,7 +1,9 @@
-"""Which layer to cluster: the units and features of every layer, judged on the same frames in one pass over the audio.
+"""Which layer to cluster: the units and features of every layer, judged on the same frames in one pass over
+the audio.
 
-Memory holds the frames of one layer. Those of all layers, (layers, frames, dim) float32, are in a file without a name, which
-the system removes when the work ends: 2 GB for 20,000 frames of LARGE with 24 layers, and as much again for ABX and probes.
+Memory holds the frames of one layer. Those of all layers, (layers, frames, dim) float32, are in a file
+without a name, which the system removes when the work ends: 2 GB for 20,000 frames of LARGE with 24 layers,
+and as much again for ABX and probes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,10 +48,12 @@ def choose_layer(
     seed: int,
     folder: str | Path | None = None,
 ) -> dict[str, Any]:
-    """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer whose quick k-means on `split` has the highest PNMI.
+    """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer whose quick k-means on `split` has the
+    highest PNMI.
 
-    One pass over a sample of `split` and one over the select split give all layers. Frames are in an unnamed file in `folder`
-    meanwhile (None: the system's temporary folder). Without phone alignments it is the layer in the middle.
+    One pass over a sample of `split` and one over the select split give all layers. Frames are in an unnamed
+    file in `folder` meanwhile (None: the system's temporary folder). Without phone alignments it is the layer
+    in the middle.
     """
     rows = manifest.select(split)
     judge = manifest.select(select_split) if manifest.has_phones else None
@@ -68,9 +72,11 @@ def choose_layer(
 def recommend(
     layers: Sequence[int], found: Mapping[int, Mapping[str, float]], split: str | None
 ) -> dict[str, Any]:
-    """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer with the highest PNMI, or the middle one without phones.
+    """`layer`, `chosen_by` and `sweep` {layer: PNMI}: the layer with the highest PNMI, or the middle one
+    without phones.
 
-    The middle is the choice of HuBERT's first iteration (6 of 12). Layer 0 is chosen only if it is the only one.
+    The middle is the choice of HuBERT's first iteration (6 of 12). Layer 0 is chosen only if it is the only
+    one.
     """
     candidates = sorted(layer for layer in layers if layer > 0) or list(layers)
     scores = {layer: found[layer]["pnmi"] for layer in layers if "pnmi" in found.get(layer, {})}
@@ -88,7 +94,8 @@ def recommend(
 
 
 def read_choice(folder: str | Path) -> dict[str, Any]:
-    """The recommendation of a finished sweep: `layer`, `chosen_by`, `sweep` {layer: PNMI}, its `encoder` and `convention`."""
+    """The recommendation of a finished sweep: `layer`, `chosen_by`, `sweep` {layer: PNMI}, its `encoder` and
+    `convention`."""
     meta = read_meta(folder, "layer-sweep")
     return {
         **meta["choice"],
@@ -100,7 +107,8 @@ def read_choice(folder: str | Path) -> dict[str, Any]:
 def plan_sweep(
     rows: Manifest, num_classes: int, seed: int, frames: int | None = None
 ) -> tuple[int, list[Utterance]]:
-    """The number of frames for each layer's k-means, `frames` (20,000) or 20 a class, and the utterances of `rows` to judge by.
+    """The number of frames for each layer's k-means, `frames` (20,000) or 20 a class, and the utterances of
+    `rows` to judge by.
 
     The utterances have about four times as many frames.
     """
@@ -109,7 +117,8 @@ def plan_sweep(
 
 
 def draw_utterances(rows: Manifest, frames: int, seed: int) -> list[Utterance]:
-    """Whole utterances with about so many frames, or all; speakers in like parts; only those with phones if any have."""
+    """Whole utterances with about so many frames, or all; speakers in like parts; only those with phones if
+    any have."""
     if rows.has_phones:
         rows = rows.take(np.flatnonzero(rows.column("phones").is_valid().to_numpy()))
     return Sample(rows, max(1, frames // VISIT), seed).utterances
@@ -127,10 +136,11 @@ def sweep_layers(
     folder: str | Path | None = None,
     judge: Judge | None = None,
 ) -> dict[int, dict[str, float]]:
-    """Measures by layer: a quick k-means of each is fitted on `frames` of `rows`, and judged on the utterances `judged`.
+    """Measures by layer: a quick k-means of each is fitted on `frames` of `rows`, and judged on the
+    utterances `judged`.
 
-    `usage` and `perplexity`; with phones `pnmi` and `phone_purity`; with a `judge`, whose utterances are among `judged`, ABX
-    and the phone probe on its features and the speaker probe on its units.
+    `usage` and `perplexity`; with phones `pnmi` and `phone_purity`; with a `judge`, whose utterances are
+    among `judged`, ABX and the phone probe on its features and the speaker probe on its units.
     """
     sample, places, end = Sample(rows, frames, seed), dict[str, slice](), 0
     for utterance in judge.utterances if judge else ():

@@ -1,4 +1,5 @@
-"""What README.md, CONTRIBUTING.md and docs/ show is run: commands in order at tiny size, Python as shown, configs, links."""
+"""What README.md, CONTRIBUTING.md and docs/ show is run: commands in order at tiny size, Python as shown,
+configs, links."""
 
 import json
 import re
@@ -88,7 +89,8 @@ def run_commands(page: Path, shrunk: dict[str, list[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages take for given: a folder of audio, a recording, models, units and pairs of other tools."""
+    """What the pages take for given: a folder of audio, a recording, models, units and pairs of other
+    tools."""
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     (folder / "audio").mkdir()
@@ -192,7 +194,8 @@ def test_the_cluster_pages_commands_are_valid(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_command_within_the_text_is_a_pattern_not_a_step(page: Path) -> None:
-    """What a user may copy lies in a block of commands, where it is run; in a sentence it has a word in capitals to be replaced."""
+    """What a user may copy lies in a block of commands, where it is run; in a sentence it has a word in
+    capitals to be replaced."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     verbs = "|".join(VERBS)
     for inline in re.findall(rf"`(wordless (?:{verbs}|import|export|run|check) [^`]+)`", text):

@@ -1,4 +1,5 @@
-"""The verb `pack`: labels, or the unit files of other tools, to the unit corpus that language models train on."""
+"""The verb `pack`: labels, or the unit files of other tools, to the unit corpus that language models train
+on."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -48,12 +49,12 @@ def _of_labels(config: PackConfig) -> Contents:
     manifest, labels = Manifest(config.manifest), Labels(config.labels)
     _require_labels(manifest, labels)
     levels = chosen_levels(config.levels, labels.num_levels, f"labels: {config.labels}")
-    deduplicated = config.deduplicate and (
-        config.text is None or config.text.layout != "grid"
-    )  # the grid is one of frames
+    # the grid is one of frames
+    deduplicated = config.deduplicate and (config.text is None or config.text.layout != "grid")
     if levels > 1 and config.text is not None and config.text.layout == "interleaved":
         raise ValueError(
-            f"text.layout = interleaved is for units of one level, and {levels} are packed; levels = 1, or layout = grid"
+            f"text.layout = interleaved is for units of one level, and {levels} are packed; levels = 1, or "
+            "layout = grid"
         )
     vocabulary = Vocabulary(num_units=labels.num_classes, num_levels=levels)
     pieces = TextPieces(())
@@ -98,8 +99,10 @@ def _require_labels(manifest: Manifest, labels: Labels) -> None:
     if len(wrong):
         name, first = manifest[int(wrong[0])].id, int(wrong[0])
         raise ValueError(
-            f"{labels.folder}: {counts[first]} labels for utterance {name!r}, which has {manifest.num_frames[first]} frames "
-            f"in {manifest.folder} ({len(wrong)} of {len(manifest)} utterances differ); were these labels made from other audio?"
+            f"{labels.folder}: {counts[first]} labels for utterance {name!r}, which has "
+            f"{manifest.num_frames[first]} frames "
+            f"in {manifest.folder} ({len(wrong)} of {len(manifest)} utterances differ); were these labels "
+            "made from other audio?"
         )
 
 

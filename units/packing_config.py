@@ -32,7 +32,8 @@ class BPEConfig(Config):
 
 
 class PackConfig(Config):
-    """Labels of a manifest's utterances, or another tool's unit file, to a unit corpus; splits come from the manifest."""
+    """Labels of a manifest's utterances, or another tool's unit file, to a unit corpus; splits come from the
+    manifest."""
 
     manifest: PathStr | None = None
     labels: PathStr | None = None

@@ -32,10 +32,12 @@ def of_source(config: PackConfig) -> Contents:
     if not timed and not config.deduplicate:
         if said.deduplicated:
             raise ValueError(
-                f"{config.source}: its runs of equal units were made one, and how long they were is not known: deduplicate = false cannot be"
+                f"{config.source}: its runs of equal units were made one, and how long they were is not "
+                "known: deduplicate = false cannot be"
             )
         raise ValueError(
-            f"{config.source}: does not say whether a unit is a frame; if so, say source_options.per_frame = true, if not, deduplicate"
+            f"{config.source}: does not say whether a unit is a frame; if so, say source_options.per_frame "
+            "= true, if not, deduplicate"
         )
     manifest = None if config.manifest is None else Manifest(config.manifest)
     rows = {} if manifest is None else {name: row for row, name in enumerate(manifest.ids)}
@@ -86,7 +88,8 @@ def _refuse_own(source: str) -> None:
 def _agreed(
     config: PackConfig, key: str, said: Any, given: Any, of_codebook: Any = None, otherwise: Any = None
 ) -> Any:
-    """What the file, the config and the codebook say, who must not contradict each other; one of them must say it."""
+    """What the file, the config and the codebook say, who must not contradict each other; one of them must
+    say it."""
     accounts = {"by its own account": said, "in the config": given, "by the codebook's": of_codebook}
     known = {whose: value for whose, value in accounts.items() if value is not None}
     if len(set(known.values())) > 1:
@@ -122,7 +125,8 @@ def _splits_of(
             split: str | None = splits[rows[document.id]]
             if document.split and split and document.split != split:
                 raise ValueError(
-                    f"{config.source}: document {document.id!r} is {document.split}, but {split} in {config.manifest}"
+                    f"{config.source}: document {document.id!r} is {document.split}, but {split} in "
+                    f"{config.manifest}"
                 )
             return split or document.split
 

@@ -1,1 +1,2 @@
-"""Recognisers: connectionist temporal classification on top of an encoder, from labelled minutes to transcripts with times."""
+"""Recognisers: connectionist temporal classification on top of an encoder, from labelled minutes to
+transcripts with times."""

@@ -1,12 +1,15 @@
-"""Forced alignment: the frames in which a recogniser emits a known text, and the times of its phones and words.
+"""Forced alignment: the frames in which a recogniser emits a known text, and the times of its phones and
+words.
 
-The best path of CTC's lattice (Graves et al., 2006, with a maximum in place of the sum): states are the symbols with a blank before,
-between and after them, a frame is spent in each state entered, and only a blank between two different symbols may be left out.
+The best path of CTC's lattice (Graves et al., 2006, with a maximum in place of the sum): states are the
+symbols with a blank before, between and after them, a frame is spent in each state entered, and only a blank
+between two different symbols may be left out.
 
-Times: frame t is computed from samples 320 t to 320 t + 400 and stands for the 20 ms around the middle of that window, as it does in
-`pretrain.data.audio.phone_frames`. CTC emits a symbol in a frame or two and blanks around it, so a span alone is much shorter than what
-it stands for. `word_times` therefore lets each word or phone reach into the blanks (and the space between words) beside it: half way
-to its neighbour, yet no further than `reach_seconds`, so that a pause stays a pause.
+Times: frame t is computed from samples 320 t to 320 t + 400 and stands for the 20 ms around the middle of
+that window, as it does in `pretrain.data.audio.phone_frames`. CTC emits a symbol in a frame or two and blanks
+around it, so a span alone is much shorter than what it stands for. `word_times` therefore lets each word or
+phone reach into the blanks (and the space between words) beside it: half way to its neighbour, yet no further
+than `reach_seconds`, so that a pause stays a pause.
 """
 
 import json
@@ -22,8 +25,8 @@ from pretrain.ctc.vocabulary import BLANK, Vocabulary
 from pretrain.data.utterance import HOP, MIN_SAMPLES, SAMPLE_RATE, Word
 from pretrain.store.disk import atomic_path
 
-# On the dev voices of synthetic speech, whose times are known: of 0 to 0.15 s the one that is nearly best for words (0.02 to 0.04) and
-# for phones (0.06 to 0.1) alike, by the share of frames in the right one.
+# On the dev voices of synthetic speech, whose times are known: of 0 to 0.15 s the one that is nearly best for
+# words (0.02 to 0.04) and for phones (0.06 to 0.1) alike, by the share of frames in the right one.
 REACH_SECONDS = 0.06
 
 
@@ -36,11 +39,12 @@ class Span(NamedTuple):
 
 
 def forced_alignment(log_probs: Tensor, classes: np.ndarray) -> list[Span]:
-    """A span for each of `classes` (symbols,) int64, on the most probable path through `log_probs` (frames, classes).
+    """A span for each of `classes` (symbols,) int64, on the most probable path through `log_probs` (frames,
+    classes).
 
-    Sums are float64, and (frames, 2 symbols + 1) bytes of memory hold the way back. Of equally good paths the one is taken that,
-    read from the end, stays longest where it is. Classes that do not fit the frames, or that no path of these probabilities
-    spells, are a ValueError.
+    Sums are float64, and (frames, 2 symbols + 1) bytes of memory hold the way back. Of equally good paths the
+    one is taken that, read from the end, stays longest where it is. Classes that do not fit the frames, or
+    that no path of these probabilities spells, are a ValueError.
     """
     emissions = log_probs.detach().cpu().double().numpy()
     num_frames, num_classes = emissions.shape
@@ -88,7 +92,8 @@ def _best_path(emissions: np.ndarray, classes: np.ndarray) -> np.ndarray:
     last = num_states - 1 - int(best[-2] >= best[-1])
     if not np.isfinite(best[2 + last]):
         raise ValueError(
-            "no path through these log probabilities spells the classes: they hold NaN, or -inf where a symbol must be"
+            "no path through these log probabilities spells the classes: they hold NaN, or -inf where a "
+            "symbol must be"
         )
     path = np.empty(num_frames, np.int64)
     for frame in range(num_frames - 1, -1, -1):
@@ -102,8 +107,8 @@ def stretch(
 ) -> list[tuple[float, float]]:
     """Seconds of spans of frames [start, end), in order, after each has reached into the gaps beside it.
 
-    Two share a gap evenly; before the first and after the last one there is all of it to take. No further than `reach_seconds` in
-    either direction: 0 leaves the spans as they are, infinity leaves no gaps.
+    Two share a gap evenly; before the first and after the last one there is all of it to take. No further
+    than `reach_seconds` in either direction: 0 leaves the spans as they are, infinity leaves no gaps.
     """
     reach = reach_seconds * SAMPLE_RATE / HOP
     edges = [0.0, *((left[1] + right[0]) / 2 for left, right in pairwise(spans)), float(num_frames)]
@@ -114,7 +119,8 @@ def stretch(
 
 
 def _seconds(frame: float) -> float:
-    """When the time that a frame stands for begins: half a hop before the middle of its window, and at 0 for the first."""
+    """When the time that a frame stands for begins: half a hop before the middle of its window, and at 0 for
+    the first."""
     return (HOP * frame + (MIN_SAMPLES - HOP) / 2) / SAMPLE_RATE if frame > 0 else 0.0
 
 
@@ -127,7 +133,8 @@ def word_times(
 ) -> list[Word]:
     """When each word that `classes` (symbols,) spell was said, in seconds; with phones each phone is a word.
 
-    `spans` are those of `forced_alignment`, or the frames where a path emits the classes; what a word reaches into is said above.
+    `spans` are those of `forced_alignment`, or the frames where a path emits the classes; what a word reaches
+    into is said above.
     """
     words = vocabulary.words(classes)
     if not words:
@@ -139,7 +146,8 @@ def word_times(
 
 
 def write_alignments(path: Path, times: Iterable[tuple[str, Sequence[Word]]], vocabulary: Vocabulary) -> None:
-    """JSON lines that `index` reads as `alignments`: the `words` of each utterance by id, or its `phones` where those are spelled."""
+    """JSON lines that `index` reads as `alignments`: the `words` of each utterance by id, or its `phones`
+    where those are spelled."""
     key = "phones" if vocabulary.spelling == "phones" else "words"
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for name, words in times:

@@ -10,23 +10,19 @@ from typing import Annotated, Any, NamedTuple, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pretrain.config import Config, PathStr, Seed, differences, parse_config, part_of
+from pretrain.config import Config, PathStr, Seed, parse_config, part_of
 from pretrain.ctc.finetune_config import FinetuneConfig
 from pretrain.ctc.finetuning import finetune
+from pretrain.ctc.reuse import is_made, merged
 from pretrain.ctc.subsets import Budget, amount
 from pretrain.ctc.transcribe_config import TranscribeConfig
 from pretrain.ctc.transcription import transcribe
 from pretrain.progress import console
-from pretrain.store.artefact import is_complete, known_by, read_meta
+from pretrain.store.artefact import is_complete, read_meta
 from pretrain.store.lock import locked
 from pretrain.training.stopping import answer_late
-from pretrain.training.task import NEUTRAL
 
 PRETRAINED, SCRATCH = "pretrained", "scratch"  # the two systems that `encoder` stands for
-
-
-# Keys that say how something is computed, or where it lies, not what.
-HOW = {*NEUTRAL, "out", "device", "batch_seconds", "workers", "decoding.processes"}
 
 
 NAME = re.compile(r"[\w.-]+")  # of what becomes part of a folder's name
@@ -61,11 +57,13 @@ class LabelEfficiencyConfig(Config):
     manifest: PathStr
     encoder: PathStr | None = Field(
         None,
-        description="a pretraining run: it is the system `pretrained`, and `scratch` its architecture with fresh weights",
+        description="a pretraining run: it is the system `pretrained`, and `scratch` its architecture with "
+        "fresh weights",
     )
     systems: dict[str, dict[str, Any]] = Field(
         {},
-        description="name -> keys of `finetune` for it alone: more systems (encoder or labels), or other settings of those two",
+        description="name -> keys of `finetune` for it alone: more systems (encoder or labels), or other "
+        "settings of those two",
     )
     budgets: tuple[Budget, ...] = Field(("10min", "1h", "10h"), min_length=1)
     seeds: tuple[Seed, ...] = Field(
@@ -78,12 +76,14 @@ class LabelEfficiencyConfig(Config):
     )
     by_budget: dict[Budget, dict[str, Any]] = Field(
         {},
-        description="budget -> keys of `finetune` that differ (systems' own go over them), and a table `transcribe` of those of it",
+        description="budget -> keys of `finetune` that differ (systems' own go over them), and a table "
+        "`transcribe` of those of it",
     )
     tests: dict[str, dict[str, Any]] = Field(
         {"test": {}},
         min_length=1,
-        description="name -> keys of `transcribe`; without manifest and split, the split of that name. The first one is drawn",
+        description="name -> keys of `transcribe`; without manifest and split, the split of that name. The "
+        "first one is drawn",
     )
     transcribe: dict[str, Any] = Field({}, description="keys of `transcribe` for all tests: decoding …")
     baseline: str | None = Field(
@@ -91,12 +91,14 @@ class LabelEfficiencyConfig(Config):
     )
     part: Annotated[str | None, part_of('"2/8" for the second of eight shares')] = Field(
         None,
-        description='"2/8": the second of eight shares of the cells, for job arrays; the last writes the table',
+        description='"2/8": the second of eight shares of the cells, for job arrays; the last writes the '
+        "table",
     )
 
     @model_validator(mode="after")
     def _every_cell_is_valid(self) -> Self:
-        """Finds every mistake in the settings of any cell; each is named once, with the first cell that has it."""
+        """Finds every mistake in the settings of any cell; each is named once, with the first cell that has
+        it."""
         problems = [*self._wrong_names(), *self._set_by_the_verb(), *self._wrong_amounts()]
         if not problems:
             found: dict[str, str] = {}
@@ -219,7 +221,8 @@ class Cell(NamedTuple):
         return parse_config(TranscribeConfig, {**tree, **fixed}, f"transcribe ({self.name}, {test})")
 
     def make(self) -> None:
-        """Fine-tune and transcribe what does not stand; ValueError where it was made with other settings or of other inputs."""
+        """Fine-tune and transcribe what does not stand; ValueError where it was made with other settings or
+        of other inputs."""
         config = self.finetuning()
         if not is_made(config, "recognizer"):
             say(f"{self.name}: fine-tuning")
@@ -268,7 +271,8 @@ class Cell(NamedTuple):
             scores = read_json(self.transcripts(test) / "summary.json")
             if "wer" not in scores:
                 raise ValueError(
-                    f"{self.transcripts(test)}: no utterance of this test has a transcript; without, there is no WER"
+                    f"{self.transcripts(test)}: no utterance of this test has a transcript; without, there "
+                    "is no WER"
                 )
             bounds = {rate: scores.get(f"{rate}_interval") or (None, None) for rate in ("wer", "cer")}
             rates = {
@@ -299,43 +303,6 @@ def cells(config: LabelEfficiencyConfig) -> list[Cell]:
         for seed in config.seeds
         for system in config.all_systems
     ]
-
-
-def is_made(config: FinetuneConfig | TranscribeConfig, kind: str) -> bool:
-    """Whether the output of `config` stands; ValueError where it was made with other settings or was made from other inputs."""
-    if not is_complete(config.out):
-        return False
-    meta, now = read_meta(config.out, kind), config.resolved()
-    changed = {
-        key: f"{key}: {old!r} -> {new!r}"
-        for key, old, new in differences(meta["config"], now)
-        if key not in HOW
-    }
-    for name, fingerprint in meta["parents"].items():
-        folder = now.get(name)
-        if isinstance(folder, str) and (known := known_by(folder)):
-            if fingerprint not in known:
-                raise ValueError(
-                    f"{config.out}: was made from {name} {fingerprint}, which {folder} is not; remove it to make it again"
-                )
-            changed.pop(name, None)  # the same thing in another place
-    if changed:
-        listed = "; ".join(changed.values())
-        raise ValueError(
-            f"{config.out}: was made with other settings ({listed}); restore them, or remove it to make it again"
-        )
-    return True
-
-
-def merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`tree` with the values of `over`, table by table."""
-    both = {
-        key: merged(tree[key], value)
-        if isinstance(value, dict) and isinstance(tree.get(key), dict)
-        else value
-        for key, value in over.items()
-    }
-    return {**tree, **both}
 
 
 def say(text: str) -> None:

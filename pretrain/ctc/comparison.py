@@ -1,13 +1,15 @@
 """The verb `compare`: whether one recogniser is better than another on the same utterances.
 
-The two transcripts of each utterance are joined by id. Told of words, and of characters, is the difference of the error rates, b minus a
-(below 0: b is better), with
-- its paired bootstrap interval, and the probability of improvement, the share of resampled test sets on which b is better (Bisani &
-  Ney, 2004); a tie counts half;
-- the p-value of a sign-flip permutation test: were the systems alike, either transcript of an utterance could as well be the other's, so
-  every difference of edits could have the other sign. All 2^n patterns are counted, not sampled: see `sign_flip_p`;
-- the p-value of the matched-pairs test (Gillick & Cox, ICASSP 1989) with utterances as the segments, a normal approximation.
-Where there are three speakers or more, the interval and the permutation test are also over speakers in place of utterances.
+The two transcripts of each utterance are joined by id. Told of words, and of characters, is the difference of
+the error rates, b minus a (below 0: b is better), with
+- its paired bootstrap interval, and the probability of improvement, the share of resampled test sets on which
+  b is better (Bisani & Ney, 2004); a tie counts half;
+- the p-value of a sign-flip permutation test: were the systems alike, either transcript of an utterance could
+  as well be the other's, so every difference of edits could have the other sign. All 2^n patterns are
+  counted, not sampled: see `sign_flip_p`;
+- the p-value of the matched-pairs test (Gillick & Cox, ICASSP 1989) with utterances as the segments, a normal
+  approximation. Where there are three speakers or more, the interval and the permutation test are also over
+  speakers in place of utterances.
 """
 
 import json
@@ -21,14 +23,8 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from pretrain.config import Config, PathStr, Seed
-from pretrain.ctc.error_rates import (
-    Counted,
-    count_edits,
-    drawable_speakers,
-    format_columns,
-    resample,
-    sum_by,
-)
+from pretrain.ctc.error_rates import Counted, count_edits, drawable_speakers, resample, sum_by
+from pretrain.ctc.rates_text import format_columns
 from pretrain.store.artefact import commit, read_meta, require_absent
 from pretrain.store.disk import write_json
 
@@ -91,10 +87,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 def compare_tables(
     a: Transcripts, b: Transcripts, *, names: Sequence[str] = ("a", "b"), draws: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Error rates of both on their common utterances, and `wer` and `cer` with tests, as the module's docstring defines them.
+    """Error rates of both on their common utterances, and `wer` and `cer` with tests, as the module's
+    docstring defines them.
 
-    Utterances of one side only, and those without a reference, are counted and left out. Raises ValueError for different references
-    and for no utterance in common.
+    Utterances of one side only, and those without a reference, are counted and left out. Raises ValueError
+    for different references and for no utterance in common.
     """
     pairs = _common(a, b)
     scored = [(one, other) for one, other in pairs if a.references[one] is not None]
@@ -150,23 +147,26 @@ def _common(a: Transcripts, b: Transcripts) -> list[tuple[int, int]]:
     ids = sorted(rows_a.keys() & rows_b.keys())
     if not ids:
         raise ValueError(
-            f"no utterance in common: one has {a.ids[:1]}, the other {b.ids[:1]}; transcribe the same split with both"
+            f"no utterance in common: one has {a.ids[:1]}, the other {b.ids[:1]}; transcribe the same "
+            "split with both"
         )
     pairs = [(rows_a[name], rows_b[name]) for name in ids]
     if different := [pair for pair in pairs if a.references[pair[0]] != b.references[pair[1]]]:
         one, other = different[0]
         raise ValueError(
             f"{len(different)} references differ, such as that of {a.ids[one]!r}: {a.references[one]!r} and "
-            f"{b.references[other]!r}; transcribe both from one manifest, with recognisers of the same `text` settings"
+            f"{b.references[other]!r}; transcribe both from one manifest, with recognisers of the same "
+            "`text` settings"
         )
     return pairs
 
 
 def paired_test(columns: np.ndarray, draws: int, seed: int) -> dict[str, Any]:
-    """Of columns edits of a, edits of b and reference tokens, (rows, 3) int64: rates, difference b minus a, interval and tests.
+    """Of columns edits of a, edits of b and reference tokens, (rows, 3) int64: rates, difference b minus a,
+    interval and tests.
 
-    `a` and `b` (the rates), `difference`, `interval` and `probability_of_improvement` (both None of one row), `permutation_p` and
-    `matched_pairs_p`.
+    `a` and `b` (the rates), `difference`, `interval` and `probability_of_improvement` (both None of one row),
+    `permutation_p` and `matched_pairs_p`.
     """
     edits_a, edits_b, tokens = columns.sum(axis=0).tolist()
     differences = columns[:, 1] - columns[:, 0]
@@ -188,10 +188,12 @@ def paired_test(columns: np.ndarray, draws: int, seed: int) -> dict[str, Any]:
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of the sum of whole numbers (rows,) where every sign is a coin's: P(|sum of flipped| >= |sum|).
+    """Two-sided p-value of the sum of whole numbers (rows,) where every sign is a coin's: P(|sum of flipped|
+    >= |sum|).
 
-    Exact, for any number of rows: the sum of coins ±d has the characteristic function Π cos(d θ), and the discrete Fourier transform of
-    that at as many angles as there are possible sums is their distribution. Rounding is below SMALLEST_P, the least that is returned.
+    Exact, for any number of rows: the sum of coins ±d has the characteristic function Π cos(d θ), and the
+    discrete Fourier transform of that at as many angles as there are possible sums is their distribution.
+    Rounding is below SMALLEST_P, the least that is returned.
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     reach = int((sizes * counts).sum())  # sums lie in -reach to reach
@@ -201,9 +203,8 @@ def sign_flip_p(differences: np.ndarray) -> float:
     characteristic = np.ones(len(angles))
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         characteristic *= np.cos(size * angles) ** count
-    probabilities = np.fft.fft(characteristic).real / len(
-        angles
-    )  # of the sums 0, 1, ..., reach, -reach, ..., -1
+    # of the sums 0, 1, ..., reach, -reach, ..., -1
+    probabilities = np.fft.fft(characteristic).real / len(angles)
     observed = abs(int(differences.sum()))
     if observed == 0:
         return 1.0
@@ -211,7 +212,8 @@ def sign_flip_p(differences: np.ndarray) -> float:
 
 
 def matched_pairs_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of their mean against 0 by the normal approximation, which is for some fifty rows and more.
+    """Two-sided p-value of their mean against 0 by the normal approximation, which is for some fifty rows and
+    more.
 
     1 of fewer than two or where nothing differs, SMALLEST_P at the least.
     """
@@ -251,7 +253,10 @@ def as_text(summary: dict[str, Any]) -> str:
                 ]
                 rows.append(["  over speakers", "", "", "", *over])
     counts = f"{summary['utterances']} utterances, {summary['reference_words']} {summary['counted']}: "
-    counts += f"{b} has fewer edits in {summary['better']}, more in {summary['worse']}, as many in {summary['same']}"
+    counts += (
+        f"{b} has fewer edits in {summary['better']}, more in {summary['worse']}, as many in "
+        f"{summary['same']}"
+    )
     left = {"unscored": "without a reference", "only_a": f"only in {a}", "only_b": f"only in {b}"}
     missing = [f"{summary[key]} {text}" for key, text in left.items() if summary[key]]
     return "\n".join(

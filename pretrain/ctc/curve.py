@@ -1,7 +1,9 @@
-"""The transfer curve: error rates against labelled minutes, from the transcripts of every budget, system and seed.
+"""The transfer curve: error rates against labelled minutes, from the transcripts of every budget, system and
+seed.
 
-Points with several seeds are means over them. Intervals are bootstraps over the test's utterances (`error_rates`), each drawn with
-its edits of all seeds: how much another test set would change the mean. How much the seeds differ is told beside it (`wer_seeds`).
+Points with several seeds are means over them. Intervals are bootstraps over the test's utterances
+(`error_rates`), each drawn with its edits of all seeds: how much another test set would change the mean. How
+much the seeds differ is told beside it (`wer_seeds`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from pretrain.ctc.comparison import sign_flip_p
-from pretrain.ctc.error_rates import count_edits, format_columns, format_interval, interval
+from pretrain.ctc.error_rates import count_edits, interval
+from pretrain.ctc.rates_text import format_columns, format_interval
 from pretrain.store.disk import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DRAWS = 1000
-# Told apart in print by marker and dashes, too; the colours are dark enough for white paper and differ in lightness.
+# Told apart in print by marker and dashes, too; the colours are dark enough for white paper and differ in
+# lightness.
 LOOKS = (
     ("#2f6690", "o", "-"),
     ("#c8622d", "s", "--"),
@@ -30,7 +34,8 @@ LOOKS = (
 
 
 class Scored(NamedTuple):
-    """A system at one budget on one test: which utterances and references, and counts (utterances, 2), edits and tokens, of all seeds."""
+    """A system at one budget on one test: which utterances and references, and counts (utterances, 2), edits
+    and tokens, of all seeds."""
 
     references: list[tuple[str, str]]
     words: np.ndarray
@@ -38,11 +43,13 @@ class Scored(NamedTuple):
 
 
 def summarize(cells: Sequence[dict[str, Any]], out: str | Path, baseline: str) -> dict[str, Any]:
-    """`curve`: a point for each test, budget and system, of all its seeds; `comparisons`: each system against `baseline`, paired.
+    """`curve`: a point for each test, budget and system, of all its seeds; `comparisons`: each system against
+    `baseline`, paired.
 
-    A point has `test`, `budget`, `system`, `seeds`, `counted` (words or phones), `label_minutes`, `wer` and `cer` (means over seeds) with `wer_interval` and
-    `cer_interval`, and `wer_seeds` (lowest, highest). A comparison has `wer_difference` (system minus baseline: below 0 the system is
-    better) with its paired `wer_difference_interval` and the `p_value` of a paired permutation test. Systems whose references differ
+    A point has `test`, `budget`, `system`, `seeds`, `counted` (words or phones), `label_minutes`, `wer` and
+    `cer` (means over seeds) with `wer_interval` and `cer_interval`, and `wer_seeds` (lowest, highest). A
+    comparison has `wer_difference` (system minus baseline: below 0 the system is better) with its paired
+    `wer_difference_interval` and the `p_value` of a paired permutation test. Systems whose references differ
     (another normalisation of text) are not compared.
     """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -107,7 +114,8 @@ def score(cells: Sequence[dict[str, Any]], out: Path) -> Scored:
         if found[0].references != found[-1].references:
             one, other = cells[0]["transcripts"], cell["transcripts"]
             raise ValueError(
-                f"{out / other}: has other utterances or references than {one}; remove the older one to make it again"
+                f"{out / other}: has other utterances or references than {one}; remove the older one to "
+                "make it again"
             )
     characters = [of_seed.characters for of_seed in found if of_seed.characters is not None]
     words = sum((of_seed.words for of_seed in found[1:]), found[0].words)
@@ -121,16 +129,16 @@ def bounds(columns: np.ndarray) -> list[float] | None:
 
 
 def paired(ours: Scored, theirs: Scored) -> dict[str, Any]:
-    """Of two systems' edits of the same utterances, the difference of their rates, per seed, and what speaks for it."""
+    """Of two systems' edits of the same utterances, the difference of their rates, per seed, and what speaks
+    for it."""
     rates = [float(scored.words[:, 0].sum() / scored.words[:, 1].sum()) for scored in (ours, theirs)]
     columns = np.concatenate([ours.words, theirs.words], axis=1)
     found = interval(columns, lambda sums: sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], DRAWS, 0)
+    # an utterance's transcripts of all seeds change sides together
     return {
         "wer_difference": rates[0] - rates[1],
         "wer_difference_interval": list(found) if found else None,
-        "p_value": sign_flip_p(
-            ours.words[:, 0] - theirs.words[:, 0]
-        ),  # an utterance's transcripts of all seeds change sides together
+        "p_value": sign_flip_p(ours.words[:, 0] - theirs.words[:, 0]),
     }
 
 
@@ -209,10 +217,14 @@ def write_curve(out: Path, curve: Sequence[Mapping[str, Any]]) -> None:
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
-    """The table for a terminal: a row for each test, budget and system, and how it compares with the baseline."""
+    """The table for a terminal: a row for each test, budget and system, and how it compares with the
+    baseline."""
     if "cells_missing" in summary:
         missing = summary["cells_missing"]
-        return f"part {summary['part']}: {summary['cells']} cells stand; {len(missing)} of other parts are missing: {', '.join(missing)}"
+        return (
+            f"part {summary['part']}: {summary['cells']} cells stand; {len(missing)} of other parts are "
+            f"missing: {', '.join(missing)}"
+        )
     against = {(c["test"], c["budget"], c["system"]): c for c in summary["comparisons"]}
     rate = "PER" if any(point["counted"] == "phones" for point in summary["curve"]) else "WER"
     rows = [

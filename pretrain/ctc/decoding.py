@@ -1,10 +1,11 @@
 """From log probabilities to texts: the best path, or beam search with a lexicon and an n-gram language model.
 
-Beam search gives a text `score = ln P(text) + lm_weight * log10 P_lm(words) + word_score * number of words`, where P(text) is CTC's
-sum over all alignments (Graves et al., 2006) as far as the beam keeps them. These are the weights of fairseq, flashlight and
-torchaudio, so published ones can be used: wav2vec 2.0 BASE with LibriSpeech's 4-gram took 3.23 and -0.26 after ten minutes of
-labels, 2.15 and -0.52 after 100 hours (arXiv 2006.11477, appendix C). flashlight-text searches, with KenLM inside; where nothing
-separates words (phones, tokenizers) `prefix_search` does.
+Beam search gives a text `score = ln P(text) + lm_weight * log10 P_lm(words) + word_score * number of words`,
+where P(text) is CTC's sum over all alignments (Graves et al., 2006) as far as the beam keeps them. These are
+the weights of fairseq, flashlight and torchaudio, so published ones can be used: wav2vec 2.0 BASE with
+LibriSpeech's 4-gram took 3.23 and -0.26 after ten minutes of labels, 2.15 and -0.52 after 100 hours (arXiv
+2006.11477, appendix C). flashlight-text searches, with KenLM inside; where nothing separates words (phones,
+tokenizers) `prefix_search` does.
 """
 
 import copy
@@ -34,13 +35,13 @@ from pretrain.ctc.vocabulary import BLANK, Vocabulary, collapse
 
 # In place of ln 0: the search compares sums of scores, and differences of infinities are no numbers.
 IMPOSSIBLE = -1e9
-MAX_WORDS_SPELLED_ALIKE = (
-    6  # flashlight's tree holds no more of one spelling, and says so on standard error alone
-)
+# flashlight's tree holds no more of one spelling, and says so on standard error alone
+MAX_WORDS_SPELLED_ALIKE = 6
 
 
 class DecodingConfig(Config):
-    """How texts are found. Without a lexicon and a language model beam search sums over alignments, and that is all."""
+    """How texts are found. Without a lexicon and a language model beam search sums over alignments, and that
+    is all."""
 
     method: Literal["greedy", "beam"] = Field(
         "greedy", description="greedy: the best path; beam: search, needs the extra `lm`"
@@ -80,11 +81,13 @@ class DecodingConfig(Config):
 
 
 class Hypothesis(NamedTuple):
-    """A text. `score` is the log of the sum over its readings (words written alike, other spaces); the parts are of the best reading.
+    """A text. `score` is the log of the sum over its readings (words written alike, other spaces); the parts
+    are of the best reading.
 
-    `ctc_score` is a natural logarithm (what `silence_score` adds is in it), `lm_score` a log10 with the end of the sentence; None without a language model. `classes` spell
-    the text. With a lexicon, `words` are its words and the spans [first, last) of `classes` that spell them (of several spellings the
-    shortest); without one `vocabulary.words(classes)` are.
+    `ctc_score` is a natural logarithm (what `silence_score` adds is in it), `lm_score` a log10 with the end
+    of the sentence; None without a language model. `classes` spell the text. With a lexicon, `words` are its
+    words and the spans [first, last) of `classes` that spell them (of several spellings the shortest);
+    without one `vocabulary.words(classes)` are.
     """
 
     text: str
@@ -119,7 +122,8 @@ class Decoder:
                 self.lexicon = lexicon_of(listed, config.lm, vocabulary, text)
         elif config.lm is not None and config.lm_of == "words" and self.lexicon is None:
             raise ValueError(
-                f"decoding.lexicon: {config.lm} is a KenLM binary, whose words cannot be listed; give a lexicon, or the ARPA it was made of"
+                f"decoding.lexicon: {config.lm} is a KenLM binary, whose words cannot be listed; give a "
+                "lexicon, or the ARPA it was made of"
             )
         if self.lexicon is not None:
             self._use_lexicon(self.lexicon, known)
@@ -138,7 +142,8 @@ class Decoder:
     def _use_lexicon(self, lexicon: Lexicon, known: set[str] | None) -> None:
         if lexicon.num_left_out:
             self.notes.append(
-                f"{lexicon.num_left_out} words of {lexicon.source} cannot be spelled in the vocabulary and are never written, "
+                f"{lexicon.num_left_out} words of {lexicon.source} cannot be spelled in the vocabulary and "
+                "are never written, "
                 f"such as {', '.join(lexicon.examples)}"
             )
         self._words = list(dict.fromkeys(entry.word for entry in lexicon.entries))
@@ -165,16 +170,16 @@ class Decoder:
         decoder = self._flashlight
         self._trie = decoder.Trie(len(self.vocabulary), space)
         alike: Counter[tuple[int, ...]] = Counter()
-        distinct = dict.fromkeys(
-            (tuple(classes), word) for classes, word in entries
-        )  # a line twice would count twice
+        # a line twice would count twice
+        distinct = dict.fromkeys((tuple(classes), word) for classes, word in entries)
         for spelling, word in sorted(distinct, key=lambda entry: -unigrams[entry[1]]):
             alike[spelling] += 1
             if alike[spelling] <= MAX_WORDS_SPELLED_ALIKE:
                 self._trie.insert([*spelling, space], word, float(unigrams[word]))
         if dropped := sum(max(0, count - MAX_WORDS_SPELLED_ALIKE) for count in alike.values()):
             self.notes.append(
-                f"{dropped} words of {lexicon.source} are spelled like {MAX_WORDS_SPELLED_ALIKE} likelier ones and are not searched for"
+                f"{dropped} words of {lexicon.source} are spelled like {MAX_WORDS_SPELLED_ALIKE} likelier "
+                "ones and are not searched for"
             )
         self._trie.smear(decoder.SmearingMode.MAX)
 
@@ -187,7 +192,8 @@ class Decoder:
         shown = ", ".join(map(repr, strange[:5]))
         if len(strange) == len(names):
             raise ValueError(
-                f"decoding.lm: {lm.path} knows none of the {len(names)} {what}, such as {shown}; is it of another language or case?"
+                f"decoding.lm: {lm.path} knows none of the {len(names)} {what}, such as {shown}; is it of "
+                "another language or case?"
             )
         if strange:
             self.notes.append(
@@ -209,7 +215,8 @@ class Decoder:
         return other
 
     def decode(self, log_probs: Tensor) -> list[Hypothesis]:
-        """Texts of one utterance, (frames, classes) float32 on the CPU, the best first and `nbest` at most; at least one."""
+        """Texts of one utterance, (frames, classes) float32 on the CPU, the best first and `nbest` at most;
+        at least one."""
         if self.config.method == "greedy":
             likeliest, path = log_probs.max(1)
             score = float(likeliest.double().sum())
@@ -246,7 +253,8 @@ class Decoder:
         readings = []
         for found in search.decode(emissions.ctypes.data, *emissions.shape):
             classes = collapse(np.array(found.tokens[1:-1], np.int64)).tolist()  # but the start and the end
-            # To the search a space in the first frames goes on from one before the beginning, and the model is not asked of it.
+            # To the search a space in the first frames goes on from one before the beginning, and the model
+            # is not asked of it.
             asked = classes[1:] if classes and found.tokens[1] == space else classes
             lm_score = None if self.lm is None else self.lm.score(asked)
             ctc_score = found.score - config.lm_weight * (lm_score or 0.0)
@@ -268,8 +276,9 @@ class Decoder:
             True,
             decoder.CriterionType.CTC,
         )
-        # A word counts when the space behind it is heard, and transcripts do not end with one: a last frame that is surely a space.
-        # Every path through the utterance's own frames that ends with a word goes on through it in exactly one way, and no other does.
+        # A word counts when the space behind it is heard, and transcripts do not end with one: a last frame
+        # that is surely a space. Every path through the utterance's own frames that ends with a word goes on
+        # through it in exactly one way, and no other does.
         after = np.full((1, emissions.shape[1]), IMPOSSIBLE, np.float32)
         after[0, space] = 0.0
         emissions = np.concatenate([emissions, after])

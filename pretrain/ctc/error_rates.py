@@ -1,17 +1,20 @@
-"""Error rates of transcripts: edits of words (WER) and of characters (CER), by utterance, speaker and word, with intervals.
+"""Error rates of transcripts: edits of words (WER) and of characters (CER), by utterance, speaker and word,
+with intervals.
 
-An error rate is the least number of substituted, inserted and deleted words (characters) that turn hypotheses into references, over
-the words of the references, summed over the corpus: what `jiwer` gives, and a test holds this to it. Where the transcripts are phones
-each phone is a word: `wer` is then the phone error rate, and there is no `cer`. In scripts without spaces between words a whole
-sentence is one word, WER says only whether it is right, and CER is the measure.
+An error rate is the least number of substituted, inserted and deleted words (characters) that turn hypotheses
+into references, over the words of the references, summed over the corpus: what `jiwer` gives, and a test
+holds this to it. Where the transcripts are phones each phone is a word: `wer` is then the phone error rate,
+and there is no `cer`. In scripts without spaces between words a whole sentence is one word, WER says only
+whether it is right, and CER is the measure.
 
-Intervals are percentile bootstraps (Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation",
-ICASSP 2004): what is drawn again are utterances, or speakers, whose utterances have a voice in common and are less evidence than as
-many of strangers. The intervals say how much another test set of the same kind would differ, not another training run.
+Intervals are percentile bootstraps (Bisani & Ney, "Bootstrap estimates for confidence intervals in ASR
+performance evaluation", ICASSP 2004): what is drawn again are utterances, or speakers, whose utterances have
+a voice in common and are less evidence than as many of strangers. The intervals say how much another test set
+of the same kind would differ, not another training run.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -44,7 +47,8 @@ class Edits(NamedTuple):
 
 
 class Confusions(NamedTuple):
-    """How often what was said instead of what, left out, and put in; of one of the least sets of edits, always the same one."""
+    """How often what was said instead of what, left out, and put in; of one of the least sets of edits,
+    always the same one."""
 
     substitutions: Counter[tuple[str, str]]
     deletions: Counter[str]
@@ -82,10 +86,11 @@ def count_edits(
 
 
 def resample(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """Sums (draws, columns) float64 over as many rows of `columns` (rows, columns) as there are, drawn with replacement.
+    """Sums (draws, columns) float64 over as many rows of `columns` (rows, columns) as there are, drawn with
+    replacement.
 
-    Rows that are equal are drawn as one, by how often each value comes up (a multinomial): the same distribution with far fewer random
-    numbers, and the draws do not depend on the order of the rows.
+    Rows that are equal are drawn as one, by how often each value comes up (a multinomial): the same
+    distribution with far fewer random numbers, and the draws do not depend on the order of the rows.
     """
     values, counts = np.unique(columns, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
@@ -100,14 +105,14 @@ def resample(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
 def interval(
     columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], draws: int, seed: int
 ) -> tuple[float, float] | None:
-    """95 % percentile interval of a statistic of column sums over resampled rows; None of a single row, which tells nothing."""
+    """95 % percentile interval of a statistic of column sums over resampled rows; None of a single row, which
+    tells nothing."""
     if len(columns) < 2:
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
         found = statistic(resample(columns, draws, seed))
-    low, high = np.percentile(
-        found[np.isfinite(found)], (2.5, 97.5)
-    )  # not finite: a draw of empty references alone
+    # not finite: a draw of empty references alone
+    low, high = np.percentile(found[np.isfinite(found)], (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -137,9 +142,10 @@ def error_rates(
 ) -> dict[str, Any]:
     """What summary.json tells of a transcript (docs/formats.md); empty where no reference has a word.
 
-    A reference of None is not known and not scored; an empty one says that nothing was said, and all words of its hypothesis are
-    insertions. With phones, there is nothing of characters. Intervals are [low, high], null where one utterance is all there is;
-    those over speakers are given where every scored utterance has one and there are at least three.
+    A reference of None is not known and not scored; an empty one says that nothing was said, and all words of
+    its hypothesis are insertions. With phones, there is nothing of characters. Intervals are [low, high],
+    null where one utterance is all there is; those over speakers are given where every scored utterance has
+    one and there are at least three.
     """
     scored = [row for row, reference in enumerate(references) if reference is not None]
     wanted, got = [references[row] or "" for row in scored], [hypotheses[row] for row in scored]
@@ -242,105 +248,3 @@ def _commonest(counts: Counter[Any]) -> list[tuple[Any, int]]:
 
 
 # For a terminal
-
-
-def as_text(summary: dict[str, Any]) -> str:
-    """The summary of `transcribe` for a terminal: rates, kinds of errors, the worst speakers and utterances, confusions, notes."""
-    parts = [format_columns([*(_rate_rows(summary) if "wer" in summary else []), *_plain_rows(summary)])]
-    if "wer" in summary:
-        parts += _tables(summary)
-    return "\n\n".join([*parts, *summary.get("notes", [])])
-
-
-def _rate_rows(summary: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for rate, name in (("wer", "PER" if summary["counted"] == "phones" else "WER"), ("cer", "CER")):
-        if rate in summary:
-            about = format_interval(summary[f"{rate}_interval"])
-            over = summary.get(f"{rate}_interval_speakers")
-            rows.append(
-                [
-                    name,
-                    f"{summary[rate]:.2%}",
-                    about + (f"; over speakers {format_interval(over)}" if over else ""),
-                ]
-            )
-    counts = ", ".join(
-        f"{summary[kind]} {past}"
-        for kind, past in zip(_KINDS, ("substituted", "inserted", "deleted"), strict=True)
-    )
-    of = f"of {summary['reference_words']} {summary['counted']} in {summary['scored_utterances']} utterances"
-    return [*rows, ["edits", str(sum(summary[kind] for kind in _KINDS)), f"{counts}, {of}"]]
-
-
-def _plain_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """Single values that the rows of the rates do not tell; counts of nothing are left out."""
-    told = {"wer", "cer", "counted", "hits", *_KINDS, "reference_words", "scored_utterances"}
-    plain = {
-        name: value
-        for name, value in summary.items()
-        if name not in told and isinstance(value, int | float | str) and value
-    }
-    return [
-        [name, f"{value:.4g}" if isinstance(value, float) else str(value), ""]
-        for name, value in plain.items()
-    ]
-
-
-def _tables(summary: dict[str, Any]) -> list[str]:
-    parts = []
-    speakers = sorted(summary["by_speaker"].items(), key=lambda item: -(item[1]["wer"] or 0.0))
-    if len(speakers) > 1:
-        more = f", the worst 10 of {len(speakers)}" if len(speakers) > 10 else ""
-        header = [
-            f"speaker{more}",
-            "PER" if summary["counted"] == "phones" else "WER",
-            summary["counted"],
-            *_KINDS,
-        ]
-        rows = [
-            [
-                name,
-                "" if row["wer"] is None else f"{row['wer']:.2%}",
-                str(row["reference_words"]),
-                *(str(row[kind]) for kind in _KINDS),
-            ]
-            for name, row in speakers[:10]
-        ]
-        parts.append(format_columns([header, *rows], right=True))
-    if worst := summary["worst"][:5]:
-        rows = [
-            line
-            for row in worst
-            for line in (
-                [row["id"], f"{row['edits']} of {row['reference_words']}", row["reference"]],
-                ["", "", row["hypothesis"]],
-            )
-        ]
-        parts.append(format_columns(rows))
-    if confused := [
-        f"{wanted} → {got} ({count})" for wanted, got, count in summary["confusions"]["substitutions"][:10]
-    ]:
-        parts.append("confused: " + ", ".join(confused))
-    return parts
-
-
-_KINDS = ("substitutions", "insertions", "deletions")
-
-
-def format_interval(bounds: Sequence[float] | None) -> str:
-    """`[7.51%, 9.02%]`, or nothing where there is no interval."""
-    return f"[{bounds[0]:.2%}, {bounds[1]:.2%}]" if bounds else ""
-
-
-def format_columns(rows: Iterable[Sequence[str]], right: bool = False) -> str:
-    """Rows of equal length with their cells under each other; with `right` all columns but the first end at the same place."""
-    rows = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right and column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

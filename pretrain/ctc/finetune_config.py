@@ -18,7 +18,8 @@ from pretrain.training.task import OptimizerConfig, TrainingConfig
 
 
 class CTCBatchConfig(BatchConfig):
-    """How much audio goes together. Nothing is cropped in fine-tuning: a transcript is of the whole utterance."""
+    """How much audio goes together. Nothing is cropped in fine-tuning: a transcript is of the whole
+    utterance."""
 
     crop_seconds: float = Field(
         30.0, ge=0.025, description="longer utterances are left out of training (counted)"
@@ -33,7 +34,8 @@ class CTCOptimizerConfig(OptimizerConfig):
 
 
 class CTCTrainingConfig(TrainingConfig):
-    """The engine's, with the checkpoint of the best dev WER (of equal ones, the lowest loss) kept beside the last."""
+    """The engine's, with the checkpoint of the best dev WER (of equal ones, the lowest loss) kept beside the
+    last."""
 
     keep_best: bool = Field(True, description="keep the checkpoint with the best WER on valid_split, too")
 
@@ -49,7 +51,8 @@ class FinetuneConfig(Config):
     )
     valid_split: Split = Field(
         "dev",
-        description='judges checkpoints; without being asked for, none where there is no such split (said in the summary); "": none, '
+        description="judges checkpoints; without being asked for, none where there is no such split (said in "
+        'the summary); "": none, '
         "or all of valid_manifest",
     )
     budget: Budget = Field(
@@ -57,7 +60,8 @@ class FinetuneConfig(Config):
     )
     budget_at_least: Budget | None = Field(
         None,
-        description="where less than the budget is transcribed, but as much as this: all of it; without this key an error",
+        description="where less than the budget is transcribed, but as much as this: all of it; without this "
+        "key an error",
     )
     budget_seed: Seed = Field(0, description="of the draw; equal seeds give nested budgets")
     bad_transcripts: Literal["error", "quarantine"] = Field(
@@ -66,7 +70,8 @@ class FinetuneConfig(Config):
     encoder: PathStr | None = Field(None, description="a pretraining run, or a recogniser to go on from")
     initialization: Literal["pretrained", "recognizer", "random"] = Field(
         "pretrained",
-        description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh weights",
+        description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh "
+        "weights",
     )
     streaming: StreamingConfig | None = Field(
         None, description="chunked attention; by default as `encoder` has it"
@@ -88,7 +93,8 @@ class FinetuneConfig(Config):
     @field_validator("unit_encoder", mode="before")
     @classmethod
     def _reads_units(cls, given: Any) -> Any:
-        """What an `architecture` fills in gives way to what units need; what is asked for by name must agree with it."""
+        """What an `architecture` fills in gives way to what units need; what is asked for by name must agree
+        with it."""
         for key, only in (("front_end", "units"), ("normalize_waveform", False)):
             if isinstance(given, dict) and given.get(key, only) != only:
                 raise ValueError(
@@ -108,6 +114,7 @@ class FinetuneConfig(Config):
             and self.initialization != "random"
         ):
             raise ValueError(
-                f"initialization = {self.initialization!r}: an encoder over `labels` begins with random weights; leave it out"
+                f"initialization = {self.initialization!r}: an encoder over `labels` begins with random "
+                "weights; leave it out"
             )
         return self

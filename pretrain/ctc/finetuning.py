@@ -1,10 +1,11 @@
-"""The verb `finetune`: CTC on transcripts, from a pretrained encoder or, for comparison, from random weights or on units.
+"""The verb `finetune`: CTC on transcripts, from a pretrained encoder or, for comparison, from random weights
+or on units.
 
-The labelled audio that a budget draws stands in OUT/subset, a manifest, to be reported and used again; transcripts that cannot be used
-in OUT/quarantine.jsonl. Validation is on every transcribed utterance of `valid_split`, whole, whatever its length.
+The labelled audio that a budget draws stands in OUT/subset, a manifest, to be reported and used again;
+transcripts that cannot be used in OUT/quarantine.jsonl. Validation is on every transcribed utterance of
+`valid_split`, whole, whatever its length.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +20,13 @@ from pretrain.ctc.subsets import (
     amount,
     count_problems,
     draw_subset,
-    examine,
-    problems_message,
     targets,
     transcribed,
     write_subset,
 )
 from pretrain.ctc.task import CTCTask
-from pretrain.ctc.text import TextConfig
 from pretrain.ctc.unit_input import LabelBatches
+from pretrain.ctc.usable import Source, kind_of_target, usable, write_quarantine
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.batches import BatchConfig, SpeechBatches
 from pretrain.data.labels import Labels
@@ -37,18 +36,8 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import load_encoder
 from pretrain.progress import console
 from pretrain.store.artefact import require_absent
-from pretrain.store.disk import atomic_path
 from pretrain.training.engine import train
 from pretrain.training.run import Run
-
-
-class Source(NamedTuple):
-    """A split, and which of its rows can be learned from or judged by."""
-
-    manifest: Manifest
-    rows: np.ndarray
-    num_left_out: int  # with a transcript, but too short or too long
-    problems: list[dict[str, str]]
 
 
 class Splits(NamedTuple):
@@ -70,13 +59,15 @@ class Transcripts(NamedTuple):
 
 
 def require_transcripts(config: FinetuneConfig) -> None:
-    """Raises ValueError if the manifest has too few usable transcripts for the budget. Reads no audio and no encoder."""
+    """Raises ValueError if the manifest has too few usable transcripts for the budget. Reads no audio and no
+    encoder."""
     if config.labels is None and config.initialization != "recognizer":  # else their stages are yet to run
         _choose(config, _splits(config), None)
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Runs the verb; returns the training summary with the labelled minutes used, what was left out and the vocabulary's size."""
+    """Runs the verb; returns the training summary with the labelled minutes used, what was left out and the
+    vocabulary's size."""
     require_absent(config.out)
     manifest, seed = Manifest(config.manifest), config.training.seed
     labels = Labels(config.labels) if config.labels else None
@@ -137,14 +128,15 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _record(config: FinetuneConfig, chosen: Manifest, drawn: Any, notes: list[str], problems: Any) -> None:
-    """On the first rank: prints the notes, writes the subset that is trained on and the transcripts left out."""
+    """On the first rank: prints the notes, writes the subset that is trained on and the transcripts left
+    out."""
     if os.environ.get("RANK", "0") != "0":
         return
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     subset = Path(config.out) / "subset"
     write_subset(subset, chosen, drawn, budget=config.budget, seed=config.budget_seed)
-    _write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
+    write_quarantine(Path(config.out) / "quarantine.jsonl", problems)
 
 
 def _splits(config: FinetuneConfig, known: LoadedRecognizer | None = None) -> Splits:
@@ -160,10 +152,12 @@ def _splits(config: FinetuneConfig, known: LoadedRecognizer | None = None) -> Sp
 
 
 def _choose(config: FinetuneConfig, splits: Splits, labels: Labels | None) -> Transcripts:
-    """The transcripts to learn from and to judge by. ValueError where there are too few of them, or bad ones."""
+    """The transcripts to learn from and to judge by. ValueError where there are too few of them, or bad
+    ones."""
     chosen, valid, vocabulary, notes = splits
-    source = _usable(chosen, config, config.batches, vocabulary, labels)
-    # In the order of the file, as they are in OUT/subset: training on that, with this vocabulary, is the same run.
+    source = usable(chosen, config, config.batches, vocabulary, labels)
+    # In the order of the file, as they are in OUT/subset: training on that, with this vocabulary, is the same
+    # run.
     drawn = np.sort(
         draw_subset(chosen, source.rows, config.budget, config.budget_seed, config.budget_at_least)
     )
@@ -176,7 +170,7 @@ def _choose(config: FinetuneConfig, splits: Splits, labels: Labels | None) -> Tr
     if valid is None:
         return Transcripts(source, drawn, None, notes)
     try:
-        return Transcripts(source, drawn, _usable(valid, config, _whole(config), vocabulary, labels), notes)
+        return Transcripts(source, drawn, usable(valid, config, _whole(config), vocabulary, labels), notes)
     except ValueError as error:
         if (
             config.bad_transcripts == "error"
@@ -193,7 +187,8 @@ def _whole(config: FinetuneConfig) -> BatchConfig:
 
 
 def _validation(config: FinetuneConfig, manifest: Manifest) -> tuple[Manifest | None, str | None]:
-    """What judges checkpoints, or None and why; a split that was asked for and is not there is a ValueError."""
+    """What judges checkpoints, or None and why; a split that was asked for and is not there is a
+    ValueError."""
     source = Manifest(config.valid_manifest) if config.valid_manifest else manifest
     by_default = "valid_split" not in config.model_fields_set
     asked, split = config.valid_manifest is not None or not by_default, config.valid_split
@@ -213,14 +208,10 @@ def _validation(config: FinetuneConfig, manifest: Manifest) -> tuple[Manifest | 
         ) from None
     if len(transcribed(valid, config.text)):
         return valid, None
-    lack = f"no utterance of valid_split = {split!r} has {_targets(config.text)}"
+    lack = f"no utterance of valid_split = {split!r} has {kind_of_target(config.text)}"
     if asked:
         raise ValueError(f"{source.folder}: {lack}; name another split")
     return None, f"no validation: {lack}"
-
-
-def _targets(text: TextConfig) -> str:
-    return "phones (index with `alignments`)" if text.column == "phones" else "a transcript"
 
 
 def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecognizer | None) -> Vocabulary:
@@ -231,7 +222,8 @@ def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecog
             f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in ours if ours[key] != theirs[key]
         ]:
             raise ValueError(
-                f"text: {config.encoder} was fine-tuned with another `text` ({'; '.join(differing)}); give the same"
+                f"text: {config.encoder} was fine-tuned with another `text` ({'; '.join(differing)}); give "
+                "the same"
             )
     if config.characters is not None:
         vocabulary = Vocabulary.given(config.characters, config.text)
@@ -253,7 +245,8 @@ def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecog
             f"with {_some(surplus)} that are not here"
         ] * bool(surplus)
         raise ValueError(
-            f"encoder: {config.encoder} was fine-tuned with another vocabulary of {len(known.vocabulary)} classes "
+            f"encoder: {config.encoder} was fine-tuned with another vocabulary of {len(known.vocabulary)} "
+            "classes "
             f"({', '.join(parts) or 'in another order'}); leave `characters` out to go on "
             'with its own, or set initialization = "pretrained", which takes its encoder alone'
         )
@@ -282,7 +275,8 @@ def _model(
         num_units = config.units.num_embeddings(labels)
         if (asked := config.unit_encoder and config.unit_encoder.num_units) and asked != num_units:
             raise ValueError(
-                f"unit_encoder.num_units = {asked}, but {labels.folder} has {num_units} to read; leave the key out"
+                f"unit_encoder.num_units = {asked}, but {labels.folder} has {num_units} to read; leave the "
+                "key out"
             )
         over_units = {"front_end": "units", "num_units": num_units, "normalize_waveform": False}
         return build({**tree, **over_units}, "unit_encoder"), {"labels": labels.fingerprint}
@@ -290,7 +284,8 @@ def _model(
     if known is not None:
         if (learned := "last" if known.model.layer_weights is None else "weighted") != config.ctc.layers:
             raise ValueError(
-                f'ctc.layers = "{config.ctc.layers}", but the head of {config.encoder} reads "{learned}"; give the same'
+                f'ctc.layers = "{config.ctc.layers}", but the head of {config.encoder} reads "{learned}"; '
+                "give the same"
             )
         encoder, fingerprint = known.model.encoder, known.fingerprint
     else:
@@ -305,45 +300,3 @@ def _model(
     elif config.initialization == "pretrained":
         model.encoder.load_state_dict(encoder.state_dict())
     return model, {"encoder": fingerprint}
-
-
-def _usable(
-    manifest: Manifest,
-    config: FinetuneConfig,
-    limits: BatchConfig,
-    vocabulary: Vocabulary,
-    labels: Labels | None,
-) -> Source:
-    """Rows that can be learned from or judged by. What is wrong with transcripts is an error that names them, where the config says so."""
-    known = transcribed(manifest, config.text)
-    if not len(known):
-        raise ValueError(
-            f"{manifest.folder}: no utterance of {config.split!r} has {_targets(config.text)}; `finetune` needs some"
-        )
-    rows = np.intersect1d(known, SpeechBatches(manifest, limits, 0, crop=False).items, assume_unique=True)
-    if not len(rows):
-        raise ValueError(
-            f"{manifest.folder}: every utterance with {_targets(config.text)} is shorter than batches.min_seconds = {limits.min_seconds:g} or "
-            f"longer than batches.crop_seconds = {limits.crop_seconds:g}"
-        )
-    chosen = manifest.take(rows)
-    frames = config.units.counts(labels, chosen) if labels else chosen.num_frames
-    kept, problems = examine(manifest, rows, config.text, vocabulary, frames)
-    if problems and config.bad_transcripts == "error":
-        raise ValueError(
-            f'{problems_message(manifest, problems)}\nMend them, or set bad_transcripts = "quarantine" to leave them out'
-        )
-    if not len(kept):
-        raise ValueError(f"{problems_message(manifest, problems)}\nNone is left to learn from")
-    return Source(manifest, kept, len(known) - len(rows), problems)
-
-
-def _write_quarantine(path: Path, problems: list[dict[str, str]]) -> None:
-    """A line for each transcript that was left out; no file where there is none."""
-    if problems:
-        with atomic_path(path) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in problems), encoding="utf-8"
-            )
-    else:
-        path.unlink(missing_ok=True)

@@ -1,9 +1,11 @@
-"""The verb `label-efficiency`: how much pretraining is worth at each budget of labels, as a table and a curve.
+"""The verb `label-efficiency`: how much pretraining is worth at each budget of labels, as a table and a
+curve.
 
-Every budget is fine-tuned from every system (the pretrained encoder, the same architecture from fresh weights, others that are
-named) with every seed, and transcribes every test. Such a cell lies in a folder of its own, `OUT/10min_pretrained_seed0/`: the run
-of `finetune` in `recognizer`, and a folder of `transcribe` for each test. A cell that stands is not repeated, so work that was
-interrupted goes on where it was, and cells may as well be made by the verbs themselves, by several processes (`part`) or machines.
+Every budget is fine-tuned from every system (the pretrained encoder, the same architecture from fresh
+weights, others that are named) with every seed, and transcribes every test. Such a cell lies in a folder of
+its own, `OUT/10min_pretrained_seed0/`: the run of `finetune` in `recognizer`, and a folder of `transcribe`
+for each test. A cell that stands is not repeated, so work that was interrupted goes on where it was, and
+cells may as well be made by the verbs themselves, by several processes (`part`) or machines.
 """
 
 import os
@@ -30,18 +32,21 @@ from pretrain.training.parallel import resolve_device
 
 
 def label_efficiency(config: LabelEfficiencyConfig) -> dict[str, Any]:
-    """Runs the verb; returns `cells` (rows of the table), `curve` and `comparisons` (see `pretrain.ctc.curve`).
+    """Runs the verb; returns `cells` (rows of the table), `curve` and `comparisons` (see
+    `pretrain.ctc.curve`).
 
-    Writes `transfer.parquet` (a row for each cell and test), `summary.json`, and the curve as `transfer.svg` and `transfer.png`.
-    With `part`, the share that finds every cell done writes them; until then the summary has `cells_missing`. Raises ValueError for
-    missing inputs, and budgets above what is transcribed, before any cell is begun. A cell that fails does not keep the others from
-    being made; the ValueError at the end names the failed ones, with reasons. A finished curve with other settings is replaced once
-    every cell that is asked for is done.
+    Writes `transfer.parquet` (a row for each cell and test), `summary.json`, and the curve as `transfer.svg`
+    and `transfer.png`. With `part`, the share that finds every cell done writes them; until then the summary
+    has `cells_missing`. Raises ValueError for missing inputs, and budgets above what is transcribed, before
+    any cell is begun. A cell that fails does not keep the others from being made; the ValueError at the end
+    names the failed ones, with reasons. A finished curve with other settings is replaced once every cell that
+    is asked for is done.
     """
     out = Path(config.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "label-efficiency: runs its cells in one process; share them out with `part`, or train large cells with "
+            "label-efficiency: runs its cells in one process; share them out with `part`, or train large "
+            "cells with "
             "`finetune` under torchrun"
         )
     asked = config.model_copy(update={"part": None}).resolved()
@@ -49,7 +54,8 @@ def label_efficiency(config: LabelEfficiencyConfig) -> dict[str, Any]:
         require_absent(out)
     elif not any(differences(read_meta(out)["config"], asked)):
         raise ValueError(
-            f"{out}: already holds this curve, finished; budgets, systems, seeds and tests that are added to the settings are "
+            f"{out}: already holds this curve, finished; budgets, systems, seeds and tests that are added to "
+            "the settings are "
             "added to it"
         )
     every = cells(config)
@@ -57,7 +63,8 @@ def label_efficiency(config: LabelEfficiencyConfig) -> dict[str, Any]:
     left = [cell for cell in mine if not cell.done()]
     if unused := [budget for budget in config.by_budget if budget not in config.budgets]:
         say(
-            f"by_budget: settings of {', '.join(unused)} are not used; budgets are {', '.join(config.budgets)}"
+            f"by_budget: settings of {', '.join(unused)} are not used; budgets are "
+            f"{', '.join(config.budgets)}"
         )
     names = ", ".join(cell.name for cell in left) or "none"
     say(f"{len(mine) - len(left)} of {len(mine)} cells are done; left: {names}")
@@ -96,7 +103,8 @@ def _finish(
     encoders = {f for c in every if c.finetuning().encoder == config.encoder for f in c.encoder_fingerprint()}
     if len(encoders) > 1:
         raise ValueError(
-            f"{out}: cells come from {len(encoders)} different weights of {config.encoder}, such as checkpoints of a run that "
+            f"{out}: cells come from {len(encoders)} different weights of {config.encoder}, such as "
+            "checkpoints of a run that "
             "went on; remove the older ones, whose meta.json names them under `parents`"
         )
     parents |= {"encoder": encoders.pop()} if encoders else {}
@@ -111,7 +119,8 @@ def _finish(
 
 
 def require_inputs(left: Sequence[Cell]) -> None:
-    """Before hours of work: whether what these cells read is there, each thing looked at once. ValueError with all that is not."""
+    """Before hours of work: whether what these cells read is there, each thing looked at once. ValueError
+    with all that is not."""
     wanted: dict[tuple[Any, ...], None] = {}  # functions with their arguments
     for cell in left:
         learning = cell.finetuning()

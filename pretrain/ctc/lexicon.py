@@ -1,7 +1,8 @@
-"""What beam search is guided by: n-gram language models, and lexicons that say how words are spelled in a vocabulary.
+"""What beam search is guided by: n-gram language models, and lexicons that say how words are spelled in a
+vocabulary.
 
-Language models are ARPA files (also .gz) and KenLM binaries, read by KenLM inside of flashlight-text. Lexicons have fairseq's and
-flashlight's format, a line a spelling: `word<TAB>w o r d |`.
+Language models are ARPA files (also .gz) and KenLM binaries, read by KenLM inside of flashlight-text.
+Lexicons have fairseq's and flashlight's format, a line a spelling: `word<TAB>w o r d |`.
 """
 
 import gzip
@@ -29,7 +30,8 @@ KENLM_MAGIC = b"mmap lm http://kheafield.com/code"
 
 
 class Entry(NamedTuple):
-    """One spelling of a word: `word` as the language model knows it, `text` as it is written, `classes` (n,) int64 without the space."""
+    """One spelling of a word: `word` as the language model knows it, `text` as it is written, `classes` (n,)
+    int64 without the space."""
 
     word: str
     text: str
@@ -38,7 +40,8 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Spellings, and how many words were left out because the vocabulary cannot spell them, the first of them by name."""
+    """Spellings, and how many words were left out because the vocabulary cannot spell them, the first of them
+    by name."""
 
     entries: list[Entry]
     source: str
@@ -47,7 +50,8 @@ class Lexicon:
 
 
 def read_lexicon(path: str, vocabulary: Vocabulary, text: TextConfig) -> Lexicon:
-    """The lexicon of a file. Words that cannot be spelled are left out; a malformed line, or a file without one to use, is an error."""
+    """The lexicon of a file. Words that cannot be spelled are left out; a malformed line, or a file without
+    one to use, is an error."""
 
     def lines() -> Iterator[tuple[str, str, list[str]]]:
         with _opened(path, "lexicon") as file:
@@ -55,7 +59,8 @@ def read_lexicon(path: str, vocabulary: Vocabulary, text: TextConfig) -> Lexicon
                 parts = _parts(line)
                 if len(parts) == 1:
                     raise ValueError(
-                        f"decoding.lexicon: {path}, line {number}: {line.strip()[:80]!r} has no spelling; {LINE}"
+                        f"decoding.lexicon: {path}, line {number}: {line.strip()[:80]!r} has no spelling; "
+                        f"{LINE}"
                     )
                 if not parts:
                     continue
@@ -85,7 +90,8 @@ def lexicon_of(words: Iterable[str], source: str, vocabulary: Vocabulary, text: 
     """Words, such as those of a language model, spelled as transcripts are."""
     if vocabulary.spelling == "phones":
         raise ValueError(
-            f"decoding: {source} knows words and the recogniser writes phones; give a `lexicon` that spells words in phones"
+            f"decoding: {source} knows words and the recogniser writes phones; give a `lexicon` that "
+            "spells words in phones"
         )
     return _lexicon(
         ((word, text.normalize(word), spelled(word, vocabulary, text)) for word in words), source, vocabulary
@@ -118,13 +124,13 @@ def _lexicon(
 
 
 def _parts(line: str) -> list[str]:
-    return [
-        part for part in re.split("[ \t\r\n]+", line) if part
-    ]  # not at every white space of Unicode, which may be in words
+    # not at every white space of Unicode, which may be in words
+    return [part for part in re.split("[ \t\r\n]+", line) if part]
 
 
 def is_binary(path: str) -> bool:
-    """Whether a language model is KenLM's binary, whose words cannot be listed. A missing file is an error."""
+    """Whether a language model is KenLM's binary, whose words cannot be listed. A missing file is an
+    error."""
     _require_file(path, "lm", "an ARPA file, .arpa.gz or a KenLM binary")
     with open(path, "rb") as file:
         return file.read(len(KENLM_MAGIC)) == KENLM_MAGIC
@@ -155,7 +161,8 @@ def arpa_words(path: str) -> list[str]:
 def _require_file(path: str, key: str, wanted: str) -> None:
     if not Path(path).is_file():
         raise ValueError(
-            f"decoding.{key}: {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}; it should be {wanted}"
+            f"decoding.{key}: {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}; it "
+            f"should be {wanted}"
         )
 
 
@@ -170,7 +177,8 @@ def _opened(path: str, key: str) -> Iterator[Iterator[str]]:
             start = file.read(LONGEST_MARK)
             if key == "lm" and (start.startswith(UTF_8_MARK) or wide_encoding(start)):
                 raise ValueError(
-                    f"decoding.lm: {path} begins with a byte-order mark, which KenLM does not read; write it again without, as UTF-8"
+                    f"decoding.lm: {path} begins with a byte-order mark, which KenLM does not read; write "
+                    "it again without, as UTF-8"
                 )
             file.seek(0)
             origin = f"decoding.{key}: {path}"
@@ -183,7 +191,8 @@ def _opened(path: str, key: str) -> Iterator[Iterator[str]]:
 
 
 class LanguageModel:
-    """An n-gram model over `words`, a number for each; scores are log10, as in ARPA files and in published `lm_weight`s."""
+    """An n-gram model over `words`, a number for each; scores are log10, as in ARPA files and in published
+    `lm_weight`s."""
 
     def __init__(self, path: str, words: list[str]):
         try:
@@ -219,7 +228,8 @@ class LanguageModel:
         return np.array([self.kenlm.score(start, number)[1] for number in range(len(self.words))], np.float64)
 
     def knows(self) -> np.ndarray:
-        """Which words are in the model, (words,) bool: those with another score than <unk> (equal by chance in very small models)."""
+        """Which words are in the model, (words,) bool: those with another score than <unk> (equal by chance
+        in very small models)."""
         return self.unigrams() != self.kenlm.score(self.start(), self.unknown)[1]
 
     def score(self, numbers: Iterable[int]) -> float:

@@ -1,7 +1,7 @@
 """The recogniser: an encoder and a linear head over a vocabulary, and its loss.
 
-Connectionist temporal classification: Graves et al., 2006. The encoder reads waveforms or, as any other input, discrete units
-(`front_end = "units"`).
+Connectionist temporal classification: Graves et al., 2006. The encoder reads waveforms or, as any other
+input, discrete units (`front_end = "units"`).
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,8 @@ class CTCBatch(NamedTuple):
     num_targets: tuple[int, ...]  # of each utterance
     mask: Tensor | None = None  # (frames,) bool
     channel_mask: Tensor | None = None  # (batch, dim) bool
-    totals: dict[str, Tensor] | None = (
-        None  # of the utterance, where these are windows of one (pretrain/model/totals.py)
-    )
+    # of the utterance, where these are windows of one (pretrain/model/totals.py)
+    totals: dict[str, Tensor] | None = None
 
     @classmethod
     def untranscribed(
@@ -47,10 +46,12 @@ class CTCBatch(NamedTuple):
 
 
 class Recognizer(nn.Module):
-    """Encoder and a linear head over the vocabulary. The loss is summed over utterances and counted in target symbols.
+    """Encoder and a linear head over the vocabulary. The loss is summed over utterances and counted in target
+    symbols.
 
-    With `layers = "weighted"` the head reads a learned average of the input of the first layer and every layer's output, each
-    normalised without parameters (SUPERB's, arXiv 2105.01051, section 3.2), in place of the last output.
+    With `layers = "weighted"` the head reads a learned average of the input of the first layer and every
+    layer's output, each normalised without parameters (SUPERB's, arXiv 2105.01051, section 3.2), in place of
+    the last output.
     """
 
     def __init__(
@@ -84,16 +85,16 @@ class Recognizer(nn.Module):
     def classify(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """The logits (frames, classes) of the encoder's last output (frames, dim), or of its `outputs`."""
         if self.layer_weights is not None:
-            normed = torch.stack(
-                [F.layer_norm(output, output.shape[1:]) for output in outputs]
-            )  # (layers + 1, frames, dim)
+            # (layers + 1, frames, dim)
+            normed = torch.stack([F.layer_norm(output, output.shape[1:]) for output in outputs])
             x = torch.tensordot(self.layer_weights.softmax(0).to(normed.dtype), normed, 1)
         logits: Tensor = self.head(dropout(x, self.final_dropout, self.training))
         return logits
 
     def forward(self, batch: CTCBatch) -> Loss:
-        """The loss; outside training also the error rates of greedy decoding, in words (`wer`; of phones, each is one) and, but of
-        phones, in characters (`cer`): edits over the corpus's words and characters, as jiwer counts them."""
+        """The loss; outside training also the error rates of greedy decoding, in words (`wer`; of phones,
+        each is one) and, but of phones, in characters (`cer`): edits over the corpus's words and characters,
+        as jiwer counts them."""
         log_probs = self.logits(batch).float().log_softmax(2)  # (batch, frames, classes)
         lengths = (
             torch.tensor(batch.layout.num_frames),
@@ -133,7 +134,8 @@ def greedy(log_probs: Tensor, num_frames: Sequence[int], vocabulary: Vocabulary)
 
 
 class LoadedRecognizer(NamedTuple):
-    """A recogniser to use: `text` says what it writes, `meta` the rest of its run, `fingerprint` its weights."""
+    """A recogniser to use: `text` says what it writes, `meta` the rest of its run, `fingerprint` its
+    weights."""
 
     model: Recognizer
     vocabulary: Vocabulary
@@ -148,7 +150,8 @@ class LoadedRecognizer(NamedTuple):
 
 
 def load_recognizer(run: str | Path, checkpoint: Literal["best", "last"] = "best") -> LoadedRecognizer:
-    """The model of a `finetune` run in eval mode, of its best checkpoint by dev WER where one is known, or of its last."""
+    """The model of a `finetune` run in eval mode, of its best checkpoint by dev WER where one is known, or of
+    its last."""
     return recognizer_of(run, *load_weights(run, best=checkpoint == "best"))
 
 

@@ -5,9 +5,9 @@
         print(recognizer.accept(samples).text, end=" ", flush=True)
     print(recognizer.finish().text)
 
-The words are those that `transcribe` writes for the whole utterance at once. Nothing here looks for the end of an utterance: what is
-kept between chunks is bounded when the recogniser has `left_chunks`, so that a stream may go on, but its statistics over time are
-those of everything since it began.
+The words are those that `transcribe` writes for the whole utterance at once. Nothing here looks for the end
+of an utterance: what is kept between chunks is bounded when the recogniser has `left_chunks`, so that a
+stream may go on, but its statistics over time are those of everything since it began.
 """
 
 import time
@@ -37,7 +37,8 @@ class Recognized(NamedTuple):
 
 
 class OnlineRecognizer:
-    """Greedy decoding of one utterance after the other, in pieces. The encoder must be a streaming one, the model in eval mode."""
+    """Greedy decoding of one utterance after the other, in pieces. The encoder must be a streaming one, the
+    model in eval mode."""
 
     def __init__(self, model: Recognizer):
         self.model, self.vocabulary = model, model.vocabulary
@@ -50,8 +51,8 @@ class OnlineRecognizer:
         self._pending: list[int] = []  # classes since the last whole word
 
     def accept(self, samples: np.ndarray) -> Recognized:
-        """Takes the next samples (samples,) float32 at 16 kHz, or for a recogniser of units (frames,) or (frames, levels) integers as
-        `LabelBatches` gives them."""
+        """Takes the next samples (samples,) float32 at 16 kHz, or for a recogniser of units (frames,) or
+        (frames, levels) integers as `LabelBatches` gives them."""
         return self._take(self._checked(samples), last=False)
 
     def finish(self) -> Recognized:
@@ -70,12 +71,14 @@ class OnlineRecognizer:
             assert config.num_units is not None
             if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < config.num_units:
                 raise ValueError(
-                    f"this recogniser reads units 0 to {config.num_units - 1}; got {samples.min()} to {samples.max()}"
+                    f"this recogniser reads units 0 to {config.num_units - 1}; got {samples.min()} to "
+                    f"{samples.max()}"
                 )
             return torch.from_numpy(samples.astype(np.int64))
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise ValueError(
-                f"samples are float32 (samples,) in [-1, 1] at 16 kHz, of one channel; got {samples.dtype} {samples.shape} (int16 "
+                f"samples are float32 (samples,) in [-1, 1] at 16 kHz, of one channel; got {samples.dtype} "
+                f"{samples.shape} (int16 "
                 "samples are divided by 32768)"
             )
         if not np.isfinite(samples).all():  # one would stay in the statistics for good
@@ -130,8 +133,9 @@ class Latency:
         self.audio_seconds += audio_seconds
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json. `algorithmic_ms`: from a frame's first sample to the last that its output needs, the worst and the mean
-        over frames; `chunk_ms`: computing a chunk, one at a time on this machine; `real_time_factor`: all of that over the audio."""
+        """For summary.json. `algorithmic_ms`: from a frame's first sample to the last that its output needs,
+        the worst and the mean over frames; `chunk_ms`: computing a chunk, one at a time on this machine;
+        `real_time_factor`: all of that over the audio."""
         taken = np.array(self.chunk_seconds or [0.0]) * 1000
         p50, p95, worst = np.percentile(taken, [50, 95, 100]).tolist()
         return {
@@ -144,8 +148,8 @@ class Latency:
 def recognize_online(
     recognizer: OnlineRecognizer, inputs: np.ndarray, latency: Latency
 ) -> tuple[str, Tensor]:
-    """One utterance, samples (samples,) or units (frames,), in pieces as if it were spoken: its text and its log probabilities
-    (frames, classes) float32."""
+    """One utterance, samples (samples,) or units (frames,), in pieces as if it were spoken: its text and its
+    log probabilities (frames, classes) float32."""
     units = recognizer.model.encoder.config.front_end == "units"
     size, rate = (1, SAMPLE_RATE // HOP) if units else (PIECE_SAMPLES, SAMPLE_RATE)
     parts = [recognizer.accept(inputs[start : start + size]) for start in range(0, len(inputs), size)]

@@ -1,9 +1,11 @@
-"""Prefix beam search with a lexicon where nothing stands between words: phones, pieces of a tokenizer, scripts without spaces.
+"""Prefix beam search with a lexicon where nothing stands between words: phones, pieces of a tokenizer,
+scripts without spaces.
 
-flashlight's search with a lexicon lets the last symbol of a word last a single frame unless a separator follows, so it serves
-vocabularies with a space only. This one is plain Python and sums over alignments, too (Hannun et al., arXiv 1408.2873): its states
-are what words were said, a place in the lexicon's tree and the last symbol, each with the probability of ending in a blank and not.
-It is slow: with 20,000 words and a beam of 50, ten seconds of audio took 0.5 to 0.8 s trying 10 symbols a frame, and 3 s trying all 40.
+flashlight's search with a lexicon lets the last symbol of a word last a single frame unless a separator
+follows, so it serves vocabularies with a space only. This one is plain Python and sums over alignments, too
+(Hannun et al., arXiv 1408.2873): its states are what words were said, a place in the lexicon's tree and the
+last symbol, each with the probability of ending in a blank and not. It is slow: with 20,000 words and a beam
+of 50, ten seconds of audio took 0.5 to 0.8 s trying 10 symbols a frame, and 3 s trying all 40.
 """
 
 import heapq
@@ -20,7 +22,8 @@ NEVER = -math.inf
 
 
 class Node:
-    """A place in the tree of spellings: symbols that may follow, words that end here, the best unigram score at or below it."""
+    """A place in the tree of spellings: symbols that may follow, words that end here, the best unigram score
+    at or below it."""
 
     __slots__ = ("best", "children", "words")
 
@@ -78,7 +81,8 @@ def prefix_search(
     beam_tokens: int | None,
     beam_threshold: float,
 ) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Word numbers and natural log of the probability of (frames, classes), summed over alignments, in no order.
+    """Word numbers and natural log of the probability of (frames, classes), summed over alignments, in no
+    order.
 
     Hypotheses that end inside a word are dropped; if all do, the words before it are given.
     """
@@ -120,14 +124,16 @@ def _extend(
     bonus: Callable[[History, Node], float],
     beam_threshold: float,
 ) -> Beam:
-    """The hypotheses of a beam after one more frame, whose log probabilities are `emission`; `chosen` symbols may begin."""
+    """The hypotheses of a beam after one more frame, whose log probabilities are `emission`; `chosen` symbols
+    may begin."""
     following: Beam = {}
 
     def add(key: tuple[History, Node, int], place: int, score: float) -> None:
         scores = following.setdefault(key, [NEVER, NEVER])
         scores[place] = _log_add(scores[place], score)
 
-    # A new symbol far below the best hypothesis that goes on without one is dropped: most symbols in most frames.
+    # A new symbol far below the best hypothesis that goes on without one is dropped: most symbols in most
+    # frames.
     goes_on = max(_log_add(*scores) + bonus(*key[:2]) for key, scores in beam.items())
     least = goes_on + emission[BLANK] - beam_threshold
     for (history, node, last), (blank, symbol) in beam.items():

@@ -1,6 +1,7 @@
 """Decoding of many utterances: here, or in processes beside the encoder.
 
-flashlight keeps Python's lock while it searches, so threads would gain nothing (measured: two threads take twice as long as one).
+flashlight keeps Python's lock while it searches, so threads would gain nothing (measured: two threads take
+twice as long as one).
 """
 
 import time
@@ -81,7 +82,8 @@ def decoded(
     weights: Weights,
     finish: Callable[[int, Tensor, list[Hypothesis]], T],
 ) -> Iterator[tuple[int, T]]:
-    """`finish` of each utterance's row number, log probabilities and hypotheses, in order; few wait, so that memory stays bounded."""
+    """`finish` of each utterance's row number, log probabilities and hypotheses, in order; few wait, so that
+    memory stays bounded."""
     waiting: deque[tuple[int, Tensor, Future[Decoded]]] = deque()
 
     def first() -> tuple[int, T]:

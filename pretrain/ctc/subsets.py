@@ -1,9 +1,11 @@
-"""Budgets of labelled speech: which transcripts can be used, a seeded, speaker-balanced draw of them, and the draw as a manifest.
+"""Budgets of labelled speech: which transcripts can be used, a seeded, speaker-balanced draw of them, and the
+draw as a manifest.
 
-The draw is a function of the seed, the ids, the speakers and the lengths, whatever the order of the rows, the machine and the versions
-of libraries. Within a speaker, utterances come in the order of a hash of seed and id; among speakers, the next is always of the one
-with the least audio so far. So a smaller budget lies inside a larger one of the same seed, drawing from the larger one's manifest gives
-the same as drawing from the corpus, and an utterance more or less leaves the order of the others as it is.
+The draw is a function of the seed, the ids, the speakers and the lengths, whatever the order of the rows, the
+machine and the versions of libraries. Within a speaker, utterances come in the order of a hash of seed and
+id; among speakers, the next is always of the one with the least audio so far. So a smaller budget lies inside
+a larger one of the same seed, drawing from the larger one's manifest gives the same as drawing from the
+corpus, and an utterance more or less leaves the order of the others as it is.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def amount(budget: str) -> tuple[Fraction, str]:
-    """Seconds and "s", or a share and "%"; equal for budgets that ask for the same. ValueError for what is no budget."""
+    """Seconds and "s", or a share and "%"; equal for budgets that ask for the same. ValueError for what is no
+    budget."""
     match = _FORM.fullmatch("100%" if budget == "all" else budget)
     if match is None:
         raise ValueError(f"{budget!r} is no budget; write for example 90s, 10min, 1h, 25% or all")
@@ -49,15 +52,15 @@ Budget = Annotated[str, AfterValidator(_require_budget)]
 
 
 def targets(manifest: Manifest, text: TextConfig) -> Iterator[tuple[np.ndarray, list[str | None]]]:
-    """What each row is to be written as, None where there is no transcript, a row group at a time with the rows' numbers."""
+    """What each row is to be written as, None where there is no transcript, a row group at a time with the
+    rows' numbers."""
     for rows, table in manifest.blocks([text.column]):
         column = table[text.column].combine_chunks()
         if text.spelling != "phones":
             yield rows, [None if value is None else text.normalize(value) for value in column.to_pylist()]
             continue
-        phones = (
-            column.flatten().field("phone").to_pylist()
-        )  # a struct for each phone would take ten times as long
+        # a struct for each phone would take ten times as long
+        phones = column.flatten().field("phone").to_pylist()
         ends = np.cumsum(column.value_lengths().fill_null(0).to_numpy()).tolist()
         known = column.is_valid().to_pylist()
         spans = zip([0, *ends], ends, known, strict=False)
@@ -78,10 +81,11 @@ def transcribed(manifest: Manifest, text: TextConfig) -> np.ndarray:
 def examine(
     manifest: Manifest, rows: np.ndarray, text: TextConfig, vocabulary: Vocabulary, frames: np.ndarray
 ) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Which of `rows` can be trained on, in their order, and what is wrong with each other: `id`, `kind` and `reason`.
+    """Which of `rows` can be trained on, in their order, and what is wrong with each other: `id`, `kind` and
+    `reason`.
 
-    `frames` (rows,) are the frames a recogniser has for each; CTC needs one for each symbol and one between two that are alike. The
-    problems are in the order of the file.
+    `frames` (rows,) are the frames a recogniser has for each; CTC needs one for each symbol and one between
+    two that are alike. The problems are in the order of the file.
     """
     usable, problems = np.ones(len(rows), bool), []
     chosen = manifest.take(rows)
@@ -140,11 +144,12 @@ def problems_message(manifest: Manifest, problems: Sequence[dict[str, str]], sho
 def draw_subset(
     manifest: Manifest, rows: np.ndarray, budget: str, seed: int, at_least: str | None = None
 ) -> np.ndarray:
-    """Of `rows`, as drawn, the first that together have the budget: it ends with the utterance that reaches it, at most that much over.
+    """Of `rows`, as drawn, the first that together have the budget: it ends with the utterance that reaches
+    it, at most that much over.
 
-    A share is of the audio of `rows`. Speakers have equal audio to within an utterance, as far as theirs goes; rows without a speaker
-    count as one speaker. Where there is less than the budget but `at_least` as much as that, all of it. ValueError for a budget above
-    what there is otherwise, and for what is none.
+    A share is of the audio of `rows`. Speakers have equal audio to within an utterance, as far as theirs
+    goes; rows without a speaker count as one speaker. Where there is less than the budget but `at_least` as
+    much as that, all of it. ValueError for a budget above what there is otherwise, and for what is none.
     """
     rows = np.asarray(rows, np.int64)
     if budget == "all":
@@ -159,7 +164,8 @@ def draw_subset(
         usable, there = (samples / (60 * SAMPLE_RATE) for samples in (available, int(manifest.lengths.sum())))
         enough = f" (at least {at_least} would do)" if at_least else ""
         raise ValueError(
-            f"{manifest.folder}: budget = {budget!r} is {wanted / (60 * SAMPLE_RATE):.2f} minutes, but only {usable:.2f} of the "
+            f"{manifest.folder}: budget = {budget!r} is {wanted / (60 * SAMPLE_RATE):.2f} minutes, but only "
+            f"{usable:.2f} of the "
             f"{there:.2f} minutes there have a transcript that can be used{enough}; ask for less, or for all"
         )
     keys, speakers = _hashes(chosen, seed), _speakers(chosen)[1]
@@ -192,7 +198,8 @@ def _hashes(manifest: Manifest, seed: int) -> np.ndarray:
 
 
 def _speakers(manifest: Manifest) -> tuple[list[str | None], np.ndarray]:
-    """The names of speakers, None among them where rows have none, and the number of each row's, (rows,) int64."""
+    """The names of speakers, None among them where rows have none, and the number of each row's, (rows,)
+    int64."""
     encoded = manifest.column("speaker").dictionary_encode(null_encoding="encode").unify_dictionaries()
     numbers = [chunk.indices.to_numpy().astype(np.int64) for chunk in encoded.chunks]
     names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
@@ -202,10 +209,12 @@ def _speakers(manifest: Manifest) -> tuple[list[str | None], np.ndarray]:
 def write_subset(
     folder: str | Path, manifest: Manifest, rows: np.ndarray, *, budget: str = "all", seed: int = 0
 ) -> Manifest:
-    """`rows` of a manifest as one of its own, to report and to use again: same ids, audio, splits and alignments, in the file's order.
+    """`rows` of a manifest as one of its own, to report and to use again: same ids, audio, splits and
+    alignments, in the file's order.
 
-    meta.json has the `budget` and `seed` they were drawn with, their `minutes` and `minutes_by_speaker` ("" for rows without one). Where
-    the folder has this very subset, from a run that was interrupted, it stays; another one there is a ValueError.
+    meta.json has the `budget` and `seed` they were drawn with, their `minutes` and `minutes_by_speaker` (""
+    for rows without one). Where the folder has this very subset, from a run that was interrupted, it stays;
+    another one there is a ValueError.
     """
     chosen = manifest.take(np.sort(np.asarray(rows, np.int64)))
     plan = {"manifest": manifest.fingerprint, "budget": budget, "seed": seed, "utterances": len(chosen)}
@@ -223,7 +232,8 @@ def write_subset(
         subset = Manifest(folder)
         if subset.column("id").combine_chunks() != chosen.column("id").combine_chunks():
             raise ValueError(
-                f"{folder}: holds a labelled subset of other utterances, by another text or vocabulary; remove it or change `out`"
+                f"{folder}: holds a labelled subset of other utterances, by another text or vocabulary; "
+                "remove it or change `out`"
             )
         return subset
     names, numbers = _speakers(chosen)

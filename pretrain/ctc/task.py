@@ -1,7 +1,7 @@
 """CTC training for the engine: what is frozen, dropped and masked, and the batches with their transcripts.
 
-The recipe is wav2vec 2.0's (arXiv 2006.11477, section 4.3 and appendix B): the front end stays frozen, the encoder for the first
-`freeze_steps`, spans of time and channels are masked.
+The recipe is wav2vec 2.0's (arXiv 2006.11477, section 4.3 and appendix B): the front end stays frozen, the
+encoder for the first `freeze_steps`, spans of time and channels are masked.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from pretrain.training.speech_task import SpeechTask
 
 
 class CTCConfig(Config):
-    """What is frozen, dropped and masked in fine-tuning. Dropout rates and LayerDrop that are not given stay the encoder's."""
+    """What is frozen, dropped and masked in fine-tuning. Dropout rates and LayerDrop that are not given stay
+    the encoder's."""
 
     layers: Layers = Field(
         "last", description="what the head reads; weighted: a learned average of all layers"
@@ -49,7 +50,8 @@ class CTCConfig(Config):
 
 
 class CTCTask(SpeechTask):
-    """CTC on `train_set`; with `frozen_phases` the head learns alone for `freeze_steps` (a pretrained encoder)."""
+    """CTC on `train_set`; with `frozen_phases` the head learns alone for `freeze_steps` (a pretrained
+    encoder)."""
 
     model: Recognizer
 
@@ -108,10 +110,11 @@ class CTCTask(SpeechTask):
         return int(not self.frozen_phases or step >= self.config.freeze_steps)
 
     def enter_phase(self, phase: int) -> None:
-        """Phase 0: the head (with the weights of the layers) learns alone; phase 1: all but the front end, where that stays frozen.
+        """Phase 0: the head (with the weights of the layers) learns alone; phase 1: all but the front end,
+        where that stays frozen.
 
-        What the loss does not depend on never learns: the mask embedding without masks in time, and under a weighted sum of layers
-        the norm that a pre-norm encoder puts on its last output.
+        What the loss does not depend on never learns: the mask embedding without masks in time, and under a
+        weighted sum of layers the norm that a pre-norm encoder puts on its last output.
         """
         encoder = self.model.encoder
         encoder.requires_grad_(phase == 1)

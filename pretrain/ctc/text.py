@@ -1,9 +1,11 @@
-"""What a recogniser is taught to write: transcripts, normalised, or phones. For training and for scoring alike.
+"""What a recogniser is taught to write: transcripts, normalised, or phones. For training and for scoring
+alike.
 
-A transcript becomes Unicode NFC with single spaces and without `|`, which spells the space in vocabularies. Whatever else is configured,
-characters that cannot be seen go (soft hyphens, byte order marks, marks of writing direction; the joiners of Persian, Indic scripts and
-emoji stay), and the apostrophes ’ ʼ ＇ become '. Numbers, abbreviations and symbols ($, +, emoji) stay as they are: writing them out is
-a matter of the language, and of tools made for it.
+A transcript becomes Unicode NFC with single spaces and without `|`, which spells the space in vocabularies.
+Whatever else is configured, characters that cannot be seen go (soft hyphens, byte order marks, marks of
+writing direction; the joiners of Persian, Indic scripts and emoji stay), and the apostrophes ’ ʼ ＇ become '.
+Numbers, abbreviations and symbols ($, +, emoji) stay as they are: writing them out is a matter of the
+language, and of tools made for it.
 """
 
 import re
@@ -31,7 +33,8 @@ class TextConfig(Config):
     )
     punctuation: Literal["remove", "keep"] = Field(
         "remove",
-        description="remove: hyphens and the like part words; apostrophes that touch a word stay, and · ׳ ״ inside one",
+        description="remove: hyphens and the like part words; apostrophes that touch a word stay, and · ׳ ״ "
+        "inside one",
     )
     tokenizer: PathStr | None = Field(
         None, description="with spelling = tokenizer: a Hugging Face tokenizer.json"
@@ -46,7 +49,8 @@ class TextConfig(Config):
             raise ValueError('spelling = "tokenizer" needs `tokenizer`, the tokenizer.json to spell with')
         if self.spelling != "tokenizer" and self.tokenizer is not None:
             raise ValueError(
-                f'a tokenizer is given but spelling is {self.spelling!r}; set spelling = "tokenizer" or drop it'
+                f'a tokenizer is given but spelling is {self.spelling!r}; set spelling = "tokenizer" or '
+                "drop it"
             )
         return self
 
@@ -57,12 +61,10 @@ class TextConfig(Config):
 
     def normalize(self, text: str) -> str:
         """`text` as it is trained on and scored; normalising twice changes nothing more."""
-        text = _UNSEEN.sub(
-            "", text.replace(SPACE, " ")
-        )  # first: one may stand between a letter and its accent
-        text = unicodedata.normalize(
-            "NFC", text
-        )  # before the case, which makes a letter of Greek's iota below
+        # first: one may stand between a letter and its accent
+        text = _UNSEEN.sub("", text.replace(SPACE, " "))
+        # before the case, which makes a letter of Greek's iota below
+        text = unicodedata.normalize("NFC", text)
         text = {"lower": text.lower(), "upper": text.upper(), "keep": text}[self.case]
         text = unicodedata.normalize("NFC", text)  # and after it, which can take characters apart
         if self.punctuation == "remove":
@@ -73,13 +75,15 @@ class TextConfig(Config):
         return " ".join(text.split())
 
     def target(self, utterance: Utterance) -> str:
-        """What the recogniser should write for `utterance`, words or phones with single spaces between; empty where not known."""
+        """What the recogniser should write for `utterance`, words or phones with single spaces between; empty
+        where not known."""
         if self.spelling == "phones":
             return self.join_phones([phone.phone for phone in utterance.phones or []])
         return self.normalize(utterance.text or "")
 
     def join_phones(self, phones: list[str]) -> str:
-        """The target of an utterance of `phones`: without silences, NFC, a space between two. A space inside a phone becomes _."""
+        """The target of an utterance of `phones`: without silences, NFC, a space between two. A space inside
+        a phone becomes _."""
         return " ".join(
             "_".join(unicodedata.normalize("NFC", phone).split())
             for phone in phones
@@ -88,7 +92,8 @@ class TextConfig(Config):
 
 
 class _Punctuation(dict[int, str]):
-    """For `str.translate`: Unicode's punctuation, but for apostrophes and what else may be of a word, to spaces."""
+    """For `str.translate`: Unicode's punctuation, but for apostrophes and what else may be of a word, to
+    spaces."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -99,11 +104,11 @@ class _Punctuation(dict[int, str]):
 _INNER = "'·׳״"  # Catalan's l·l, Hebrew's geresh and gershayim
 _WORD = rf"[^\s{_INNER}]"
 _LOOSE = re.compile(rf"'(?<!{_WORD}')(?!{_WORD})|[·׳״](?:(?<!{_WORD}[·׳״])|(?!{_WORD}))")
-_QUOTED = re.compile(
-    r"‘((?:[^‘’]|’(?=\w))*)’"
-)  # ‘so’: the last of them is no apostrophe; 'so' cannot be told
+# ‘so’: the last of them is no apostrophe; 'so' cannot be told
+_QUOTED = re.compile(r"‘((?:[^‘’]|’(?=\w))*)’")
 _PUNCTUATION = _Punctuation()
 _APOSTROPHES = re.compile("[’ʼ＇]")
-_UNSEEN = re.compile(  # controls but white space, soft hyphen, marks of direction and of order, zero-width spaces
+# Controls but white space, soft hyphen, marks of direction and of order, zero-width spaces.
+_UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
 )

@@ -37,7 +37,8 @@ SCHEMA = pa.schema(
 
 
 class TuneConfig(Config):
-    """Weights of the language model that are tried on this split, every one with every other; the best by WER are used."""
+    """Weights of the language model that are tried on this split, every one with every other; the best by WER
+    are used."""
 
     lm_weight: tuple[Annotated[float, Field(ge=0)], ...] = Field(min_length=1)
     word_score: tuple[float, ...] | None = Field(

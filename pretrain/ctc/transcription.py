@@ -1,11 +1,12 @@
-"""The verb `transcribe`: greedy decoding or beam search, times of what was said, alignments of transcripts, and error rates.
+"""The verb `transcribe`: greedy decoding or beam search, times of what was said, alignments of transcripts,
+and error rates.
 
-What is longer than `max_seconds` goes through the encoder in windows (pretrain/ctc/windows.py). Streaming recognisers have no such
-cuts: what is longer than a batch goes through them online, a chunk at a time, which gives the same as all at once but for rounding.
+What is longer than `max_seconds` goes through the encoder in windows (pretrain/ctc/windows.py). Streaming
+recognisers have no such cuts: what is longer than a batch goes through them online, a chunk at a time, which
+gives the same as all at once but for rounding.
 """
 
 import json
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,15 +21,16 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pretrain.ctc.alignment import forced_alignment, stretch, word_times, write_alignments
+from pretrain.ctc.alignment import write_alignments
 from pretrain.ctc.decoding import Decoder, Hypothesis
-from pretrain.ctc.error_rates import as_text as as_text
 from pretrain.ctc.error_rates import count_edits, error_rates
 from pretrain.ctc.model import CTCBatch, LoadedRecognizer, load_recognizer
 from pretrain.ctc.online import Latency, OnlineRecognizer, recognize_online
+from pretrain.ctc.rates_text import as_text as as_text
 from pretrain.ctc.searching import Search, decoded, open_search
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.transcribe_config import SCHEMA, TranscribeConfig
+from pretrain.ctc.transcript_times import Clock, times_of_text, times_said
 from pretrain.ctc.unit_input import LabelBatches, unit_batches
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.ctc.windows import in_windows
@@ -44,7 +46,8 @@ from pretrain.training.step import autocast
 
 
 class Said(NamedTuple):
-    """What is kept of an utterance: its hypotheses, the best first, and the times of the best one's words and of its transcript."""
+    """What is kept of an utterance: its hypotheses, the best first, and the times of the best one's words and
+    of its transcript."""
 
     hypotheses: list[Hypothesis]
     words: list[Word] | None = None
@@ -52,10 +55,11 @@ class Said(NamedTuple):
 
 
 def transcribe(config: TranscribeConfig) -> dict[str, Any]:
-    """Writes `transcripts.parquet` (docs/formats.md); returns error rates over the rows with a transcript, and speeds.
+    """Writes `transcripts.parquet` (docs/formats.md); returns error rates over the rows with a transcript,
+    and speeds.
 
-    References are the transcripts after the recogniser's own text normalisation, or its phones. Recordings too short for a frame
-    have an empty transcript, and are counted.
+    References are the transcripts after the recogniser's own text normalisation, or its phones. Recordings
+    too short for a frame have an empty transcript, and are counted.
     """
     require_absent(config.out)
     manifest, device = Manifest(config.manifest).select(config.split), resolve_device(config.device)
@@ -66,7 +70,7 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
     source = _source(config, recognizer, manifest)
     rows = list(manifest)
     references = _references(rows, recognizer.text, decoder)
-    clock, latency = _Clock(), Latency(recognizer.model) if _streams(recognizer) else None
+    clock, latency = Clock(), Latency(recognizer.model) if _streams(recognizer) else None
     with open_search(config.decoding, decoder, recognizer) as search:
         outputs = clock.timed(_log_probs(config, recognizer, source, device, latency))
         if config.tune is not None:
@@ -77,8 +81,8 @@ def transcribe(config: TranscribeConfig) -> dict[str, Any]:
             table, best = [], None
 
         def finish(item: int, log_probs: Tensor, hypotheses: list[Hypothesis]) -> Said:
-            words = _times_said(hypotheses[0], log_probs, recognizer.vocabulary) if config.words else None
-            aligned = _times_of_text(rows[item], log_probs, recognizer) if config.align == "text" else None
+            words = times_said(hypotheses[0], log_probs, recognizer.vocabulary) if config.words else None
+            aligned = times_of_text(rows[item], log_probs, recognizer) if config.align == "text" else None
             return Said(hypotheses, words, aligned)
 
         said = dict(decoded(outputs, search, best, finish))
@@ -116,13 +120,15 @@ def _check(config: TranscribeConfig, recognizer: LoadedRecognizer) -> None:
         raise ValueError(f"labels: {config.recognizer} reads {what}")
     if config.online and not _streams(recognizer):
         raise ValueError(
-            f"online: {config.recognizer} attends whole utterances; give one that was fine-tuned with `streaming`"
+            f"online: {config.recognizer} attends whole utterances; give one that was fine-tuned with "
+            "`streaming`"
         )
     if (config.words or config.align or config.online) and recognizer.meta["config"].get("units", {}).get(
         "deduplicate", False
     ):
         raise ValueError(
-            f"words, align, online: {config.recognizer} reads units without repeats, which do not tell the time; remove them"
+            f"words, align, online: {config.recognizer} reads units without repeats, which do not tell the "
+            "time; remove them"
         )
 
 
@@ -151,7 +157,8 @@ def _writes_phones(vocabulary: Vocabulary, decoder: Decoder) -> bool:
 
 
 def _references(rows: list[Utterance], text: TextConfig, decoder: Decoder) -> list[str | None]:
-    """What should be written, None where it is not known and "" of silence; words where a lexicon makes words of phones."""
+    """What should be written, None where it is not known and "" of silence; words where a lexicon makes words
+    of phones."""
     if decoder.writes_words:
         return [None if row.text is None else text.normalize(row.text) for row in rows]
     return [None if getattr(row, text.column) is None else text.target(row) for row in rows]
@@ -206,7 +213,8 @@ def _log_probs(
             for item, log_probs in zip(batch.tolist(), found, strict=True):
                 if not log_probs.isfinite().all():
                     raise ValueError(
-                        f"{config.recognizer}: its outputs for {source.manifest[item].id!r} are not finite; its training broke"
+                        f"{config.recognizer}: its outputs for {source.manifest[item].id!r} are not "
+                        "finite; its training broke"
                     )
                 yield item, log_probs
             advance(source.seconds(batch))
@@ -215,39 +223,11 @@ def _log_probs(
 # Weights and times
 
 
-class _Clock:
-    """Seconds of the encoder (with the reading of audio), of the search, summed over its processes, and altogether."""
-
-    def __init__(self) -> None:
-        self.began, self.encoded, self.searched = time.monotonic(), 0.0, 0.0
-
-    def speeds(self, seconds: float) -> dict[str, float]:
-        """Of `seconds` of audio: in all, of the encoder and of the search."""
-        return {
-            "audio_seconds": seconds,
-            "audio_seconds_per_second": seconds / self.elapsed,
-            "encoder_audio_seconds_per_second": seconds / max(self.encoded, 1e-9),
-            "search_audio_seconds_per_second": seconds / max(self.searched, 1e-9),
-        }
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def timed(self, outputs: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        while True:
-            began = time.monotonic()
-            following = next(outputs, None)
-            self.encoded += time.monotonic() - began
-            if following is None:
-                return
-            yield following
-
-
 def _tune(
     config: TranscribeConfig, outputs: dict[int, Tensor], references: list[str | None], search: Search
 ) -> tuple[list[dict[str, float]], tuple[float, float]]:
-    """The WER of every pair of weights over the rows with a reference, and the pair with the lowest; of equals the first."""
+    """The WER of every pair of weights over the rows with a reference, and the pair with the lowest; of
+    equals the first."""
     wanted = {item: reference for item in outputs if (reference := references[item]) is not None}
     if not any(wanted.values()):
         raise ValueError(
@@ -265,36 +245,6 @@ def _tune(
     return table, (best["lm_weight"], best["word_score"])
 
 
-def _times_said(hypothesis: Hypothesis, log_probs: Tensor, vocabulary: Vocabulary) -> list[Word] | None:
-    """When each word of a hypothesis was said; None where the frames do not hold the spelling that is taken to be the word's."""
-    classes = np.array(hypothesis.classes, np.int64)
-    words = vocabulary.words(classes) if hypothesis.words is None else hypothesis.words
-    if not words:
-        return []
-    try:
-        spans = forced_alignment(log_probs, classes)
-    except ValueError:
-        return None
-    times = stretch([(spans[first].start, spans[last - 1].end) for _, first, last in words], len(log_probs))
-    return [Word(*time, word) for time, (word, _, _) in zip(times, words, strict=True)]
-
-
-def _times_of_text(row: Utterance, log_probs: Tensor, recognizer: LoadedRecognizer) -> list[Word] | str:
-    """When each word, or phone, of the transcript was said, or why that cannot be told."""
-    target = recognizer.text.target(row)
-    if not target:
-        return f"has no {recognizer.text.column}"
-    if unknown := recognizer.vocabulary.unknown(target):
-        return f"has {sorted(unknown)}, not in the vocabulary"
-    classes = recognizer.vocabulary.encode(target)
-    try:
-        return word_times(
-            forced_alignment(log_probs, classes), classes, recognizer.vocabulary, len(log_probs)
-        )
-    except ValueError as error:
-        return str(error)
-
-
 # Files
 
 
@@ -306,7 +256,8 @@ def _write(
     summary: dict[str, Any],
     vocabulary: Vocabulary,
 ) -> list[str]:
-    """Write the table, the summary and the alignments; the names of the files. What could not be aligned is added to the summary."""
+    """Write the table, the summary and the alignments; the names of the files. What could not be aligned is
+    added to the summary."""
     folder, files = Path(config.out), ["transcripts.parquet", "summary.json"]
     is_beam = config.decoding.method == "beam"
     table = {

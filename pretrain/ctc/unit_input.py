@@ -1,7 +1,9 @@
-"""Discrete units in place of waveforms: the labels of a manifest's utterances, for recognisers that read units.
+"""Discrete units in place of waveforms: the labels of a manifest's utterances, for recognisers that read
+units.
 
-They compare what units keep of speech with what features do: the same transcripts, the same loss, a small encoder over one embedding
-for each class of the codebook. The codebook is the recogniser's; labels of another are refused.
+They compare what units keep of speech with what features do: the same transcripts, the same loss, a small
+encoder over one embedding for each class of the codebook. The codebook is the recogniser's; labels of another
+are refused.
 """
 
 import numpy as np
@@ -35,7 +37,8 @@ class UnitConfig(Config):
         return self.levels * labels.num_classes
 
     def read(self, labels: Labels, utterance: str) -> np.ndarray:
-        """Units (frames,) int64, or (frames, levels), where each level counts on from the classes of those before it."""
+        """Units (frames,) int64, or (frames, levels), where each level counts on from the classes of those
+        before it."""
         units = labels[utterance].astype(np.int64).reshape(-1, labels.num_levels)[:, : self.levels]
         if self.deduplicate and len(units):
             units = units[np.r_[True, (units[1:] != units[:-1]).any(1)]]
@@ -55,7 +58,8 @@ class UnitConfig(Config):
 
 
 class LabelBatches(SpeechBatches):
-    """Whole utterances of `manifest`, planned by their audio and read from `labels`; what has none is an error that names it."""
+    """Whole utterances of `manifest`, planned by their audio and read from `labels`; what has none is an
+    error that names it."""
 
     def __init__(
         self,
@@ -86,11 +90,13 @@ class LabelBatches(SpeechBatches):
 def unit_batches(
     recognizer: LoadedRecognizer, labels: str, manifest: Manifest, config: BatchConfig
 ) -> LabelBatches:
-    """Batches of `manifest` for a recogniser of units, read as it learned to; ValueError where `labels` are of another codebook."""
+    """Batches of `manifest` for a recogniser of units, read as it learned to; ValueError where `labels` are
+    of another codebook."""
     found = Labels(labels)
     if found.codebook != recognizer.codebook:
         raise ValueError(
-            f"labels: {labels} are of codebook {found.codebook}, and the recogniser learned units of codebook {recognizer.codebook}; "
+            f"labels: {labels} are of codebook {found.codebook}, and the recogniser learned units of "
+            f"codebook {recognizer.codebook}; "
             "encode the audio with that one"
         )
     units = parse_config(UnitConfig, recognizer.meta["config"].get("units", {}), "the recogniser's units")

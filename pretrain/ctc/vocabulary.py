@@ -1,9 +1,10 @@
 """The classes of a recogniser: class 0 is CTC's blank, class n the symbol n - 1.
 
-What a symbol is depends on the spelling. `characters`: a Unicode code point of NFC text, so that a Korean syllable is one symbol, and a
-Devanagari vowel sign, an Arabic vowel mark or the joiner inside an emoji is one too. `jamo`: the same with Hangul syllables taken apart
-into the two or three letters they are written with (Unicode's conjoining jamo, first, middle and last ones apart). `phones`: a phone.
-`tokenizer`: a piece. Any sequence of classes can be decoded, whether or not it is a word of anything; of `encode` it is the inverse.
+What a symbol is depends on the spelling. `characters`: a Unicode code point of NFC text, so that a Korean
+syllable is one symbol, and a Devanagari vowel sign, an Arabic vowel mark or the joiner inside an emoji is one
+too. `jamo`: the same with Hangul syllables taken apart into the two or three letters they are written with
+(Unicode's conjoining jamo, first, middle and last ones apart). `phones`: a phone. `tokenizer`: a piece. Any
+sequence of classes can be decoded, whether or not it is a word of anything; of `encode` it is the inverse.
 """
 
 import json
@@ -26,9 +27,11 @@ BLANK = 0
 
 
 class Vocabulary:
-    """Symbols that texts are spelled in; spaces between words are the symbol `|`. With phones there are none, each is a word.
+    """Symbols that texts are spelled in; spaces between words are the symbol `|`. With phones there are none,
+    each is a word.
 
-    `tokenizer` is the JSON of a Hugging Face tokenizer, whose pieces, in its order and without special tokens, are the symbols.
+    `tokenizer` is the JSON of a Hugging Face tokenizer, whose pieces, in its order and without special
+    tokens, are the symbols.
 
     >>> vocabulary = Vocabulary(["a", "b", "|"])
     >>> vocabulary.encode("ab b"), vocabulary.decode([1, 2, 3, 2]), vocabulary.words([1, 2, 3, 2])
@@ -45,7 +48,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, targets: Iterable[str], text: TextConfig) -> "Vocabulary":
-        """Every symbol of `targets` (of `text.target`), sorted; with a tokenizer its pieces, whatever the targets."""
+        """Every symbol of `targets` (of `text.target`), sorted; with a tokenizer its pieces, whatever the
+        targets."""
         if text.tokenizer is not None:
             return cls.of_tokenizer(text.tokenizer)
         symbols: set[str] = set()
@@ -59,7 +63,8 @@ class Vocabulary:
     def given(cls, characters: str, text: TextConfig) -> "Vocabulary":
         """The characters of a string, or phones with spaces between, each once, in their order.
 
-        ValueError for none, for one that `text` never leaves in a transcript, and for a tokenizer, which brings its own.
+        ValueError for none, for one that `text` never leaves in a transcript, and for a tokenizer, which
+        brings its own.
         """
         if text.spelling == "tokenizer":
             raise ValueError("characters: the tokenizer's pieces are the vocabulary; drop `characters`")
@@ -80,7 +85,8 @@ class Vocabulary:
         lost = sorted({c for c in symbols if c != " " and c not in text.normalize(f"q{c}q")})
         if lost:
             raise ValueError(
-                f"characters: {lost} are in no transcript after text.case = {text.case!r} and text.punctuation = {text.punctuation!r}; "
+                f"characters: {lost} are in no transcript after text.case = {text.case!r} and "
+                f"text.punctuation = {text.punctuation!r}; "
                 "drop them or change these"
             )
         return cls(_as_symbols(symbols, text.spelling), text.spelling)
@@ -124,7 +130,8 @@ class Vocabulary:
         return self._numbers.get(SPACE) if self.spelling in ("characters", "jamo") else None
 
     def unknown(self, text: str) -> set[str]:
-        """What in a normalised text cannot be spelled: characters or phones, or with a tokenizer stretches of the text."""
+        """What in a normalised text cannot be spelled: characters or phones, or with a tokenizer stretches of
+        the text."""
         if self.spelling == "tokenizer":
             return self._unknown_to_tokenizer(text)
         return {
@@ -141,7 +148,8 @@ class Vocabulary:
         return np.array([*map(self._numbers.__getitem__, self._split(text))], dtype=np.int64)
 
     def decode(self, classes: Iterable[int]) -> str:
-        """Classes without blanks and repeats back to a text, NFC with single spaces; the inverse of `encode`."""
+        """Classes without blanks and repeats back to a text, NFC with single spaces; the inverse of
+        `encode`."""
         if self.spelling == "tokenizer":
             text = self._pieces.decode(
                 [self._ids[number - 1] for number in classes], skip_special_tokens=False
@@ -153,10 +161,12 @@ class Vocabulary:
         return " ".join(unicodedata.normalize("NFC", text).split())
 
     def words(self, classes: Sequence[int] | np.ndarray) -> list[tuple[str, int, int]]:
-        """The words that `classes` (without blanks and repeats) spell, and the span [first, last) of `classes` each is made of.
+        """The words that `classes` (without blanks and repeats) spell, and the span [first, last) of
+        `classes` each is made of.
 
-        They are those of `decode`, in order. Spans do not overlap unless one piece of a tokenizer has more than one word; classes
-        between words are of none. With phones, each class is a word. A script without spaces has one word.
+        They are those of `decode`, in order. Spans do not overlap unless one piece of a tokenizer has more
+        than one word; classes between words are of none. With phones, each class is a word. A script without
+        spaces has one word.
         """
         numbers = [int(number) for number in classes]
         if self.spelling == "tokenizer":
@@ -197,7 +207,8 @@ class Vocabulary:
         encoding = self._pieces.encode(text, add_special_tokens=False)
         pieces = zip(self._classes[encoding.ids], encoding.offsets, strict=True)
         stretches = {text[first:last].strip() for number, (first, last) in pieces if number == 0}
-        # Some models have nothing for what they do not know and leave it out: then the offsets of what follows are off, too.
+        # Some models have nothing for what they do not know and leave it out: then the offsets of what
+        # follows are off, too.
         return stretches | {character for character in set(text) - {" "} if self._is_lost(character)}
 
     def _is_lost(self, character: str) -> bool:
@@ -207,7 +218,8 @@ class Vocabulary:
         return self._lost[character]
 
     def _words_of_tokenizer(self, numbers: list[int]) -> list[tuple[str, int, int]]:
-        """By how much more of the text each piece decodes to. One that adds nothing yet (a byte of a character) is of the next word."""
+        """By how much more of the text each piece decodes to. One that adds nothing yet (a byte of a
+        character) is of the next word."""
         text, done, ends, begun = self.decode(numbers), 0, [0], [False]
         for count in range(1, len(numbers) + 1):
             so_far = self.decode(numbers[:count])

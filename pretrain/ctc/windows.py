@@ -1,8 +1,8 @@
 """Recordings too long for one attention: overlapping windows, as in the pipeline of transformers.
 
-A window is computed with a sixth of its size on each side, which is dropped. Attention is limited to the window, so the result
-can differ from that of the whole. Normalisation over time (waveform, group norm of BASE, mel bands) uses the statistics of the
-whole recording (pretrain/model/totals.py).
+A window is computed with a sixth of its size on each side, which is dropped. Attention is limited to the
+window, so the result can differ from that of the whole. Normalisation over time (waveform, group norm of
+BASE, mel bands) uses the statistics of the whole recording (pretrain/model/totals.py).
 """
 
 from collections.abc import Callable
@@ -23,10 +23,11 @@ def in_windows(
     batch_seconds: float,
     forward: Callable[[list[np.ndarray]], list[Tensor]],
 ) -> Tensor:
-    """Returns the log probabilities (frames, classes) of one long recording, from windows of at most `max_seconds`.
+    """Returns the log probabilities (frames, classes) of one long recording, from windows of at most
+    `max_seconds`.
 
-    `loaded` is a waveform (samples,) float32 or units (frames, …). `forward` gets several windows at once, of at most
-    `batch_seconds` together, but always one.
+    `loaded` is a waveform (samples,) float32 or units (frames, …). `forward` gets several windows at once, of
+    at most `batch_seconds` together, but always one.
     """
     is_audio = loaded.dtype == np.float32
     frames = num_frames(len(loaded)) if is_audio else len(loaded)

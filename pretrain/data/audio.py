@@ -15,11 +15,12 @@ _LARGEST_READ = 1 << 24  # the same, while loading: 17 minutes at 16 kHz
 
 
 def load_audio(utterance: Utterance, first: int = 0, count: int | None = None) -> np.ndarray:
-    """Decode one utterance: float32, (utterance.length,), mono (channels averaged), 16 kHz; or `count` samples of it from `first`.
+    """Decode one utterance: float32, (utterance.length,), mono (channels averaged), 16 kHz; or `count`
+    samples of it from `first`.
 
-    Only these samples are read from a longer recording, except of one that must be resampled, where the whole utterance is. An
-    unreadable, truncated or too short recording, another sample rate than the manifest recorded, and NaN or infinite samples are
-    ValueErrors that name the file and the utterance.
+    Only these samples are read from a longer recording, except of one that must be resampled, where the whole
+    utterance is. An unreadable, truncated or too short recording, another sample rate than the manifest
+    recorded, and NaN or infinite samples are ValueErrors that name the file and the utterance.
     """
     rate, start = utterance.sample_rate, utterance.start
     wanted, length = utterance.num_samples, utterance.length
@@ -42,7 +43,8 @@ def load_audio(utterance: Utterance, first: int = 0, count: int | None = None) -
             raise ValueError(_too_short(utterance.length))
     except ValueError as error:
         raise ValueError(f"{utterance.path} (utterance {utterance.id!r}): {error}") from None
-    # Resamplers round to the nearest sample, and compressed formats may end a few samples early: make the length exact.
+    # Resamplers round to the nearest sample, and compressed formats may end a few samples early: make the
+    # length exact.
     if len(wave) < length:
         wave = np.pad(wave, (0, length - len(wave)))
     return np.ascontiguousarray(wave[:length] if count is None else wave[first : first + count])
@@ -58,9 +60,9 @@ def probe_audio(
 ) -> tuple[int, int, int]:
     """Examine a recording or a segment of it: (start, num_samples, sample_rate), in native samples.
 
-    `duration_seconds` cuts a segment; `num_samples` is what a list claims that the whole file has; `member` is where the recording
-    lies in a tar at `path`. With `decode` every sample is decoded and checked (in blocks); without it, only the header is read.
-    What is wrong is the message of a ValueError.
+    `duration_seconds` cuts a segment; `num_samples` is what a list claims that the whole file has; `member`
+    is where the recording lies in a tar at `path`. With `decode` every sample is decoded and checked (in
+    blocks); without it, only the header is read. What is wrong is the message of a ValueError.
     """
     with open_recording(path, member, header_only=not decode) as recording:
         rate, available = recording.sample_rate, recording.num_samples

@@ -1,4 +1,5 @@
-"""espeak-ng through its C library, which the package `espeakng-loader` brings: sentences in; samples, phone and word times out."""
+"""espeak-ng through its C library, which the package `espeakng-loader` brings: sentences in; samples, phone
+and word times out."""
 
 import ctypes
 import re
@@ -9,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# espeak's IPA marks stress and length, and has a few allophones that English does not tell apart: both are folded. What remains
-# are 47 phones and "sil"; vowels before /r/ (ɑɹ ɔɹ ɛɹ ɪɹ), syllabic l (əl) and the flap (ɾ) are phones of their own.
+# espeak's IPA marks stress and length, and has a few allophones that English does not tell apart: both are
+# folded. What remains are 47 phones and "sil"; vowels before /r/ (ɑɹ ɔɹ ɛɹ ɪɹ), syllabic l (əl) and the flap
+# (ɾ) are phones of their own.
 SILENCE = "sil"
 _PUNCTUATION = '.,;:!?"()'
 _FOLD = str.maketrans({"ˈ": None, "ˌ": None, "ː": None, "ᵻ": "ɪ", "ɐ": "ə"})
@@ -44,7 +46,8 @@ _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 
 
 class PhoneEvent(NamedTuple):
-    """When a phone begins, its IPA ("" is a pause) and where its word begins in the sentence, in characters from 0."""
+    """When a phone begins, its IPA ("" is a pause) and where its word begins in the sentence, in characters
+    from 0."""
 
     seconds: float
     name: str
@@ -52,7 +55,8 @@ class PhoneEvent(NamedTuple):
 
 
 class Spoken(NamedTuple):
-    """A sentence, said: float32 samples at `sample_rate`; phones and words as (start, end, name) in seconds, in order.
+    """A sentence, said: float32 samples at `sample_rate`; phones and words as (start, end, name) in seconds,
+    in order.
 
     The phones cover all samples; a word lasts from its first phone to the end of its last.
     """
@@ -63,10 +67,12 @@ class Spoken(NamedTuple):
 
 
 class Espeak:
-    """One speaker. `voice` is "language+variant", the rate is in words a minute, pitch and its range go from 0 to 99.
+    """One speaker. `voice` is "language+variant", the rate is in words a minute, pitch and its range go from
+    0 to 99.
 
-    espeak-ng carries state (flutter, noise) in globals from one sentence to the next, so every speaker loads a copy of the
-    library of its own: what it says then depends on its arguments and on what it has said before, and on nothing else.
+    espeak-ng carries state (flutter, noise) in globals from one sentence to the next, so every speaker loads
+    a copy of the library of its own: what it says then depends on its arguments and on what it has said
+    before, and on nothing else.
     """
 
     def __init__(self, voice: str, rate: int, pitch: int, pitch_range: int, seed: int):
@@ -134,10 +140,11 @@ def true_phones(events: list[PhoneEvent], duration_seconds: float) -> list[tuple
 def true_words(
     sentence: str, events: list[PhoneEvent], duration_seconds: float
 ) -> list[tuple[float, float, str]]:
-    """Words (what spaces part, without punctuation around them) from espeak's events: each lasts as long as its phones.
+    """Words (what spaces part, without punctuation around them) from espeak's events: each lasts as long as
+    its phones.
 
-    espeak speaks some neighbours, such as "with the", as one word and does not say where the second begins: they share the phones
-    in proportion to their letters.
+    espeak speaks some neighbours, such as "with the", as one word and does not say where the second begins:
+    they share the phones in proportion to their letters.
     """
     words = [
         (match.start(), word)

@@ -1,4 +1,5 @@
-"""`index`: take what a source of audio claims (see `pretrain.data.sources.sources`), examine every recording, draw splits, write a manifest.
+"""`index`: take what a source of audio claims (see `pretrain.data.sources.sources`), examine every recording,
+draw splits, write a manifest.
 
 Recordings that cannot be used are listed with the reason and left out, unless there are too many of them.
 """
@@ -34,11 +35,13 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class IndexConfig(Config):
-    """What to index: a source or a list of them (see `pretrain.data.sources.sources`). `speaker_pattern` is searched in each path relative to the source; its group `speaker`, or else its first
-    group, is the speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...], "words": [[start, end, word], ...]},
-    either or both, for utterances by id. `dev_share` and `test_share` are shares of the hours (see `pretrain.data.splits`).
-    Recordings are examined in `workers` processes; one that takes more memory there, or more of the processor's time than
-    `seconds_limit` and five seconds for each MB of it, is left out, as are others that cannot be used."""
+    """What to index: a source or a list of them (see `pretrain.data.sources.sources`). `speaker_pattern` is
+    searched in each path relative to the source; its group `speaker`, or else its first group, is the
+    speaker. `alignments` are JSON lines {"id", "phones": [[start, end, phone], ...], "words": [[start, end,
+    word], ...]}, either or both, for utterances by id. `dev_share` and `test_share` are shares of the hours
+    (see `pretrain.data.splits`). Recordings are examined in `workers` processes; one that takes more memory
+    there, or more of the processor's time than `seconds_limit` and five seconds for each MB of it, is left
+    out, as are others that cannot be used."""
 
     source: Annotated[PathStrs, Field(min_length=1)]
     out: PathStr
@@ -54,7 +57,8 @@ class IndexConfig(Config):
     seconds_limit: Annotated[float, Field(gt=0)] = 60.0
     max_seconds: Annotated[float, Field(ge=1)] | None = Field(
         None,
-        description="longer recordings are cut into utterances of like length (see `pretrain.data.sources.cutting`)",
+        description="longer recordings are cut into utterances of like length (see "
+        "`pretrain.data.sources.cutting`)",
     )
 
     @field_validator("speaker_pattern")
@@ -86,7 +90,8 @@ class IndexConfig(Config):
 
 
 def index(config: IndexConfig) -> dict[str, Any]:
-    """Write the manifest of `config.source`; the summary counts what was found, kept and quarantined, in all and by split."""
+    """Write the manifest of `config.source`; the summary counts what was found, kept and quarantined, in all
+    and by split."""
     require_absent(config.out)
     passed_over: list[str] = []
     candidates = read_sources(config.sources, passed_over)
@@ -102,9 +107,8 @@ def index(config: IndexConfig) -> dict[str, Any]:
     _report_quarantine(quarantine, len(candidates), config)
     assert len(found) + len(quarantine) == len(candidates)
     whole = found
-    if len(found) <= (config.dev_share > 0) + (
-        config.test_share > 0
-    ):  # too few to draw splits from: their pieces are drawn
+    # too few to draw splits from: their pieces are drawn
+    if len(found) <= (config.dev_share > 0) + (config.test_share > 0):
         found = cut(found, config.max_seconds)
     drawn = _split(found, config)
     found = cut(found, config.max_seconds)
@@ -163,7 +167,8 @@ def _row(found: Found) -> dict[str, Any]:
 
 
 def _parents(sources: list[str]) -> dict[str, str]:
-    """The fingerprints of sources that are files of an artefact, such as `speech.jsonl`, by their place among the sources."""
+    """The fingerprints of sources that are files of an artefact, such as `speech.jsonl`, by their place among
+    the sources."""
     files = {"source" + (f"_{n}" if n else ""): Path(source) for n, source in enumerate(sources)}
     return {
         name: read_meta(file.parent)["fingerprint"]
@@ -173,7 +178,8 @@ def _parents(sources: list[str]) -> dict[str, str]:
 
 
 def _verify(candidates: list[Candidate], config: IndexConfig) -> tuple[list[Found], list[dict[str, Any]]]:
-    """Examine every recording with a few processes: (usable ones, quarantine), both in the candidates' order."""
+    """Examine every recording with a few processes: (usable ones, quarantine), both in the candidates'
+    order."""
     results: list[Probed | str | None] = [candidate.problem for candidate in candidates]
     promising = [place for place, problem in enumerate(results) if problem is None]
     requests = (_request(candidates[place], config) for place in promising)
@@ -208,16 +214,21 @@ def _request(candidate: Candidate, config: IndexConfig) -> Request:
 
 
 def _misaligned(candidate: Candidate, duration_seconds: float) -> str | None:
-    """What is wrong when phones or words go on after the recording, whose duration aligners round: they are of another one."""
+    """What is wrong when phones or words go on after the recording, whose duration aligners round: they are
+    of another one."""
     for kind, times in (("phone", candidate.phones), ("word", candidate.words)):
         if times and times[-1].end > duration_seconds + 0.1:
             start, end, name = times[-1]
-            return f"{kind} {name!r} at {start} s ends at {end} s, after the recording ({duration_seconds:.3f} s)"
+            return (
+                f"{kind} {name!r} at {start} s ends at {end} s, after the recording "
+                f"({duration_seconds:.3f} s)"
+            )
     return None
 
 
 def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config: IndexConfig) -> None:
-    """A table on stderr; a ValueError when more than `max_bad_share` of the recordings, or all of them, are bad."""
+    """A table on stderr; a ValueError when more than `max_bad_share` of the recordings, or all of them, are
+    bad."""
     if not quarantine:
         return
     if len(quarantine) == num_found or len(quarantine) > config.max_bad_share * num_found:
@@ -229,7 +240,8 @@ def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config:
             else f" (max_bad_share is {config.max_bad_share}; raise it to go on without them)"
         )
         raise ValueError(
-            f"{config.named}: {len(quarantine)} of {num_found} recordings cannot be used{remedy}:{worst}{more}"
+            f"{config.named}: {len(quarantine)} of {num_found} recordings cannot be "
+            f"used{remedy}:{worst}{more}"
         )
     table = Table(
         "recording",
@@ -245,14 +257,16 @@ def _report_quarantine(quarantine: list[dict[str, Any]], num_found: int, config:
 
 
 class Drawn(NamedTuple):
-    """How the splits came about: by "speaker" or "utterance", from the "source", or "none" where all is train; and notes on them."""
+    """How the splits came about: by "speaker" or "utterance", from the "source", or "none" where all is
+    train; and notes on them."""
 
     by: str
     notes: list[str]
 
 
 def _split(found: list[Found], config: IndexConfig) -> Drawn:
-    """Fill in `split` unless the source gave it: by speaker when three or more are known, otherwise by utterance.
+    """Fill in `split` unless the source gave it: by speaker when three or more are known, otherwise by
+    utterance.
 
     Utterances of unknown speakers stay in train when the split is by speaker.
     """
@@ -261,7 +275,8 @@ def _split(found: list[Found], config: IndexConfig) -> Drawn:
     if len(without) < len(candidates):
         if without:
             raise ValueError(
-                f"{config.named}: {without[0]!r} has no split though others do; give one to all rows or to none"
+                f"{config.named}: {without[0]!r} has no split though others do; give one to all rows or to "
+                "none"
             )
         return Drawn("source", [])
     num_speakers = len({candidate.speaker for candidate in candidates} - {None})
@@ -273,9 +288,8 @@ def _split(found: list[Found], config: IndexConfig) -> Drawn:
         if name is None:
             of_strangers += length
         else:
-            seconds[name] = (
-                seconds.get(name, 0.0) + length
-            )  # in this order, so that rounding does not depend on that of the rows
+            # in this order, so that rounding does not depend on that of the rows
+            seconds[name] = seconds.get(name, 0.0) + length
     splits = [
         Split(name, share)
         for name, share in (("test", config.test_share), ("dev", config.dev_share))
@@ -314,10 +328,12 @@ def _notes_on_voices(by: str, num_speakers: int, num_strangers: int, splits: lis
             else "none is known"
         )
         return [
-            f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard in training; {name_them}"
+            f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard "
+            f"in training; {name_them}"
         ]
     if num_strangers:
         return [
-            f"{num_strangers} utterances have no speaker and are in train: voices of {held_out} may be among them; {name_them}"
+            f"{num_strangers} utterances have no speaker and are in train: voices of {held_out} may be "
+            f"among them; {name_them}"
         ]
     return []

@@ -1,7 +1,9 @@
-"""Shards of labels: an array of the labels of some utterances end to end, and a table of their ids and numbers of frames.
+"""Shards of labels: an array of the labels of some utterances end to end, and a table of their ids and
+numbers of frames.
 
-`shard_00000.npy` is uint16, (frames,) or (frames, levels). `shard_00000.parquet` has the columns `id` and `num_frames`, and the
-SHA-256 of the array in its metadata. The table is written last, so a shard is complete when its table exists.
+`shard_00000.npy` is uint16, (frames,) or (frames, levels). `shard_00000.parquet` has the columns `id` and
+`num_frames`, and the SHA-256 of the array in its metadata. The table is written last, so a shard is complete
+when its table exists.
 """
 
 from collections.abc import Iterable, Iterator
@@ -53,7 +55,8 @@ def shard_fault(
     num_frames: np.ndarray,
     num_levels: int = 1,
 ) -> str | None:
-    """Returns why a committed shard is not the labels of these utterances, in this order and with these numbers of frames, or None.
+    """Returns why a committed shard is not the labels of these utterances, in this order and with these
+    numbers of frames, or None.
 
     `ids` may be their `id_hashes`. An array that differs from the one written is such a reason.
     """
@@ -87,7 +90,8 @@ def id_hashes(ids: Iterable[str] | pa.ChunkedArray | pa.StringArray) -> np.ndarr
 
 
 def read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
-    """Table and memory-mapped array of one shard; missing or damaged files and lengths that disagree are a ValueError."""
+    """Table and memory-mapped array of one shard; missing or damaged files and lengths that disagree are a
+    ValueError."""
     stem = folder / f"shard_{shard:05d}"
     try:
         table = pq.read_table(stem.with_suffix(".parquet"), page_checksum_verification=True)
@@ -103,7 +107,8 @@ def read_shard(folder: Path, shard: int) -> tuple[pa.Table, np.ndarray]:
 
 
 def finished_shards(folder: Path, meta: dict[str, Any]) -> Iterator[tuple[pa.Table, CheckedNpy]]:
-    """Table and array of each shard of finished labels: the table is as it was written, the array is compared when it is read."""
+    """Table and array of each shard of finished labels: the table is as it was written, the array is compared
+    when it is read."""
     for shard in range(meta["num_shards"]):
         path = folder / f"shard_{shard:05d}.npy"
         index = path.with_suffix(".parquet")

@@ -1,13 +1,13 @@
 """Labels: one class per frame and codebook level for every utterance of a corpus.
 
-A folder of shards (see `pretrain.data.label_shards`) and `meta.json`, which is written when all shards are complete. `pretrain` owns the format because
-HuBERT reads it; `quantize` writes it.
+A folder of shards (see `pretrain.data.label_shards`) and `meta.json`, which is written when all shards are
+complete. `pretrain` owns the format because HuBERT reads it; `quantize` writes it.
 
-Damage is detected before a label is used: a table is compared with its SHA-256 in `meta.json` when it is opened, an array when its
-first label is read (0.7 s per GB, once per process).
+Damage is detected before a label is used: a table is compared with its SHA-256 in `meta.json` when it is
+opened, an array when its first label is read (0.7 s per GB, once per process).
 
-Labels are read at 50 Hz. Of labels declared as 100 Hz (`frame_rate_hz`) every second one is used: the Kaldi frame 2t of 10 ms has
-the 400-sample window of the encoder's frame t.
+Labels are read at 50 Hz. Of labels declared as 100 Hz (`frame_rate_hz`) every second one is used: the Kaldi
+frame 2t of 10 ms has the 400-sample window of the encoder's frame t.
 """
 
 from collections.abc import Iterable
@@ -47,8 +47,9 @@ def commit_labels(
     expected_ids: Iterable[str] | pa.ChunkedArray | None = None,
     expected_frames: np.ndarray | None = None,
 ) -> str:
-    """Declare the labels complete. Checks that every shard exists, that the ids are exactly `expected_ids`, each once, and that each
-    has its `expected_frames` (in the order of those ids). Doing so twice, or two at once, does no harm."""
+    """Declare the labels complete. Checks that every shard exists, that the ids are exactly `expected_ids`,
+    each once, and that each has its `expected_frames` (in the order of those ids). Doing so twice, or two at
+    once, does no harm."""
     hashes, frames = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     files: dict[str, str] = {}
     for shard in range(num_shards):
@@ -61,14 +62,16 @@ def commit_labels(
             raise ValueError(f"{folder}: shard {shard} has {levels} levels, not {num_levels}")
         if array.size and (highest := int(array.max())) >= num_classes:
             raise ValueError(
-                f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes; remove shard_{shard:05d}.npy "
+                f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes; "
+                f"remove shard_{shard:05d}.npy "
                 "and .parquet, and run the command again"
             )
         names = [f"shard_{shard:05d}{suffix}" for suffix in (".npy", ".parquet")]
         files |= {name: sha256_file(folder / name) for name in names}
         if written_hash(table) not in (None, files[names[0]]):
             raise ValueError(
-                f"{folder}/{names[0]}: damaged, not the labels that were written; remove it and {names[1]}, and run the command again"
+                f"{folder}/{names[0]}: damaged, not the labels that were written; remove it and "
+                f"{names[1]}, and run the command again"
             )
     _require_exactly(
         folder, num_shards, np.concatenate(hashes), np.concatenate(frames), expected_ids, expected_frames
@@ -95,7 +98,8 @@ def _require_exactly(
     expected_ids: Iterable[str] | pa.ChunkedArray | None,
     expected_frames: np.ndarray | None,
 ) -> None:
-    """Hashes `found` (rows,) of the ids in the shards are those expected, each once, with their frames; a ValueError names what is not.
+    """Hashes `found` (rows,) of the ids in the shards are those expected, each once, with their frames; a
+    ValueError names what is not.
 
     Sixty-four bits of each id take the place of ten million strings.
     """
@@ -120,7 +124,8 @@ def _require_exactly(
             if len(some)
         ]
         raise ValueError(
-            f"{folder}: the shards hold {len(np.unique(found))} distinct of {len(found)} utterances, not exactly what was asked: "
+            f"{folder}: the shards hold {len(np.unique(found))} distinct of {len(found)} utterances, not "
+            "exactly what was asked: "
             f"{'; '.join(problems)}; write the labels again"
         )
     if expected_frames is not None and len(
@@ -128,7 +133,8 @@ def _require_exactly(
     ):
         row = int(expected_order[wrong[0]])
         raise ValueError(
-            f"{folder}: {frames[order[wrong[0]]]} labels for utterance {asked[row].as_py()!r}, which has {expected_frames[row]} "
+            f"{folder}: {frames[order[wrong[0]]]} labels for utterance {asked[row].as_py()!r}, which has "
+            f"{expected_frames[row]} "
             f"frames ({len(wrong)} of {len(found)} utterances differ); write the labels again"
         )
 
@@ -152,7 +158,8 @@ class Labels:
         self.num_levels: int = self.meta["num_levels"]
         if (stored_rate := self.meta["frame_rate_hz"]) not in (50, 100):
             raise ValueError(
-                f"{folder}: labels at {stored_rate} Hz cannot be used; the encoder has 50 frames a second (100 can be halved)"
+                f"{folder}: labels at {stored_rate} Hz cannot be used; the encoder has 50 frames a second "
+                "(100 can be halved)"
             )
         self._step = int(stored_rate) // 50
         shards = list(finished_shards(self.folder, self.meta))
@@ -171,7 +178,8 @@ class Labels:
         return np.asarray(array.read(self._starts[row], self._starts[row] + self._counts[row])[:: self._step])
 
     def first_level(self, utterance: str) -> np.ndarray:
-        """Labels of level 0, uint16 (frames,): those of the plain codebook, for whatever takes one stream of units."""
+        """Labels of level 0, uint16 (frames,): those of the plain codebook, for whatever takes one stream of
+        units."""
         labels = self[utterance]
         return labels if labels.ndim == 1 else labels[:, 0]
 
@@ -190,7 +198,8 @@ class Labels:
         return -(-int(self._counts[self._row(utterance)]) // self._step)
 
     def frame_counts(self, ids: Iterable[str] | pa.ChunkedArray) -> np.ndarray:
-        """Labels of each of many utterances, (ids,) int64. One that has none is a ValueError that names it."""
+        """Labels of each of many utterances, (ids,) int64. One that has none is a ValueError that names
+        it."""
         counts = []
         for chunk in id_chunks(ids):
             rows = self._find_many(chunk)
@@ -200,7 +209,8 @@ class Labels:
         return np.concatenate([np.empty(0, np.int64), *counts])
 
     def require_frames(self, ids: Iterable[str] | pa.ChunkedArray, num_frames: np.ndarray) -> None:
-        """Every utterance has as many labels as frames, give or take one, or a ValueError names one that has not."""
+        """Every utterance has as many labels as frames, give or take one, or a ValueError names one that has
+        not."""
         ids = pa.chunked_array(list(id_chunks(ids)), pa.string())
         have = self.frame_counts(ids)
         wrong = differing(have, num_frames)
@@ -209,14 +219,18 @@ class Labels:
         share = have.sum() / max(1, num_frames.sum())
         hint = ""
         if self._step == 1 and 1.8 < share < 2.2:
-            hint = "; they look like 100 Hz labels: declare frame_rate_hz = 100 where they are written, and every second one is taken"
+            hint = (
+                "; they look like 100 Hz labels: declare frame_rate_hz = 100 where they are written, and "
+                "every second one is taken"
+            )
         elif self._step == 2 and 0.45 < share < 0.55:
             hint = (
                 "; they are declared as 100 Hz and look like 50: correct frame_rate_hz where they are written"
             )
         first = int(wrong[0])
         raise ValueError(
-            f"{self.folder}: {have[first]} labels for utterance {ids[first].as_py()!r}, which has {num_frames[first]} frames of 20 ms"
+            f"{self.folder}: {have[first]} labels for utterance {ids[first].as_py()!r}, which has "
+            f"{num_frames[first]} frames of 20 ms"
             f" ({len(wrong)} of {len(have)} utterances differ by more than one){hint}"
         )
 
@@ -230,7 +244,8 @@ class Labels:
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of all ids in ascending order, and the row of each: 16 bytes an utterance where a dict takes 300."""
+        """Hashes of all ids in ascending order, and the row of each: 16 bytes an utterance where a dict takes
+        300."""
         hashes = id_hashes(self._ids)
         order = np.argsort(hashes)
         return hashes[order], order
@@ -263,7 +278,8 @@ class Labels:
 
 
 def count_classes(folder: str | Path) -> np.ndarray:
-    """Frames (50 a second) by class at each level of finished labels, (levels, K) int64; a shard at a time is in memory."""
+    """Frames (50 a second) by class at each level of finished labels, (levels, K) int64; a shard at a time is
+    in memory."""
     meta = read_meta(folder, "labels")
     require_as_written(folder, meta)
     counts, step = (

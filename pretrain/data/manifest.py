@@ -1,12 +1,14 @@
-"""The manifest: a Parquet table with one row per utterance, written by `index` and read by everything that needs audio.
+"""The manifest: a Parquet table with one row per utterance, written by `index` and read by everything that
+needs audio.
 
-Columns: `id`, `path` (below the `root` that `meta.json` records, or absolute), `start` and `num_samples` (samples at the file's
-own `sample_rate`), `member_offset` and `member_size` (bytes, where the recording is a member of the tar at `path`) and, where
-known, `split`, `speaker`, `text`, and `phones` and `words` (start and end in seconds from the utterance's start, in order).
-`quarantine.jsonl` beside it lists what was left out and why.
+Columns: `id`, `path` (below the `root` that `meta.json` records, or absolute), `start` and `num_samples`
+(samples at the file's own `sample_rate`), `member_offset` and `member_size` (bytes, where the recording is a
+member of the tar at `path`) and, where known, `split`, `speaker`, `text`, and `phones` and `words` (start and
+end in seconds from the utterance's start, in order). `quarantine.jsonl` beside it lists what was left out and
+why.
 
-Tens of millions of rows are nothing special: opening reads two numbers and the split of each row, and a row is read, with the
-thousand beside it, when it is asked for.
+Tens of millions of rows are nothing special: opening reads two numbers and the split of each row, and a row
+is read, with the thousand beside it, when it is asked for.
 """
 
 import copy
@@ -27,7 +29,7 @@ from pretrain.data.utterance import HOP, MIN_SAMPLES, Phone, Utterance, Word
 from pretrain.store.artefact import commit, read_meta
 from pretrain.store.disk import atomic_path
 
-ROW_GROUP = 1024  # rows read together: reading one at random takes half a millisecond, and ten million make 9,766 groups
+ROW_GROUP = 1024  # rows read together: one at random takes half a millisecond; ten million are 9,766 groups
 
 
 Timed = TypeVar("Timed", Phone, Word)
@@ -65,9 +67,8 @@ class Manifest:
             _require_sound(row)
             row["path"] = os.path.join(self.root, row["path"])
             row["phones"] = _in_order(Phone, row.get("phones"))
-            row["words"] = _in_order(
-                Word, row.get("words")
-            )  # not in manifests from before there were word times
+            # not in manifests from before there were word times
+            row["words"] = _in_order(Word, row.get("words"))
         except ValueError as error:
             raise ValueError(
                 f"{self._file.path}: row {number}, id {row['id']!r}: {error}; index the audio again"
@@ -83,10 +84,11 @@ class Manifest:
         return column if self._rows is None else take(column, self._rows)
 
     def blocks(self, names: Sequence[str]) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Some columns of every row, a row group at a time and in the order of the file, for what no memory holds at once.
+        """Some columns of every row, a row group at a time and in the order of the file, for what no memory
+        holds at once.
 
-        Yields the numbers that rows have here, (n,) int64, and their columns as they are in the file. Row groups without one of these
-        rows are not read.
+        Yields the numbers that rows have here, (n,) int64, and their columns as they are in the file. Row
+        groups without one of these rows are not read.
         """
         if self._rows is None:
             places, rows = np.arange(len(self)), np.arange(len(self))
@@ -135,12 +137,14 @@ class Manifest:
         return names, codes if self._rows is None else codes[self._rows]
 
     def select(self, split: str | None) -> Self:
-        """The rows of one split (None: every row), under the same fingerprint. An unknown split is a ValueError."""
+        """The rows of one split (None: every row), under the same fingerprint. An unknown split is a
+        ValueError."""
         if split is None:
             return self
         if split not in self.splits:
             raise ValueError(
-                f"{self.folder}: no utterances of split {split!r}; it has {', '.join(sorted(self.splits)) or 'no splits'}"
+                f"{self.folder}: no utterances of split {split!r}; it has "
+                f"{', '.join(sorted(self.splits)) or 'no splits'}"
             )
         names, codes = self._splits
         return self.take(np.flatnonzero(codes == names.index(split)))
@@ -153,7 +157,8 @@ class Manifest:
 
 
 def _in_order(kind: type[Timed], triples: list[dict[str, Any]] | None) -> list[Timed] | None:
-    """Phones or words of a row, which are in order and without overlap beyond a millisecond, as `index` writes them."""
+    """Phones or words of a row, which are in order and without overlap beyond a millisecond, as `index`
+    writes them."""
     if triples is None:
         return None
     timed, reached = [kind(**triple) if triple else None for triple in triples], -math.inf
@@ -184,10 +189,12 @@ def write_manifest(
     root: str = "/",
     **extra: Any,
 ) -> str:
-    """Write and commit a manifest of `rows` (dicts by column; unknown ones may be left out), a row group at a time.
+    """Write and commit a manifest of `rows` (dicts by column; unknown ones may be left out), a row group at a
+    time.
 
-    `phones` and `words` are (start, end, name) triples; `quarantine` rows say id, path and reason. Paths below `root` are stored relative
-    to it, so that the fingerprint, which this returns, does not change when a corpus moves. `extra` goes into meta.json.
+    `phones` and `words` are (start, end, name) triples; `quarantine` rows say id, path and reason. Paths
+    below `root` are stored relative to it, so that the fingerprint, which this returns, does not change when
+    a corpus moves. `extra` goes into meta.json.
     """
     root, rows = os.path.abspath(root), iter(rows)
 
@@ -202,7 +209,8 @@ def write_manifest(
 def copy_manifest(
     folder: str | Path, manifest: Manifest, config: dict[str, Any], parents: dict[str, str], **extra: Any
 ) -> str:
-    """Write and commit the rows of `manifest`, a split or a `take` of another, as a manifest of its own, in the order of the file.
+    """Write and commit the rows of `manifest`, a split or a `take` of another, as a manifest of its own, in
+    the order of the file.
 
     Root and paths stay as they are; `extra` goes into meta.json. Returns the fingerprint.
     """
@@ -242,7 +250,8 @@ def _write(
             hashes.append(np.array([hash(name) for name in table["id"].to_pylist()]))
             seconds += float((table["num_samples"].to_numpy() / table["sample_rate"].to_numpy()).sum())
     count = sum(map(len, hashes))
-    # Sixty-four bits of each id instead of ten million strings: two ids agree by chance once in 400,000 such manifests.
+    # Sixty-four bits of each id instead of ten million strings: two ids agree by chance once in 400,000 such
+    # manifests.
     assert count == 0 or len(np.unique(np.concatenate(hashes))) == count, "ids are unique"
     with atomic_path(folder / "quarantine.jsonl") as temporary:
         temporary.write_text(

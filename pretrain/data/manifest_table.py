@@ -1,4 +1,5 @@
-"""The Parquet table of a manifest: its columns, and reading that tells damage. `pretrain.data.manifest` knows what the columns mean."""
+"""The Parquet table of a manifest: its columns, and reading that tells damage. `pretrain.data.manifest` knows
+what the columns mean."""
 
 import hashlib
 import os
@@ -44,7 +45,8 @@ REQUIRED = [field.name for field in SCHEMA if not field.nullable]
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever Arrow says of a damaged file is a ValueError that names it. Flipped bytes show: each page has a checksum."""
+    """Whatever Arrow says of a damaged file is a ValueError that names it. Flipped bytes show: each page has
+    a checksum."""
     try:
         yield
     except (
@@ -70,9 +72,8 @@ class Table:
         self.path = path
         self._local = threading.local()  # Arrow's readers are not promised to be safe to share
         with _damage(path):
-            if (
-                footer is not None and hash_footer(path) != footer
-            ):  # of some damage there Arrow ends the process
+            # of some damage there Arrow ends the process
+            if footer is not None and hash_footer(path) != footer:
                 raise ValueError("its end is not what was written")
             self._metadata = pq.read_metadata(path)
             schema = self._metadata.schema.to_arrow_schema()
@@ -91,7 +92,8 @@ class Table:
         for name in self._names:
             if schema.field(name).type != SCHEMA.field(name).type:
                 raise ValueError(
-                    f"{path}: column {name!r} is of {schema.field(name).type}; {SCHEMA.field(name).type} is needed"
+                    f"{path}: column {name!r} is of {schema.field(name).type}; {SCHEMA.field(name).type} "
+                    "is needed"
                 )
 
     def row(self, row: int) -> dict[str, Any]:
@@ -114,7 +116,8 @@ class Table:
             return column
 
     def blocks(self, rows: np.ndarray, names: Sequence[str]) -> Iterator[tuple[int, int, pa.Table]]:
-        """`names` of ascending rows: the row group's `rows[first:last]`, and a table of them. A column that is not there has nulls."""
+        """`names` of ascending rows: the row group's `rows[first:last]`, and a table of them. A column that
+        is not there has nulls."""
         there = [name for name in names if name in self._names]
         for group in np.unique(np.searchsorted(self._ends, rows, side="right")).tolist():
             start = self._start(group)
@@ -150,7 +153,8 @@ class Table:
 
     @cached_property
     def splits(self) -> tuple[list[str | None], np.ndarray]:
-        """The names of the splits, None among them where rows have none, and the number of each row's, (rows,) int32."""
+        """The names of the splits, None among them where rows have none, and the number of each row's,
+        (rows,) int32."""
         if "split" not in self._names:
             return [None], np.zeros(self.num_rows, np.int32)
         numbers: dict[str | None, int] = {}
@@ -219,7 +223,8 @@ class Table:
 
 
 def hash_footer(path: Path) -> str:
-    """SHA-256 of where and what everything in a Parquet file is: its end, which says its own length in 4 of the last 8 bytes."""
+    """SHA-256 of where and what everything in a Parquet file is: its end, which says its own length in 4 of
+    the last 8 bytes."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))

@@ -1,12 +1,13 @@
-"""Recordings are examined in processes of their own, so that a hostile or broken one costs nothing but itself.
+"""Recordings are examined in processes of their own, so that a hostile or broken one costs nothing but
+itself.
 
-A worker is this module run as a program. It reads lines of JSON, each a list of requests, and answers each request with a line: what
-`probe_audio` found, or why the recording cannot be used. Its memory is limited, and a recording's time: what a decoder does beyond
-either ends the worker and not `index`, which starts another. This bounds what a file can use up; it is no sandbox against a decoder
-that has been taken over.
+A worker is this module run as a program. It reads lines of JSON, each a list of requests, and answers each
+request with a line: what `probe_audio` found, or why the recording cannot be used. Its memory is limited, and
+a recording's time: what a decoder does beyond either ends the worker and not `index`, which starts another.
+This bounds what a file can use up; it is no sandbox against a decoder that has been taken over.
 
-Time is the processor's, so that nothing is held against a recording on a busy machine; ten times as much may pass in all, for disks
-that hang.
+Time is the processor's, so that nothing is held against a recording on a busy machine; ten times as much may
+pass in all, for disks that hang.
 """
 
 import json
@@ -26,12 +27,12 @@ from typing import Any, NamedTuple
 from pretrain.data.audio import probe_audio
 from pretrain.data.decoding.spans import Member
 
-SECONDS_PER_MB = 5.0  # added to a recording's limit: sixty times what mp3 and ogg take here, the slowest to decode for their size
+# Added to a recording's limit: sixty times what mp3 and ogg take here, the slowest to decode for their size.
+SECONDS_PER_MB = 5.0
 WAITING = 10.0  # times its limit may pass on the clock
 LARGEST_CHUNK = 64  # recordings given to a worker at a time
-STARTING_SECONDS = (
-    0.25  # what a worker takes to start, and some: meanwhile those that run may finish a small corpus
-)
+# what a worker takes to start, and some: meanwhile those that run may finish a small corpus
+STARTING_SECONDS = 0.25
 NO_MEMORY = 77  # a worker's exit status
 
 Probed = tuple[int, int, int]  # start, num_samples, sample_rate
@@ -58,9 +59,11 @@ class Limits(NamedTuple):
 def probe_recordings(
     requests: Iterable[Request], count: int, num_workers: int, limits: Limits
 ) -> Generator[tuple[int, Probed | str], None, None]:
-    """(number, what was found or the reason why it cannot be used) for each of `count` requests, as they are answered.
+    """(number, what was found or the reason why it cannot be used) for each of `count` requests, as they are
+    answered.
 
-    Workers are started as long as there is work for them and ended with the iterator, which must be closed where it is left early.
+    Workers are started as long as there is work for them and ended with the iterator, which must be closed
+    where it is left early.
     """
     pool = _Pool(iter(requests), count, num_workers, limits)
     try:
@@ -123,7 +126,8 @@ class _Worker:
 
 
 class _Pool:
-    """Workers, of which another is started for each one that dies. Everything happens in the caller's thread."""
+    """Workers, of which another is started for each one that dies. Everything happens in the caller's
+    thread."""
 
     def __init__(self, requests: Iterator[Request], count: int, num_workers: int, limits: Limits):
         self._requests = enumerate(requests)
@@ -182,7 +186,8 @@ class _Pool:
     def _bury(self, worker: _Worker) -> Iterator[tuple[int, str]]:
         """Blame the recording that a worker died of, and give what was left to another.
 
-        A worker that had others before may have died of what those left behind: then the recording has another try, first of all.
+        A worker that had others before may have died of what those left behind: then the recording has
+        another try, first of all.
         """
         with suppress(subprocess.TimeoutExpired):
             worker.process.wait(10)  # it has closed its end, and takes a moment to go
@@ -195,7 +200,8 @@ class _Pool:
         number, request = worker.todo[0]
         limit = time_limit(request, self._limits.seconds)
         late = {
-            -signal.SIGPROF: f"takes more than {limit:.3g} s of the processor's time to decode (seconds_limit)",
+            -signal.SIGPROF: f"takes more than {limit:.3g} s of the processor's time to decode "
+            "(seconds_limit)",
             -signal.SIGALRM: f"takes more than {WAITING * limit:.3g} s to read (ten times seconds_limit)",
         }
         if status not in late and worker.num_answered:

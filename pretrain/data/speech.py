@@ -1,9 +1,11 @@
-"""`speech`: synthetic speech of many voices with true phone and word times and speakers, for trying everything without data.
+"""`speech`: synthetic speech of many voices with true phone and word times and speakers, for trying
+everything without data.
 
-espeak-ng speaks sentences of a small grammar and reports when each phone begins, and of which word. A voice is one of its
-variants with a drawn pitch, pitch range, rate and spectral tilt; every utterance has its own level and noise. Some voices, with
-their variants, are held out for dev and test. The sentences agree over distance (number, tense, gender), so that there is
-something to learn beyond neighbouring words. `speech.jsonl` is a source for `index`.
+espeak-ng speaks sentences of a small grammar and reports when each phone begins, and of which word. A voice
+is one of its variants with a drawn pitch, pitch range, rate and spectral tilt; every utterance has its own
+level and noise. Some voices, with their variants, are held out for dev and test. The sentences agree over
+distance (number, tense, gender), so that there is something to learn beyond neighbouring words.
+`speech.jsonl` is a source for `index`.
 """
 
 import json
@@ -27,8 +29,10 @@ from pretrain.store.interrupts import process_pool
 
 # espeak-ng's variants that sound like people.
 VARIANTS = (
-    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 Alex Alicia Andrea Andy Annie Denis Gene Gene2 Hugo Jacky Lee Marco Mario Michael Mike "
-    "Reed adam anika antonio aunty belinda benjamin boris caleb david ed edward grandma grandpa gustave ian john linda max michel "
+    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 Alex Alicia Andrea Andy Annie Denis Gene Gene2 Hugo Jacky Lee "
+    "Marco Mario Michael Mike "
+    "Reed adam anika antonio aunty belinda benjamin boris caleb david ed edward grandma grandpa gustave ian "
+    "john linda max michel "
     "miguel norbert pablo paul pedro quincy rob robert sandro shelby steph travis victor zac"
 ).split()
 
@@ -67,9 +71,8 @@ class SpeechConfig(Config):
     num_test_voices: Annotated[int, Field(ge=0)] = 6
     seed: Seed = 0
     language: str = "en-us"
-    workers: Annotated[int, Field(ge=0)] = (
-        0  # processes; 0: one for each core. The speech does not depend on it
-    )
+    # processes; 0: one for each core. The speech does not depend on it
+    workers: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _holds_out_some_voices(self) -> Self:
@@ -97,13 +100,15 @@ class Voice(NamedTuple):
 
 
 def speech(config: SpeechConfig) -> dict[str, Any]:
-    """Speak `config.hours` into `out/audio/VOICE/VOICE-0001.wav` (16 kHz, 16 bit, mono) and list them in `out/speech.jsonl`."""
+    """Speak `config.hours` into `out/audio/VOICE/VOICE-0001.wav` (16 kHz, 16 bit, mono) and list them in
+    `out/speech.jsonl`."""
     require_absent(config.out)
     library_paths()
     voices = draw_voices(config)
     seconds = 3600 * config.hours / len(voices)
     rows: dict[int, list[dict[str, Any]]] = {}
-    # Fresh processes: espeak-ng keeps its state in globals and changes the locale, and forking is unsafe once torch has threads.
+    # Fresh processes: espeak-ng keeps its state in globals and changes the locale, and forking is unsafe once
+    # torch has threads.
     workers = min(config.workers or os.cpu_count() or 1, len(voices))
     with process_pool(workers) as pool, progress("speech", len(voices), "voice") as advance:
         futures = {pool.submit(speak_voice, voice, seconds, config): voice.number for voice in voices}
@@ -134,7 +139,8 @@ def _count(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw_voices(config: SpeechConfig) -> list[Voice]:
-    """Test and dev voices have espeak variants of their own; train voices share the others when there are more of them."""
+    """Test and dev voices have espeak variants of their own; train voices share the others when there are
+    more of them."""
     rng = np.random.default_rng([config.seed, 0])
     splits = ["test"] * config.num_test_voices + ["dev"] * config.num_dev_voices
     variants = rng.permutation(VARIANTS).tolist()
@@ -167,7 +173,8 @@ def draw_voices(config: SpeechConfig) -> list[Voice]:
 
 
 def compose(rng: np.random.Generator) -> str:
-    """A sentence with a comma where a speaker would pause. Verbs agree with the subject and the time, pronouns with the subject."""
+    """A sentence with a comma where a speaker would pause. Verbs agree with the subject and the time,
+    pronouns with the subject."""
     tense = _pick(rng, ["present", "past", "future"])
     time = {"present": "today", "past": "yesterday", "future": "tomorrow"}[tense]
     singular, plural, pronoun = _pick(rng, SUBJECTS)

@@ -1,4 +1,5 @@
-"""Drawing train, dev and test: whole speakers, or utterances, so that the hours of dev and test are nearest to the shares asked for.
+"""Drawing train, dev and test: whole speakers, or utterances, so that the hours of dev and test are nearest
+to the shares asked for.
 
 Who goes where is a function of the seed, the names and their lengths, never of the order of rows.
 """
@@ -25,12 +26,14 @@ class Split(NamedTuple):
 def draw_splits(
     seconds: Mapping[str, float], splits: list[Split], seed: int, seconds_of_train: float = 0.0
 ) -> dict[str, str]:
-    """The split of each name: one of `splits`, each of which gets at least one name, or `train`, which gets the rest.
+    """The split of each name: one of `splits`, each of which gets at least one name, or `train`, which gets
+    the rest.
 
-    `seconds` is the length of each name's recordings, `seconds_of_train` that of recordings which are in train anyway. The sum over
-    splits of |seconds - share * all seconds| is the least possible for up to ten names. For more, names are taken in an order drawn by
-    the seed as long as they fit, and then no move of one name and no swap of two makes the sum less (of splits with millions of pairs: no move).
-    ValueError if there are too few names.
+    `seconds` is the length of each name's recordings, `seconds_of_train` that of recordings which are in
+    train anyway. The sum over splits of |seconds - share * all seconds| is the least possible for up to ten
+    names. For more, names are taken in an order drawn by the seed as long as they fit, and then no move of
+    one name and no swap of two makes the sum less (of splits with millions of pairs: no move). ValueError if
+    there are too few names.
     """
     order = sorted(seconds, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     if not splits:
@@ -38,12 +41,12 @@ def draw_splits(
     if len(order) <= len(splits):
         names = " and ".join(split.name for split in splits)
         raise ValueError(
-            f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or test_share to 0, add recordings, or "
+            f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or "
+            "test_share to 0, add recordings, or "
             "cut long ones with max_seconds"
         )
-    lengths = np.array(
-        [max(1, round(seconds[name] * 1000)) for name in order], np.int64
-    )  # in ms: sums of integers are exact
+    # in ms: sums of integers are exact
+    lengths = np.array([max(1, round(seconds[name] * 1000)) for name in order], np.int64)
     total = int(lengths.sum()) + round(seconds_of_train * 1000)
     targets = np.array([int(split.share * total + 1e-6) for split in splits], np.int64)
     places = (
@@ -56,7 +59,8 @@ def draw_splits(
 
 
 def _try_all(lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The best of all assignments, (names,) int64: the least sum of errors, then the least largest error, then the first."""
+    """The best of all assignments, (names,) int64: the least sum of errors, then the least largest error,
+    then the first."""
     num_parts = len(targets) + 1
     every = np.indices((num_parts,) * len(lengths)).reshape(len(lengths), -1).T  # (assignments, names)
     every = every[np.all([(every == part).any(1) for part in range(num_parts)], axis=0)]  # no split is empty
@@ -69,7 +73,8 @@ def _try_all(lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _first_fit(lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """For one split after the other the names, in order, that its target has room for; the shortest one where none fits. (names,)"""
+    """For one split after the other the names, in order, that its target has room for; the shortest one where
+    none fits. (names,)"""
     places = np.zeros(len(lengths), np.int64)
     for part, target in enumerate(targets.tolist(), start=1):
         room, free = target, np.flatnonzero(places == TRAIN)
@@ -82,7 +87,8 @@ def _first_fit(lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _improve(places: np.ndarray, lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The best move of one name or swap of two between splits, again and again until none makes the sum of errors less. (names,)"""
+    """The best move of one name or swap of two between splits, again and again until none makes the sum of
+    errors less. (names,)"""
     num_parts = len(targets) + 1
     while True:
         excess = np.array([lengths[places == part + 1].sum() for part in range(len(targets))]) - targets
@@ -104,7 +110,8 @@ Change = list[tuple[int, int]]  # name and its new split
 def _best_exchange(
     places: np.ndarray, lengths: np.ndarray, excess: np.ndarray, a: int, b: int
 ) -> tuple[int, Change]:
-    """How much less the sum of errors becomes by the best move or swap between splits a and b, a < b, and what that is."""
+    """How much less the sum of errors becomes by the best move or swap between splits a and b, a < b, and
+    what that is."""
     of_a, of_b = np.flatnonzero(places == a), np.flatnonzero(places == b)
     before = (0 if a == TRAIN else abs(int(excess[a - 1]))) + abs(int(excess[b - 1]))
 
@@ -128,7 +135,8 @@ def _best_exchange(
 
 
 def notes_on_splits(seconds: Mapping[str, float], splits: list[Split], drawn_by: str) -> list[str]:
-    """What a user should know of splits that were drawn, whose lengths are `seconds`: those that are short or far larger than asked."""
+    """What a user should know of splits that were drawn, whose lengths are `seconds`: those that are short or
+    far larger than asked."""
     notes, total = [], sum(seconds.values())
     for split in [*splits, Split("train", 1.0)]:
         has = seconds.get(split.name, 0.0)
@@ -139,7 +147,9 @@ def notes_on_splits(seconds: Mapping[str, float], splits: list[Split], drawn_by:
             )
         if has > 2 * split.share * total:
             notes.append(
-                f"split {split.name!r} has {has / total:.1%} of the hours, and {split.name}_share asks for {split.share:.1%}: whole "
-                f"{drawn_by}s allow nothing nearer; give `split` in JSON lines, or set {split.name}_share to 0"
+                f"split {split.name!r} has {has / total:.1%} of the hours, and {split.name}_share asks for "
+                f"{split.share:.1%}: whole "
+                f"{drawn_by}s allow nothing nearer; give `split` in JSON lines, or set {split.name}_share to "
+                "0"
             )
     return notes

@@ -1,6 +1,7 @@
 """Utterances, and the encoder's frames.
 
-Frames are 400-sample windows (25 ms) every 320 samples (20 ms) at 16 kHz, so frame t is centred on t * 20 + 12.5 ms.
+Frames are 400-sample windows (25 ms) every 320 samples (20 ms) at 16 kHz, so frame t is centred on t * 20 +
+12.5 ms.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """A row of a manifest: where its samples are, and its annotations. `start` and `num_samples` count at `sample_rate`.
+    """A row of a manifest: where its samples are, and its annotations. `start` and `num_samples` count at
+    `sample_rate`.
 
     In a tar at `path`, the recording is the `member_size` bytes from `member_offset`.
     """
@@ -78,13 +80,13 @@ class Utterance:
 def phone_frames(phones: Sequence[Phone], num_frames: int) -> np.ndarray:
     """The phone at the centre of each frame's window, (num_frames,) of str, "" where there is none.
 
-    `phones` are (start, end, phone) in seconds, in order and without overlap; a phone covers start <= t < end.
+    `phones` are (start, end, phone) in seconds, in order and without overlap; a phone covers start <= t <
+    end.
     """
     if not phones:
         return np.full(num_frames, "")
     starts, ends, names = (np.array(column) for column in zip(*phones, strict=True))
     centres = (np.arange(num_frames) * HOP + MIN_SAMPLES // 2) / SAMPLE_RATE
-    last = (
-        np.searchsorted(starts, centres, side="right") - 1
-    )  # the last phone that has begun; -1 before the first
+    # the last phone that has begun; -1 before the first
+    last = np.searchsorted(starts, centres, side="right") - 1
     return np.where((last >= 0) & (centres < ends[last]), names[last], "")

@@ -1,4 +1,5 @@
-"""Windows of utterances that are too long for one attention: the frames computed, and those of them that are kept."""
+"""Windows of utterances that are too long for one attention: the frames computed, and those of them that are
+kept."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from pretrain.data.utterance import HOP, MIN_SAMPLES
 
 
 class Window(NamedTuple):
-    """Frames `start` to `end` of an utterance, computed from its frames `first` to `last`. Ends are exclusive."""
+    """Frames `start` to `end` of an utterance, computed from its frames `first` to `last`. Ends are
+    exclusive."""
 
     first: int
     last: int

@@ -1,10 +1,13 @@
-"""Models of fairseq2's hub in place of our runs: `fairseq2:NAME`, NAME being an asset card, wherever a run of an encoder is expected.
+"""Models of fairseq2's hub in place of our runs: `fairseq2:NAME`, NAME being an asset card, wherever a run of
+an encoder is expected.
 
-The card's checkpoint becomes what a run of `wordless import` would hold, in memory: the same tensors, the same meta data and so the same
-fingerprint, by which codebooks and labels know their encoder. fairseq2 itself finds cards and downloads (FAIRSEQ2_ASSET_DIR,
-FAIRSEQ2_USER_ASSET_DIR or ~/.config/fairseq2/assets, FAIRSEQ2_CACHE_DIR).
+The card's checkpoint becomes what a run of `wordless import` would hold, in memory: the same tensors, the
+same meta data and so the same fingerprint, by which codebooks and labels know their encoder. fairseq2 itself
+finds cards and downloads (FAIRSEQ2_ASSET_DIR, FAIRSEQ2_USER_ASSET_DIR or ~/.config/fairseq2/assets,
+FAIRSEQ2_CACHE_DIR).
 
-The scheme `fairseq2` of pretrain/store/schemes.py. Light to import: fairseq2, torch and pretrain.weights come when a card is read.
+The scheme `fairseq2` of pretrain/store/schemes.py. Light to import: fairseq2, torch and pretrain.weights come
+when a card is read.
 """
 
 import contextlib
@@ -29,9 +32,11 @@ PREFIX = "fairseq2:"
 
 
 def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
-    """Weights, meta data and fingerprint of the model of a card, as pretrain.training.checkpoint.load_weights has them of a run.
+    """Weights, meta data and fingerprint of the model of a card, as pretrain.training.checkpoint.load_weights
+    has them of a run.
 
-    ValueError: fairseq2 is missing, no such card, a family or an architecture that is no encoder of ours, a damaged checkpoint.
+    ValueError: fairseq2 is missing, no such card, a family or an architecture that is no encoder of ours, a
+    damaged checkpoint.
     """
     from pretrain.weights.conversion import in_memory
 
@@ -41,7 +46,8 @@ def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
 
 @cache
 def current_fingerprint(name: str) -> str | None:
-    """The fingerprint that `load_asset` gives, read once in a process; None where the card cannot be read here, which stderr tells."""
+    """The fingerprint that `load_asset` gives, read once in a process; None where the card cannot be read
+    here, which stderr tells."""
     try:
         return load_asset(name)[2]
     except ValueError as error:
@@ -60,8 +66,9 @@ def read_asset(
 ) -> "Foreign":
     """The model of the asset card `name` (with or without `fairseq2:`), found and downloaded by fairseq2.
 
-    Torch's weights_only reads a card's `.pt`, as in fairseq2 itself. Raises ValueError if fairseq2 is missing or another, and for
-    unknown cards, families and architectures, and checkpoints that are missing or do not fit.
+    Torch's weights_only reads a card's `.pt`, as in fairseq2 itself. Raises ValueError if fairseq2 is missing
+    or another, and for unknown cards, families and architectures, and checkpoints that are missing or do not
+    fit.
     """
     from pretrain.weights.fairseq2 import NO_OPTIONS, read_model
 
@@ -77,14 +84,16 @@ def objective(name: str) -> str | None:
 
 
 def fingerprint_of(weights: dict[str, "Tensor"]) -> str:
-    """The fingerprint of a run with these weights: the first 16 hex digits of the SHA-256 of its `model.safetensors`."""
+    """The fingerprint of a run with these weights: the first 16 hex digits of the SHA-256 of its
+    `model.safetensors`."""
     from safetensors.torch import save
 
     return hashlib.sha256(save(weights)).hexdigest()[:16]
 
 
 def resolver() -> Any:
-    """fairseq2's, started if it is not yet, with our families whether or not an installation has declared them."""
+    """fairseq2's, started if it is not yet, with our families whether or not an installation has declared
+    them."""
     from fairseq2 import init_fairseq2
     from fairseq2.error import InvalidOperationError
     from fairseq2.runtime.dependency import get_dependency_resolver
@@ -98,9 +107,11 @@ def resolver() -> Any:
 
 
 def find_card(name: str) -> "Card":
-    """The card `name` (with or without `fairseq2:`), found by fairseq2, with its checkpoint and its tokenizer downloaded.
+    """The card `name` (with or without `fairseq2:`), found by fairseq2, with its checkpoint and its tokenizer
+    downloaded.
 
-    Raises ValueError if fairseq2 is missing, for unknown cards and families, and for cards that fairseq2 cannot read or download.
+    Raises ValueError if fairseq2 is missing, for unknown cards and families, and for cards that fairseq2
+    cannot read or download.
     """
     source = PREFIX + (name := name.removeprefix(PREFIX))
     require_fairseq2(source)
@@ -150,7 +161,8 @@ def _read_card(name: str, source: str) -> "Card":
     card = store.maybe_retrieve_card(name)
     if card is None:
         raise ValueError(
-            f"{source}: fairseq2 has no asset card of that name{near_names(name, _known_names(store))}. Cards of your own are found "
+            f"{source}: fairseq2 has no asset card of that name{near_names(name, _known_names(store))}. "
+            "Cards of your own are found "
             "in the folders FAIRSEQ2_ASSET_DIR and FAIRSEQ2_USER_ASSET_DIR"
         )
     family_field = card.maybe_get_field("model_family")
@@ -209,7 +221,8 @@ def _download(card: Any, key: str, download: Any) -> Path | None:
 
 
 def _tokenizer(card: Any, store: Any, downloads: Any) -> Path | None:
-    """The tokenizer of characters of a card, or of the one that it refers to; None where there is none, or none of characters."""
+    """The tokenizer of characters of a card, or of the one that it refers to; None where there is none, or
+    none of characters."""
     from fairseq2.data.tokenizers.ref import resolve_tokenizer_reference
 
     card = resolve_tokenizer_reference(store, card)

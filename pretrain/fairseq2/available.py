@@ -10,7 +10,8 @@ REMEDY = (
 
 
 def require_fairseq2(what: str) -> None:
-    """A ValueError that names `what` needs it and the remedy, where fairseq2 is missing, of another series, or does not load."""
+    """A ValueError that names `what` needs it and the remedy, where fairseq2 is missing, of another series,
+    or does not load."""
     try:
         found = version("fairseq2")
     except PackageNotFoundError:

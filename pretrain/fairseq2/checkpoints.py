@@ -1,6 +1,8 @@
-"""fairseq2's checkpoint manager over files that hold tensors and plain values alone: torch.save as fairseq2 writes it, read by `weights_only`.
+"""fairseq2's checkpoint manager over files that hold tensors and plain values alone: torch.save as fairseq2
+writes it, read by `weights_only`.
 
-fairseq2 itself reads the state of trainer and optimiser by unrestricted unpickling. Model files can be read by either.
+fairseq2 itself reads the state of trainer and optimiser by unrestricted unpickling. Model files can be read
+by either.
 """
 
 import os
@@ -39,9 +41,10 @@ class Dumper(TensorFileDumper):  # type: ignore[misc]
 
 
 class Loader(TensorFileLoader):  # type: ignore[misc]
-    """torch.load by `weights_only`. A rank that was not there when a checkpoint was written reads the first one's state, which
-    differs in sums for the log alone: runs may go on with another number of processes. So they may on another `device`, which has
-    another number of generators; of these the present state is read, since every step seeds them anew."""
+    """torch.load by `weights_only`. A rank that was not there when a checkpoint was written reads the first
+    one's state, which differs in sums for the log alone: runs may go on with another number of processes. So
+    they may on another `device`, which has another number of generators; of these the present state is read,
+    since every step seeds them anew."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -78,7 +81,8 @@ def checkpoint_manager(folder: Path, gangs: Gangs) -> StandardCheckpointManager:
 
 
 def last_step(folder: Path) -> int | None:
-    """The newest step of which `folder/checkpoints` holds a whole checkpoint, as the manager would find it."""
+    """The newest step of which `folder/checkpoints` holds a whole checkpoint, as the manager would find
+    it."""
     steps = [
         int(path.parent.name[5:])
         for path in folder.glob("checkpoints/step_*/trainer")
@@ -99,11 +103,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def require_fitting_shards(folder: Path, step: int, shards: int) -> None:
-    """A ValueError where the model of `step` was split over another number of processes: fairseq2 does not bring them together."""
+    """A ValueError where the model of `step` was split over another number of processes: fairseq2 does not
+    bring them together."""
     path = checkpoint_folder(folder, step)
     found = len(list(path.glob("model/pp_00/tp_00/sdp_*.pt")))
     if found != shards:
         raise ValueError(
-            f"{path}: holds the model in {found} {'shards' if found > 1 else 'piece'} (training.sharding), and this run wants {shards}; fairseq2 "
+            f"{path}: holds the model in {found} {'shards' if found > 1 else 'piece'} (training.sharding), "
+            f"and this run wants {shards}; fairseq2 "
             f"does not split it anew. Go on with as many processes and the same sharding"
         )

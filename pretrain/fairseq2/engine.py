@@ -7,7 +7,8 @@ from pretrain.training.run import Run
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains `run` under fairseq2's trainer, with the results of our own engine. Raises ValueError if fairseq2 is missing."""
+    """Trains `run` under fairseq2's trainer, with the results of our own engine. Raises ValueError if
+    fairseq2 is missing."""
     require_fairseq2('training.engine = "fairseq2"')
     from pretrain.fairseq2.training import train_with_fairseq2
 

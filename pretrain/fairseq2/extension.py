@@ -1,10 +1,11 @@
-"""fairseq2's entry point for us (group `fairseq2.extension`): our models as its model families, our runs as its checkpoints.
+"""fairseq2's entry point for us (group `fairseq2.extension`): our models as its model families, our runs as
+its checkpoints.
 
-With wordless installed, `fairseq2.models.load_model("NAME")` loads what an asset card of one of the families names
-(pretrain/weights/families.py says what a card has). What is loaded is our own module:
+With wordless installed, `fairseq2.models.load_model("NAME")` loads what an asset card of one of the families
+names (pretrain/weights/families.py says what a card has). What is loaded is our own module:
 
-    model = load_model("my_hubert")
-    layers = model.encoder.extract_all(waveforms, num_samples)  # (batch, samples) float32 16 kHz, (batch,) int64
+    model = load_model("my_hubert") layers = model.encoder.extract_all(waveforms, num_samples)  # (batch,
+    samples) float32 16 kHz, (batch,) int64
 """
 
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,8 @@ def register_family(
 ) -> None:
     """Register a family whose configs have `build`, and its models an `encoder` or a `decoder` with `layers`.
 
-    Our modules draw their own weights and have tables that no checkpoint holds, so they are not made on the meta device.
+    Our modules draw their own weights and have tables that no checkpoint holds, so they are not made on the
+    meta device.
     """
     config.validate = _validate
     register_model_family(
@@ -86,7 +88,8 @@ def shard_layers(model: Any, granularity: str, wrapper: Any) -> nn.Module:
     """FSDP: each transformer layer is a shard group of its own."""
     if granularity != "layer":
         raise NotSupportedError(
-            f'`granularity` is {granularity!r}; models of wordless are sharded by "layer" or as a whole ("model"): their encoder is '
+            f'`granularity` is {granularity!r}; models of wordless are sharded by "layer" or as a whole '
+            '("model"): their encoder is '
             "called by other methods than `forward`, which FSDP does not see"
         )
     apply_layerwise_fsdp(_layers(model), wrapper)
@@ -107,7 +110,8 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 class RunLoader(ModelCheckpointLoader):  # type: ignore[misc]  # fairseq2 has no types where it is not installed
-    """Reads the folder of one of our runs: its best checkpoint where one was kept, else the newest; hashes are compared."""
+    """Reads the folder of one of our runs: its best checkpoint where one was kept, else the newest; hashes
+    are compared."""
 
     def supports_path(self, path: Path) -> bool:
         return any(path.glob("step_*/state.json"))

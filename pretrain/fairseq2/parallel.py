@@ -1,4 +1,5 @@
-"""Our processes and models as fairseq2 sees them: its gangs, DDP and FSDP2, and the errors of what they do together."""
+"""Our processes and models as fairseq2 sees them: its gangs, DDP and FSDP2, and the errors of what they do
+together."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,10 +32,12 @@ class _OpenGang(ProcessGroupGang):  # type: ignore[misc]
 
 
 def gangs_of(world: World, sharded: bool) -> Gangs:
-    """fairseq2's gangs over the processes of `world`. A ValueError for a device that fairseq2 does not know."""
+    """fairseq2's gangs over the processes of `world`. A ValueError for a device that fairseq2 does not
+    know."""
     if world.device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f'training.device: {world.device.type!r} is none that training.engine = "fairseq2" knows; "cpu" and "cuda" are'
+            f'training.device: {world.device.type!r} is none that training.engine = "fairseq2" knows; '
+            '"cpu" and "cuda" are'
         )
     if world.size == 1:
         return create_parallel_gangs(FakeGang(world.device))
@@ -74,7 +77,8 @@ def causes_told(folder: Path) -> Iterator[None]:
     except (CheckpointError, CheckpointNotFoundError) as error:
         path = checkpoint_folder(folder, error.step_nr)
         raise ValueError(
-            f"{path}: its {error.kind} cannot be read ({error}); it is damaged. Remove that folder to go on from the one before it"
+            f"{path}: its {error.kind} cannot be read ({error}); it is damaged. Remove that folder to go "
+            "on from the one before it"
         ) from None
     except (OperationalError, GangError) as error:
         cause: BaseException | None = error

@@ -1,4 +1,5 @@
-"""A task's batches through fairseq2's data-reader interface: the same plan, micro-batches and position as in our engine."""
+"""A task's batches through fairseq2's data-reader interface: the same plan, micro-batches and position as in
+our engine."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from pretrain.training.step import to_device
 
 
 class MicroBatch:
-    """One micro-batch of a step, taken from the loader when the trainer wants it on the device: one at a time is held."""
+    """One micro-batch of a step, taken from the loader when the trainer wants it on the device: one at a time
+    is held."""
 
     def __init__(self, source: Iterator[tuple[Any, float]]):
         self._source = source
@@ -27,10 +29,11 @@ class MicroBatch:
 
 
 class TaskReader(DataReader[MicroBatch]):  # type: ignore[misc]  # Any where fairseq2 is not installed
-    """Steps of `run`: a list of this rank's micro-batches each; StopIteration at the end of every epoch, and once `ended()`.
+    """Steps of `run`: a list of this rank's micro-batches each; StopIteration at the end of every epoch, and
+    once `ended()`.
 
-    Its state is the position in the plan, (epoch, batch), which is the same on every rank and for any number of them, and the `seconds`
-    that the run has taken, all sessions together.
+    Its state is the position in the plan, (epoch, batch), which is the same on every rank and for any number
+    of them, and the `seconds` that the run has taken, all sessions together.
     """
 
     def __init__(self, run: Run, ended: Callable[[], bool]):

@@ -1,4 +1,5 @@
-"""A task's metrics through fairseq2: a metric of its metric bag, and a recorder that keeps our own log beside its recorders."""
+"""A task's metrics through fairseq2: a metric of its metric bag, and a recorder that keeps our own log beside
+its recorders."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from pretrain.training.task import Loss
 
 
 class Sums(Metric[dict[str, Tensor]]):  # type: ignore[misc]
-    """Totals and counts of a task's metrics, of any shape, on the device; `compute` gives their quotients on the CPU."""
+    """Totals and counts of a task's metrics, of any shape, on the device; `compute` gives their quotients on
+    the CPU."""
 
     sums: dict[str, Tensor]
 
@@ -58,7 +60,8 @@ class Sums(Metric[dict[str, Tensor]]):  # type: ignore[misc]
 
 
 class Trained(MetricRecorder):  # type: ignore[misc]
-    """Passes on to `recorders` what has something to tell: a run that is stopped right after a line publishes one more, of nothing."""
+    """Passes on to `recorders` what has something to tell: a run that is stopped right after a line publishes
+    one more, of nothing."""
 
     def __init__(self, recorders: Sequence[MetricRecorder]):
         self._recorders = recorders
@@ -76,7 +79,8 @@ class Trained(MetricRecorder):  # type: ignore[misc]
 
 
 class RunLogRecorder(MetricRecorder):  # type: ignore[misc]
-    """Our `metrics.jsonl` and TensorBoard events: a line for what was trained, with the validation of the same step.
+    """Our `metrics.jsonl` and TensorBoard events: a line for what was trained, with the validation of the
+    same step.
 
     Lines of training are written by who prepares them: fairseq2's "train" values hold more than that.
     """

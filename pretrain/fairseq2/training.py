@@ -1,26 +1,31 @@
-"""The second engine: a task under fairseq2's trainer, its gangs (DDP, FSDP2), mixed precision, checkpoint manager and metric recorders.
+"""The second engine: a task under fairseq2's trainer, its gangs (DDP, FSDP2), mixed precision, checkpoint
+manager and metric recorders.
 
-What a step computes is ours and the same as in pretrain/training/engine.py: the plan, the micro-batches, the seeds, the losses divided by
-their count over all ranks, clipping, AdamW, its schedule. What happens around it is fairseq2's, in `RUN/fairseq2`:
+What a step computes is ours and the same as in pretrain/training/engine.py: the plan, the micro-batches, the
+seeds, the losses divided by their count over all ranks, clipping, AdamW, its schedule. What happens around it
+is fairseq2's, in `RUN/fairseq2`:
 
     checkpoints/step_N/    its checkpoint manager's, written while training goes on; what a run goes on from
     metrics/*.jsonl, tb/   its recorders
 
-A finished run also holds a checkpoint of ours (its last step, and its best if one is kept), the log, summary and meta data.
+A finished run also holds a checkpoint of ours (its last step, and its best if one is kept), the log, summary
+and meta data.
 
 Deviations from fairseq2's (0.8.1) ways, each through its public interfaces:
-- Gradients are divided in a `DataParallelFacade`. Its `normalize_grads` waits for ever where one rank counts nothing, and wants
-  the counts on the CPU.
-- A trainer with a number of steps ignores a request to stop. So it has none, and is asked to stop after the last step.
+- Gradients are divided in a `DataParallelFacade`. Its `normalize_grads` waits for ever where one rank counts
+  nothing, and wants the counts on the CPU.
+- A trainer with a number of steps ignores a request to stop. So it has none, and is asked to stop after the
+  last step.
 - It saves a step before its loss is known, and then removes older checkpoints. So at least two are kept.
-- It closes the process group itself while DDP still holds it, which may hang (see World.leave). So the root gang does not close.
+- It closes the process group itself while DDP still holds it, which may hang (see World.leave). So the root
+  gang does not close.
 - Its validator wants each metric twice. A `Validator` runs the engine's own validation.
 """
 
 import math
 import time
 from collections.abc import MutableMapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,7 @@ from fairseq2.early_stopper import NOOP_EARLY_STOPPER
 from fairseq2.gang import Gangs
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.recorders import NOOP_METRIC_RECORDER, MetricRecorder
-from fairseq2.nn.data_parallel import DataParallelFacade, get_data_parallel_facade, set_data_parallel_facade
+from fairseq2.nn.data_parallel import get_data_parallel_facade, set_data_parallel_facade
 from fairseq2.optim.fp16_loss_scaler import NOOP_FP16_LOSS_SCALER
 from fairseq2.profilers import NOOP_PROFILER
 from fairseq2.task import TaskStopException
@@ -50,6 +55,7 @@ from pretrain.fairseq2.checkpoints import (
     newest_checkpoint,
     require_fitting_shards,
 )
+from pretrain.fairseq2.facade import CountedFacade
 from pretrain.fairseq2.parallel import causes_told, gangs_of, wrapped
 from pretrain.fairseq2.patience import Patience
 from pretrain.fairseq2.reader import MicroBatch, TaskReader
@@ -62,7 +68,8 @@ from pretrain.training.stopping import Stop, lost_ranks_told
 
 
 def train_with_fairseq2(run: Run) -> dict[str, Any]:
-    """Trains `run` under fairseq2's trainer; returns the summary. Errors as in pretrain.training.engine.train."""
+    """Trains `run` under fairseq2's trainer; returns the summary. Errors as in
+    pretrain.training.engine.train."""
     training, world = run.training, run.join()
     folder = run.folder / "fairseq2"
     with lost_ranks_told(run.folder, world, lambda: newest_checkpoint(folder)), causes_told(folder):
@@ -124,7 +131,9 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         for group in adamw.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
         self.reader = TaskReader(run, self.ended)
-        set_data_parallel_facade(self.placed, _CountedFacade(get_data_parallel_facade(self.placed), self))
+        set_data_parallel_facade(
+            self.placed, CountedFacade(get_data_parallel_facade(self.placed), self.step_done)
+        )
         metrics = recorder(self.folder, run.log) if run.log is not None else NOOP_METRIC_RECORDER
         self.validator = _TaskValidator(self, metrics) if task.plan_validation() else NOOP_VALIDATOR
         with Stop(self.world, training.collective_timeout_seconds) as self.stop, run.bar() as self.advance:
@@ -179,7 +188,8 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
 
     @property
     def owed(self) -> bool:
-        """Whether the validation after the step done last is still to be done: a stop, or a kill, came before it."""
+        """Whether the validation after the step done last is still to be done: a stop, or a kill, came before
+        it."""
         done, validated = self.run.done, self.validator is not NOOP_VALIDATOR
         return self.run.validation_due and done > 0 and done not in self.judged and validated
 
@@ -270,7 +280,8 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self.refusal = self.refusal or self.run.fault(metrics)
 
     def require_sound(self) -> None:
-        """On every rank: a ValueError where the first one has found that the run must not go on; this step's checkpoint goes."""
+        """On every rank: a ValueError where the first one has found that the run must not go on; this step's
+        checkpoint goes."""
         reason = self.world.from_first(self.refusal)
         if reason is None:
             return
@@ -279,7 +290,8 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self.run.require_sound(reason, newest_checkpoint(self.folder))
 
     def judge(self, step: int, metrics: dict[str, float]) -> float | None:
-        """Records a validation on every rank; the score of `keep_best`, of which fairseq2 wants the higher, or None."""
+        """Records a validation on every rank; the score of `keep_best`, of which fairseq2 wants the higher,
+        or None."""
         self.judged.add(step)
         values = self.run.judge(step, metrics)
         if values is None:
@@ -293,30 +305,6 @@ class _Steps(TrainUnit[MicroBatch]):  # type: ignore[misc]  # fairseq2's classes
         self.best_due = False
 
 
-class _CountedFacade(DataParallelFacade):  # type: ignore[misc]
-    """What fairseq2 asks of a data-parallel model: as its own, and the step's gradients divided by what all ranks count."""
-
-    def __init__(self, inner: DataParallelFacade, steps: _Steps):
-        self._inner, self._steps = inner, steps
-
-    def state_dict(self) -> dict[str, object]:
-        return dict(self._inner.state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        self._inner.load_state_dict(state_dict)
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._inner.no_sync()
-        return context
-
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        return self._steps.step_done()
-
-    def summon_full_parameters(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._inner.summon_full_parameters()
-        return context
-
-
 class _TaskValidator(Validator):  # type: ignore[misc]
     """The engine's validation, recorded by fairseq2's recorders."""
 
@@ -324,7 +312,8 @@ class _TaskValidator(Validator):  # type: ignore[misc]
         self._steps, self._metrics = steps, metrics
 
     def run(self, train_step_nr: int) -> float | None:
-        """The score of `keep_best`; None without, where this step was validated before, and where a signal broke it off."""
+        """The score of `keep_best`; None without, where this step was validated before, and where a signal
+        broke it off."""
         steps = self._steps
         if train_step_nr in steps.judged:
             return None
@@ -336,9 +325,8 @@ class _TaskValidator(Validator):  # type: ignore[misc]
         if (log := steps.run.log) is not None:
             self._metrics.record_metric_values("valid", values, train_step_nr)
             steps.examine(log.lines[-1])
-        steps.window_began = (
-            time.monotonic()
-        )  # a line has just been written: the next has the rate of training alone
+        # a line has just been written: the next has the rate of training alone
+        steps.window_began = time.monotonic()
         return steps.judge(train_step_nr, values)
 
     def reset(self) -> None: ...

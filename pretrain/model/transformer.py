@@ -32,9 +32,8 @@ class PositionalConv(nn.Module):
     def weight(self) -> Tensor:
         """The normalised weight; outside training it is computed once for each state of the parameters."""
         if torch.is_grad_enabled() or self.direction.is_inference():  # which has no version
-            self._fused = (
-                None  # an optimiser's step may follow, and a fused one leaves no trace in the versions
-            )
+            # an optimiser's step may follow, and a fused one leaves no trace in the versions
+            self._fused = None
             return self._normalized()
         parameters = self.direction, self.magnitude
         state = tuple(number for x in parameters for number in (x.data_ptr(), x._version))

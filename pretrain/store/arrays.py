@@ -11,12 +11,12 @@ from pretrain.store.hashes import PIECE_BYTES
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """A `.npy`, memory-mapped. Raises ValueError if it is missing, or is not one array from its first byte to its last."""
+    """A `.npy`, memory-mapped. Raises ValueError if it is missing, or is not one array from its first byte to
+    its last."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # numpy reads headers with Python's parser, and flipped bytes make that throw anything
+    except Exception as error:
+        # numpy reads headers with Python's parser, and flipped bytes make that throw anything
         raise ValueError(f"{path}: missing or damaged ({error})") from None
     if (
         not isinstance(array, np.memmap)
@@ -28,11 +28,12 @@ def map_npy(path: Path) -> np.ndarray:
 
 
 class CheckedNpy:
-    """A `.npy`, memory-mapped, whose bytes are compared with their SHA-256 block by block, when they are first read.
+    """A `.npy`, memory-mapped, whose bytes are compared with their SHA-256 block by block, when they are
+    first read.
 
-    So a flipped byte never becomes a label or a token in silence, and reading three documents of a large corpus hashes three blocks.
-    `hashes` are those of `sha256_blocks`, or one of the whole file (`block_bytes` None); without any, nothing is compared.
-    `array` is that of `map_npy`.
+    So a flipped byte never becomes a label or a token in silence, and reading three documents of a large
+    corpus hashes three blocks. `hashes` are those of `sha256_blocks`, or one of the whole file (`block_bytes`
+    None); without any, nothing is compared. `array` is that of `map_npy`.
     """
 
     def __init__(self, path: Path, array: np.ndarray, hashes: Sequence[str], block_bytes: int | None = None):
@@ -73,5 +74,6 @@ class CheckedNpy:
 def damaged(path: Path) -> ValueError:
     """The error for a file of a finished artefact whose bytes have changed."""
     return ValueError(
-        f"{path}: damaged: not the bytes that were written (SHA-256); restore the file, or remove {path.parent} and make it again"
+        f"{path}: damaged: not the bytes that were written (SHA-256); restore the file, or remove "
+        f"{path.parent} and make it again"
     )

@@ -1,7 +1,8 @@
 """Artefacts: folders whose `meta.json` is written last, so that a visible artefact is a complete one.
 
-`meta.json` holds the format version, the kind, the resolved config, library versions, the git commit, the fingerprints of
-the parents and the artefact's own fingerprint. A folder without `meta.json` is unfinished work, never an artefact.
+`meta.json` holds the format version, the kind, the resolved config, library versions, the git commit, the
+fingerprints of the parents and the artefact's own fingerprint. A folder without `meta.json` is unfinished
+work, never an artefact.
 """
 
 import hashlib
@@ -29,10 +30,11 @@ def commit(
     files: Sequence[str] | Mapping[str, str],
     **extra: Any,
 ) -> str:
-    """Completes `folder`: writes its `meta.json` for the named `files` (with their SHA-256 if known). Returns the fingerprint.
+    """Completes `folder`: writes its `meta.json` for the named `files` (with their SHA-256 if known). Returns
+    the fingerprint.
 
-    The fingerprint is a SHA-256 over the kind and the names and SHA-256 of `files`: the content, not the time or place.
-    `extra` keys (frame rate, codebook, counts) belong to the module of the artefact.
+    The fingerprint is a SHA-256 over the kind and the names and SHA-256 of `files`: the content, not the time
+    or place. `extra` keys (frame rate, codebook, counts) belong to the module of the artefact.
     """
     known = files if isinstance(files, Mapping) else {}
     hashes = {name: known.get(name) or sha256_file(folder / name) for name in sorted(files)}
@@ -53,7 +55,8 @@ def commit(
 
 
 def read_meta(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """`meta.json` of a complete artefact. Raises ValueError if it is missing, unfinished, of another kind or a newer format."""
+    """`meta.json` of a complete artefact. Raises ValueError if it is missing, unfinished, of another kind or
+    a newer format."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such {kind or 'artefact'}")
@@ -77,10 +80,12 @@ def read_meta(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def require_as_written(folder: str | Path, meta: dict[str, Any]) -> None:
-    """Raises ValueError if the meta data are not those that `commit` wrote. Those of older versions have no hash."""
+    """Raises ValueError if the meta data are not those that `commit` wrote. Those of older versions have no
+    hash."""
     if meta.get(META_KEY) not in (None, _meta_hash(meta)):
         raise ValueError(
-            f"{folder}/meta.json: damaged or edited: not what was written (SHA-256); restore it, or remove {folder} and make it again"
+            f"{folder}/meta.json: damaged or edited: not what was written (SHA-256); restore it, or remove "
+            f"{folder} and make it again"
         )
 
 
@@ -97,8 +102,8 @@ def is_complete(folder: str | Path) -> bool:
 def known_by(source: str | Path) -> set[str]:
     """The fingerprints by which artefacts made from `source` now refer to it.
 
-    Of a training run that of its weights, of other artefacts their own, of `scheme:NAME` that of the model. Empty if nothing finished
-    is there, or the model cannot be read here.
+    Of a training run that of its weights, of other artefacts their own, of `scheme:NAME` that of the model.
+    Empty if nothing finished is there, or the model cannot be read here.
     """
     if (named := split_scheme(source)) is not None:
         scheme, name = named
@@ -128,7 +133,8 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the wordless checkout that runs, with `+` when its files differ from it; None outside a checkout.
+    """The commit of the wordless checkout that runs, with `+` when its files differ from it; None outside a
+    checkout.
 
     For a job that runs a copy of the code, WORDLESS_COMMIT is its commit.
     """
@@ -149,7 +155,8 @@ def git_commit() -> str | None:
 
 
 def keep_to_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Records in `plan.json` the inputs of the unfinished work in `folder`. Raises ValueError if they were others before."""
+    """Records in `plan.json` the inputs of the unfinished work in `folder`. Raises ValueError if they were
+    others before."""
     path = folder / "plan.json"
     if not path.is_file():
         write_json(path, plan)

@@ -9,15 +9,15 @@ from pretrain.store.disk import FULL
 
 
 def require_writable(out: str | Path, *, may_be_file: bool = False) -> None:
-    """Raises ValueError with the reason if the folder `out` (with `may_be_file`, the file) cannot be made and written.
+    """Raises ValueError with the reason if the folder `out` (with `may_be_file`, the file) cannot be made and
+    written.
 
-    Tries it with a file in `out`, or in a folder beside the first one that is to be made, and leaves nothing behind. A full disk is
-    no reason: writing to it raises DiskFull with the room that is needed.
+    Tries it with a file in `out`, or in a folder beside the first one that is to be made, and leaves nothing
+    behind. A full disk is no reason: writing to it raises DiskFull with the room that is needed.
     """
     path = Path(out).absolute()
-    probe = (
-        f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"  # as long a name as anything has that is written for `out`
-    )
+    # as long a name as anything has that is written for `out`
+    probe = f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     reason = _unreachable(path, probe)
     if may_be_file and path.is_file():
         path = path.parent
@@ -33,7 +33,8 @@ def require_writable(out: str | Path, *, may_be_file: bool = False) -> None:
 
 
 def _unreachable(path: Path, probe: str) -> str | None:
-    """Why nothing can have the name `path`, or a name beside or in it: names that are too long, folders that may not be entered."""
+    """Why nothing can have the name `path`, or a name beside or in it: names that are too long, folders that
+    may not be entered."""
     try:
         for name in (path.with_name(probe), path / probe) if path.name else (path,):
             with suppress(FileNotFoundError, NotADirectoryError):

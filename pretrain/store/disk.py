@@ -16,7 +16,8 @@ WRITE_ERRORS = *FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno
 
 
 class DiskFull(ValueError):
-    """The disk or the quota is full. Earlier work is unharmed, and the same command goes on once there is room.
+    """The disk or the quota is full. Earlier work is unharmed, and the same command goes on once there is
+    room.
 
     So code that removes unfinished work after a ValueError must keep it after this one.
     """
@@ -39,10 +40,11 @@ class DiskFull(ValueError):
 def telling_full_disk(
     path: Path, num_bytes: int | None = None, temporary: Path | None = None
 ) -> Iterator[None]:
-    """Within, `path` is written, of `num_bytes` if that is known. Raises DiskFull if the disk or quota is full.
+    """Within, `path` is written, of `num_bytes` if that is known. Raises DiskFull if the disk or quota is
+    full.
 
-    Raises OSError for other errors of the operating system, whichever library was writing. `temporary`, a file or folder that is
-    written first, is removed; its size replaces an unknown `num_bytes` in the message.
+    Raises OSError for other errors of the operating system, whichever library was writing. `temporary`, a
+    file or folder that is written first, is removed; its size replaces an unknown `num_bytes` in the message.
     """
     try:
         yield
@@ -65,10 +67,11 @@ def telling_full_disk(
 
 
 def _write_error(error: Exception, folder: Path, num_bytes: int) -> int | None:
-    """The error number of the operating system behind `error`, after `num_bytes` of a file; None if there is none.
+    """The error number of the operating system behind `error`, after `num_bytes` of a file; None if there is
+    none.
 
-    Libraries in Rust (safetensors, tokenizers) put the number in the text. Numpy's tofile and libsndfile lose it: then a probe is
-    written to `folder`, which fails in the same way.
+    Libraries in Rust (safetensors, tokenizers) put the number in the text. Numpy's tofile and libsndfile lose
+    it: then a probe is written to `folder`, which fails in the same way.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
@@ -93,7 +96,8 @@ def _write_error(error: Exception, folder: Path, num_bytes: int) -> int | None:
 
 @contextmanager
 def atomic_path(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+    """Yields a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure
+    removed.
 
     Raises DiskFull if the disk is full; `num_bytes`, if known, is the size in its message.
     """
@@ -112,7 +116,8 @@ def atomic_path(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `folder`; on success all in it is fsynced and it is renamed, on failure removed."""
+    """Yields a temporary folder beside `folder`; on success all in it is fsynced and it is renamed, on
+    failure removed."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(temporary)
     try:

@@ -1,4 +1,5 @@
-"""Files that grow, and survive a kill: what lies behind the recorded end is dropped when they are opened again."""
+"""Files that grow, and survive a kill: what lies behind the recorded end is dropped when they are opened
+again."""
 
 import io
 import math
@@ -13,7 +14,8 @@ from pretrain.store.disk import telling_full_disk
 
 
 class GrowingFile:
-    """A file that grows at its end. `size` bytes of an existing one are kept. Raises DiskFull if the disk is full."""
+    """A file that grows at its end. `size` bytes of an existing one are kept. Raises DiskFull if the disk is
+    full."""
 
     def __init__(self, path: Path, size: int = 0):
         self.name, self.path, self.size = path.name, path, size
@@ -58,7 +60,8 @@ class GrowingNpy(GrowingFile):
         self.count += len(values)
 
     def finish(self) -> None:
-        """Writes the true length into the header, which numpy pads so that the first axis can grow in place."""
+        """Writes the true length into the header, which numpy pads so that the first axis can grow in
+        place."""
         self.make_safe()
         self._file.seek(0)
         self._file.write(self._header())

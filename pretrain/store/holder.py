@@ -32,7 +32,8 @@ class Holder:
 
     @property
     def is_of_this_machine(self) -> bool:
-        """Whether flock knows about it: a container has another host name than its machine, a machine another id after each boot."""
+        """Whether flock knows about it: a container has another host name than its machine, a machine another
+        id after each boot."""
         return self.is_of_this_host or (bool(self.boot) and self.boot == _boot())
 
     def lives(self) -> bool:
@@ -62,7 +63,8 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in the kernel's ticks: numbers of processes come again. Empty where that is not known."""
+    """When a process started, in the kernel's ticks: numbers of processes come again. Empty where that is not
+    known."""
     try:
         return (
             Path(f"/proc/{pid}/stat")

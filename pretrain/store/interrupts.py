@@ -1,8 +1,9 @@
-"""Ctrl-C: the first one is Python's KeyboardInterrupt, or noted (pretrain/training/stopping.py); a second one ends the process at once.
+"""Ctrl-C: the first one is Python's KeyboardInterrupt, or noted (pretrain/training/stopping.py); a second one
+ends the process at once.
 
-"At once" also while the main thread waits in a library for another rank, where no handler of Python's runs: a thread reads which
-signals have come. What comes within a second of the first is the same Ctrl-C: torchrun hands on what the terminal has sent already
-(three seconds where there is a launcher).
+"At once" also while the main thread waits in a library for another rank, where no handler of Python's runs: a
+thread reads which signals have come. What comes within a second of the first is the same Ctrl-C: torchrun
+hands on what the terminal has sent already (three seconds where there is a launcher).
 
 Worker processes ignore SIGINT, even while they start; their parent ends them.
 """
@@ -24,7 +25,8 @@ INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 
 @contextmanager
 def second_interrupt_ends() -> Iterator[None]:
-    """Within, a second SIGINT ends the process with status 130; not where SIGINT is ignored, or others (or this) watch signals already."""
+    """Within, a second SIGINT ends the process with status 130; not where SIGINT is ignored, or others (or
+    this) watch signals already."""
     ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
@@ -68,7 +70,8 @@ def _watch(reader: int) -> None:
 
 
 def end_now() -> NoReturn:
-    """End the process with status 130 and those that work for it; threads that still decode, say, are not waited for."""
+    """End the process with status 130 and those that work for it; threads that still decode, say, are not
+    waited for."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the same Ctrl-C, handed on
         sys.stdout.flush()
@@ -80,7 +83,8 @@ def end_now() -> NoReturn:
 
 @contextmanager
 def ends_in_a_line(what: str, *, resumes: bool) -> Iterator[None]:
-    """Within, a Ctrl-C ends the command with status 130 and a line on how to go on, if none was printed where it was noted."""
+    """Within, a Ctrl-C ends the command with status 130 and a line on how to go on, if none was printed where
+    it was noted."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -95,7 +99,8 @@ def ends_in_a_line(what: str, *, resumes: bool) -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-    """A line on stderr from where `print` might be interrupted in itself, below a progress bar, whose cursor is shown again."""
+    """A line on stderr from where `print` might be interrupted in itself, below a progress bar, whose cursor
+    is shown again."""
     os.write(2, (f"\033[?25h\r\n{text}\r\n" if sys.stderr.isatty() else f"{text}\n").encode())
 
 
@@ -120,7 +125,8 @@ class IgnoringContext(SpawnContext):
 def process_pool(
     workers: int, initializer: Callable[..., None] | None = None, arguments: Any = ()
 ) -> Iterator[ProcessPoolExecutor]:
-    """A pool of fresh processes. Where the block fails, or a Ctrl-C leaves it, they are ended and not waited for."""
+    """A pool of fresh processes. Where the block fails, or a Ctrl-C leaves it, they are ended and not waited
+    for."""
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, IgnoringContext(), initializer, arguments)
     try:

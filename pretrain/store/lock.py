@@ -1,13 +1,14 @@
 """One process at a time writes an output: a lock file beside it, for as long as the work takes.
 
-`.NAME.lock` is locked with flock and contains, as JSON, who has it: host, pid, since when, the command. Where the folder above may not
-be written it is `OUT/.lock`. It is touched every ten seconds (a sign of life), and removed at the end. A part (`part = "2/16"`) has
-a lock of its own, `.NAME.part-2-16.lock`; parts share an output with each other, and with no one who takes all of it.
+`.NAME.lock` is locked with flock and contains, as JSON, who has it: host, pid, since when, the command. Where
+the folder above may not be written it is `OUT/.lock`. It is touched every ten seconds (a sign of life), and
+removed at the end. A part (`part = "2/16"`) has a lock of its own, `.NAME.part-2-16.lock`; parts share an
+output with each other, and with no one who takes all of it.
 
-A process that was killed leaves its lock file behind. On the same machine flock knows that it is gone, and the next one takes
-over. What another machine left is taken over after two minutes without a sign of life: not every shared file system hands locks
-from machine to machine (NFS does; Lustre and BeeGFS do where they are mounted so), so there a lock that is free proves nothing.
-Without any locks on the file system the record alone counts.
+A killed process leaves its lock file behind. On the same machine flock shows that it is gone, and the next
+process takes over. A lock file of another machine is taken over after two minutes without a sign of life: not
+every shared file system shares locks between machines (NFS does; Lustre and BeeGFS do where they are mounted
+so), so a free lock proves nothing there. On a file system without locks, only the record counts.
 """
 
 import errno
@@ -28,17 +29,12 @@ from pretrain.store.disk import FULL, DiskFull
 from pretrain.store.holder import Holder
 
 BEAT_SECONDS = 10.0
-SILENT_SECONDS = (
-    120.0  # twelve beats; longer than an NFS server keeps the locks of a client that is gone (90 s)
-)
+# twelve beats; longer than an NFS server keeps the locks of a client that is gone (90 s)
+SILENT_SECONDS = 120.0
 RETRY_SECONDS = 1.0
 SIGNING_SECONDS = 0.4  # at most between making a lock file and writing into it
-NO_LOCKS = (
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-)  # what flock answers on a file system without locks
+# Errors of flock on a file system without locks.
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -63,15 +59,13 @@ class _Lock:
                 os.utime(self.path)
 
     def release(self) -> None:
-        if (
-            self.over.is_set() or self.pid != os.getpid()
-        ):  # a forked child does not give away what its parent has
+        # a forked child does not give away what its parent has
+        if self.over.is_set() or self.pid != os.getpid():
             return
         self.over.set()
         with suppress(OSError):
-            if os.path.samestat(
-                os.stat(self.path), os.fstat(self.descriptor)
-            ):  # else somebody has removed it by hand
+            # else somebody has removed it by hand
+            if os.path.samestat(os.stat(self.path), os.fstat(self.descriptor)):
                 self.path.unlink()
         os.close(self.descriptor)
         for folder in self.made:  # where nothing came of the work
@@ -84,13 +78,14 @@ _held: dict[tuple[str, str | None], _Lock] = {}
 
 @contextmanager
 def locked(out: str | Path, part: str | None = None, *, name: str | Path | None = None) -> Iterator[None]:
-    """Within, no other process that asks for the same output (or the same part of it) goes on; nested in one thread it is one lock.
+    """Within, no other process that asks for the same output (or the same part of it) goes on; nested in one
+    thread it is one lock.
 
-    `name` is what messages call it, if not `out`. Of the ranks of one training the first has it. A requeued job (WORDLESS_ATTEMPT)
-    waits for the lock of its attempt before.
+    `name` is what messages call it, if not `out`. Of the ranks of one training the first has it. A requeued
+    job (WORDLESS_ATTEMPT) waits for the lock of its attempt before.
 
-    Errors: Occupied, a ValueError, names folder, host, pid and since when; ValueError where nothing can be written there. A
-    finished output on a disk that may not be written needs no lock.
+    Errors: Occupied, a ValueError, names folder, host, pid and since when; ValueError where nothing can be
+    written there. A finished output on a disk that may not be written needs no lock.
     """
     place = Path(os.path.realpath(out))
     key = (str(place), part)
@@ -121,7 +116,8 @@ def release_all() -> None:
 
 @contextmanager
 def taking_turns(path: Path) -> Iterator[None]:
-    """Within, no other process is within this of the same `path`, a file that need not be there; the second waits for the first."""
+    """Within, no other process is within this of the same `path`, a file that need not be there; the second
+    waits for the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -235,7 +231,8 @@ def _acquire(out: Path, path: Path, made: list[Path]) -> _Lock:
 
 
 def _sign(path: Path, descriptor: int, has_locks: bool) -> None:
-    """Write into a lock file who has it. On a full disk the lock works without it, and the next write raises DiskFull."""
+    """Write into a lock file who has it. On a full disk the lock works without it, and the next write raises
+    DiskFull."""
     os.ftruncate(descriptor, 0)
     os.utime(path)
     try:
@@ -308,7 +305,8 @@ def _is_left(holder: Holder | None, heard: float, has_locks: bool) -> bool:
 
 
 def _take_over(out: Path, path: Path, descriptor: int, has_locks: bool) -> None:
-    """A line on stderr where what is found was left by a process that is gone; Occupied where it may not be."""
+    """A line on stderr where what is found was left by a process that is gone; Occupied where it may not
+    be."""
     holder, heard = _read_signed(path)  # on another machine, where flock does not reach, it may be new
     if not _is_left(holder, heard, has_locks):
         raise _occupied(out, path, holder, heard)
@@ -317,7 +315,8 @@ def _take_over(out: Path, path: Path, descriptor: int, has_locks: bool) -> None:
 
 
 def _require_free(out: Path, path: Path, *, of_all: bool) -> None:
-    """Occupied where another process has the lock at `path`. Who has the lock `of_all` removes what one that is gone has left."""
+    """Occupied where another process has the lock at `path`. Who has the lock `of_all` removes what one that
+    is gone has left."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:

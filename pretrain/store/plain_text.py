@@ -1,6 +1,7 @@
 """Plain text from other programs' files: UTF-8 with or without a byte-order mark, and UTF-16 with one.
 
-Everything else (Latin-1, UTF-16 without a mark, binary files) is a ValueError that names the file, the line and the remedy.
+Everything else (Latin-1, UTF-16 without a mark, binary files) is a ValueError that names the file, the line
+and the remedy.
 """
 
 import codecs
@@ -21,12 +22,14 @@ LONGEST_MARK = 4
 
 
 def wide_encoding(start: bytes) -> str | None:
-    """The encoding by the byte-order mark that a file starts with, where it is UTF-16 or UTF-32; None for all other files."""
+    """The encoding by the byte-order mark that a file starts with, where it is UTF-16 or UTF-32; None for all
+    other files."""
     return next((encoding for mark, encoding in _MARKS if start.startswith(mark)), None)
 
 
 def decode_text(data: bytes, origin: str) -> str:
-    """The text of a whole file, without its byte-order mark. ValueError `ORIGIN line N: what is wrong` where it is no such text."""
+    """The text of a whole file, without its byte-order mark. ValueError `ORIGIN line N: what is wrong` where
+    it is no such text."""
     if encoding := wide_encoding(data[:LONGEST_MARK]):
         try:
             return data.decode(encoding)
@@ -53,12 +56,14 @@ def decode_line(line: bytes, origin: str) -> str:
     except UnicodeDecodeError as error:
         guess = line.decode("latin-1")[:40]
         raise ValueError(
-            f"{origin}: not UTF-8 text ({error.reason} at byte {error.start}); as Latin-1 it reads {guess!r}; "
+            f"{origin}: not UTF-8 text ({error.reason} at byte {error.start}); as Latin-1 it reads "
+            f"{guess!r}; "
             "write the file again as UTF-8, for example: iconv -f latin1 -t utf-8"
         ) from None
     if "\0" in text:
         raise ValueError(
-            f"{origin}: has a NUL byte, so it is no UTF-8 text; UTF-16 is read where the file has a byte-order mark"
+            f"{origin}: has a NUL byte, so it is no UTF-8 text; UTF-16 is read where the file has a "
+            "byte-order mark"
         )
     return text
 

@@ -1,4 +1,5 @@
-"""Models of other libraries in place of a run's folder: `fairseq2:NAME`, wherever a run of an encoder is expected.
+"""Models of other libraries in place of a run's folder: `fairseq2:NAME`, wherever a run of an encoder is
+expected.
 
 A scheme is a line in `SCHEMES`: a module that is imported when one of its models is read. It has
 - `load_asset(name)`: weights, meta data and fingerprint, as `load_weights` gives them of a run;
@@ -17,7 +18,8 @@ SCHEMES = {"fairseq2": "pretrain.fairseq2.assets"}
 def split_scheme(source: str | Path) -> tuple[str, str] | None:
     """(scheme, NAME) of `scheme:NAME`; None for a path.
 
-    Raises ValueError for a scheme alone and for spaces around a name: a model has one name, by which settings are compared.
+    Raises ValueError for a scheme alone and for spaces around a name: a model has one name, by which settings
+    are compared.
     """
     scheme, separator, name = str(source).partition(":")
     if not separator or scheme not in SCHEMES:

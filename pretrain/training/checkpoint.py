@@ -1,15 +1,16 @@
-"""Checkpoints: `step_00001000/` with model and optimiser tensors, the position in training and the SHA-256 of each file.
+"""Checkpoints: `step_00001000/` with model and optimiser tensors, the position in training and the SHA-256 of
+each file.
 
-`model.safetensors`      the model's state dict, float32
-`optimizer.safetensors`  AdamW's moments and step counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`
-`state.json`             step, epoch and batch of the next step, the best validation so far and how many followed it, the resolved config,
+`model.safetensors`      the model's state dict, float32 `optimizer.safetensors`  AdamW's moments and step
+counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` `state.json`             step, epoch and batch of
+the next step, the best validation so far and how many followed it, the resolved config,
                          `sha256` of the two files above and of the rest of this one
 
-There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is written under a
-temporary name, fsynced and renamed, so a visible one is complete; one whose hashes do not match is passed over with a warning.
-At no moment is there less than the checkpoint before the one being written: none is removed before its successor stands.
-Sharded training (FSDP2) writes the same whole tensors and reads its shards out of them: neither sharding nor the number of
-ranks shows in a checkpoint.
+There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is
+written under a temporary name, fsynced and renamed, so a visible one is complete; one whose hashes do not
+match is passed over with a warning. At no moment is there less than the checkpoint before the one being
+written: none is removed before its successor stands. Sharded training (FSDP2) writes the same whole tensors
+and reads its shards out of them: neither sharding nor the number of ranks shows in a checkpoint.
 """
 
 import hashlib
@@ -54,9 +55,11 @@ def save_checkpoint(
     *,
     write: bool = True,
 ) -> Path:
-    """Write `run/step_XXXXXXXX` atomically and return it. `state` must be JSON-able and is given back by `load_checkpoint`.
+    """Write `run/step_XXXXXXXX` atomically and return it. `state` must be JSON-able and is given back by
+    `load_checkpoint`.
 
-    Every rank must call this where the model is sharded, for its shards; one of them writes. A full disk is a `DiskFull`.
+    Every rank must call this where the model is sharded, for its shards; one of them writes. A full disk is a
+    `DiskFull`.
     """
     final = checkpoint_path(run, step)
     weights, moments = (
@@ -66,9 +69,8 @@ def save_checkpoint(
     if not write:
         return final
     temporary = run / f".{_name(step)}.{os.getpid()}.tmp"
-    shutil.rmtree(
-        temporary, ignore_errors=True
-    )  # of a killed process with this one's id, as happens in containers
+    # of a killed process with this one's id, as happens in containers
+    shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     tensors = dict(zip(TENSOR_FILES, (weights, moments), strict=True))
     num_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -93,9 +95,10 @@ def save_checkpoint(
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, at one stroke. What has that name already may be a valid checkpoint of the same step
-    (a run saves where it is told to stop): then the tensors are the same, and its state alone is replaced. Anything else of that name is
-    damaged and was passed over; it goes aside, not away: a removal takes long, and killed within it would leave neither."""
+    """Give a complete checkpoint its name, at one stroke. What has that name already may be a valid
+    checkpoint of the same step (a run saves where it is told to stop): then the tensors are the same, and its
+    state alone is replaced. Anything else of that name is damaged and was passed over; it goes aside, not
+    away: a removal takes long, and killed within it would leave neither."""
     sync_folder(temporary)
     if final.exists():
         hashes = [
@@ -127,7 +130,8 @@ def _state_hash(state: dict[str, Any]) -> str:
 
 
 def remove_old_checkpoints(run: Path, keep: int, best: int | None = None, last: int | None = None) -> None:
-    """Remove all but the `keep` newest checkpoints up to step `last` and that of step `best`, and what killed processes left half written.
+    """Remove all but the `keep` newest checkpoints up to step `last` and that of step `best`, and what killed
+    processes left half written.
 
     Whatever lies beyond `last`, the step just saved, was passed over at resume: it is damaged.
     """
@@ -174,8 +178,9 @@ def checkpoint_damage(path: Path) -> str:
 class Best:
     """The best validation of a run so far, and how many there have been since.
 
-    Lower is better. Where the first of the `monitor`ed metrics is equal the next decides: the word error rate of a recogniser that
-    does not write anything yet stays at 1 while its loss falls. What is not finite is never best.
+    Lower is better. Where the first of the `monitor`ed metrics is equal the next decides: the word error rate
+    of a recogniser that does not write anything yet stays at 1 while its loss falls. What is not finite is
+    never best.
     """
 
     def __init__(self, monitor: Sequence[str]):
@@ -185,7 +190,8 @@ class Best:
         self.stale = 0
 
     def judge(self, step: int, values: list[float], *, counts: bool = True) -> bool:
-        """Whether the `values` of a validation after `step` are the best; if they are not it is one more without (if it `counts`)."""
+        """Whether the `values` of a validation after `step` are the best; if they are not it is one more
+        without (if it `counts`)."""
         better = all(map(math.isfinite, values)) and (self.step is None or values < self.values)
         if better:
             self.step, self.values = step, values
@@ -198,16 +204,17 @@ class Best:
         return {"best": found, "stale": self.stale}
 
     def resume(self, run: Path, state: dict[str, Any], world: World) -> None:
-        """Go on from a checkpoint's state. Where the best checkpoint is damaged, or gone since a better one followed that this run has
-        lost, the next validation is judged as the first, and the patience starts anew. The first rank reads it, for all."""
+        """Go on from a checkpoint's state. Where the best checkpoint is damaged, or gone since a better one
+        followed that this run has lost, the next validation is judged as the first, and the patience starts
+        anew. The first rank reads it, for all."""
         found, damage = state.get("best"), ""
-        if (
-            world.rank == 0 and found is not None and found["step"] != state["step"]
-        ):  # else it has just been read
+        # else it has just been read
+        if world.rank == 0 and found is not None and found["step"] != state["step"]:
             damage = checkpoint_damage(checkpoint_path(run, found["step"]))
             if damage:
                 print(
-                    f"{run}: the best checkpoint, of step {found['step']}, is damaged ({damage}); judged anew",
+                    f"{run}: the best checkpoint, of step {found['step']}, is damaged ({damage}); judged "
+                    "anew",
                     file=sys.stderr,
                 )
         if found is None:
@@ -237,7 +244,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, parameter in model.named_parameters():
         if f"step.{name}" in stored:
             optimizer.state[parameter] = {
-                # AdamW keeps its step count on the CPU unless the fused GPU kernel runs; the optimiser moves it where it wants it.
+                # AdamW keeps its step count on the CPU unless the fused GPU kernel runs; the optimiser moves
+                # it where it wants it.
                 "step": stored[f"step.{name}"].to(parameter.device if parameter.is_cuda else "cpu"),
                 "exp_avg": placed_like(stored[f"exp_avg.{name}"], parameter),
                 "exp_avg_sq": placed_like(stored[f"exp_avg_sq.{name}"], parameter),
@@ -246,12 +254,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Weights, meta data and weights' fingerprint of a run's best checkpoint where one was kept (`keep_best`), else of the newest valid
-    one, as where `best` is not wanted; or of a model of another library, `scheme:NAME` (pretrain/store/schemes.py).
+    """Weights, meta data and weights' fingerprint of a run's best checkpoint where one was kept
+    (`keep_best`), else of the newest valid one, as where `best` is not wanted; or of a model of another
+    library, `scheme:NAME` (pretrain/store/schemes.py).
 
-    `meta["config"]` is the resolved config. A run that is not finished can be used; its meta data then come from the checkpoint.
-    The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. A best checkpoint that is damaged is a ValueError;
-    of one that is gone stderr tells.
+    `meta["config"]` is the resolved config. A run that is not finished can be used; its meta data then come
+    from the checkpoint. The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. A
+    best checkpoint that is damaged is a ValueError; of one that is gone stderr tells.
     """
     if (named := split_scheme(run)) is not None:
         scheme, name = named
@@ -260,7 +269,8 @@ def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tenso
     path = latest_checkpoint(run) if run.is_dir() else None
     if path is None and any(run.glob("fairseq2/checkpoints/step_*")):
         raise ValueError(
-            f'{run}: is not finished, and was begun with training.engine = "fairseq2", whose checkpoints are fairseq2\'s own until the end (of a '
+            f'{run}: is not finished, and was begun with training.engine = "fairseq2", whose checkpoints are '
+            "fairseq2's own until the end (of a "
             "keep_best run, until its first validation); give its command again, which goes on from them"
         )
     if path is None:
@@ -272,7 +282,8 @@ def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tenso
             print(f"{chosen}: the best checkpoint is gone; using {path.name}", file=sys.stderr)
         elif damage := checkpoint_damage(chosen):
             raise ValueError(
-                f"{chosen}: the best checkpoint is damaged ({damage}); remove that folder to use the last, {path.name}"
+                f"{chosen}: the best checkpoint is damaged ({damage}); remove that folder to use the last, "
+                f"{path.name}"
             )
         else:
             path, state = chosen, _read_state(chosen)
@@ -297,7 +308,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _gather(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, one after another; where they are not kept, this rank's part in gathering them."""
+    """Whole tensors on the CPU, one after another; where they are not kept, this rank's part in gathering
+    them."""
     gathered = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())

@@ -1,12 +1,14 @@
 """The training loop: pretraining, CTC, the unit language model and the vocoder run through `train`.
 
-A `Task` supplies the model, the batches and, through the model's forward, a `Loss` (sum, count, metrics). The engine divides
-the gradient once by the count over all ranks and accumulation steps, so any split of a global batch gives the same update.
-Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use DistributedDataParallel or FSDP2
-(pretrain/training/parallel.py). Randomness is a function of (seed, epoch, rank, step), so resuming from a checkpoint continues
-bit for bit. A run may go on with another number of processes, `accumulate` or `sharding`: it stays the same up to rounding, and
-up to what is drawn by rank (dropout). SIGTERM, SIGUSR2 and Ctrl-C stop it between two steps or within a validation
-(pretrain/training/stopping.py), with a checkpoint from which it becomes the run that was not stopped, its log included.
+A `Task` supplies the model, the batches and, through the model's forward, a `Loss` (sum, count, metrics). The
+engine divides the gradient once by the count over all ranks and accumulation steps, so any split of a global
+batch gives the same update. Several processes (RANK, LOCAL_RANK, WORLD_SIZE, from torchrun or slurm/) use
+DistributedDataParallel or FSDP2 (pretrain/training/parallel.py). Randomness is a function of (seed, epoch,
+rank, step), so resuming from a checkpoint continues bit for bit. A run may go on with another number of
+processes, `accumulate` or `sharding`: it stays the same up to rounding, and up to what is drawn by rank
+(dropout). SIGTERM, SIGUSR2 and Ctrl-C stop it between two steps or within a validation
+(pretrain/training/stopping.py), with a checkpoint from which it becomes the run that was not stopped, its log
+included.
 """
 
 from collections.abc import Callable
@@ -34,14 +36,15 @@ ENGINES = {
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Trains to `max_steps` or `max_epochs`, from the newest checkpoint in `out` if there is one; returns the run's summary.
+    """Trains to `max_steps` or `max_epochs`, from the newest checkpoint in `out` if there is one; returns the
+    run's summary.
 
-    A signal that stops the run (SIGTERM, SIGUSR2, SIGINT) is passed on once a checkpoint is written, and ends the process. If only
-    the end is left to be written, that is done instead.
+    A signal that stops the run (SIGTERM, SIGUSR2, SIGINT) is passed on once a checkpoint is written, and ends
+    the process. If only the end is left to be written, that is done instead.
 
-    Raises ValueError if `out` is finished, another process trains there, it was begun with other settings, has `patience` and
-    nothing to validate on, or the run diverges or collapses (the last good checkpoint is named); ConnectionError if another rank
-    is lost.
+    Raises ValueError if `out` is finished, another process trains there, it was begun with other settings,
+    has `patience` and nothing to validate on, or the run diverges or collapses (the last good checkpoint is
+    named); ConnectionError if another rank is lost.
     """
     module, _, name = ENGINES[run.training.engine].partition(":")
     engine: Callable[[Run], dict[str, Any]] = getattr(import_module(module), name)
@@ -117,7 +120,8 @@ def update(run: Run, model: nn.Module, adamw: torch.optim.AdamW, loaded: Any, st
 
 
 def write_line(run: Run, adamw: torch.optim.AdamW, stop: Stop, advance: Callable[..., None]) -> bool:
-    """The line of the log after the last step, with a validation if it is due; False if a stop broke that off.
+    """The line of the log after the last step, with a validation if it is due; False if a stop broke that
+    off.
 
     Raises ValueError if the run has diverged or collapsed.
     """

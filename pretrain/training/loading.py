@@ -17,7 +17,8 @@ Place = tuple[int, int]  # epoch, and the number of a batch in its plan
 def load_ahead(
     task: Task, position: Place, training: TrainingConfig, world: World
 ) -> Generator[tuple[Place, int, Iterator[tuple[Any, float]], float], None, None]:
-    """From `position` on, for ever: (epoch, batch), the number of this rank's micro-batches, those, and the global amount.
+    """From `position` on, for ever: (epoch, batch), the number of this rank's micro-batches, those, and the
+    global amount.
 
     Threads load a few micro-batches ahead, in a fixed order, whatever their number in a step.
     """
@@ -26,9 +27,8 @@ def load_ahead(
         batch = task.collate(items, epoch)
         if world.device.type != "cuda":
             return batch
-        return type(batch)(
-            *[x.pin_memory() if isinstance(x, Tensor) else x for x in batch]
-        )  # copied without waiting
+        # copied without waiting
+        return type(batch)(*[x.pin_memory() if isinstance(x, Tensor) else x for x in batch])
 
     def jobs() -> Generator[tuple[np.ndarray, int, float], None, None]:
         for place, parts, amount in _order(task, position, world, training.accumulate):
@@ -62,7 +62,8 @@ def load_ahead(
 def _order(
     task: Task, position: Place, world: World, accumulate: int
 ) -> Generator[tuple[Place, list[tuple[np.ndarray, float]], float], None, None]:
-    """The plan from `position` on: each batch's place, this rank's items and weights of its micro-batches, and its amount.
+    """The plan from `position` on: each batch's place, this rank's items and weights of its micro-batches,
+    and its amount.
 
     Every rank runs the same number of forwards: one without items repeats an item with weight 0.
     """
@@ -71,7 +72,8 @@ def _order(
         plan = task.plan(epoch)
         if not plan:
             raise ValueError(
-                "the training data hold no batch: the manifest's split is empty or every utterance was left out"
+                "the training data hold no batch: the manifest's split is empty or every utterance was "
+                "left out"
             )
         for number in range(first, len(plan)):
             items = plan[number]

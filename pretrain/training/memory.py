@@ -8,7 +8,8 @@ from functools import cache
 def keep_freed_memory() -> None:
     """Makes glibc keep the memory that tensors free, where it would map and unmap every large block.
 
-    A few per cent of a training step of BASE on a CPU. Without glibc it does nothing. The process keeps its peak memory.
+    A few per cent of a training step of BASE on a CPU. Without glibc it does nothing. The process keeps its
+    peak memory.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

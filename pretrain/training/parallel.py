@@ -1,10 +1,11 @@
 """One model on several processes: the group, DistributedDataParallel, FSDP2, and activation checkpointing.
 
-`sharding = "none"`: every rank holds the model, DDP averages the gradients. `"full"`: FSDP2 (`fully_shard`) splits parameters,
-gradients and AdamW's moments over the ranks, a unit for each transformer block and one for the rest; a unit is gathered for as
-long as it computes, and its gradient is reduced after every micro-batch, so that no rank ever holds a whole one. Sharded
-parameters are DTensors. Lower precision is the engine's autocast in both: what is gathered is float32, norms and losses stay
-float32, and the losses are DDP's. (FSDP2's MixedPrecisionPolicy would halve that traffic and change the numbers.)
+`sharding = "none"`: every rank holds the model, DDP averages the gradients. `"full"`: FSDP2 (`fully_shard`)
+splits parameters, gradients and AdamW's moments over the ranks, a unit for each transformer block and one for
+the rest; a unit is gathered for as long as it computes, and its gradient is reduced after every micro-batch,
+so that no rank ever holds a whole one. Sharded parameters are DTensors. Lower precision is the engine's
+autocast in both: what is gathered is float32, norms and losses stay float32, and the losses are DDP's.
+(FSDP2's MixedPrecisionPolicy would halve that traffic and change the numbers.)
 """
 
 import gc
@@ -28,7 +29,8 @@ _groups_joined = itertools.count()
 
 @contextmanager
 def greetings_on_stderr() -> Iterator[None]:
-    """For where a group is made: torch 2.9's Gloo tells on stdout, which is for results, how many peers it has met."""
+    """For where a group is made: torch 2.9's Gloo tells on stdout, which is for results, how many peers it
+    has met."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -40,7 +42,8 @@ def greetings_on_stderr() -> Iterator[None]:
 
 
 def resolve_device(name: str, key: str = "device") -> torch.device:
-    """The device that a config's `key` names; "auto" is the GPU where torch has one. ValueError for one that is not here."""
+    """The device that a config's `key` names; "auto" is the GPU where torch has one. ValueError for one that
+    is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -52,7 +55,8 @@ def resolve_device(name: str, key: str = "device") -> torch.device:
         ]
     if name not in there:
         raise ValueError(
-            f'{key}: {name!r} is not here; torch {torch.__version__} has {", ".join(there)}. "auto" is a GPU if there is one'
+            f'{key}: {name!r} is not here; torch {torch.__version__} has {", ".join(there)}. "auto" is a '
+            "GPU if there is one"
         )
     return torch.device(name)
 
@@ -66,9 +70,11 @@ class World(NamedTuple):
 
     @classmethod
     def join(cls, device: str, timeout_seconds: float = 600.0) -> "World":
-        """Read RANK, LOCAL_RANK and WORLD_SIZE and, with more than one process, join the group (nccl on GPUs, else gloo).
+        """Read RANK, LOCAL_RANK and WORLD_SIZE and, with more than one process, join the group (nccl on GPUs,
+        else gloo).
 
-        `timeout_seconds` is how long a rank waits for the others, here (ConnectionError) and in everything they do together.
+        `timeout_seconds` is how long a rank waits for the others, here (ConnectionError) and in everything
+        they do together.
         """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         chosen = resolve_device(device, "training.device")
@@ -76,7 +82,8 @@ class World(NamedTuple):
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
             torch.cuda.set_device(chosen)
         if size > 1 and not dist.is_initialized():
-            # Under a name of its own: the launcher's store still holds the addresses of a group this process left before.
+            # Under a name of its own: the launcher's store still holds the addresses of a group this process
+            # left before.
             timeout = timedelta(seconds=timeout_seconds)
             try:
                 store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]  # public, but its stub exports it not
@@ -89,8 +96,10 @@ class World(NamedTuple):
                     raise
                 meeting = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
                 raise ConnectionError(
-                    f"rank {rank} of {size} did not meet the others at {meeting} within {timeout_seconds:g} s "
-                    f"(training.collective_timeout_seconds); did one of them fail before? ({' '.join(str(error).split())[:300]})"
+                    f"rank {rank} of {size} did not meet the others at {meeting} within {timeout_seconds:g} "
+                    "s "
+                    "(training.collective_timeout_seconds); did one of them fail before? "
+                    f"({' '.join(str(error).split())[:300]})"
                 ) from None
         return cls(rank, size, chosen)
 
@@ -120,10 +129,12 @@ class World(NamedTuple):
         return json.loads(bytes(content.tolist()))
 
     def leave(self) -> None:
-        """Wait for the others and leave the group: a process that exits with one open may abort after its work is done.
+        """Wait for the others and leave the group: a process that exits with one open may abort after its
+        work is done.
 
-        No DistributedDataParallel may be in use any more. One that holds the group's last reference would end it while holding the
-        interpreter's lock, which gloo's threads may be waiting for: the process would hang.
+        No DistributedDataParallel may be in use any more. One that holds the group's last reference would end
+        it while holding the interpreter's lock, which gloo's threads may be waiting for: the process would
+        hang.
         """
         if self.size > 1:
             dist.barrier()
@@ -136,14 +147,17 @@ class World(NamedTuple):
 
 
 def is_loss_of_a_rank(error: RuntimeError) -> bool:
-    """Whether a communication library says that a rank died or did not answer: gloo's own errors name its source files."""
+    """Whether a communication library says that a rank died or did not answer: gloo's own errors name its
+    source files."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def recompute_in_backward(blocks: list[nn.Module]) -> None:
-    """Activation checkpointing: each block keeps its input alone and runs again in backward, with the same random numbers.
+    """Activation checkpointing: each block keeps its input alone and runs again in backward, with the same
+    random numbers.
 
-    Set on the instances, inside the hooks of FSDP2 and without a wrapper module, so that no parameter changes its name.
+    Set on the instances, inside the hooks of FSDP2 and without a wrapper module, so that no parameter changes
+    its name.
     """
     for block in blocks:
         block.forward = _recomputed(block.forward)
@@ -165,7 +179,8 @@ def compile_in_place(model: nn.Module, blocks: list[nn.Module]) -> None:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], world: World) -> None:
-    """FSDP2 in place, on the world's device: every rank must hold the same values before. Parameters become DTensors."""
+    """FSDP2 in place, on the world's device: every rank must hold the same values before. Parameters become
+    DTensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -180,7 +195,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """What to call in training: the model itself, or within DDP where several processes hold whole copies of it."""
+    """What to call in training: the model itself, or within DDP where several processes hold whole copies of
+    it."""
     if world.size == 1 or is_sharded(model) or not any(p.requires_grad for p in model.parameters()):
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
@@ -193,9 +209,11 @@ def without_reduction(model: nn.Module, skip: bool) -> AbstractContextManager[No
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within, a sharded model's own parameters are whole (its blocks gather theirs when they run); on leaving all are shards again.
+    """Within, a sharded model's own parameters are whole (its blocks gather theirs when they run); on leaving
+    all are shards again.
 
-    For whatever does not go through a training step: the model's forward alone would leave its parameters gathered.
+    For whatever does not go through a training step: the model's forward alone would leave its parameters
+    gathered.
     """
     if not is_sharded(model):
         yield
@@ -228,9 +246,11 @@ def placed_like(tensor: Tensor, target: Tensor) -> Tensor:
 
 
 def scale_and_clip(model: nn.Module, scale: Tensor, clip_norm: float) -> Tensor:
-    """Multiply all gradients by `scale`, then clip their global norm; returns the norm before clipping. No host sync.
+    """Multiply all gradients by `scale`, then clip their global norm; returns the norm before clipping. No
+    host sync.
 
-    Every parameter that learns must have its gradient, in every mode: AdamW would pass over one without, DDP wait for it.
+    Every parameter that learns must have its gradient, in every mode: AdamW would pass over one without, DDP
+    wait for it.
     """
     unused = [
         name
@@ -238,7 +258,8 @@ def scale_and_clip(model: nn.Module, scale: Tensor, clip_norm: float) -> Tensor:
         if parameter.requires_grad and parameter.grad is None
     ]
     assert not unused, (
-        f"the loss does not depend on {', '.join(unused)}; a task must freeze what it does not use (enter_phase)"
+        f"the loss does not depend on {', '.join(unused)}; a task must freeze what it does not use "
+        "(enter_phase)"
     )
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm(gradients)) * scale

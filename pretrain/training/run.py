@@ -1,7 +1,7 @@
 """A run of training: its settings, how far it is, its checkpoints, its log, its end. Both engines train one.
 
-The folder of a run holds checkpoints (pretrain/training/checkpoint.py), `config.toml`, the log (pretrain/training/runlog.py),
-and at the end `summary.json` and `meta.json`.
+The folder of a run holds checkpoints (pretrain/training/checkpoint.py), `config.toml`, the log
+(pretrain/training/runlog.py), and at the end `summary.json` and `meta.json`.
 """
 
 import math
@@ -31,9 +31,10 @@ Found = TypeVar("Found", str, int)
 class Run:
     """What is trained, how, and how far it is.
 
-    `done` steps are done, of which `first` before this session; `position` is (epoch, batch) of the next batch. `unseen`: the last
-    step is done, and its log line and validation are not, since a stop came between. `monitor` are the metrics that `keep_best` and
-    `patience` go by (see Best); `config`, `parents` and `extra` go into the meta data.
+    `done` steps are done, of which `first` before this session; `position` is (epoch, batch) of the next
+    batch. `unseen`: the last step is done, and its log line and validation are not, since a stop came
+    between. `monitor` are the metrics that `keep_best` and `patience` go by (see Best); `config`, `parents`
+    and `extra` go into the meta data.
     """
 
     def __init__(
@@ -75,7 +76,8 @@ class Run:
         task, training = self.task, self.training
         if training.patience is not None and not task.plan_validation():
             raise ValueError(
-                f"{self.folder}: training.patience needs a validation set, and there is none; name one or leave the key out"
+                f"{self.folder}: training.patience needs a validation set, and there is none; name one or "
+                "leave the key out"
             )
         if training.max_epochs is None:
             return training.max_steps
@@ -106,8 +108,9 @@ class Run:
     def find_checkpoint(self, newest: Callable[[], Found | None], of_other_engine: str) -> Found | None:
         """The name or number of the newest whole checkpoint, by `newest`; None if the run begins here.
 
-        `of_other_engine` is a glob of the other engine's checkpoints: a run that has some was begun by it. The first rank alone reads
-        and decides, so that all ranks go on from the same step. Raises ValueError if the run was begun with other settings.
+        `of_other_engine` is a glob of the other engine's checkpoints: a run that has some was begun by it.
+        The first rank alone reads and decides, so that all ranks go on from the same step. Raises ValueError
+        if the run was begun with other settings.
         """
         found: Found | None = None
         refusal: Exception | None = None
@@ -171,9 +174,11 @@ class Run:
         return self.save_due or self.validation_due or self.done % self.training.log_every == 0
 
     def judge(self, step: int, metrics: dict[str, float]) -> list[float] | None:
-        """Compares a validation after `step` with the best, on every rank; returns its values, None if there is nothing to compare.
+        """Compares a validation after `step` with the best, on every rank; returns its values, None if there
+        is nothing to compare.
 
-        Validations before the last phase, while a part of the model is frozen, do not count against the patience.
+        Validations before the last phase, while a part of the model is frozen, do not count against the
+        patience.
         """
         if not self.training.keep_best or any(name not in metrics for name in self.best.monitor):
             return None
@@ -233,7 +238,8 @@ class Run:
         self.saved, self.save_wanted = self.done, False
 
     def finish(self) -> dict[str, Any]:
-        """On the first rank, of a run that is finished: writes the summary and completes the run. Returns the summary."""
+        """On the first rank, of a run that is finished: writes the summary and completes the run. Returns the
+        summary."""
         if not self.finished or self.log is None:
             return {}
         summary = self.log.summarise(self.done, self.seconds, self.done - self.first)
@@ -257,7 +263,8 @@ def write_or_compare_config(run: Path, config: dict[str, Any], begun: bool) -> N
         changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes if key not in NEUTRAL)
         if changed:
             raise ValueError(
-                f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove the folder"
+                f"{run}: holds unfinished work begun with other settings ({changed}); restore them or "
+                "remove the folder"
             )
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,7 +1,9 @@
-"""What a run tells of itself: sums of metrics between two log lines, `metrics.jsonl`, TensorBoard events, the summary.
+"""What a run tells of itself: sums of metrics between two log lines, `metrics.jsonl`, TensorBoard events, the
+summary.
 
-Both logs are written at once and record by record, without a buffer or a thread of a library: on a full disk the run ends with a
-message at the line that did not fit, of which nothing stays, and the last checkpoint stands.
+Both logs are written at once and record by record, without a buffer or a thread of a library: on a full disk
+the run ends with a message at the line that did not fit, of which nothing stays, and the last checkpoint
+stands.
 """
 
 import itertools
@@ -61,7 +63,8 @@ class Window:
         return None if self._not_finite is None or self._not_finite.isinf() else int(self._not_finite)
 
     def to_state(self, world: World) -> dict[str, Any]:
-        """What a checkpoint within a window keeps of it: the sums of every rank, in float64. Empty where nothing was added."""
+        """What a checkpoint within a window keeps of it: the sums of every rank, in float64. Empty where
+        nothing was added."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
@@ -75,7 +78,8 @@ class Window:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], world: World) -> "Window":
-        """The window as it was: a rank has its own sums again, among fewer or more ranks they are shared out."""
+        """The window as it was: a rank has its own sums again, among fewer or more ranks they are shared
+        out."""
         window = cls()
         if not state:
             return window
@@ -96,7 +100,8 @@ _logs_opened = itertools.count()
 
 
 class Appended:
-    """A file that grows by whole records: one that does not fit on the disk is taken back, and told as a `DiskFull`."""
+    """A file that grows by whole records: one that does not fit on the disk is taken back, and told as a
+    `DiskFull`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -124,10 +129,12 @@ class Appended:
 
 
 class Board:
-    """TensorBoard events of one session of a run; those of steps from `purge_step` on of earlier sessions are no more shown."""
+    """TensorBoard events of one session of a run; those of steps from `purge_step` on of earlier sessions are
+    no more shown."""
 
     def __init__(self, folder: Path, purge_step: int | None):
-        # Half a second that only training needs. Its SummaryWriter writes in a thread, which dies with a traceback where the disk is full.
+        # Half a second that only training needs. Its SummaryWriter writes in a thread, which dies with a
+        # traceback where the disk is full.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
         from torch.utils.tensorboard import summary

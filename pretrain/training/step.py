@@ -22,7 +22,8 @@ def backward(
     precision: str,
     world: World,
 ) -> Tensor:
-    """Adds up the gradients of this rank's `parts` of a global batch; returns the count of all ranks' losses, to divide by."""
+    """Adds up the gradients of this rank's `parts` of a global batch; returns the count of all ranks' losses,
+    to divide by."""
     model.train()
     count = torch.zeros((), device=world.device)
     for number, (batch, weight) in enumerate(micro_batches):
@@ -44,7 +45,8 @@ def validate(task: Task, world: World, training: TrainingConfig, stop: Stop) -> 
     plan = task.plan_validation()
     if not plan:
         return {}
-    # As in training, every rank runs the same number of forwards: one without a batch of its own repeats one with weight 0.
+    # As in training, every rank runs the same number of forwards: one without a batch of its own repeats one
+    # with weight 0.
     share = [(items, 1.0) for items in plan[world.rank :: world.size]]
     share += [(plan[0], 0.0)] * (-(-len(plan) // world.size) - len(share))
     with gathered(task.model), autocast(training.precision, world.device):

@@ -1,12 +1,14 @@
-"""Stopping in time: a signal is noted, all ranks agree on it between two steps, and the process then ends as that signal says.
+"""Stopping in time: a signal is noted, all ranks agree on it between two steps, and the process then ends as
+that signal says.
 
-SIGTERM (a preempting or closing machine, torchrun, `kill`), SIGUSR2 (the warning that slurm/ asks for before the time limit) and
-SIGINT (Ctrl-C, which reaches every rank in the terminal) must not end a step half way, and every rank must stop after the same one,
-or the others wait for it for ever. So the handlers only take the signal down; a second Ctrl-C ends the process
-(pretrain/store/interrupts.py). At every boundary (after a step, before each batch of a validation) the ranks exchange what they have,
-the greatest number wins, and each reads the result at its next boundary: that costs a thread's work and no waiting, since the
-ranks are never further apart than a step. The exchange goes over a gloo group of its own also where gradients go over NCCL, so
-no GPU is waited for; a rank that dies is noticed there at once.
+SIGTERM (a preempting or closing machine, torchrun, `kill`), SIGUSR2 (the warning that slurm/ asks for before
+the time limit) and SIGINT (Ctrl-C, which reaches every rank in the terminal) must not end a step half way,
+and every rank must stop after the same one, or the others wait for it for ever. So the handlers only take the
+signal down; a second Ctrl-C ends the process (pretrain/store/interrupts.py). At every boundary (after a step,
+before each batch of a validation) the ranks exchange what they have, the greatest number wins, and each reads
+the result at its next boundary: that costs a thread's work and no waiting, since the ranks are never further
+apart than a step. The exchange goes over a gloo group of its own also where gradients go over NCCL, so no GPU
+is waited for; a rank that dies is noticed there at once.
 """
 
 import signal
@@ -29,16 +31,17 @@ from pretrain.store.lock import release_all
 from pretrain.training.parallel import World, greetings_on_stderr, is_loss_of_a_rank
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR2)  # and SIGINT
-_unanswered = (
-    0  # a signal that came when a run was as good as finished: the next one in this process stops at once
-)
+# a signal that came when a run was as good as finished: the next one in this process stops at once
+_unanswered = 0
 
 
 class Stop:
-    """A context that takes down STOPPING signals and SIGINT; `signal` is the number that all ranks have agreed on, else 0.
+    """A context that takes down STOPPING signals and SIGINT; `signal` is the number that all ranks have
+    agreed on, else 0.
 
-    Handlers are set in the main thread alone (Python has none elsewhere), not over a signal that is ignored, and those before
-    them are back on leaving, however that comes about. Every rank must `check` equally often.
+    Handlers are set in the main thread alone (Python has none elsewhere), not over a signal that is ignored,
+    and those before them are back on leaving, however that comes about. Every rank must `check` equally
+    often.
     """
 
     def __init__(self, world: World, timeout_seconds: float = 600.0):
@@ -49,14 +52,13 @@ class Stop:
         self._handlers: dict[int, Any] = {}
         self._watch = second_interrupt_ends()
         self._group: dist.ProcessGroup | None = None
-        self._exchange: tuple[dist.Work, torch.Tensor] | None = (
-            None  # one at most: under way since the last check
-        )
+        # one at most: under way since the last check
+        self._exchange: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> Self:
         global _unanswered
         if self.world.size > 1:
-            self.world.barrier()  # notices at once a rank that has died, for which a new group would wait as long as it may
+            self.world.barrier()  # notices a dead rank at once; a new group would wait for it
             with greetings_on_stderr():
                 self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         self._noted, _unanswered = _unanswered, 0
@@ -95,7 +97,8 @@ class Stop:
         self._interrupted = self._interrupted or time.monotonic()
 
     def check(self, wait: bool = False) -> bool:
-        """A boundary: whether to stop here. With `wait` whatever any rank has noted by now counts, else by the last check."""
+        """A boundary: whether to stop here. With `wait` whatever any rank has noted by now counts, else by
+        the last check."""
         if self.signal:
             return True
         if self._group is None:
@@ -119,8 +122,9 @@ class Stop:
         self.signal = int(value)
 
     def pass_on(self, run: Path, step: int) -> NoReturn:
-        """Say what stopped the run after `step`, and let the signal do to the process what it would have done: end it, or whatever
-        the handler does that was there before. SystemExit with 128 + its number where that returns."""
+        """Say what stopped the run after `step`, and let the signal do to the process what it would have
+        done: end it, or whatever the handler does that was there before. SystemExit with 128 + its number
+        where that returns."""
         global _unanswered
         assert self.signal
         assert not self._handlers
@@ -143,9 +147,8 @@ class Stop:
         try:
             _hand_on(self.signal)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{run}: stopped after step {step}"
-            ) from None  # with a text: the user knows
+            # with a text: the user knows
+            raise KeyboardInterrupt(f"{run}: stopped after step {step}") from None
 
 
 def _hand_on(number: int) -> NoReturn:
@@ -162,7 +165,8 @@ def _hand_on(number: int) -> NoReturn:
 
 
 def answer_late() -> None:
-    """Pass on a signal that came when a training was as good as finished: for who goes on in this process with anything else."""
+    """Pass on a signal that came when a training was as good as finished: for who goes on in this process
+    with anything else."""
     global _unanswered
     number, _unanswered = _unanswered, 0
     if number:
@@ -171,8 +175,9 @@ def answer_late() -> None:
 
 @contextmanager
 def lost_ranks_told(run: Path, world: World, newest: Callable[[], Path | None]) -> Iterator[None]:
-    """Turn what a communication library throws when a rank died, or did not answer within the timeout, into a ConnectionError
-    that says so, names the `newest` checkpoint (which is not read: a launcher may give little time) and what to do."""
+    """Turn what a communication library throws when a rank died, or did not answer within the timeout, into a
+    ConnectionError that says so, names the `newest` checkpoint (which is not read: a launcher may give little
+    time) and what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -183,6 +188,8 @@ def lost_ranks_told(run: Path, world: World, newest: Callable[[], Path | None]) 
             return
         raise ConnectionError(
             f"{run}: rank {world.rank} of {world.size} lost another one, which died or did not answer within "
-            f"training.collective_timeout_seconds; its own message tells why, if it had time for one. The last checkpoint: "
-            f"{newest() or 'none yet'}; the same command goes on from there ({' '.join(str(error).split())[:300]})"
+            "training.collective_timeout_seconds; its own message tells why, if it had time for one. The "
+            "last checkpoint: "
+            f"{newest() or 'none yet'}; the same command goes on from there "
+            f"({' '.join(str(error).split())[:300]})"
         ) from None

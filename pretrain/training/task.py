@@ -1,6 +1,8 @@
-"""What a training job supplies to an engine (`Task`, `Loss`), and what every run is told (`TrainingConfig`, `OptimizerConfig`).
+"""What a training job supplies to an engine (`Task`, `Loss`), and what every run is told (`TrainingConfig`,
+`OptimizerConfig`).
 
-Two engines run tasks: ours (pretrain/training/engine.py) and fairseq2's trainer (pretrain/fairseq2/training.py).
+Two engines run tasks: ours (pretrain/training/engine.py) and fairseq2's trainer
+(pretrain/fairseq2/training.py).
 """
 
 import math
@@ -14,7 +16,8 @@ from pretrain.config import Config, Seed
 
 
 class Loss(NamedTuple):
-    """What a model's forward returns: `total` is summed over what `count` counts; metrics are (sum, count) pairs of any shape."""
+    """What a model's forward returns: `total` is summed over what `count` counts; metrics are (sum, count)
+    pairs of any shape."""
 
     total: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which a Loss has no use for
@@ -28,7 +31,8 @@ class Task:
     unit: str = "s"
 
     def blocks(self) -> list[nn.Module]:
-        """The model's repeated parts (transformer layers): what is sharded, recomputed and compiled one at a time.
+        """The model's repeated parts (transformer layers): what is sharded, recomputed and compiled one at a
+        time.
 
         Each is called as a module in every forward, also where its output is not used.
         """
@@ -57,7 +61,8 @@ class Task:
         return self.collate(items, epoch=-1)
 
     def evaluate(self) -> dict[str, float]:
-        """What else a validation tells, logged as `valid_NAME`. Called on every rank, without gradients, in eval mode."""
+        """What else a validation tells, logged as `valid_NAME`. Called on every rank, without gradients, in
+        eval mode."""
         return {}
 
     def before_step(self, step: int) -> None:
@@ -67,13 +72,15 @@ class Task:
         """Called after the optimiser's update of `step`, such as for moving averages of parameters."""
 
     def phase(self, step: int) -> int:
-        """A number that changes where the set of trained parameters changes; `enter_phase` then sets requires_grad."""
+        """A number that changes where the set of trained parameters changes; `enter_phase` then sets
+        requires_grad."""
         return 0
 
     def enter_phase(self, phase: int) -> None: ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for AdamW. `lr_scale` multiplies the learning rate. By default vectors and biases get no weight decay."""
+        """Groups for AdamW. `lr_scale` multiplies the learning rate. By default vectors and biases get no
+        weight decay."""
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -83,17 +90,17 @@ class Task:
         return {name: float(value) for name, value in metrics.items() if value.ndim == 0}
 
     def alarm(self, metrics: dict[str, float], step: int) -> str | None:
-        """A message that stops the run (collapse), or None: from the numbers of a log line, where there was a validation those
-        of the validation among them (`valid_NAME`). NaN is the engine's business."""
+        """A message that stops the run (collapse), or None: from the numbers of a log line, where there was a
+        validation those of the validation among them (`valid_NAME`). NaN is the engine's business."""
         return None
 
 
 class OptimizerConfig(Config):
     """AdamW (Loshchilov & Hutter, 2019) and its schedule.
 
-    `linear` and `polynomial` decay to `final_lr_ratio` over the whole run after the warm-up, `cosine` likewise; `tri_stage` is
-    wav2vec 2.0's fine-tuning schedule: warm-up, hold, exponential decay (shares of the run in `tri_stage`), to 0.05 when
-    `final_lr_ratio` is 0; `warmup_steps` has no part in it.
+    `linear` and `polynomial` decay to `final_lr_ratio` over the whole run after the warm-up, `cosine`
+    likewise; `tri_stage` is wav2vec 2.0's fine-tuning schedule: warm-up, hold, exponential decay (shares of
+    the run in `tri_stage`), to 0.05 when `final_lr_ratio` is 0; `warmup_steps` has no part in it.
     """
 
     lr: float = Field(5e-4, gt=0)
@@ -137,7 +144,8 @@ class TrainingConfig(Config):
     seed: Seed = 0
     engine: Literal["wordless", "fairseq2"] = Field(
         "wordless",
-        description="what steps: this toolkit's own loop, or fairseq2's trainer (extra `fairseq2`, docs/fairseq2.md)",
+        description="what steps: this toolkit's own loop, or fairseq2's trainer (extra `fairseq2`, "
+        "docs/fairseq2.md)",
     )
     accumulate: int = Field(1, ge=1, description="micro-batches a rank computes for one update")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -162,20 +170,25 @@ class TrainingConfig(Config):
     patience: int | None = Field(
         None,
         ge=1,
-        description="validations in a row without a better one, after which the run ends (with all parameters in training)",
+        description=(
+            "validations in a row without a better one, after which the run ends (with all parameters in "
+            "training)"
+        ),
     )
     loader_threads: int = Field(2, ge=1)
     collective_timeout_seconds: float = Field(
         600.0,
         gt=0,
-        description="how long a rank waits for the others, their saving included, before the run ends, to go on from its last checkpoint",
+        description="how long a rank waits for the others, their saving included, before the run ends, to go "
+        "on from its last checkpoint",
     )
 
     @model_validator(mode="after")
     def _validates_while_it_has_patience(self) -> Self:
         if self.patience is not None and not (self.keep_best and self.validate_every):
             raise ValueError(
-                "patience counts validations against the best one: set validate_every above 0 and keep_best = true"
+                "patience counts validations against the best one: set validate_every above 0 and "
+                "keep_best = true"
             )
         return self
 

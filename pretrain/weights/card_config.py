@@ -1,4 +1,5 @@
-"""The configs of fairseq2's wav2vec 2.0 models as its cards have them: every key with its default, and which of ours it is."""
+"""The configs of fairseq2's wav2vec 2.0 models as its cards have them: every key with its default, and which
+of ours it is."""
 
 import contextlib
 import difflib
@@ -119,7 +120,8 @@ COMPUTED_KEYS = {
 
 
 def complete_config(family: str, given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A whole config of fairseq2's from what a card says; ValueError for keys and types that are not of it."""
+    """A whole config of fairseq2's from what a card says; ValueError for keys and types that are not of
+    it."""
     return _complete(DEFAULTS[family], given, source, "model_config")
 
 

@@ -1,7 +1,9 @@
-"""What `export --format fairseq2` writes: a folder with `card.yaml`, `model.safetensors` and, of recognisers of characters, `tokenizer.model`.
+"""What `export --format fairseq2` writes: a folder with `card.yaml`, `model.safetensors` and, of recognisers
+of characters, `tokenizer.model`.
 
-fairseq2 loads it by its name where the folder is below FAIRSEQ2_ASSET_DIR. Its own families hold wav2vec 2.0 with heads and CTC models on
-waveforms. Whatever else we train becomes a card of one of ours, over our own tensors, which fairseq2 loads where wordless is installed.
+fairseq2 loads it by its name where the folder is below FAIRSEQ2_ASSET_DIR. Its own families hold wav2vec 2.0
+with heads and CTC models on waveforms. Whatever else we train becomes a card of one of ours, over our own
+tensors, which fairseq2 loads where wordless is installed.
 """
 
 from collections.abc import Mapping
@@ -45,7 +47,10 @@ def why_own_family(run: Foreign) -> str | None:
     if run.head is None and run.recognizer is None:
         return "fairseq2 has no family of encoders without heads"
     if encoder.front_end != "waveform":
-        return f"fairseq2's models read waveforms, this one {'units' if encoder.front_end == 'units' else 'filterbank features'}"
+        return (
+            "fairseq2's models read waveforms, this one "
+            f"{'units' if encoder.front_end == 'units' else 'filterbank features'}"
+        )
     if encoder.streaming is not None:
         return "fairseq2 has no streaming encoder"
     if encoder.conv_dim == encoder.dim:
@@ -56,15 +61,16 @@ def why_own_family(run: Foreign) -> str | None:
 
 
 def write_card(folder: Path, name: str, run: Foreign) -> str:
-    """Write `run`, whose tensors are ours, into the existing `folder` as the asset `name`; returns its family. What fairseq2 cannot hold
-    is added to its notes."""
+    """Write `run`, whose tensors are ours, into the existing `folder` as the asset `name`; returns its
+    family. What fairseq2 cannot hold is added to its notes."""
     import yaml  # type: ignore[import-untyped]
 
     notes = run.notes
     card: dict[str, Any]
     if why := why_own_family(run):
         notes.append(
-            f"{why}: the card is of {own_family(run)}, which fairseq2 knows where wordless is installed beside it"
+            f"{why}: the card is of {own_family(run)}, which fairseq2 knows where wordless is installed "
+            "beside it"
         )
         card, tensors = _own_card(run), dict(run.tensors)
     else:
@@ -114,12 +120,14 @@ def _their_card(folder: Path, run: Foreign) -> tuple[dict[str, Any], dict[str, T
         config = {**DEFAULTS["wav2vec2"], "encoder_config": told, **_contrastive_config(head)}
         if head.feature_dropout != run.encoder.input_dropout:
             notes.append(
-                f"fairseq2 has one dropout for the quantizer's input and the encoder's: that of the latter, {run.encoder.input_dropout}, is "
+                "fairseq2 has one dropout for the quantizer's input and the encoder's: that of the latter, "
+                f"{run.encoder.input_dropout}, is "
                 f"written, feature_dropout = {head.feature_dropout} is not"
             )
         if (head.diversity_weight, head.feature_penalty) != (0.1, 10.0):
             notes.append(
-                f"the weights of the losses are settings of fairseq2's recipes: diversity {head.diversity_weight}, penalty {head.feature_penalty}"
+                "the weights of the losses are settings of fairseq2's recipes: diversity "
+                f"{head.diversity_weight}, penalty {head.feature_penalty}"
             )
         return {
             "model_family": "wav2vec2",
@@ -158,7 +166,8 @@ def _encoder_config(encoder: EncoderConfig, notes: list[str]) -> dict[str, Any]:
     if not 0 < encoder.feature_gradient_scale <= 1:
         told["feature_grad_scale"] = 1.0
         notes.append(
-            f"feature_gradient_scale = {encoder.feature_gradient_scale} is written as 1: fairseq2 takes more than 0, up to 1"
+            f"feature_gradient_scale = {encoder.feature_gradient_scale} is written as 1: fairseq2 takes "
+            "more than 0, up to 1"
         )
     shapes = [
         [encoder.conv_dim, kernel, stride] for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True)
@@ -172,14 +181,16 @@ def _encoder_config(encoder: EncoderConfig, notes: list[str]) -> dict[str, Any]:
 
 
 def _contrastive_config(head: Wav2Vec2Config) -> dict[str, Any]:
-    """fairseq2 masks `max_temporal_mask_prob` · frames / length spans of an utterance; ours begin at each frame with a probability."""
+    """fairseq2 masks `max_temporal_mask_prob` · frames / length spans of an utterance; ours begin at each
+    frame with a probability."""
     told = {theirs: getattr(head, ours) for ours, theirs in CONTRASTIVE_KEYS.items()}
     told["max_temporal_mask_prob"] = round(head.mask_start_probability * head.mask_length, 12)
     return told | {"codebook_sampling_temperature": [*head.gumbel_temperature, head.gumbel_decay]}
 
 
 def _ctc_config(ctc: CTCConfig, dim: int, notes: list[str]) -> dict[str, Any]:
-    """fairseq2 raises where an utterance has room for fewer spans than its least number, so that is 0 here: it is then not masked."""
+    """fairseq2 raises where an utterance has room for fewer spans than its least number, so that is 0 here:
+    it is then not masked."""
     told: dict[str, Any] = {
         "final_dropout_p": ctc.final_dropout,
         "use_masking": ctc.mask_start_probability > 0,
@@ -194,7 +205,8 @@ def _ctc_config(ctc: CTCConfig, dim: int, notes: list[str]) -> dict[str, Any]:
     # fairseq2 raises for spans as long as the width, and rounds less than one span down to none
     if channels > 0 and (ctc.mask_channel_length >= dim or channels * (dim - 1) < 1):
         notes.append(
-            f"fairseq2 masks no channels where a span of {ctc.mask_channel_length} does not fit {dim} of them, or fewer than one is to begin "
+            f"fairseq2 masks no channels where a span of {ctc.mask_channel_length} does not fit {dim} of "
+            "them, or fewer than one is to begin "
             f"({channels} of {dim - 1}): max_spatial_mask_prob is 0"
         )
         channels = 0.0
@@ -213,7 +225,8 @@ def _write_tokenizer(
 ) -> Mapping[str, str]:
     """A SentencePiece model of characters with our classes in our order; its fields for the card.
 
-    SentencePiece needs a piece for unknown characters. Where the vocabulary has none it is one more class, which never wins.
+    SentencePiece needs a piece for unknown characters. Where the vocabulary has none it is one more class,
+    which never wins.
     """
     vocabulary = recognizer.vocabulary
     symbols = [SPACE_PIECE if symbol == SPACE else symbol for symbol in vocabulary.symbols]
@@ -224,7 +237,8 @@ def _write_tokenizer(
         or max(map(len, plain), default=1) > 1
     ):
         notes.append(
-            "there is no tokenizer for fairseq2, which has one of characters; the classes are in the card's wordless.vocabulary"
+            "there is no tokenizer for fairseq2, which has one of characters; the classes are in the "
+            "card's wordless.vocabulary"
         )
         return {}
     if vocabulary.spelling == "jamo":

@@ -1,7 +1,8 @@
 """fairseq2's asset cards as files, and its checkpoints.
 
-Nothing of fairseq2 is imported. Checkpoints are a `.pt` or safetensors, or what its trainer writes: `checkpoints/model.yaml` beside
-`step_N/model/pp_00/tp_00/sdp_00.pt`, in as many files as data-parallel processes shared the weights, each tensor cut along its first axis.
+Nothing of fairseq2 is imported. Checkpoints are a `.pt` or safetensors, or what its trainer writes:
+`checkpoints/model.yaml` beside `step_N/model/pp_00/tp_00/sdp_00.pt`, in as many files as data-parallel
+processes shared the weights, each tensor cut along its first axis.
 """
 
 import hashlib
@@ -40,9 +41,11 @@ class Card:
 
 
 def read_card(source: Path) -> Card:
-    """The card of the model in a file or a folder; of a folder of fairseq2's trainer the last step, of one of its steps that one.
+    """The card of the model in a file or a folder; of a folder of fairseq2's trainer the last step, of one of
+    its steps that one.
 
-    ValueError: no card or several, a family or an architecture that only fairseq2 knows, keys or values that are none of its config.
+    ValueError: no card or several, a family or an architecture that only fairseq2 knows, keys or values that
+    are none of its config.
     """
     step: Path | None = None
     path = source
@@ -55,9 +58,11 @@ def read_card(source: Path) -> Card:
     if len(found) != 1:
         names = ", ".join(sorted(str(card.get("name")) for _, card in found))
         raise ValueError(
-            f"{source}: holds {len(found)} cards of models ({names}); put the folder on FAIRSEQ2_ASSET_DIR and say fairseq2:NAME"
+            f"{source}: holds {len(found)} cards of models ({names}); put the folder on FAIRSEQ2_ASSET_DIR "
+            "and say fairseq2:NAME"
             if found
-            else f"{source}: neither config.json (of transformers) nor an asset card of a model (of fairseq2) is in it"
+            else f"{source}: neither config.json (of transformers) nor an asset card of a model (of "
+            "fairseq2) is in it"
         )
     file, card = found[0]
     family = str(card["model_family"])
@@ -65,7 +70,8 @@ def read_card(source: Path) -> Card:
     if "base" in card or card.get("model_arch") not in (None, DEFAULT_ARCHS.get(family)):
         what = "base" if "base" in card else "model_arch"
         raise ValueError(
-            f"{file}: {what} = {card[what]!r}: fairseq2 alone knows what that is; put the folder on FAIRSEQ2_ASSET_DIR, in an "
+            f"{file}: {what} = {card[what]!r}: fairseq2 alone knows what that is; put the folder on "
+            "FAIRSEQ2_ASSET_DIR, in an "
             f"environment with fairseq2, and say fairseq2:{card.get('name')}"
         )
     given: dict[str, Any] = next((card[key] for key in CONFIG_KEYS if key in card), {})
@@ -97,7 +103,8 @@ def require_family(family: str, source: str) -> None:
     """ValueError for a family that is none of a speech encoder's."""
     if family not in (*THEIR_FAMILIES, *OWN_FAMILIES):
         raise ValueError(
-            f"{source}: model_family = {family!r}: no speech encoder that wordless knows; supported are {', '.join(THEIR_FAMILIES)}, and "
+            f"{source}: model_family = {family!r}: no speech encoder that wordless knows; supported are "
+            f"{', '.join(THEIR_FAMILIES)}, and "
             f"wordless's own {', '.join(OWN_FAMILIES)}"
         )
 
@@ -123,7 +130,8 @@ def read_yaml(path: Path) -> list[dict[str, Any]]:
 
 
 def _weigh(value: Any, known: dict[int, int]) -> int:
-    """How many values and characters a tree has with its aliases written out, as a message or JSON would; too many where it holds itself."""
+    """How many values and characters a tree has with its aliases written out, as a message or JSON would; too
+    many where it holds itself."""
     if not isinstance(value, dict | list | tuple):
         return len(value) if isinstance(value, str) else 1
     if id(value) not in known:
@@ -134,11 +142,13 @@ def _weigh(value: Any, known: dict[int, int]) -> int:
 
 
 def local_path(text: str, card: Path) -> Path:
-    """The file of a `checkpoint` or `tokenizer` of a card; ValueError where it names none or would have to be downloaded."""
+    """The file of a `checkpoint` or `tokenizer` of a card; ValueError where it names none or would have to be
+    downloaded."""
     require_path(text, str(card))
     if "://" in text and not text.startswith("file://"):
         raise ValueError(
-            f"{card}: {text} is not on this machine; fairseq2 downloads it: say fairseq2:NAME where it is installed"
+            f"{card}: {text} is not on this machine; fairseq2 downloads it: say fairseq2:NAME where it is "
+            "installed"
         )
     return card.parent / text.removeprefix("file://")
 
@@ -147,12 +157,14 @@ def require_path(text: str, source: str) -> None:
     """ValueError for a field of a card that names nothing but the card's own folder."""
     if Path(text.removeprefix("file://")) == Path():
         raise ValueError(
-            f"{source}: {text!r} stands for the folder of the card; name a file, or a folder with one checkpoint"
+            f"{source}: {text!r} stands for the folder of the card; name a file, or a folder with one "
+            "checkpoint"
         )
 
 
 def load_checkpoint(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a checkpoint under their own names, and the SHA-256 of its files; of a run of ours the run's fingerprint."""
+    """The tensors of a checkpoint under their own names, and the SHA-256 of its files; of a run of ours the
+    run's fingerprint."""
     try:
         path.stat()
     except (
@@ -195,7 +207,8 @@ def tensors_of(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
 def _load_shards(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
     if (path / "pp_01").exists() or (path / "pp_00" / "tp_01").exists():
         raise ValueError(
-            f"{path}: is cut by pipeline or tensor parallelism; save it from one such process, and any number of FSDP's"
+            f"{path}: is cut by pipeline or tensor parallelism; save it from one such process, and any "
+            "number of FSDP's"
         )
     files: list[Path] = []
     while (file := path / "pp_00" / "tp_00" / f"sdp_{len(files):02d}.pt").is_file():

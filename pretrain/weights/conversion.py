@@ -1,8 +1,9 @@
-"""The verbs `import` and `export`: wav2vec 2.0 and HuBERT weights from and to transformers, fairseq, fairseq2, torchaudio.
+"""The verbs `import` and `export`: wav2vec 2.0 and HuBERT weights from and to transformers, fairseq,
+fairseq2, torchaudio.
 
-An imported model is a finished run folder like those of `pretrain`, or, with a CTC head, of `finetune`, at step 0: whatever takes a
-run takes it. Names and layouts are told by pretrain/weights/naming.py, each library's files by its own module, and the classes of CTC
-heads by pretrain/weights/recognizer.py.
+An imported model is a finished run folder like those of `pretrain`, or, with a CTC head, of `finetune`, at
+step 0: whatever takes a run takes it. Names and layouts are told by pretrain/weights/naming.py, each
+library's files by its own module, and the classes of CTC heads by pretrain/weights/recognizer.py.
 """
 
 from collections.abc import Mapping
@@ -36,8 +37,8 @@ from pretrain.weights.naming import (
 )
 from pretrain.weights.pickles import weights_only_hole
 
-# The formats, in the order in which they may claim a source. Each module has `claims` and `read` of a Source, and `write` of an
-# Exported.
+# The formats, in the order in which they may claim a source. Each module has `claims` and `read` of a Source,
+# and `write` of an Exported.
 FORMATS: dict[Format, str] = {
     "fairseq2": "pretrain.weights.fairseq2",
     "huggingface": "pretrain.weights.huggingface",
@@ -68,13 +69,15 @@ def read_foreign(config: ImportConfig) -> Foreign:
     source = Source(Path(config.source), options, vocabulary, config.num_classes, config.allow_pickle)
     if not source.path.exists():
         raise ValueError(
-            f"{source.path}: no such file or folder; nothing is downloaded here, so give the path of a downloaded model"
+            f"{source.path}: no such file or folder; nothing is downloaded here, so give the path of a "
+            "downloaded model"
         )
     for module in map(import_module, FORMATS.values()):
         if module.claims(source):
             return module.read(source)
     raise ValueError(
-        f"{source.path}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of tensors; it has the "
+        f"{source.path}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of "
+        "tensors; it has the "
         f"keys {', '.join(map(repr, list(source.state)[:8]))}"
     )
 
@@ -92,7 +95,8 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
         foreign.form != "fairseq" or not isinstance(foreign.head, HubertConfig)
     ):
         raise ValueError(
-            f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of special words"
+            f"{source}: --num-classes is for fairseq's HuBERT models, whose embeddings may have rows of "
+            "special words"
         )
     if config.vocabulary is not None and foreign.recognizer is None:
         raise ValueError(f"{source}: has no CTC head; --vocabulary is for models that have one")
@@ -131,9 +135,11 @@ def import_weights(config: ImportConfig) -> dict[str, Any]:
 
 
 def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a foreign model under our names, and the meta data that `load_weights` gives for a run of it.
+    """The tensors of a foreign model under our names, and the meta data that `load_weights` gives for a run
+    of it.
 
-    `source` is for messages, in place of the model's own. Errors: a ValueError that names every tensor that does not fit.
+    `source` is for messages, in place of the model's own. Errors: a ValueError that names every tensor that
+    does not fit.
     """
     source = source or foreign.source
     notes = list(foreign.notes)
@@ -141,7 +147,8 @@ def in_memory(foreign: Foreign, source: str | None = None) -> tuple[dict[str, Te
         notes.append("there are no pretraining heads in the file: the run is an encoder alone")
     if foreign.encoder.num_layers > len(foreign.tensors):  # before so many are made
         raise ValueError(
-            f"{source}: {foreign.encoder.num_layers} layers are told, but there are only {len(foreign.tensors)} tensors"
+            f"{source}: {foreign.encoder.num_layers} layers are told, but there are only "
+            f"{len(foreign.tensors)} tensors"
         )
     try:
         with torch.device("meta"):

@@ -27,9 +27,11 @@ from pretrain.weights.naming import (
 def export_weights(
     run: str | Path, out: str | Path, form: Format, encoder_only: bool = False
 ) -> dict[str, Any]:
-    """Runs the verb `export`: the weights of a run as a folder (huggingface, fairseq2) or a file (fairseq, torchaudio) named `out`.
+    """Runs the verb `export`: the weights of a run as a folder (huggingface, fairseq2) or a file (fairseq,
+    torchaudio) named `out`.
 
-    The weights are the best that were kept (`keep_best`), else the newest; of a recogniser with its head if `form` can hold one.
+    The weights are the best that were kept (`keep_best`), else the newest; of a recogniser with its head if
+    `form` can hold one.
     """
     out = Path(out)
     if out.exists():
@@ -47,7 +49,8 @@ def export_weights(
         _refuse_inexpressible(encoder, form, str(run))
         if named is None and form != "torchaudio":
             model.notes.append(
-                "the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written as wav2vec 2.0"
+                "the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: "
+                "written as wav2vec 2.0"
             )
     _add_heads(model, meta, form, encoder_only)
     return {
@@ -95,21 +98,25 @@ def _refuse_recognizer(loaded: LoadedRecognizer, notes: list[str]) -> None:
     """Raises ValueError for a recogniser that transformers cannot hold; notes what it spells otherwise."""
     if loaded.model.layer_weights is not None:
         raise ValueError(
-            'a recogniser with ctc.layers = "weighted" has no counterpart: transformers sums layers for classification alone. '
+            'a recogniser with ctc.layers = "weighted" has no counterpart: transformers sums layers for '
+            "classification alone. "
             "--encoder-only exports its encoder"
         )
     if loaded.vocabulary.spelling == "jamo":
         notes.append(
-            "transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the syllables together"
+            "transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the "
+            "syllables together"
         )
     if loaded.vocabulary.spelling == "phones":
         notes.append(
-            "the tokenizer is of phones: it spells phones with spaces between them, not words (do_phonemize = false)"
+            "the tokenizer is of phones: it spells phones with spaces between them, not words "
+            "(do_phonemize = false)"
         )
 
 
 def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
-    """The objective of a run, or of what it was fine-tuned from, where that still stands; None where nothing says."""
+    """The objective of a run, or of what it was fine-tuned from, where that still stands; None where nothing
+    says."""
     named: Objective | None = meta.get("objective")
     source = meta["config"].get("encoder")
     if named is None and isinstance(source, str) and (model := split_scheme(source)) is not None:
@@ -124,18 +131,22 @@ def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
 def _refuse_inexpressible(encoder: EncoderConfig, form: Format, run: str) -> None:
     if encoder.front_end != "waveform":
         raise ValueError(
-            f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only waveform encoders do"
+            f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only "
+            "waveform encoders do"
         )
     if encoder.streaming is not None:
         raise ValueError(
-            f"{run}: a streaming encoder has no counterpart elsewhere: another library would let every frame see the whole utterance"
+            f"{run}: a streaming encoder has no counterpart elsewhere: another library would let every "
+            "frame see the whole utterance"
         )
     if form == "fairseq" and encoder.conv_dim == encoder.dim:
         raise ValueError(
-            f"{run}: fairseq has no projection where conv_dim equals dim ({encoder.dim}), so it cannot hold this model"
+            f"{run}: fairseq has no projection where conv_dim equals dim ({encoder.dim}), so it cannot "
+            "hold this model"
         )
     if form == "torchaudio" and (encoder.conv_norm == "layer") != encoder.norm_first:
         raise ValueError(
-            f"{run}: conv_norm = {encoder.conv_norm!r} with norm_first = {encoder.norm_first}: a torchaudio file has no config, and "
+            f"{run}: conv_norm = {encoder.conv_norm!r} with norm_first = {encoder.norm_first}: a torchaudio "
+            "file has no config, and "
             "readers tell one from the other, as in published models; export to huggingface or fairseq"
         )

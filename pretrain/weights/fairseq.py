@@ -1,8 +1,8 @@
 """fairseq's wav2vec 2.0 and HuBERT checkpoints: a `.pt` with `model` and `cfg` (or, of older ones, `args`).
 
-HuBERT's `label_embs_concat` has a row per word of fairseq's dictionary: four special words, then the labels in the order of
-dict.km.txt. Ours has a row per class. A checkpoint that holds its dictionary tells which row is which; otherwise the number of
-rows does, where only one reading is a usual number of classes.
+HuBERT's `label_embs_concat` has a row per word of fairseq's dictionary: four special words, then the labels
+in the order of dict.km.txt. Ours has a row per class. A checkpoint that holds its dictionary tells which row
+is which; otherwise the number of rows does, where only one reading is a usual number of classes.
 """
 
 import argparse
@@ -193,7 +193,8 @@ def _temperatures(value: Any, source: Path) -> tuple[float, float, float]:
 
 
 def _conv_width(text: str, source: Path) -> int:
-    """The width in fairseq's `[(512,10,5)] + [(512,3,2)] * 4 + …`, evaluated without running it; other stacks are refused."""
+    """The width in fairseq's `[(512,10,5)] + [(512,3,2)] * 4 + …`, evaluated without running it; other stacks
+    are refused."""
     try:
         layers = _evaluate(ast.parse(text.strip(), mode="eval").body)
         widths = {width for width, _, _ in layers}
@@ -204,7 +205,8 @@ def _conv_width(text: str, source: Path) -> int:
         ) from None
     if shape != list(zip(CONV_KERNELS, CONV_STRIDES, strict=True)) or len(widths) != 1:
         raise ValueError(
-            f"{source}: conv_feature_layers = {text!r}: only kernels {CONV_KERNELS} and strides {CONV_STRIDES} are supported"
+            f"{source}: conv_feature_layers = {text!r}: only kernels {CONV_KERNELS} and strides "
+            f"{CONV_STRIDES} are supported"
         )
     return int(widths.pop())
 
@@ -231,7 +233,8 @@ def write_fairseq(
     family: Objective,
     head: HubertConfig | Wav2Vec2Config | None,
 ) -> None:
-    """Writes canonical `tensors` as a checkpoint of plain dicts, with rows for fairseq's special words before HuBERT's classes."""
+    """Writes canonical `tensors` as a checkpoint of plain dicts, with rows for fairseq's special words before
+    HuBERT's classes."""
     model: dict[str, Any] = {"_name": family}
     model |= {theirs: getattr(encoder, ours) for ours, (theirs, _) in FAIRSEQ_KEYS.items()}
     model["extractor_mode"] = "layer_norm" if encoder.conv_norm == "layer" else "default"

@@ -1,12 +1,14 @@
-"""fairseq2's wav2vec 2.0 and wav2vec 2.0 ASR models: asset cards, the checkpoints of its trainer, files of weights alone.
+"""fairseq2's wav2vec 2.0 and wav2vec 2.0 ASR models: asset cards, the checkpoints of its trainer, files of
+weights alone.
 
-A card names a family, a config over that of an architecture, and a checkpoint; fairseq2 finds it by name (`fairseq2:NAME` here), or it
-lies in a folder, like those of `export` and of fairseq2's trainer, and needs no fairseq2 to be read. The classes of a recogniser are
-those of the card's tokenizer of characters; the blank is class 0, fairseq2's `ctc_loss` knows no other. What fairseq2's config has no key
-for (whether waveforms are normalised, the weights of the losses, the vocabulary) an exported card keeps in its field `wordless`.
+A card names a family, a config over that of an architecture, and a checkpoint; fairseq2 finds it by name
+(`fairseq2:NAME` here), or it lies in a folder, like those of `export` and of fairseq2's trainer, and needs no
+fairseq2 to be read. The classes of a recogniser are those of the card's tokenizer of characters; the blank is
+class 0, fairseq2's `ctc_loss` knows no other. What fairseq2's config has no key for (whether waveforms are
+normalised, the weights of the losses, the vocabulary) an exported card keeps in its field `wordless`.
 
-Pre-norm models have their last norm in `encoder`, post-norm ones their first in `encoder_frontend`; fairseq2 could build models with
-both or neither, which nobody trains.
+Pre-norm models have their last norm in `encoder`, post-norm ones their first in `encoder_frontend`; fairseq2
+could build models with both or neither, which nobody trains.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,6 @@ from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.model.config import EncoderConfig
-from pretrain.model.frontend import CONV_KERNELS, CONV_STRIDES
 from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 from pretrain.store.disk import atomic_folder
@@ -43,6 +44,7 @@ from pretrain.weights.fairseq2_classes import (
     parsed,
     with_classes,
 )
+from pretrain.weights.fairseq2_configs import contrastive_tree, encoder_keys
 from pretrain.weights.families import FAMILIES
 from pretrain.weights.foreign import (
     CTCHead,
@@ -56,18 +58,12 @@ from pretrain.weights.foreign import (
 from pretrain.weights.naming import CTC_HEADS, Format, Objective, canonical, head_in
 from pretrain.weights.pickles import weights_only_hole
 
-# Keys whose other values make another architecture.
-FIXED: tuple[tuple[str, Any, str], ...] = (
-    ("use_fbank", False, "log-mel filterbanks in place of waveforms"),
-    ("use_conformer", False, "Conformer blocks"),
-    ("pos_encoder_type", "conv", "positions in its attention"),
-    ("pos_encoder_depth", 1, "several positional convolutions"),
-)
 NO_OPTIONS: dict[str, Any] = {"num_heads": None, "normalize_waveform": None}
 
 
 def claims(source: Source) -> bool:
-    """Whether a source is a card, a folder with one or of fairseq2's trainer, or a file of fairseq2's tensors."""
+    """Whether a source is a card, a folder with one or of fairseq2's trainer, or a file of fairseq2's
+    tensors."""
     if not (source.path / "config.json").is_file() and is_card(source.path):
         return True
     first = "encoder_frontend."
@@ -85,10 +81,12 @@ def read(source: Source) -> Foreign:
 
 
 def write(out: Path, model: Exported) -> dict[str, Any]:
-    """Writes a folder with a card, of fairseq2's own families or of ours; returns the family and the objective."""
+    """Writes a folder with a card, of fairseq2's own families or of ours; returns the family and the
+    objective."""
     if "@" in out.name or not out.name.strip():
         raise ValueError(
-            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without @"
+            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one "
+            "without @"
         )
     foreign = Foreign(
         "wordless",
@@ -117,7 +115,8 @@ def read_folder(
 def read_model(
     card: Card, vocabulary: Path | None, options: Mapping[str, Any], allow_pickle: bool, source: str
 ) -> Foreign:
-    """The model that a card describes. `options` (of `import`) win over it, `vocabulary` over its tokenizer."""
+    """The model that a card describes. `options` (of `import`) win over it, `vocabulary` over its
+    tokenizer."""
     state, sha256 = load_checkpoint(card.checkpoint, allow_pickle)
     notes: list[str] = []
     if card.checkpoint.suffix != ".safetensors" and (hole := weights_only_hole()):
@@ -129,22 +128,21 @@ def read_model(
     told, held = card.config["encoder_config"], held_table(card, "encoder")
     kept = ("architecture", "normalize_waveform")  # what fairseq2's config has no key for
     keys = {key: held[key] for key in kept if key in held}
-    keys |= _encoder_keys(told, card.source)
+    keys |= encoder_keys(told, card.source)
     if "normalize_waveform" not in keys:
         keys["normalize_waveform"] = keys["conv_norm"] == "layer"
         if options["normalize_waveform"] is None:
             notes.append(normalization_note("fairseq2's configs do not say", keys["normalize_waveform"]))
     with told_with({ours: f"encoder_config.{theirs}" for ours, theirs in ENCODER_KEYS.items()}, card.source):
         encoder = make_encoder(keys, dict(options), card.source)
-    of_fairseq = any(
-        name.endswith("mask_emb") for name in state
-    )  # fairseq2 converts fairseq's own checkpoints where it reads them
+    # fairseq2 converts fairseq's own checkpoints where it reads them
+    of_fairseq = any(name.endswith("mask_emb") for name in state)
     form: Format = "fairseq" if of_fairseq else "fairseq2"
     tensors = canonical(state, "w2v_encoder.w2v_model." if of_fairseq else "", str(card.checkpoint))
     tensors.pop(COUNTER, None)
     if card.family == "wav2vec2":
         with told_with(CONTRASTIVE_KEYS | COMPUTED_KEYS, card.source):
-            head = parse_config(Wav2Vec2Config, _contrastive_tree(card, notes), card.source)
+            head = parse_config(Wav2Vec2Config, contrastive_tree(card, notes), card.source)
         return Foreign(form, tensors, encoder, "wav2vec2", head, sha256, notes, source=source)
     recognizer = _recognizer(tensors, card, form, vocabulary, notes)
     return Foreign(form, tensors, encoder, objective_of(card), None, sha256, notes, recognizer, source)
@@ -189,85 +187,17 @@ def read_weights(
             final_dim=final,
         )
         notes.append(
-            f"no config in the file: its {codes.shape[1]} codes are taken for {groups} groups; losses and masks as published"
+            f"no config in the file: its {codes.shape[1]} codes are taken for {groups} groups; losses and "
+            "masks as published"
         )
     return Foreign("fairseq2", tensors, encoder, "wav2vec2", head, sha256, notes, recognizer, str(source))
-
-
-def _encoder_keys(told: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Our encoder's keys of fairseq2's `encoder_config`; ValueError that names the key and value of what we have no place for."""
-    where = f"{source}: encoder_config"
-    for key, value, description in FIXED:
-        if told[key] != value:
-            raise ValueError(f"{where}.{key} = {told[key]!r}: a model with {description} is not supported")
-    layers = [
-        tuple(layer) if isinstance(layer, list | tuple) else layer
-        for layer in told["feature_extractor_layer_descs"]
-    ]
-    expected = [(told["feature_dim"], *shape) for shape in zip(CONV_KERNELS, CONV_STRIDES, strict=True)]
-    if layers != expected:
-        raise ValueError(
-            f"{where}.feature_extractor_layer_descs = {layers}: only {expected} (width, kernel, stride) are supported"
-        )
-    order = str(told["norm_order"]).upper()
-    if order not in ("PRE", "POST"):
-        raise ValueError(f"{where}.norm_order = {told['norm_order']!r}: only PRE and POST are supported")
-    if told["layer_norm_features"] != (order == "POST"):
-        raise ValueError(
-            f"{where}.layer_norm_features = {told['layer_norm_features']} with norm_order = {order}: only true with POST, false with PRE "
-            "are supported, as in published models"
-        )
-    if told["feature_dim"] == told["model_dim"]:
-        raise ValueError(
-            f"{where}.feature_dim = {told['feature_dim']} = model_dim: a model without a projection is not supported"
-        )
-    keys = {ours: told[theirs] for ours, theirs in ENCODER_KEYS.items()}
-    keys["front_end"] = "waveform"  # which an architecture may say otherwise
-    return {
-        **keys,
-        "norm_first": order == "PRE",
-        "conv_norm": "layer" if told["feature_extractor_layer_norm_convs"] else "group",
-    }
-
-
-def _contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
-    """Our config of wav2vec 2.0's heads and losses."""
-    told = card.config
-    if not told["final_proj_bias"]:
-        raise ValueError(
-            f"{card.source}: final_proj_bias = False: a projection without a bias is not supported"
-        )
-    temperatures = told["codebook_sampling_temperature"]
-    if len(temperatures) != 3:
-        raise ValueError(
-            f"{card.source}: codebook_sampling_temperature = {temperatures}: first, last and decay are expected"
-        )
-    first, last, decay = temperatures
-    held = held_table(card, "wav2vec2")
-    tree = {"feature_dropout": told["encoder_config"]["first_pass_dropout_p"], **held}
-    tree |= {ours: told[theirs] for ours, theirs in CONTRASTIVE_KEYS.items()}
-    tree |= {"gumbel_temperature": (first, last), "gumbel_decay": decay}
-    tree["mask_start_probability"] = round(
-        told["max_temporal_mask_prob"] / max(1, told["temporal_mask_span_len"]), 12
-    )
-    note_least_spans(card, notes)
-    if told["max_spatial_mask_prob"]:
-        notes.append("max_spatial_mask_prob is not carried on: wav2vec 2.0 here masks time alone")
-    if not told["quantizer_encoder_grad"]:
-        notes.append(
-            "quantizer_encoder_grad = False is not carried on: the quantizer's gradient reaches the front end here"
-        )
-    if not held:
-        notes.append(
-            "fairseq2's configs do not hold the weights of its losses: diversity 0.1, feature penalty 10, as its default"
-        )
-    return tree
 
 
 def _recognizer(
     tensors: dict[str, Tensor], card: Card, form: Format, vocabulary: Path | None, notes: list[str]
 ) -> CTCHead | None:
-    """The CTC head of a model; None, and the head left out of `tensors`, where nothing says what its classes are."""
+    """The CTC head of a model; None, and the head left out of `tensors`, where nothing says what its classes
+    are."""
     rows, told = card.config["target_vocab_size"], card.config
     if (weight := tensors.get(name := f"{CTC_HEADS[form]}.weight")) is None:
         raise ValueError(f"{card.checkpoint}: has no {name}, so it is no checkpoint of {card.family}")
@@ -281,9 +211,8 @@ def _recognizer(
             ("mask_channel", "mask_channel", "spatial"),
         ):
             length, probability = told[f"{theirs}_mask_span_len"], told[f"max_{theirs}_mask_prob"]
-            if (
-                theirs == "temporal" or probability
-            ):  # else fairseq2 has no such mask, and an exported card says which was ours
+            # else fairseq2 has no such mask, and an exported card says which was ours
+            if theirs == "temporal" or probability:
                 tree |= {
                     f"{ours}_length": length,
                     f"{start}_probability": round(probability / max(1, length), 12),
@@ -317,7 +246,8 @@ def _own(
             )
         if classes.shape[:1] != (told["num_classes"],):
             raise ValueError(
-                f"{card.source}: num_classes = {told['num_classes']}, but class_embeddings is {tuple(classes.shape)}"
+                f"{card.source}: num_classes = {told['num_classes']}, but class_embeddings is "
+                f"{tuple(classes.shape)}"
             )
     elif card.family == "wordless_wav2vec2":
         head = parse_config(Wav2Vec2Config, told["wav2vec2"], card.source)

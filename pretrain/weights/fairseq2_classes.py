@@ -16,22 +16,25 @@ from pretrain.weights.card_config import (
     near_names,
 )
 from pretrain.weights.cards import Card
+from pretrain.weights.ctc_vocabularies import Classes, of_symbols, read_vocabulary
 from pretrain.weights.families import EncoderModelConfig, RecognizerModelConfig
 from pretrain.weights.foreign import (
     CTCHead,
     leave_out,
 )
 from pretrain.weights.naming import CTC_HEADS, Format
-from pretrain.weights.recognizer import Classes, of_symbols, read_vocabulary, take_rows
+from pretrain.weights.recognizer import take_rows
 from pretrain.weights.sentencepiece import SPACE_PIECE, Pieces, read_pieces
 
 
 def note_least_spans(card: Card, notes: list[str]) -> None:
-    """fairseq2 raises where an utterance has fewer spans; here there are at least two of time, shorter where they have to be."""
+    """fairseq2 raises where an utterance has fewer spans; here there are at least two of time, shorter where
+    they have to be."""
     if "encoder" in card.extra:  # it was written by `export`
         return
     notes.extend(
-        f"{key} = {card.config[key]} is not carried on: at least two spans of time are masked here, and none of channels"
+        f"{key} = {card.config[key]} is not carried on: at least two spans of time are masked here, and "
+        "none of channels"
         for key in ("min_num_temporal_mask_spans", "min_num_spatial_mask_spans")
         if card.config[key] != DEFAULTS[card.family][key]
     )
@@ -49,7 +52,8 @@ def with_classes(
     if classes is None:
         leave_out(tensors, f"{CTC_HEADS[form]}.", "a CTC head", notes)
         notes.append(
-            "nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or dict.ltr.txt) does"
+            "nothing says what the classes of the CTC head are; --vocabulary FILE (its .model or "
+            "dict.ltr.txt) does"
         )
         return None
     take_rows(tensors, CTC_HEADS[form], classes.rows, source)
@@ -57,7 +61,8 @@ def with_classes(
 
 
 def given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
-    """The classes that `--vocabulary` tells: a SentencePiece model of characters, a dictionary of fairseq's or a vocab.json."""
+    """The classes that `--vocabulary` tells: a SentencePiece model of characters, a dictionary of fairseq's
+    or a vocab.json."""
     if path.suffix == ".model":
         pieces = read_pieces(path)
         if not pieces.of_characters:
@@ -66,7 +71,8 @@ def given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
             )
         if len(pieces.names) > rows:
             raise ValueError(
-                f"{path}: has {len(pieces.names)} pieces, but the CTC head {rows} classes; is it of this model?"
+                f"{path}: has {len(pieces.names)} pieces, but the CTC head {rows} classes; is it of this "
+                "model?"
             )
         return _of_pieces(pieces, rows, notes, str(path))
     classes = read_vocabulary(path, rows, notes)
@@ -76,7 +82,8 @@ def given_classes(path: Path, rows: int, notes: list[str]) -> Classes:
 
 
 def held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
-    """The classes that a card tells: an exported one itself, others by their tokenizer. None where it is none of characters."""
+    """The classes that a card tells: an exported one itself, others by their tokenizer. None where it is none
+    of characters."""
     if meta := held_table(card, "vocabulary"):
         text = parse_config(TextConfig, held_table(card, "text"), f"{card.source}: wordless.text")
         vocabulary = Vocabulary.from_meta(
@@ -84,7 +91,8 @@ def held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
         )
         if len(vocabulary) > rows:
             raise ValueError(
-                f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is {rows}"
+                f"{card.source}: wordless.vocabulary has {len(vocabulary)} classes, target_vocab_size is "
+                f"{rows}"
             )
         if len(vocabulary) == rows or card.extra.get("unknown_class"):
             return Classes(vocabulary, text, list(range(len(vocabulary))))
@@ -93,14 +101,16 @@ def held_classes(card: Card, rows: int, notes: list[str]) -> Classes | None:
     pieces = read_pieces(card.tokenizer)
     if not pieces.of_characters or len(pieces.names) > rows:
         notes.append(
-            f"{card.tokenizer.name} has {len(pieces.names)} pieces for {rows} classes, or they are no characters: not used"
+            f"{card.tokenizer.name} has {len(pieces.names)} pieces for {rows} classes, or they are no "
+            "characters: not used"
         )
         return None
     return _of_pieces(pieces, rows, notes, str(card.tokenizer))
 
 
 def _of_pieces(pieces: Pieces, rows: int, notes: list[str], source: str) -> Classes:
-    """Classes spelled as a model of characters spells them; its space is ours, and `|` is then a character's name, if it has one."""
+    """Classes spelled as a model of characters spells them; its space is ours, and `|` is then a character's
+    name, if it has one."""
     symbols = [f"<{row}>" if row >= len(pieces.names) else pieces.names[row] for row in range(1, rows)]
     if SPACE_PIECE in symbols and SPACE in symbols:
         symbols[symbols.index(SPACE)] = "<|>"  # never the space
@@ -120,7 +130,8 @@ def held_table(card: Card, key: str) -> dict[str, Any]:
 def parsed(
     card: Card, kind: type[EncoderModelConfig], told: Mapping[str, Any], where: str = "model_config"
 ) -> dict[str, Any]:
-    """Tables of one of our families as fairseq2 would have them; ValueError that names the card for keys and values that are not of it."""
+    """Tables of one of our families as fairseq2 would have them; ValueError that names the card for keys and
+    values that are not of it."""
     known = {field.name: field.type for field in fields(kind)}
     for key, value in told.items():
         if key not in known:

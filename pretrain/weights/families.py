@@ -1,9 +1,10 @@
-"""Our models as fairseq2's model families: what the `model_config` of an asset card of each holds. Imports nothing of fairseq2.
+"""Our models as fairseq2's model families: what the `model_config` of an asset card of each holds. Imports
+nothing of fairseq2.
 
-The tensors are ours, under their own names: a card's `checkpoint` is a run's `model.safetensors`, or the folder of a run
-(pretrain/weights/card_writing.py writes such cards). A config is a dataclass, as fairseq2 wants it, whose fields are our config trees;
-they are merged as fairseq2 merges tables, may leave out what `architecture` fills in, and are read by our own classes, so a mistake is told as
-everywhere else.
+The tensors are ours, under their own names: a card's `checkpoint` is a run's `model.safetensors`, or the
+folder of a run (pretrain/weights/card_writing.py writes such cards). A config is a dataclass, as fairseq2
+wants it, whose fields are our config trees; they are merged as fairseq2 merges tables, may leave out what
+`architecture` fills in, and are read by our own classes, so a mistake is told as everywhere else.
 """
 
 from collections import Counter
@@ -34,7 +35,8 @@ class EncoderModel(nn.Module):
         self.encoder = Encoder(encoder)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        """Padded waveforms (batch, samples) float32 16 kHz of lengths (batch,) to the last output (batch, frames, dim)."""
+        """Padded waveforms (batch, samples) float32 16 kHz of lengths (batch,) to the last output (batch,
+        frames, dim)."""
         output: Tensor = self.encoder(waveforms, num_samples)
         return output
 
@@ -62,7 +64,8 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class EncoderModelConfig(ModelConfig):
-    """Of `wordless_encoder`: pretrain.model.encoder.EncoderConfig. Whatever else a checkpoint holds is passed over."""
+    """Of `wordless_encoder`: pretrain.model.encoder.EncoderConfig. Whatever else a checkpoint holds is passed
+    over."""
 
     encoder: Tree = field(default_factory=_base)
 
@@ -115,8 +118,8 @@ class Wav2Vec2ModelConfig(EncoderModelConfig):
 
 @dataclass(kw_only=True)
 class RecognizerModelConfig(EncoderModelConfig):
-    """Of `wordless_recognizer`: its classes (`Vocabulary.to_meta`), what its texts are like (pretrain.ctc.text.TextConfig) and how it was
-    fine-tuned (pretrain.ctc.task.CTCConfig)."""
+    """Of `wordless_recognizer`: its classes (`Vocabulary.to_meta`), what its texts are like
+    (pretrain.ctc.text.TextConfig) and how it was fine-tuned (pretrain.ctc.task.CTCConfig)."""
 
     vocabulary: Tree = field(default_factory=_english)
     text: Tree = field(default_factory=dict)
@@ -148,25 +151,29 @@ class RecognizerModelConfig(EncoderModelConfig):
             or not all(isinstance(symbol, str) for symbol in symbols)
         ):
             raise ValueError(
-                "model_config.vocabulary.symbols: a list of the symbols is needed, class 1 first (0 is the blank)"
+                "model_config.vocabulary.symbols: a list of the symbols is needed, class 1 first (0 is the "
+                "blank)"
             )
         spellings = ("characters", "jamo", "phones", "tokenizer")
         if spelling not in spellings or (spelling == "tokenizer") != (
             self.vocabulary.get("tokenizer") is not None
         ):
             raise ValueError(
-                f"model_config.vocabulary.spelling: one of {', '.join(spellings)} is needed, the last with `tokenizer`, the JSON of "
+                f"model_config.vocabulary.spelling: one of {', '.join(spellings)} is needed, the last with "
+                "`tokenizer`, the JSON of "
                 f"one, and no other with it; got {spelling!r}"
             )
         if twice := sorted(symbol for symbol, count in Counter(symbols).items() if count > 1):
             raise ValueError(
-                f"model_config.vocabulary.symbols: {', '.join(map(repr, twice[:5]))} more than once; each is one class"
+                f"model_config.vocabulary.symbols: {', '.join(map(repr, twice[:5]))} more than once; each "
+                "is one class"
             )
         if spelling == "tokenizer" and (
             lacking := sorted(set(symbols) - _pieces(self.vocabulary["tokenizer"]))
         ):
             raise ValueError(
-                f"model_config.vocabulary.symbols: {', '.join(map(repr, lacking[:5]))}: no pieces of vocabulary.tokenizer"
+                f"model_config.vocabulary.symbols: {', '.join(map(repr, lacking[:5]))}: no pieces of "
+                "vocabulary.tokenizer"
             )
         return Vocabulary.from_meta({**self.vocabulary, "spelling": spelling})
 

@@ -1,8 +1,10 @@
-"""What the readers of other libraries' models share: what a reader returns, safe loading, and inference from shapes.
+"""What the readers of other libraries' models share: what a reader returns, safe loading, and inference from
+shapes.
 
-Pickles are read where `--allow-pickle` says so, and with `weights_only`: nothing in them runs. fairseq's own files hold two kinds of
-objects beside tensors and plain values, a Namespace and a Dictionary; both become holders of values. Everything else is refused,
-with a way to make a plain file where the library is that wrote it.
+Pickles are read where `--allow-pickle` says so, and with `weights_only`: nothing in them runs. fairseq's own
+files hold two kinds of objects beside tensors and plain values, a Namespace and a Dictionary; both become
+holders of values. Everything else is refused, with a way to make a plain file where the library is that wrote
+it.
 """
 
 import json
@@ -41,26 +43,26 @@ class CTCHead(NamedTuple):
 
 @dataclass(frozen=True)
 class Foreign:
-    """A model of another library: its tensors under the names of pretrain/weights/naming.py, and what is known about it."""
+    """A model of another library: its tensors under the names of pretrain/weights/naming.py, and what is
+    known about it."""
 
-    form: (
-        Format | Literal["wordless"]
-    )  # the latter: our own tensors, which a card holds or a run that is exported
+    # the latter: our own tensors, which a card holds or a run that is exported
+    form: Format | Literal["wordless"]
     tensors: dict[str, Tensor]
     encoder: EncoderConfig
     family: Objective | None  # None: a bare encoder of a file that does not say
     head: HubertConfig | Wav2Vec2Config | None
     sha256: str  # of the file with the weights; of the first shard's of several
     notes: list[str] = field(default_factory=list)
-    recognizer: CTCHead | None = (
-        None  # of a model with a CTC head; its tensors lie in the order of our classes
-    )
+    # of a model with a CTC head; its tensors lie in the order of our classes
+    recognizer: CTCHead | None = None
     source: str = ""  # where it was read, for messages; where empty, who reads it knows
     codebook: str | None = None  # of the units that a recogniser of ours reads
 
 
 class Source:
-    """What `import` was given: a path, options that win over it, and the content of a file, which is loaded once."""
+    """What `import` was given: a path, options that win over it, and the content of a file, which is loaded
+    once."""
 
     def __init__(
         self,
@@ -89,7 +91,8 @@ class Source:
 
 @dataclass
 class Exported:
-    """What `export` writes: the weights of a run and what is known about them. `named`: its objective, None if unknown."""
+    """What `export` writes: the weights of a run and what is known about them. `named`: its objective, None
+    if unknown."""
 
     run: str
     weights: dict[str, Tensor]
@@ -128,7 +131,8 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 def infer_encoder(
     source: Path, tensors: Mapping[str, Tensor], form: Format, options: dict[str, Any], notes: list[str]
 ) -> EncoderConfig:
-    """The architecture that the shapes tell. Norms go together as in every published model: group and post, layer and pre."""
+    """The architecture that the shapes tell. Norms go together as in every published model: group and post,
+    layer and pre."""
     names = ENCODER_NAMES[form]
     first, ffn = (
         f"{names['conv'].format(0)}.weight",
@@ -146,7 +150,8 @@ def infer_encoder(
         None,
     ):
         raise ValueError(
-            f"{source}: {strange!r} is {tuple(tensors[strange].shape)}; {axes[strange]} axes, none empty, are expected"
+            f"{source}: {strange!r} is {tuple(tensors[strange].shape)}; {axes[strange]} axes, none empty, "
+            "are expected"
         )
     dim, group, kernel = tensors[position].shape
     layer_norm = f"{names['layer_norm'].format(1)}.weight" in tensors
@@ -156,7 +161,8 @@ def infer_encoder(
     ]
     if dim not in NUM_HEADS and options["num_heads"] is None:
         raise ValueError(
-            f"{source}: the number of attention heads does not show in the weights; say --num-heads N (width {dim})"
+            f"{source}: the number of attention heads does not show in the weights; say --num-heads N "
+            f"(width {dim})"
         )
     keys = {
         "dim": dim,
@@ -173,7 +179,8 @@ def infer_encoder(
     }
     encoder = make_encoder(keys, options, str(source))
     notes.append(
-        f"no config in the file: inferred {encoder.num_layers} layers of width {dim}, {encoder.num_heads} heads, "
+        f"no config in the file: inferred {encoder.num_layers} layers of width {dim}, {encoder.num_heads} "
+        "heads, "
         f"{'pre' if layer_norm else 'post'}-norm, dropout as published"
     )
     if options["normalize_waveform"] is None:

@@ -1,8 +1,9 @@
-"""transformers' wav2vec 2.0 and HuBERT models: a folder with config.json, model.safetensors and preprocessor_config.json.
+"""transformers' wav2vec 2.0 and HuBERT models: a folder with config.json, model.safetensors and
+preprocessor_config.json.
 
-Also read: pytorch_model.bin and shards with an index. transformers has no HuBERT head; an exported one keeps its heads in a file
-of its own, which transformers does not look at and `import` does. Recognisers are its Wav2Vec2ForCTC and HubertForCTC, with a
-tokenizer's files beside them (pretrain/weights/recognizer.py).
+Also read: pytorch_model.bin and shards with an index. transformers has no HuBERT head; an exported one keeps
+its heads in a file of its own, which transformers does not look at and `import` does. Recognisers are its
+Wav2Vec2ForCTC and HubertForCTC, with a tokenizer's files beside them (pretrain/weights/recognizer.py).
 """
 
 import json
@@ -20,6 +21,7 @@ from pretrain.objectives.hubert import HubertConfig
 from pretrain.objectives.wav2vec2 import Wav2Vec2Config
 from pretrain.store.disk import atomic_folder
 from pretrain.store.hashes import sha256_file
+from pretrain.weights.ctc_vocabularies import Classes, read_vocabulary
 from pretrain.weights.foreign import (
     CTCHead,
     Exported,
@@ -33,7 +35,7 @@ from pretrain.weights.foreign import (
 )
 from pretrain.weights.naming import CTC_HEADS, HEAD_NAMES, Objective, canonical, head_in
 from pretrain.weights.pickles import load_pickle
-from pretrain.weights.recognizer import Classes, read_classes, read_training, read_vocabulary, take_rows
+from pretrain.weights.recognizer import read_classes, read_training, take_rows
 from pretrain.weights.recognizer_writing import write_head
 
 HEADS_FILE = "pretraining_heads.safetensors"
@@ -103,7 +105,8 @@ def write(out: Path, model: Exported) -> dict[str, Any]:
     """Writes a folder; returns the objective."""
     if model.objective == "hubert":
         model.notes.append(
-            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has no place for them"
+            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has "
+            "no place for them"
         )
     family: Objective = model.named or "wav2vec2"
     tensors = model.tensors("huggingface")
@@ -115,7 +118,8 @@ def write(out: Path, model: Exported) -> dict[str, Any]:
 def read_huggingface(
     folder: Path, options: dict[str, Any], allow_pickle: bool, vocabulary: Path | None = None
 ) -> Foreign:
-    """Read a folder with config.json. `options` win over what it says; `allow_pickle`: its weights may be pickles.
+    """Read a folder with config.json. `options` win over what it says; `allow_pickle`: its weights may be
+    pickles.
 
     `vocabulary`: what the classes of its CTC head are, where the folder has no tokenizer.
     """
@@ -137,7 +141,8 @@ def read_huggingface(
     widths = set(config.get("conv_dim", [512]))
     if len(widths) != 1:
         raise ValueError(
-            f"{folder}/config.json: conv_dim = {config['conv_dim']}: convolutions of different widths are not supported"
+            f"{folder}/config.json: conv_dim = {config['conv_dim']}: convolutions of different widths are "
+            "not supported"
         )
     keys = {ours: config.get(theirs, default) for ours, (theirs, default) in HUGGINGFACE_KEYS.items()}
     if (processor := _feature_extractor(folder)) is not None:
@@ -186,7 +191,8 @@ def _recognizer(
 
 
 def _feature_extractor(folder: Path) -> dict[str, Any] | None:
-    """The settings of how waveforms are prepared; transformers 5 writes them into the processor's file. None where there are none."""
+    """The settings of how waveforms are prepared; transformers 5 writes them into the processor's file. None
+    where there are none."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             held = read_json(folder / name)
@@ -197,7 +203,8 @@ def _feature_extractor(folder: Path) -> dict[str, Any] | None:
 
 
 def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
-    """The tensors of model.safetensors or pytorch_model.bin, or of the shards that an index lists, and a SHA-256 of one."""
+    """The tensors of model.safetensors or pytorch_model.bin, or of the shards that an index lists, and a
+    SHA-256 of one."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         files = [folder / name]
         if (index := folder / f"{name}.index.json").is_file():
@@ -208,7 +215,8 @@ def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Te
                 or not all(isinstance(part, str) for part in parts.values())
             ):
                 raise ValueError(
-                    f"{index}: no `weight_map` from the tensors' names to the files that hold them; download it again"
+                    f"{index}: no `weight_map` from the tensors' names to the files that hold them; "
+                    "download it again"
                 )
             files = [folder / part for part in sorted(set(parts.values()))]
         if not all(path.is_file() for path in files):
@@ -235,8 +243,9 @@ def write_huggingface(
 ) -> None:
     """Writes canonical `tensors` as a model that `from_pretrained` takes, into the existing `folder`.
 
-    A recogniser's masks are those of its training. Others' are left to transformers' defaults, those of its released models: it
-    takes `mask_time_prob` for SpecAugment's when a model is fine-tuned, where pretraining's 0.65 would be far too much.
+    A recogniser's masks are those of its training. Others' are left to transformers' defaults, those of its
+    released models: it takes `mask_time_prob` for SpecAugment's when a model is fine-tuned, where
+    pretraining's 0.65 would be far too much.
     """
     contrastive = head if isinstance(head, Wav2Vec2Config) else None
     name = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert"}[family]

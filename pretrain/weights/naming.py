@@ -1,9 +1,10 @@
 """What other libraries call the weights of wav2vec 2.0 and HuBERT, and how their tensors lie.
 
-`parameters` lists every tensor of ours with the tensors of theirs that hold it; one list serves reading and writing, so what
-one direction does the other undoes. The names are those of fairseq's, fairseq2's, transformers' and torchaudio's state dicts without the
-prefix of the wrapping model. Weight normalisation is `weight_g` and `weight_v` here; `canonical` brings torch's newer
-`parametrizations.weight.original0` and `original1` to it.
+`parameters` lists every tensor of ours with the tensors of theirs that hold it; one list serves reading and
+writing, so what one direction does the other undoes. The names are those of fairseq's, fairseq2's,
+transformers' and torchaudio's state dicts without the prefix of the wrapping model. Weight normalisation is
+`weight_g` and `weight_v` here; `canonical` brings torch's newer `parametrizations.weight.original0` and
+`original1` to it.
 """
 
 import difflib
@@ -22,8 +23,9 @@ Format = Literal["huggingface", "fairseq", "fairseq2", "torchaudio"]
 Objective = Literal["hubert", "wav2vec2"]
 SHOWN = 6  # wrong names of a kind that a message lists
 
-# Where each part of the encoder is. {} is the number of a convolution or a layer. `norm` is the last one of pre-norm models and the one
-# before the layers of post-norm models; `first_norm` is the latter's name where it has one of its own.
+# Where each part of the encoder is. {} is the number of a convolution or a layer. `norm` is the last one of
+# pre-norm models and the one before the layers of post-norm models; `first_norm` is the latter's name where
+# it has one of its own.
 ENCODER_NAMES: dict[Format, dict[str, str]] = {
     "huggingface": {
         "conv": "feature_extractor.conv_layers.{}.conv",
@@ -99,7 +101,8 @@ LAYER_NAMES: dict[Format, dict[str, str]] = {
         "ffn_norm": "ffn_layer_norm",
     },
 }
-# The pretraining heads. transformers has no HuBERT head: those two names are of the file we put beside its model.
+# The pretraining heads. transformers has no HuBERT head: those two names are of the file we put beside its
+# model.
 HEAD_NAMES: dict[tuple[Format, Objective], dict[str, str]] = {
     ("huggingface", "wav2vec2"): {
         "quantizer.codes": "quantizer.codevectors",
@@ -138,7 +141,7 @@ UNSUPPORTED = {
     r"conv_module|depthwise_conv|pos_bias_u": "a Conformer",
     r"running_mean": "a model with batch norm in the positional convolution",
     r"sdpa\.": "a model with relative positions in its attention",
-    r"pos_conv_embed\.layers|pos_conv\.\d+\.0\.|pos_encoder\.layers": "data2vec (several positional convolutions)",
+    r"pos_conv_embed\.layers|pos_conv\.\d+\.0\.|pos_encoder\.layers": "data2vec (positional convolutions)",
     r"adapter": "a model with adapters",
     r"target_glu": "a model with a GLU over its targets (target_glu)",
     r"input_quantizer|project_inp": "a model with quantised inputs (quantize_input)",
@@ -163,7 +166,8 @@ def parameters(
     *,
     ctc: bool = False,
 ) -> list[Parameter]:
-    """Every tensor of an encoder, named `encoder.…`, and of the heads of `objective` (None: no heads), or of a CTC head.
+    """Every tensor of an encoder, named `encoder.…`, and of the heads of `objective` (None: no heads), or of
+    a CTC head.
 
     `num_groups`: of wav2vec 2.0's codebook.
     """
@@ -261,7 +265,8 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Their tensors as ours, float32 and contiguous. `shapes` are those of our model.
 
-    Errors: a ValueError that names every kind of tensor that is missing, not expected, or of another shape or type.
+    Errors: a ValueError that names every kind of tensor that is missing, not expected, or of another shape or
+    type.
     """
     expected: dict[str, torch.Size] = {}
     for parameter in table:
@@ -281,9 +286,8 @@ def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Parameter]) -> dict[st
     written = {}
     for parameter in table:
         for name, part in zip(parameter.theirs, parameter.write(ours[parameter.ours]), strict=True):
-            written[name] = (
-                part.contiguous().clone()
-            )  # parts of one tensor must not share its storage in the file
+            # parts of one tensor must not share its storage in the file
+            written[name] = part.contiguous().clone()
     return written
 
 

@@ -26,8 +26,8 @@ def load_pickle(path: Path, allowed: bool) -> dict[str, Any]:
 def load_torch(path: Path, allowed: bool, remedy: str | None = None) -> Any:
     """What `path` holds, by torch's `weights_only` loading; nothing it holds is run.
 
-    A ValueError that names the file: no pickle of torch's, not `allowed`, damaged, or holding anything but plain values, with
-    the `remedy` (None: that of a checkpoint).
+    A ValueError that names the file: no pickle of torch's, not `allowed`, damaged, or holding anything but
+    plain values, with the `remedy` (None: that of a checkpoint).
     """
     with open(path, "rb") as file:
         start = file.read(16)
@@ -40,8 +40,10 @@ def load_torch(path: Path, allowed: bool, remedy: str | None = None) -> Any:
     if not allowed:
         hole = f" ({told})" if (told := weights_only_hole()) else ""
         raise ValueError(
-            f"{path}: is a pickle, a kind of file that can run code when it is read. If you trust its makers, say --allow-pickle: "
-            f"it is then read by torch's weights_only, which refuses what would run any{hole}. Safetensors need no flag"
+            f"{path}: is a pickle, a kind of file that can run code when it is read. If you trust its "
+            "makers, say --allow-pickle: "
+            f"it is then read by torch's weights_only, which refuses what would run any{hole}. Safetensors "
+            "need no flag"
         )
     return _load(path, remedy)
 
@@ -50,7 +52,10 @@ def weights_only_hole() -> str | None:
     """What is wrong with `weights_only` in the torch that runs, or None."""
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
         return None
-    return f"torch {torch.__version__}: weights_only had a hole before 2.10 (CVE-2026-24747); take a newer torch, or safetensors"
+    return (
+        f"torch {torch.__version__}: weights_only had a hole before 2.10 (CVE-2026-24747); take a newer "
+        "torch, or safetensors"
+    )
 
 
 def _load(path: Path, remedy: str | None) -> Any:
@@ -59,8 +64,9 @@ def _load(path: Path, remedy: str | None) -> Any:
     _require_small_tuples(path)
     try:
         with torch.serialization.safe_globals(allowed):
-            # Before 2.10 torch believes a pickle that claims more numbers than are stored, and reads whatever lies behind them in
-            # memory. Mapped, a storage ends with the file, and what is left to refuse is a claim that no member bears out.
+            # Before 2.10 torch believes a pickle that claims more numbers than are stored, and reads whatever
+            # lies behind them in memory. Mapped, a storage ends with the file, and what is left to refuse is
+            # a claim that no member bears out.
             mapped = weights_only_hole() is not None and zipfile.is_zipfile(path)
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises what the pickle makes it raise
@@ -70,7 +76,8 @@ def _load(path: Path, remedy: str | None) -> Any:
             raise ValueError(f"{path}: not a file that torch can load ({reason})") from None
         what = f"an object of {named[1]}" if named else "more than tensors and plain values"
         raise ValueError(
-            f"{path}: holds {what}, and reading such a file can run code, so it is refused.\n{remedy or _remedy(path)}"
+            f"{path}: holds {what}, and reading such a file can run code, so it is "
+            f"refused.\n{remedy or _remedy(path)}"
         ) from None
     _require_dense(value, path, _member_sizes(path) if mapped else None)
     return value
@@ -82,7 +89,8 @@ def _member_sizes(path: Path) -> set[int]:
 
 
 def _require_stored(path: Path) -> None:
-    """torch stores its zips without compression; what unpacks to more than the file has bytes fills the memory."""
+    """torch stores its zips without compression; what unpacks to more than the file has bytes fills the
+    memory."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -100,8 +108,8 @@ def _require_stored(path: Path) -> None:
 
 
 def _require_small_tuples(path: Path) -> None:
-    """Hashing a tuple, a dict's key say, visits all that it holds, by recursion in C: torch's reader would overflow the stack on a deep
-    one, and never end on one that holds another many times over."""
+    """Hashing a tuple, a dict's key say, visits all that it holds, by recursion in C: torch's reader would
+    overflow the stack on a deep one, and never end on one that holds another many times over."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -111,9 +119,8 @@ def _require_small_tuples(path: Path) -> None:
                             _weigh_tuples(member)
         else:
             with open(path, "rb") as file:
-                all(
-                    _weigh_tuples(file) for _ in range(5)
-                )  # before torch 1.6: magic, version, system, contents, names of storages
+                # before torch 1.6: magic, version, system, contents, names of storages
+                all(_weigh_tuples(file) for _ in range(5))
     except (ValueError, LookupError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
             f"{path}: not a file that torch can load ({error or type(error).__name__})"
@@ -121,7 +128,8 @@ def _require_small_tuples(path: Path) -> None:
 
 
 def _weigh_tuples(file: IO[bytes]) -> bool:
-    """Follow a pickle with the number of its values in place of each tuple; whether to the end, or to an opcode that torch refuses."""
+    """Follow a pickle with the number of its values in place of each tuple; whether to the end, or to an
+    opcode that torch refuses."""
     stack: list[int] = []
     outer: list[list[int]] = []  # below each mark
     memo: dict[Any, int] = {}
@@ -164,7 +172,8 @@ def _weigh_tuples(file: IO[bytes]) -> bool:
 
 
 def _require_dense(value: Any, path: Path, sizes: set[int] | None) -> None:
-    """Tensors that are larger than the numbers stored for them (views, sparse ones) fill the memory when they are copied.
+    """Tensors that are larger than the numbers stored for them (views, sparse ones) fill the memory when they
+    are copied.
 
     `sizes`, where torch does not look itself: those that storages can have.
     """
@@ -183,13 +192,15 @@ def _require_dense(value: Any, path: Path, sizes: set[int] | None) -> None:
                 )
             if sizes is not None and (claimed := value.untyped_storage().nbytes()) not in sizes:
                 raise ValueError(
-                    f"{path}: not a file that torch can load (no member of it has the {claimed} bytes of a storage)"
+                    f"{path}: not a file that torch can load (no member of it has the {claimed} bytes of a "
+                    "storage)"
                 )
             if (needed := value.numel() * value.element_size()) > (
                 stored := value.untyped_storage().nbytes()
             ):
                 raise ValueError(
-                    f"{path}: holds a tensor {tuple(value.shape)}, {needed} bytes, over {stored} stored bytes; copy it"
+                    f"{path}: holds a tensor {tuple(value.shape)}, {needed} bytes, over {stored} stored "
+                    "bytes; copy it"
                 )
         elif isinstance(value, Mapping | list | tuple | argparse.Namespace) and id(value) not in seen:
             seen.add(id(value))  # it may hold itself
@@ -199,7 +210,7 @@ def _require_dense(value: Any, path: Path, sizes: set[int] | None) -> None:
 
 def _remedy(path: Path) -> str:
     if path.suffix == ".bin":
-        return f"""If you trust its makers, write its weights beside config.json as safetensors, which are read instead:
+        return f"""If you trust its makers, write its weights beside config.json as safetensors:
 
 import torch
 from pathlib import Path
@@ -210,7 +221,7 @@ for path in Path({str(path.parent)!r}).glob("pytorch_model*.bin"):
 state = {{name: tensor.clone() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}}
 save_file(state, {str(path.with_name("model.safetensors"))!r})"""
     plain = path.with_name(f"{path.stem}.plain.pt")
-    return f"""If you trust its makers, write its weights and settings to a plain file where the library that wrote it is installed:
+    return f"""If you trust its makers, write its weights and settings to a plain file where its library is installed:
 
 import json, torch
 state = torch.load({str(path)!r}, map_location="cpu", weights_only=False)  # runs what the file says

@@ -1,21 +1,21 @@
 """The CTC heads of other libraries: which text each class is, and the tokenizer files that say so.
 
-transformers tells it in a tokenizer's files. `Wav2Vec2CTCTokenizer` spells characters, `|` the space, and its `pad_token` is the
-blank; `Wav2Vec2PhonemeCTCTokenizer` spells phones and puts spaces between them; pieces are a tokenizer.json whose decoder merges
-repeats and drops the blank first. fairseq has a dictionary, `dict.ltr.txt`, after four special words of which `<s>` is the blank;
-torchaudio has nothing. In ours the blank is class 0.
+transformers tells it in a tokenizer's files. `Wav2Vec2CTCTokenizer` spells characters, `|` the space, and its
+`pad_token` is the blank; `Wav2Vec2PhonemeCTCTokenizer` spells phones and puts spaces between them; pieces are
+a tokenizer.json whose decoder merges repeats and drops the blank first. fairseq has a dictionary,
+`dict.ltr.txt`, after four special words of which `<s>` is the blank; torchaudio has nothing. In ours the
+blank is class 0.
 
-Published heads have classes such as `<s>` that are no text. They stay classes, spelled as transformers spells them where they win a
-frame, so that logits, probabilities and texts are those of the original.
+Published heads have classes such as `<s>` that are no text. They stay classes, spelled as transformers spells
+them where they win a frame, so that logits, probabilities and texts are those of the original.
 """
 
 import json
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,15 +24,20 @@ from pretrain.config import parse_config
 from pretrain.ctc.task import CTCConfig
 from pretrain.ctc.text import SPACE, Spelling, TextConfig
 from pretrain.ctc.vocabulary import Vocabulary
-from pretrain.store.plain_text import read_text
+from pretrain.weights.ctc_vocabularies import (
+    Classes,
+    blank_first,
+    ids,
+    of_dictionary,
+    of_symbols,
+    read_vocabulary,
+    symbols_of,
+)
 from pretrain.weights.foreign import CTCHead, leave_out, read_json
 from pretrain.weights.naming import CTC_HEADS, Format
 
-FILLER_BIAS = (
-    -1e4
-)  # of a class that is none of ours: its probability is 0 in float32, and half precision can say it
-FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # the first is the blank
-OVERWRITE = " #fairseq:overwrite"  # ends the line of a word that is to replace one of the same name
+# of a class that is none of ours: its probability is 0 in float32, and half precision can say it
+FILLER_BIAS = -1e4
 CHARACTERS, PHONES = "Wav2Vec2CTCTokenizer", "Wav2Vec2PhonemeCTCTokenizer"
 READ_AS: dict[str | None, Spelling] = {
     None: "characters",
@@ -44,22 +49,16 @@ READ_AS: dict[str | None, Spelling] = {
 }
 
 
-class Classes(NamedTuple):
-    """The classes of a foreign head: `rows` are its rows in the order of our classes, the blank's first."""
-
-    vocabulary: Vocabulary
-    text: TextConfig
-    rows: list[int]
-
-
 def take_rows(tensors: dict[str, Tensor], name: str, rows: Sequence[int], source: str) -> None:
-    """Bring the head `name` to these rows, in place; -1 is a class that never wins. `source` is for messages."""
+    """Bring the head `name` to these rows, in place; -1 is a class that never wins. `source` is for
+    messages."""
     index, absent = torch.tensor(rows), torch.tensor(rows) < 0
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")  # `to_ours` names what a file lacks
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = f"{tuple(weight.shape)} and {tuple(bias.shape) if bias is not None else 'none'}"
         raise ValueError(
-            f"{source}: the CTC head's {name}.weight and {name}.bias, {shapes}, do not fit each other: (classes, width) and (classes,)"
+            f"{source}: the CTC head's {name}.weight and {name}.bias, {shapes}, do not fit each other: "
+            "(classes, width) and (classes,)"
         )
     if not weight.is_floating_point() or (bias is not None and not bias.is_floating_point()):
         return  # `to_ours` names it
@@ -93,14 +92,15 @@ def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: 
         notes.append("its n-gram model (language_model/) is left out: give its file to `transcribe`")
     if settings.get("clean_up_tokenization_spaces"):
         notes.append(
-            "its texts keep the spaces before marks and 's that transformers takes out (clean_up_tokenization_spaces)"
+            "its texts keep the spaces before marks and 's that transformers takes out "
+            "(clean_up_tokenization_spaces)"
         )
     blank = _token({**_optional(folder / "special_tokens_map.json"), **settings}, "pad_token", "<pad>")
     if pieces:
         return _pieces(folder, config, blank, num_rows, notes)
     names = _names(folder, settings)
-    rows = _blank_first(f"{folder}/config.json", names, blank, config.get("pad_token_id", 0), num_rows)
-    symbols = _symbols(names, rows, notes)
+    rows = blank_first(f"{folder}/config.json", names, blank, config.get("pad_token_id", 0), num_rows)
+    symbols = symbols_of(names, rows, notes)
     if READ_AS[kind] == "phones":
         if (delimiter := settings.get("word_delimiter_token")) in symbols:
             raise ValueError(
@@ -113,38 +113,23 @@ def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: 
     )
     if space != " ":
         raise ValueError(
-            f"{folder}/tokenizer_config.json: replace_word_delimiter_char = {space!r}; only a space is supported"
+            f"{folder}/tokenizer_config.json: replace_word_delimiter_char = {space!r}; only a space is "
+            "supported"
         )
     if delimiter != SPACE and SPACE in symbols:
         raise ValueError(
-            f"{folder}/vocab.json: {SPACE!r} is a character here and not the space, as it is in every vocabulary of ours"
+            f"{folder}/vocab.json: {SPACE!r} is a character here and not the space, as it is in every "
+            "vocabulary of ours"
         )
     symbols = [SPACE if symbol == delimiter else symbol for symbol in symbols]
     if settings.get("do_lower_case"):  # the vocabulary is in capitals and texts are not
         symbols = [symbol.lower() for symbol in symbols]
         if len(set(symbols)) < len(symbols):
             raise ValueError(
-                f"{folder}/vocab.json: with do_lower_case two of its tokens are one; only different ones are supported"
+                f"{folder}/vocab.json: with do_lower_case two of its tokens are one; only different ones "
+                "are supported"
             )
     return of_symbols(symbols, rows, notes)
-
-
-def of_symbols(symbols: list[str], rows: list[int], notes: list[str]) -> Classes:
-    """Classes that spell characters or jamo; how transcripts are to be normalised follows from which there are."""
-    letters = [symbol for symbol in symbols if len(symbol) == 1 and symbol != SPACE]
-    small, large = any(c != c.upper() for c in letters), any(c != c.lower() for c in letters)
-    plain = TextConfig()
-    text = TextConfig(
-        spelling="jamo" if any("\u1100" <= c <= "\u11ff" for c in letters) else "characters",
-        case="keep" if small and large else "upper" if large else "lower",
-        punctuation="keep"
-        if any(unicodedata.category(c) == "Po" and c not in plain.normalize(f"q{c}q") for c in letters)
-        else "remove",
-    )
-    notes.append(
-        f"transcripts are normalised as its vocabulary tells: case = {text.case!r}, punctuation = {text.punctuation!r}"
-    )
-    return Classes(Vocabulary(symbols, text.spelling), text, rows)
 
 
 def read_head(
@@ -155,10 +140,11 @@ def read_head(
     notes: list[str],
     source: str,
 ) -> CTCHead | None:
-    """The CTC head of a fairseq or torchaudio model, its rows brought to our order in place; None where there is none.
+    """The CTC head of a fairseq or torchaudio model, its rows brought to our order in place; None where there
+    is none.
 
-    `given` is the file that says what its classes are; of the dictionaries `held` by `source` one with a word for each may. Without
-    either the head is left out of `tensors`.
+    `given` is the file that says what its classes are; of the dictionaries `held` by `source` one with a word
+    for each may. Without either the head is left out of `tensors`.
     """
     name = CTC_HEADS[form]
     if f"{name}.weight" not in tensors:
@@ -176,63 +162,9 @@ def read_head(
     return CTCHead(classes.vocabulary, classes.text)
 
 
-def read_vocabulary(path: Path, num_rows: int, notes: list[str]) -> Classes:
-    """The classes of a head whose file does not tell them: a transformers vocab.json, or a fairseq dictionary (`dict.ltr.txt`)."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the dict.ltr.txt or the vocab.json of the model")
-    if path.suffix == ".json":
-        names = _ids(path)
-        if (last := max(names, default=0)) >= num_rows:
-            raise ValueError(
-                f"{path}: has a token of number {last}, but the CTC head has {num_rows} classes; is it the vocabulary of this model?"
-            )
-        blank = next(
-            (token for token in ("<pad>", "[PAD]", "<blank>", "-") if token in names.values()), "<pad>"
-        )
-        rows = _blank_first(str(path), names, blank, None, num_rows)
-        symbols = _symbols(names, rows, notes)
-        if SPACE not in symbols:
-            symbols = [SPACE if symbol == " " else symbol for symbol in symbols]
-        return _of_words(symbols, rows, notes, str(path))
-    try:
-        lines = [line.rstrip().removesuffix(OVERWRITE) for line in read_text(path).splitlines()]
-        words = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not a text file ({error}); give the dict.ltr.txt or the vocab.json of the model"
-        ) from None
-    return of_dictionary(words, num_rows, notes, str(path))
-
-
-def of_dictionary(words: Sequence[str], num_rows: int, notes: list[str], source: str) -> Classes:
-    """The classes of a fairseq dictionary: its four special words, which its file leaves out, and then its lines."""
-    symbols = list(words) if tuple(words[:4]) == FAIRSEQ_SPECIALS else [*FAIRSEQ_SPECIALS, *words]
-    if len(symbols) != num_rows or len(set(symbols)) != num_rows:
-        raise ValueError(
-            f"{source}: {len(words)} words and {len(symbols) - len(words)} special ones, but the CTC head has {num_rows} classes; is it the "
-            "dictionary of this model?"
-        )
-    return _of_words(symbols[1:], list(range(num_rows)), notes, source)
-
-
-def _of_words(symbols: list[str], rows: list[int], notes: list[str], source: str) -> Classes:
-    """Classes of which nothing says whether they are letters or phones: the names of some phones have several letters."""
-    if any(len(word) > 1 and not word.startswith(("<", "[", "madeupword")) for word in symbols):
-        if SPACE in symbols or any("\u2581" in word for word in symbols):
-            raise ValueError(f"{source}: a dictionary of pieces is not supported; of letters or of phones is")
-        return Classes(Vocabulary(symbols, "phones"), TextConfig(spelling="phones"), rows)
-    return of_symbols(symbols, rows, notes)
-
-
-def _symbols(names: Mapping[int, str], rows: Sequence[int], notes: list[str]) -> list[str]:
-    """The symbols of all rows but the blank's, which is the first."""
-    if lacking := [row for row in rows[1:] if row not in names]:
-        notes.append(f"{len(lacking)} classes have no token; they are spelled <{lacking[0]}> and so on")
-    return [names.get(row, f"<{row}>") for row in rows[1:]]
-
-
 def read_training(config: Mapping[str, Any], source: str) -> CTCConfig:
-    """How transformers' config.json says that a recogniser is trained; p of a frame to begin a span is `mask_time_prob` over its length."""
+    """How transformers' config.json says that a recogniser is trained; p of a frame to begin a span is
+    `mask_time_prob` over its length."""
     masked = config.get("apply_spec_augment", True)
     tree: dict[str, Any] = {"final_dropout": config.get("final_dropout", 0.1)}
     for ours, theirs, probability in (("mask", "mask_time", 0.05), ("mask_channel", "mask_feature", 0.0)):
@@ -243,14 +175,16 @@ def read_training(config: Mapping[str, Any], source: str) -> CTCConfig:
 
 
 def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, notes: list[str]) -> Classes:
-    """The classes of a tokenizer.json whose decoder begins with CTC's: without it and the blank, it is the tokenizer of transcripts."""
+    """The classes of a tokenizer.json whose decoder begins with CTC's: without it and the blank, it is the
+    tokenizer of transcripts."""
     path = folder / "tokenizer.json"
     tree = read_json(path)
     decoder = tree.get("decoder") or {}
     steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
     if not steps or steps[0].get("type") != "CTC":
         raise ValueError(
-            f"{path}: its decoder does not begin with CTC, which merges repeats and drops the blank; not supported"
+            f"{path}: its decoder does not begin with CTC, which merges repeats and drops the blank; not "
+            "supported"
         )
     rest = steps[1:]
     tree["decoder"] = (
@@ -263,7 +197,7 @@ def _pieces(folder: Path, config: Mapping[str, Any], blank: str, num_rows: int, 
     assert vocabulary.tokenizer is not None
     numbers = piece_numbers(vocabulary.tokenizer)
     tokens = {token["id"]: token["content"] for token in tree.get("added_tokens", [])}
-    rows = _blank_first(str(path), tokens, blank, config.get("pad_token_id", 0), num_rows)
+    rows = blank_first(str(path), tokens, blank, config.get("pad_token_id", 0), num_rows)
     kept = [rows[0], *(numbers[symbol] for symbol in vocabulary.symbols)]
     if max(kept) >= num_rows:
         raise ValueError(f"{path}: has {1 + max(kept)} tokens, but the CTC head {num_rows} classes")
@@ -284,23 +218,9 @@ def piece_numbers(definition: str) -> dict[str, int]:
     return numbers
 
 
-def _blank_first(
-    source: str, names: Mapping[int, str], blank: str, told: int | None, num_rows: int
-) -> list[int]:
-    """All rows, the blank's first."""
-    found = [number for number, name in names.items() if name == blank]
-    if not found or found[0] >= num_rows:
-        raise ValueError(f"{source}: the blank, {blank!r}, is none of the {num_rows} classes of the CTC head")
-    if told is not None and told != found[0]:
-        raise ValueError(
-            f"{source}: pad_token_id = {told} but the tokenizer's {blank!r} is number {found[0]}: CTC's blank cannot be both; set "
-            "pad_token_id to that of the training"
-        )
-    return [found[0], *(row for row in range(num_rows) if row != found[0])]
-
-
 def _names(folder: Path, settings: Mapping[str, Any]) -> dict[int, str]:
-    """The tokens of a Wav2Vec2 tokenizer by number; those of vocab.json before those that were added to it."""
+    """The tokens of a Wav2Vec2 tokenizer by number; those of vocab.json before those that were added to
+    it."""
     added = {
         token: number
         for token, number in _optional(folder / "added_tokens.json").items()
@@ -312,20 +232,10 @@ def _names(folder: Path, settings: Mapping[str, Any]) -> dict[int, str]:
     }
     if settings.get("target_lang") is not None:
         raise ValueError(
-            f"{folder}/tokenizer_config.json: target_lang: vocabularies of several languages (MMS) are not supported"
+            f"{folder}/tokenizer_config.json: target_lang: vocabularies of several languages (MMS) are not "
+            "supported"
         )
-    return late | _ids(folder / "vocab.json")
-
-
-def _ids(path: Path) -> dict[int, str]:
-    table = read_json(path)
-    if any(isinstance(value, dict) for value in table.values()):
-        raise ValueError(f"{path}: vocabularies of several languages (MMS) are not supported")
-    if not all(isinstance(value, int) and value >= 0 for value in table.values()) or len(
-        set(table.values())
-    ) < len(table):
-        raise ValueError(f"{path}: each token needs a number of its own")
-    return {number: token for token, number in table.items()}
+    return late | ids(folder / "vocab.json")
 
 
 def _token(settings: Mapping[str, Any], key: str, default: str) -> str:

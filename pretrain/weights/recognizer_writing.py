@@ -13,11 +13,12 @@ from pretrain.weights.recognizer import CHARACTERS, PHONES, name_blank, piece_nu
 
 
 def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write a tokenizer's files into `folder` and bring the head `lm_head` of `tensors` to its classes; returns keys for config.json.
+    """Write a tokenizer's files into `folder` and bring the head `lm_head` of `tensors` to its classes;
+    returns keys for config.json.
 
-    transformers leaves masks out for `apply_spec_augment` alone and not for probabilities of zero, with which the mask embedding
-    would have no place. Its losses of reduction "mean" are divided by the number of symbols, utterance by utterance, as ours by that of
-    the batch.
+    transformers leaves masks out for `apply_spec_augment` alone and not for probabilities of zero, with which
+    the mask embedding would have no place. Its losses of reduction "mean" are divided by the number of
+    symbols, utterance by utterance, as ours by that of the batch.
     """
     vocabulary, _, ctc = recognizer
     write_classes = _write_pieces if vocabulary.spelling == "tokenizer" else _write_vocab
@@ -62,7 +63,8 @@ def write_head(folder: Path, recognizer: CTCHead, tensors: dict[str, Tensor]) ->
 
 
 def _write_vocab(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
-    """vocab.json with our classes in our order. There is a token for unknown characters only where there is a class for them."""
+    """vocab.json with our classes in our order. There is a token for unknown characters only where there is a
+    class for them."""
     blank = name_blank(vocabulary.symbols)
     write_tree(
         folder / "vocab.json",
@@ -84,7 +86,8 @@ def _write_vocab(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], 
 
 
 def _write_pieces(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any], list[int]]:
-    """tokenizer.json with the blank as one more token, its decoder after CTC's; the tokenizer's special tokens are classes that never win."""
+    """tokenizer.json with the blank as one more token, its decoder after CTC's; the tokenizer's special
+    tokens are classes that never win."""
     assert vocabulary.tokenizer is not None
     tree, numbers = json.loads(vocabulary.tokenizer), piece_numbers(vocabulary.tokenizer)
     blank, last = name_blank(numbers), 1 + max(numbers.values())

@@ -1,7 +1,9 @@
-"""SentencePiece models of characters, fairseq2's `char_tokenizer`: which text each class is, read and written without the library.
+"""SentencePiece models of characters, fairseq2's `char_tokenizer`: which text each class is, read and written
+without the library.
 
-The file is a protocol buffer (github.com/google/sentencepiece, src/sentencepiece_model.proto): pieces with a type each, in the order of
-their numbers, what they were trained as, and how text is normalised. The space is `▁`.
+The file is a protocol buffer (github.com/google/sentencepiece, src/sentencepiece_model.proto): pieces with a
+type each, in the order of their numbers, what they were trained as, and how text is normalised. The space is
+`▁`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,7 +52,8 @@ def read_pieces(path: Path) -> Pieces:
 
 
 def write_pieces(path: Path, blank: str, symbols: Sequence[str], unknown: str) -> None:
-    """A model of characters: `blank`, then `symbols` with the space as `▁`. `unknown`, one of `symbols` or after them, is for all others.
+    """A model of characters: `blank`, then `symbols` with the space as `▁`. `unknown`, one of `symbols` or
+    after them, is for all others.
 
     Nothing is normalised but spaces: each is one, and none is before the first word.
     """

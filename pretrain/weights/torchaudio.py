@@ -1,6 +1,8 @@
-"""torchaudio's wav2vec 2.0 and HuBERT state dicts: a `.pth` of a Wav2Vec2Model or, with HuBERT's heads, a HuBERTPretrainModel.
+"""torchaudio's wav2vec 2.0 and HuBERT state dicts: a `.pth` of a Wav2Vec2Model or, with HuBERT's heads, a
+HuBERTPretrainModel.
 
-There is no config in such a file: shapes tell the architecture, and what they do not tell is as in the published models.
+There is no config in such a file: shapes tell the architecture, and what they do not tell is as in the
+published models.
 """
 
 from collections.abc import Mapping
@@ -43,7 +45,8 @@ def write(out: Path, model: Exported) -> dict[str, Any]:
 def read_torchaudio(
     source: Path, state: dict[str, Tensor], options: dict[str, Any], vocabulary: Path | None = None
 ) -> Foreign:
-    """Read a loaded state dict. `options` tell what its shapes do not, `vocabulary` what the classes of a CTC head are."""
+    """Read a loaded state dict. `options` tell what its shapes do not, `vocabulary` what the classes of a CTC
+    head are."""
     notes: list[str] = []
     tensors = canonical(state, "wav2vec2.", str(source))
     recognizer = read_head(tensors, "torchaudio", vocabulary, [], notes, str(source))
@@ -63,7 +66,8 @@ def read_torchaudio(
 
 
 def write_torchaudio(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write canonical `tensors`: as a HuBERTPretrainModel with its heads, else as a Wav2Vec2Model, which has no mask embedding."""
+    """Write canonical `tensors`: as a HuBERTPretrainModel with its heads, else as a Wav2Vec2Model, which has
+    no mask embedding."""
     outside = ("mask_generator.", "logit_generator.")
     if any(name.startswith("logit_generator.") for name in tensors):
         state = {

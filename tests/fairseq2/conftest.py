@@ -1,4 +1,5 @@
-"""Tests that need fairseq2 are skipped where it is missing, with the reason; where WORDLESS_FAIRSEQ2=required (CI), they fail."""
+"""Tests that need fairseq2 are skipped where it is missing, with the reason; where WORDLESS_FAIRSEQ2=required
+(CI), they fail."""
 
 import os
 from collections.abc import Generator, Iterable
@@ -32,8 +33,8 @@ class _Missing(pytest.File):
 def pytest_collect_file(
     file_path: Path, parent: pytest.Collector
 ) -> Generator[None, list[pytest.Collector], Iterable[pytest.Collector]]:
-    """Put one skipped (or failed) file in the place of every test file: each imports fairseq2 at its top. So do the workers beside
-    them, which are looked through for doctests."""
+    """Put one skipped (or failed) file in the place of every test file: each imports fairseq2 at its top. So
+    do the workers beside them, which are looked through for doctests."""
     collected = yield
     if file_path.suffix != ".py" or file_path.name == "conftest.py" or _missing() is None:
         return collected

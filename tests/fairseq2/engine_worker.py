@@ -1,4 +1,5 @@
-"""What test_engine runs, once in a process alone and once in two: every kind of task with both engines, and runs that are cut, stopped, split.
+"""What test_engine runs, once in a process alone and once in two: every kind of task with both engines, and
+runs that are cut, stopped, split.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/fairseq2/engine_worker.py CORPUS OUT
 """
@@ -25,7 +26,8 @@ STEPS = 50
 
 
 def run_task(name: str, corpus: Path, out: Path, engine: str) -> None:
-    """50 steps with dropout, masks, LayerDrop (speech), warm-up, clipping, a validation half way; the same global batches for any number of processes."""
+    """50 steps with dropout, masks, LayerDrop (speech), warm-up, clipping, a validation half way; the same
+    global batches for any number of processes."""
     training = {
         "max_steps": STEPS,
         "log_every": 1,

@@ -1,5 +1,5 @@
-"""What test_extension runs in two processes: a run of HuBERT that fairseq2 loads, shards by layers and recomputes in backward, beside
-the same in one process.
+"""What test_extension runs in two processes: a run of HuBERT that fairseq2 loads, shards by layers and
+recomputes in backward, beside the same in one process.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/fairseq2/sharding_worker.py RUN
 """

@@ -1,4 +1,5 @@
-"""`fairseq2:NAME` wherever a run of an encoder is expected, beside the run that importing the same card makes."""
+"""`fairseq2:NAME` wherever a run of an encoder is expected, beside the run that importing the same card
+makes."""
 
 import json
 import re
@@ -57,7 +58,8 @@ NAME = "fairseq2:small"
 
 @pytest.fixture(autouse=True)
 def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of cards with that of a small wav2vec 2.0 of fairseq2's, randomly initialised and saved by it; fairseq2 started anew."""
+    """A folder of cards with that of a small wav2vec 2.0 of fairseq2's, randomly initialised and saved by it;
+    fairseq2 started anew."""
     folder = tmp_path / "cards"
     folder.mkdir()
     monkeypatch.setenv("FAIRSEQ2_ASSET_DIR", str(folder))
@@ -394,7 +396,8 @@ def test_a_card_that_is_no_encoder_of_ours_ends_with_status_2(
     start_anew(monkeypatch)
     config = tmp_path / "cluster.toml"
     config.write_text(
-        f'manifest = "{corpus}"\nout = "{tmp_path / "out"}"\nfeatures = "encoder"\nencoder = "fairseq2:{name}"\nlayer = 1\nnum_classes = 4\n'
+        f'manifest = "{corpus}"\nout = "{tmp_path / "out"}"\nfeatures = "encoder"\nencoder = '
+        f'"fairseq2:{name}"\nlayer = 1\nnum_classes = 4\n'
     )
     assert main(["cluster", str(config)]) == 2
     told = capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""`training.engine = "fairseq2"` against our engine: the same losses, and the same ends of runs that were cut, stopped or split."""
+"""`training.engine = "fairseq2"` against our engine: the same losses, and the same ends of runs that were
+cut, stopped or split."""
 
 import json
 import os
@@ -122,7 +123,8 @@ def test_accumulation_phases_and_ranks_without_items_are_the_same_in_both(
 ) -> None:
     ours, theirs = (runs / processes / f"{run}_{whose}" for whose in ("ours", "theirs"))
     for one, other in zip(curve(ours), curve(theirs), strict=True):
-        # three micro-batches: the trainer divides each loss by three, and three thirds of a number are not quite the number
+        # three micro-batches: the trainer divides each loss by three, and three thirds of a number are not
+        # quite the number
         assert other == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
@@ -156,9 +158,8 @@ def test_fsdp_gives_the_run_of_ddp(runs: Path, run: str, reference: str) -> None
     first, second = (load_file(checkpoint_file(folder, "model.safetensors")) for folder in (one, other))
     assert first.keys() == second.keys()
     for name, weight in first.items():
-        torch.testing.assert_close(
-            second[name], weight, rtol=1e-4, atol=1e-5
-        )  # a weight moves by 1e-3 a step
+        # a weight moves by 1e-3 a step
+        torch.testing.assert_close(second[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def checkpoint_file(run: Path, name: str) -> Path:
@@ -185,7 +186,8 @@ def test_one_process_goes_on_with_what_two_began_and_two_with_what_one_began(
 
 @pytest.fixture
 def saves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fairseq2 writes while training goes on, and these steps take a millisecond: without this a cut comes before the writing ends."""
+    """fairseq2 writes while training goes on, and these steps take a millisecond: without this a cut comes
+    before the writing ends."""
     save = StandardCheckpointManager.save_checkpoint
 
     def blocking(*arguments: Any, **options: Any) -> None:

@@ -1,4 +1,5 @@
-"""Our models as fairseq2's: asset cards of runs, its own loading, sharding and recomputing, and an extension that hinders nothing."""
+"""Our models as fairseq2's: asset cards of runs, its own loading, sharding and recomputing, and an extension
+that hinders nothing."""
 
 import os
 import subprocess
@@ -344,7 +345,8 @@ print([name for name in ("faiss", "quantize", "submitit", "typer", "matplotlib")
 
 @pytest.mark.slow
 def test_fairseq2_itself_loads_a_run_by_name_through_the_entry_point(tmp_path: Path) -> None:
-    """In a process of its own, as a user of fairseq2 has it: no import of ours, the card on FAIRSEQ2_ASSET_DIR."""
+    """In a process of its own, as a user of fairseq2 has it: no import of ours, the card on
+    FAIRSEQ2_ASSET_DIR."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
         "fairseq2.extension"
     ]
@@ -352,9 +354,8 @@ def test_fairseq2_itself_loads_a_run_by_name_through_the_entry_point(tmp_path: P
         module, _, name = target.partition(":")
         assert callable(getattr(import_module(module), name))
     search = [str(ROOT)]
-    if not {entry.value for entry in entry_points(group="fairseq2.extension")} >= set(
-        declared.values()
-    ):  # not installed here
+    # not installed here
+    if not {entry.value for entry in entry_points(group="fairseq2.extension")} >= set(declared.values()):
         info = tmp_path / "site" / "wordless_from_source-0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wordless-from-source\nVersion: 0\n")

@@ -1,4 +1,5 @@
-"""The fairseq2 engine on a real SLURM: preempted, requeued, over two nodes, split over them, and by `--on slurm` of the command."""
+"""The fairseq2 engine on a real SLURM: preempted, requeued, over two nodes, split over them, and by `--on
+slurm` of the command."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,8 @@ NOISY = "encoder.dropout=0.1"
 
 @pytest.fixture(scope="module")
 def scene(real_slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Scene:  # noqa: F811
-    """Every scenario, from submission to end. Nothing is saved but at the end and where a signal makes it be saved."""
+    """Every scenario, from submission to end. Nothing is saved but at the end and where a signal makes it be
+    saved."""
     scene = Scene(tmp_path_factory.mktemp("engine"), real_slurm)
     write_config(scene.folder)
     on_one = Resources(nodelist="n1", cpus_per_task=1, time_minutes=10)

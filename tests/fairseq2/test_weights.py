@@ -1,6 +1,8 @@
-"""Our weights and fairseq2's, both ways: every layer, the contrastive loss with its gradients, CTC logits, cards and checkpoints.
+"""Our weights and fairseq2's, both ways: every layer, the contrastive loss with its gradients, CTC logits,
+cards and checkpoints.
 
-Their models are made by fairseq2's own factories, small and with random weights, and reach us through cards in a local asset folder.
+Their models are made by fairseq2's own factories, small and with random weights, and reach us through cards
+in a local asset folder.
 """
 
 from collections.abc import Callable
@@ -46,7 +48,7 @@ from pretrain.weights.card_writing import _ctc_config
 from pretrain.weights.cards import load_checkpoint, read_card
 from pretrain.weights.conversion import ImportConfig, import_weights, in_memory
 from pretrain.weights.exporting import _pretrained_with, export_weights
-from pretrain.weights.fairseq2 import _encoder_keys
+from pretrain.weights.fairseq2_configs import encoder_keys
 from pretrain.weights.naming import parameters, to_theirs
 from pretrain.weights.sentencepiece import write_pieces
 from tests.parity.peers import compare_gradients, load_pretraining, scatter
@@ -107,7 +109,8 @@ Assets = Callable[..., str]
 
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assets:
-    """A folder of cards that fairseq2 looks in: `assets(name, family, config, state)` puts a model there and returns its name."""
+    """A folder of cards that fairseq2 looks in: `assets(name, family, config, state)` puts a model there and
+    returns its name."""
     folder = tmp_path / "assets"
     folder.mkdir()
     monkeypatch.setenv("FAIRSEQ2_ASSET_DIR", str(folder))
@@ -174,7 +177,8 @@ def our_layers(encoder: Encoder, waves: Tensor, lengths: list[int]) -> list[Tens
 
 
 def assert_equal_layers(ours: Encoder, theirs: Any, lengths: list[int], batched: bool) -> None:
-    """Ours in one batch; theirs too, or one utterance at a time, since with a group norm their batches count the padding."""
+    """Ours in one batch; theirs too, or one utterance at a time, since with a group norm their batches count
+    the padding."""
     waves = draw_waves(lengths)
     found = our_layers(ours, waves, lengths)
     for row, length in enumerate(lengths):
@@ -184,7 +188,8 @@ def assert_equal_layers(ours: Encoder, theirs: Any, lengths: list[int], batched:
         )
         assert len(found) == len(reference) == ours.config.num_layers + 2
         for layer, (mine, other) in enumerate(zip(found, reference, strict=True)):
-            # float32, the same operations in another order through seven convolutions and the layers, features of order 1 to 5
+            # float32, the same operations in another order through seven convolutions and the layers,
+            # features of order 1 to 5
             torch.testing.assert_close(
                 mine[row, : num_frames(length)],
                 other[row if batched else 0, : num_frames(length)],
@@ -294,7 +299,8 @@ def our_run(run: Path, objective: str, kind: str = "base", **changes: Any) -> tu
 
 @pytest.mark.parametrize(("kind", "objective"), [(k, o) for k in ENCODERS for o in ("wav2vec2", "ctc")])
 def test_ours_to_fairseq2_to_ours_is_exact(kind: str, objective: str, assets: Assets, tmp_path: Path) -> None:
-    """Through a model that fairseq2 loaded and saved, and by the exported folder alone; the config comes back, too."""
+    """Through a model that fairseq2 loaded and saved, and by the exported folder alone; the config comes
+    back, too."""
     run, _ = our_run(tmp_path / "run", objective, kind, normalize_waveform=kind != "base")
     weights, meta, _ = load_weights(run)
     export_weights(run, tmp_path / "assets" / "mine", "fairseq2")
@@ -327,11 +333,13 @@ def test_ours_to_fairseq2_to_ours_is_exact(kind: str, objective: str, assets: As
 def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
     kind: str, lengths: list[int], assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same masks and distractors, and the argmax in place of a Gumbel draw, in both. fairseq2 masks as many frames in each row.
+    """The same masks and distractors, and the argmax in place of a Gumbel draw, in both. fairseq2 masks as
+    many frames in each row.
 
-    With unequal lengths its features penalty is a mean over the padded batch, padding included, and ours one of each utterance's own
-    frames, weighed by its masked frames: the penalties differ and are compared apart, the gradients without. Diversity is over masked
-    frames in both. With a group norm lengths are equal, since its statistics count padding there.
+    With unequal lengths its features penalty is a mean over the padded batch, padding included, and ours one
+    of each utterance's own frames, weighed by its masked frames: the penalties differ and are compared apart,
+    the gradients without. Diversity is over masked frames in both. With a group norm lengths are equal, since
+    its statistics count padding there.
     """
 
     def without_noise(logits: Tensor, tau: float = 1, hard: bool = False, dim: int = -1) -> Tensor:
@@ -340,9 +348,8 @@ def test_contrastive_loss_and_gradients_equal_those_of_fairseq2(
 
     monkeypatch.setattr(F, "gumbel_softmax", without_noise)
     monkeypatch.setattr("fairseq2.models.wav2vec2.vector_quantizer.gumbel_softmax", without_noise)
-    monkeypatch.setattr(
-        torch, "compile", lambda *_, **__: lambda function: function
-    )  # it needs a compiler of C++
+    # it needs a compiler of C++
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda function: function)
     config, theirs = their_model(kind)
     imported(assets("w2v", "wav2vec2", config, theirs), tmp_path / "run")
     equal = len(set(lengths)) == 1
@@ -428,7 +435,8 @@ def write_letters(path: Path) -> None:
 
 @torch.no_grad()
 def test_fairseq2_reads_an_exported_recogniser_with_its_tokenizer(assets: Assets, tmp_path: Path) -> None:
-    """Our classes first, in our order; one more for unknown characters, which SentencePiece must have, never wins."""
+    """Our classes first, in our order; one more for unknown characters, which SentencePiece must have, never
+    wins."""
     run, _ = our_run(tmp_path / "run", "ctc", "large_lv60k")
     export_weights(run, tmp_path / "assets/mine", "fairseq2")
     theirs, ours = load_model("mine").eval(), load_recognizer(run)
@@ -436,9 +444,8 @@ def test_fairseq2_reads_an_exported_recogniser_with_its_tokenizer(assets: Assets
     logits, _ = theirs(waves, BatchLayout.of(waves, [9000]))
     hidden = ours.model.encoder(waves, torch.tensor([9000]))
     assert logits.shape[2] == len(ours.vocabulary) + 1
-    torch.testing.assert_close(
-        ours.model.head(hidden[0]), logits[0, :, :-1], rtol=1e-5, atol=2e-4
-    )  # as above
+    # as above
+    torch.testing.assert_close(ours.model.head(hidden[0]), logits[0, :, :-1], rtol=1e-5, atol=2e-4)
     assert logits[..., -1].max() < -9000
     tokenizer = load_tokenizer("mine")
     assert tokenizer.vocab_info.size == logits.shape[2] and tokenizer.vocab_info.pad_idx == 0
@@ -456,7 +463,8 @@ def test_fairseq2_reads_an_exported_recogniser_with_its_tokenizer(assets: Assets
 def test_fairseq2_trains_with_the_masks_of_an_exported_recogniser(
     channels: float, length: int, written: float
 ) -> None:
-    """Of the width 64. With fairseq2's own least numbers of spans a short utterance, and spans of all channels, end the training."""
+    """Of the width 64. With fairseq2's own least numbers of spans a short utterance, and spans of all
+    channels, end the training."""
     ctc = CTCConfig(
         mask_start_probability=0.05, mask_channel_probability=channels, mask_channel_length=length
     )
@@ -506,7 +514,7 @@ def test_every_architecture_of_fairseq2_has_our_config(arch: str, assets: Assets
             shapes = {
                 name: tensor.shape for name, tensor in create_wav2vec2_model(config).state_dict().items()
             }
-        encoder = EncoderConfig(**_encoder_keys(plain_config(asdict(config.encoder_config)), arch))
+        encoder = EncoderConfig(**encoder_keys(plain_config(asdict(config.encoder_config)), arch))
         with torch.device("meta"):
             ours = Wav2Vec2(
                 encoder, Wav2Vec2Config(code_dim=config.quantized_dim, final_dim=config.final_dim)
@@ -532,7 +540,8 @@ def test_an_asset_in_memory_is_what_its_imported_run_holds(assets: Assets, tmp_p
 def test_checkpoints_of_fairseq2s_trainer_are_read_in_one_file_or_several(
     assets: Assets, tmp_path: Path
 ) -> None:
-    """`model.yaml` beside steps, whose weights each data-parallel process has a part of; merged as by fairseq2's own loader."""
+    """`model.yaml` beside steps, whose weights each data-parallel process has a part of; merged as by
+    fairseq2's own loader."""
     config, theirs = their_model("large_lv60k")
     folder = tmp_path / "checkpoints"
     whole = theirs.state_dict()

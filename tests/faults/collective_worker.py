@@ -1,4 +1,5 @@
-"""What test_collective runs under torchrun, in two processes: training runs, one after another, in one of which rank 1 is lost.
+"""What test_collective runs under torchrun, in two processes: training runs, one after another, in one of
+which rank 1 is lost.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/faults/collective_worker.py FOLDER RUN=SIGNAL ...
 """
@@ -17,7 +18,8 @@ TIMEOUT_SECONDS = 8.0
 
 
 def main(run: Path, number: int) -> None:
-    """Train; rank 1 sends itself the signal before step 7 (the last checkpoint is of step 4), unless it has done so before."""
+    """Train; rank 1 sends itself the signal before step 7 (the last checkpoint is of step 4), unless it has
+    done so before."""
 
     def lose(step: int) -> None:
         if number and step == 7 and os.environ["RANK"] == "1":

@@ -1,6 +1,8 @@
-"""What test_shards_race runs: encode in several forks at once, of which the one named is killed after so many seconds.
+"""What test_shards_race runs: encode in several forks at once, of which the one named is killed after so many
+seconds.
 
-python tests/faults/encoding_worker.py CONFIG(JSON) [SECONDS ...]   a fork each; SECONDS is when it is killed, "never" if not
+python tests/faults/encoding_worker.py CONFIG(JSON) [SECONDS ...]   a fork each; SECONDS is when it is killed,
+"never" if not
 
 Nothing is computed before the forks. Prints the exit status of each.
 """

@@ -1,9 +1,12 @@
-"""What test_checkpoint_kills runs: sessions of one training run, each in a fork that is killed inside a save, until the run is finished.
+"""What test_checkpoint_kills runs: sessions of one training run, each in a fork that is killed inside a save,
+until the run is finished.
 
-python tests/faults/saving_worker.py kills FOLDER SEED KILLS   a run killed so often, and an undisturbed one beside it
-python tests/faults/saving_worker.py steps FOLDER              one save, killed before each of its calls that change the disk
+python tests/faults/saving_worker.py kills FOLDER SEED KILLS   a run killed so often, and an undisturbed one
+beside it python tests/faults/saving_worker.py steps FOLDER              one save, killed before each of its
+calls that change the disk
 
-Nothing is computed before the forks, so that no thread is lost in them. Prints JSON lines for the test to judge.
+Nothing is computed before the forks, so that no thread is lost in them. Prints JSON lines for the test to
+judge.
 """
 
 import hashlib
@@ -32,7 +35,8 @@ MAX_STEPS, INTERVAL = 200, 2
 
 
 class TracedTask(LinearTask):
-    """Writes down what each step is made of: the items of its batch, and the generator's state when its dropout is drawn."""
+    """Writes down what each step is made of: the items of its batch, and the generator's state when its
+    dropout is drawn."""
 
     def __init__(self, trace: Path):
         super().__init__(dropout=0.3, num_valid=2)
@@ -56,7 +60,8 @@ class TracedTask(LinearTask):
 
 
 def session(run: Path, keep: int, told: int | None = None) -> None:
-    """Train to the end; `told` is a pipe that hears of the beginning of every save (b"s") and of its end (b"e")."""
+    """Train to the end; `told` is a pipe that hears of the beginning of every save (b"s") and of its end
+    (b"e")."""
     torch.set_num_threads(1)
     save = run_module.save_checkpoint
 
@@ -142,7 +147,8 @@ def kills(folder: Path, seed: int, number: int) -> None:
 
 
 def steps(folder: Path) -> None:
-    """A second save of step 4 where there is none, a valid one (saved again because the run was told to stop), a damaged one."""
+    """A second save of step 4 where there is none, a valid one (saved again because the run was told to
+    stop), a damaged one."""
 
     def save(run: Path, step: int, seconds: float, keep: int = 1) -> None:
         torch.manual_seed(step)

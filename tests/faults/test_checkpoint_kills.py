@@ -1,8 +1,9 @@
 """SIGKILL inside the writing of a checkpoint.
 
-Broken: the process dies, at fifty random moments spread over the save itself, and before every single call of a save that changes the
-disk. Must hold: a checkpoint stands that loads, at most one interval back, with no manual step; and the run that was resumed fifty
-times is the undisturbed one in weights, optimiser, generator states, sample ids and logged numbers.
+Broken: the process dies, at fifty random moments spread over the save itself, and before every single call of
+a save that changes the disk. Must hold: a checkpoint stands that loads, at most one interval back, with no
+manual step; and the run that was resumed fifty times is the undisturbed one in weights, optimiser, generator
+states, sample ids and logged numbers.
 """
 
 import json

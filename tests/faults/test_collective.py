@@ -1,8 +1,9 @@
 """A rank that is lost while the others wait for it.
 
-Broken: of two processes under torchrun one is killed, or stands still (SIGSTOP: a machine that hangs, a network that is cut), between two
-steps. Must hold: the job ends within `training.collective_timeout_seconds` and what torchrun takes to end its processes; the message names
-the last checkpoint; the same command goes on from there to the weights, moments and log of a job that lost nobody.
+Broken: of two processes under torchrun one is killed, or stands still (SIGSTOP: a machine that hangs, a
+network that is cut), between two steps. Must hold: the job ends within `training.collective_timeout_seconds`
+and what torchrun takes to end its processes; the message names the last checkpoint; the same command goes on
+from there to the weights, moments and log of a job that lost nobody.
 """
 
 import json
@@ -19,7 +20,8 @@ from pretrain.training.checkpoint import latest_checkpoint
 from tests.faults.collective_worker import TIMEOUT_SECONDS
 
 ROOT = Path(__file__).parents[2]
-# torchrun sends SIGTERM to the rest, which a stopped process does not hear, and half a minute later SIGKILL; to this comes a busy machine
+# torchrun sends SIGTERM to the rest, which a stopped process does not hear, and half a minute later SIGKILL;
+# to this comes a busy machine
 ENDING_SECONDS = {"SIGKILL": 30.0, "SIGSTOP": TIMEOUT_SECONDS + 30.0 + 30.0}
 
 
@@ -43,8 +45,8 @@ def torchrun(folder: Path, *runs: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """What each job said and when it ended: one that loses nobody and then a killed rank, one that resumes it and then loses a
-    rank that stands still, one that resumes that."""
+    """What each job said and when it ended: one that loses nobody and then a killed rank, one that resumes it
+    and then loses a rank that stands still, one that resumes that."""
     folder = tmp_path_factory.mktemp("collective")
     told: dict[str, dict[str, object]] = {}
     for lost, runs in (

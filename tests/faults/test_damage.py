@@ -1,9 +1,10 @@
 """Files that are not as they were written.
 
-Broken: every file of a checkpoint, of labels (finished ones, and the shards of unfinished work) and of a unit corpus, by cutting it
-short, flipping a bit, emptying it, taking it away. Must hold: of a checkpoint the one before is used and that is said; a shard of unfinished work
-is made again; finished labels and corpora are refused by the file's name before anything of it is read wrongly. A flip may only
-go unnoticed where it changes nothing that is read.
+Broken: every file of a checkpoint, of labels (finished ones, and the shards of unfinished work) and of a unit
+corpus, by cutting it short, flipping a bit, emptying it, taking it away. Must hold: of a checkpoint the one
+before is used and that is said; a shard of unfinished work is made again; finished labels and corpora are
+refused by the file's name before anything of it is read wrongly. A flip may only go unnoticed where it
+changes nothing that is read.
 """
 
 import json
@@ -198,7 +199,8 @@ def test_a_flip_of_any_byte_of_an_unfinished_shard_is_noticed_or_changes_nothing
         for place in range(len(content)):
             flip(path, place, rng.randrange(8))
             if shard_fault(tmp_path, 0, IDS[0], frames) is None:
-                # statistics, creator, schema: what is read is the same, as `shard_fault` compares ids and frames, and the array's hash
+                # statistics, creator, schema: what is read is the same, as `shard_fault` compares ids and
+                # frames, and the array's hash
                 assert path.suffix == ".parquet"
                 harmless += 1
             path.write_bytes(content)

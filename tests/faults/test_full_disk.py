@@ -1,8 +1,10 @@
-"""A disk that becomes full while it is written to (a file system in memory, of 4 MiB; skipped where nothing may be mounted).
+"""A disk that becomes full while it is written to (a file system in memory, of 4 MiB; skipped where nothing
+may be mounted).
 
-Broken: there is no room for the next checkpoint, log line, shard of labels, token. Must hold: what stood before stands, nothing
-half written is to be seen, the command ends with status 2 and one message that names the file and the bytes needed and free, and no
-traceback; with room made, the same command goes on to the same bytes as where there always was room.
+Broken: there is no room for the next checkpoint, log line, shard of labels, token. Must hold: what stood
+before stands, nothing half written is to be seen, the command ends with status 2 and one message that names
+the file and the bytes needed and free, and no traceback; with room made, the same command goes on to the same
+bytes as where there always was room.
 """
 
 import contextlib
@@ -37,7 +39,10 @@ from units.corpus.unit_corpus import UnitCorpus
 from units.corpus.vocabulary import Vocabulary
 from wordless.cli import main
 
-BYTES = r"needs (more than )?[\d,]+ bytes, [\d,]+ are free\. Earlier work is unharmed; make room and run the same command again"
+BYTES = (
+    r"needs (more than )?[\d,]+ bytes, [\d,]+ are free\. Earlier work is unharmed; make room and run the "
+    r"same command again"
+)
 
 
 def write_sound(path: Path) -> None:
@@ -207,8 +212,9 @@ def test_no_room_for_a_shard_ends_encode_and_the_shards_before_it_stand(
     config.write_text(f'manifest = "{manifest}"\ncodebook = "{tmp_path / "codebook"}"\nnum_shards = 6\n')
     assert main(["encode", str(config), f"out={tmp_path / 'whole'}"]) == 0
     out = disk.path / "labels"
-    # In pages of 4 kB: the plan takes one, an array and a table one each; an array whose table did not fit makes way for its successor;
-    # at last there is no room for meta.json. The record of the lock takes one more where there is any.
+    # In pages of 4 kB: the plan takes one, an array and a table one each; an array whose table did not fit
+    # makes way for its successor; at last there is no room for meta.json. The record of the lock takes one
+    # more where there is any.
     for pages, standing in ((0, 0), (1, 0), (2, 1), (3, 2), (4, 4), (3, 6)):
         disk.leave(4096 * (pages + 1 if pages else 0))
         capfd.readouterr()

@@ -1,5 +1,6 @@
-"""Damage of every kind, drawn from a seed: each command ends with 0 or 2, without a traceback and in time, and no length is believed
-that a second decoder does not find. WORDLESS_FUZZ_SEED draws another minute of it."""
+"""Damage of every kind, drawn from a seed: each command ends with 0 or 2, without a traceback and in time,
+and no length is believed that a second decoder does not find. WORDLESS_FUZZ_SEED draws another minute of
+it."""
 
 import io
 import json
@@ -143,13 +144,11 @@ def test_every_length_is_that_of_a_second_decoder(tmp_path: Path) -> None:
                 "bitrate_mode": draw.choice(["CONSTANT", "AVERAGE", "VARIABLE"]),
                 "compression_level": draw.random(),
             }
-        seconds = (
-            1.5 if form == "OGG" else 0.1
-        ) + 3 * draw.random()  # FFmpeg does not cut the end of a Vorbis in one page
+        # FFmpeg does not cut the end of a Vorbis in one page
+        seconds = (1.5 if form == "OGG" else 0.1) + 3 * draw.random()
         data = encoded(form, subtype, seconds, draw.choice(rates), channels, **keys)
-        if (
-            form == "MP3" and draw.random() < 0.5 and (b"Xing" in data[:60] or b"Info" in data[:60])
-        ):  # no room in the smallest frames
+        # no room in the smallest frames
+        if form == "MP3" and draw.random() < 0.5 and (b"Xing" in data[:60] or b"Info" in data[:60]):
             data = without_xing(data)
         if form == "MP3" and draw.random() < 0.3:
             data = b"ID3\x04\0\0\0\0\x02\x01" + bytes(257) + data + b"TAG" + bytes(125)
@@ -180,7 +179,8 @@ def test_every_length_is_that_of_a_second_decoder(tmp_path: Path) -> None:
 
 
 def ends_well(argv: list[str], capsys: pytest.CaptureFixture[str]) -> int:
-    """Run a command; its status, which is 0 or 2. Any exception but a ValueError, which a user sees as a message, comes out of it."""
+    """Run a command; its status, which is 0 or 2. Any exception but a ValueError, which a user sees as a
+    message, comes out of it."""
     with in_time(argv):
         status = wordless.cli.main(argv)
     text = capsys.readouterr()

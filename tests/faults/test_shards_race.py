@@ -1,8 +1,9 @@
 """Two workers on one shard.
 
-Broken: two processes encode the same part of the same labels at once (a job that was requeued while the old one still ran), and one of them
-is killed in the middle. Must hold: the other finishes; every shard is there once, with the bytes that one process alone would
-have written; the labels are finished once; nothing half written is left over.
+Broken: two processes encode the same part of the same labels at once (a job that was requeued while the old
+one still ran), and one of them is killed in the middle. Must hold: the other finishes; every shard is there
+once, with the bytes that one process alone would have written; the labels are finished once; nothing half
+written is left over.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Manifests, lists, transcripts and alignments that were damaged or made up: ValueErrors that name the file, and never anything else."""
+"""Manifests, lists, transcripts and alignments that were damaged or made up: ValueErrors that name the file,
+and never anything else."""
 
 import json
 import os
@@ -58,7 +59,8 @@ def everything(folder: Path) -> Any:
 
 
 def test_wherever_a_manifest_is_flipped_or_cut_it_is_told_or_nothing_changed(tmp_path: Path) -> None:
-    """In 400 places, half of them in the last kilobytes: there it says where everything is, and Arrow believes it."""
+    """In 400 places, half of them in the last kilobytes: there it says where everything is, and Arrow
+    believes it."""
     write_manifest(tmp_path, [row(n) for n in range(30)], {}, {})
     path = tmp_path / "manifest.parquet"
     whole, expected, draw, told = path.read_bytes(), everything(tmp_path), random.Random(0), 0

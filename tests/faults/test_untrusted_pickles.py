@@ -1,4 +1,5 @@
-"""Pickles that were made to run something, or to fill the memory: each is refused by name, and nothing of it runs."""
+"""Pickles that were made to run something, or to fill the memory: each is refused by name, and nothing of it
+runs."""
 
 import bz2
 import io

@@ -1,4 +1,5 @@
-"""Tars that were made to mislead: each member is read whole and from within the tar, or left out by name; nothing is ever unpacked."""
+"""Tars that were made to mislead: each member is read whole and from within the tar, or left out by name;
+nothing is ever unpacked."""
 
 import io
 import json
@@ -230,9 +231,8 @@ def test_whatever_is_flipped_in_headers_the_members_lie_in_the_tar(
         start = data.draw(st.sampled_from(starts))
         whole[start + data.draw(st.integers(0, 540))] = data.draw(st.integers(0, 255))
         total = sum(whole[start : start + 148]) + 8 * 32 + sum(whole[start + 156 : start + 512])
-        whole[start + 148 : start + 156] = (
-            b"%06o\0 " % total
-        )  # or nearly every flip would be told by this sum
+        # or nearly every flip would be told by this sum
+        whole[start + 148 : start + 156] = b"%06o\0 " % total
     path = tmp_path_factory.getbasetemp() / "flipped.tar"
     path.write_bytes(whole)
     listed = list(list_members(path))
@@ -243,7 +243,8 @@ def test_whatever_is_flipped_in_headers_the_members_lie_in_the_tar(
 
 
 def test_ids_that_lead_elsewhere_name_no_file_of_an_export(tmp_path: Path) -> None:
-    """A list may give any id; the one format with a file for each utterance refuses those that lead out of its folder."""
+    """A list may give any id; the one format with a file for each utterance refuses those that lead out of
+    its folder."""
     for name in ("../x", "/tmp/x", "a/../../x", "a//x", ".x", "x\0", ""):
         described = Described(deduplicated=False, timed=True, num_units=5)
         with pytest.raises(ValueError, match="its id is no name for a file"):

@@ -1,7 +1,8 @@
-"""An output that cannot be made or written: a file in the way, a name too long, a read-only disk, a limit of the size of files.
+"""An output that cannot be made or written: a file in the way, a name too long, a read-only disk, a limit of
+the size of files.
 
-Must hold: before any work, exit status 2 and one line that names the output and the reason; where it shows late only, the same at the
-end. Never a traceback, and nothing left behind.
+Must hold: before any work, exit status 2 and one line that names the output and the reason; where it shows
+late only, the same at the end. Never a traceback, and nothing left behind.
 """
 
 import errno
@@ -282,7 +283,6 @@ def test_an_ascii_locale_reads_writes_and_prints_any_name(tmp_path: Path) -> Non
         and rb"/\xfc: already holds a finished artefact" in done.stderr
         and len(done.stderr.splitlines()) == 1
     )
-    done = run_in_ascii(
-        "transcribe", "--help", PYTHONUTF8="1", PYTHONIOENCODING="ascii"
-    )  # only what is printed is ASCII
+    # only what is printed is ASCII
+    done = run_in_ascii("transcribe", "--help", PYTHONUTF8="1", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"Usage" in done.stdout

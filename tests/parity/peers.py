@@ -1,4 +1,5 @@
-"""Small peers with random weights, and what the parity tests do with them. Their weights reach us through `wordless import`."""
+"""Small peers with random weights, and what the parity tests do with them. Their weights reach us through
+`wordless import`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,8 +119,9 @@ def compare_gradients(
             own[parameter.ours].grad,
         )
         assert gradient is not None
-        # float32 sums over frames and samples in another order, beside the largest entry of the tensor. A key's bias moves no
-        # attention weight, so its gradient is rounding alone: 1e-5 beside gradients of order 1 to 100.
+        # float32 sums over frames and samples in another order, beside the largest entry of the tensor. A
+        # key's bias moves no attention weight, so its gradient is rounding alone: 1e-5 beside gradients of
+        # order 1 to 100.
         torch.testing.assert_close(
             gradient,
             expected,

@@ -1,7 +1,8 @@
 """fairseq's names for the weights of a model of transformers: the same run comes out of both files.
 
-fairseq itself does not install beside a current torch. What stands in for it is transformers' state dict under fairseq's names,
-by the substitutions that transformers' and torchaudio's own converters make; their features are compared elsewhere here.
+fairseq itself does not install beside a current torch. What stands in for it is transformers' state dict
+under fairseq's names, by the substitutions that transformers' and torchaudio's own converters make; their
+features are compared elsewhere here.
 """
 
 import re

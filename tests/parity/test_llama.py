@@ -1,4 +1,5 @@
-"""Our decoder and its export against transformers: the same logits, the same greedy continuation, the tokenizer's ids."""
+"""Our decoder and its export against transformers: the same logits, the same greedy continuation, the
+tokenizer's ids."""
 
 import os
 from pathlib import Path
@@ -93,9 +94,8 @@ def test_logits_equal_those_of_the_class_of_transformers(changes: dict[str, Any]
     tokens = torch.randint(23, (2, 40))
     with torch.no_grad():
         mine, reference = ours(tokens, torch.arange(40).expand(2, -1)), theirs(tokens).logits
-    torch.testing.assert_close(
-        mine, reference, rtol=1e-5, atol=1e-5
-    )  # float32, the same operations in another order
+    # float32, the same operations in another order
+    torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

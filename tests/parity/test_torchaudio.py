@@ -1,4 +1,5 @@
-"""Our encoder, CTC head, HuBERT's loss and its MFCC against torchaudio's, and torchaudio's loading of what we export.
+"""Our encoder, CTC head, HuBERT's loss and its MFCC against torchaudio's, and torchaudio's loading of what we
+export.
 
 torchaudio's wheels end with torch 2.9, so these run in the environment with fairseq2 (`make test-fairseq2`).
 """
@@ -115,7 +116,8 @@ def test_every_layer_equals_that_of_torchaudio(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["large", "large without conv bias"])
 @torch.no_grad()
 def test_every_layer_of_a_padded_batch_equals_that_of_torchaudio(kind: str, tmp_path: Path) -> None:
-    """Padded frames are zeroed before the positional convolution and seen by no attention. (The zeros at BASE's first norm: below.)"""
+    """Padded frames are zeroed before the positional convolution and seen by no attention. (The zeros at
+    BASE's first norm: below.)"""
     theirs = wav2vec2(kind).eval()
     ours, _ = load_encoder(import_peer(theirs, tmp_path))
     lengths = torch.tensor([9000, 5000, 431])
@@ -127,14 +129,14 @@ def test_every_layer_of_a_padded_batch_equals_that_of_torchaudio(kind: str, tmp_
     ):
         for row, length in enumerate(lengths.tolist()):
             frames = num_frames(length)
-            torch.testing.assert_close(
-                mine[row, :frames], reference[row, :frames], rtol=1e-5, atol=5e-5
-            )  # as above
+            # as above
+            torch.testing.assert_close(mine[row, :frames], reference[row, :frames], rtol=1e-5, atol=5e-5)
 
 
 @torch.no_grad()
 def test_torchaudio_s_group_norm_counts_padding_and_ours_does_not(tmp_path: Path) -> None:
-    """The same utterance has other features in another batch there (torchaudio #2242), and the same ones here."""
+    """The same utterance has other features in another batch there (torchaudio #2242), and the same ones
+    here."""
     theirs = wav2vec2("base").eval()
     ours, _ = load_encoder(import_peer(theirs, tmp_path))
     wave = 0.1 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(1))
@@ -149,7 +151,8 @@ def test_torchaudio_s_group_norm_counts_padding_and_ours_does_not(tmp_path: Path
 def test_hubert_loss_and_gradients_equal_those_of_torchaudio(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same masks; penalty and cross entropy put together as torchaudio's recipe does, for utterances of one length."""
+    """The same masks; penalty and cross entropy put together as torchaudio's recipe does, for utterances of
+    one length."""
     theirs = hubert(kind).train()
     ours = load_pretraining(import_peer(theirs, tmp_path), feature_penalty=10.0)
     assert isinstance(ours, Hubert)
@@ -249,21 +252,20 @@ def test_torchaudio_s_own_converter_from_transformers_finds_what_we_export_for_t
 
 
 def test_mfcc_equal_those_of_fairseq_s_recipe_for_hubert() -> None:
-    """`dump_mfcc_feature.py` takes them from torchaudio's Kaldi with these options, and Δ from `compute_deltas`."""
+    """`dump_mfcc_feature.py` takes them from torchaudio's Kaldi with these options, and Δ from
+    `compute_deltas`."""
     import torchaudio
 
     wave = 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)
     options: dict[str, Any] = {"sample_frequency": 16000, "use_energy": False}
-    static = torchaudio.compliance.kaldi.mfcc(
-        torch.from_numpy(wave)[None], dither=0.0, **options
-    )  # (frames at 100 Hz, 13)
+    # (frames at 100 Hz, 13)
+    static = torchaudio.compliance.kaldi.mfcc(torch.from_numpy(wave)[None], dither=0.0, **options)
     first = torchaudio.functional.compute_deltas(static.T)
     expected = torch.cat([static, first.T, torchaudio.functional.compute_deltas(first).T], dim=1)
     found = mfcc(wave)
     assert len(static) == 98 and len(found) == num_frames(16000) == 49
-    np.testing.assert_allclose(
-        found, expected[::2], atol=2e-3
-    )  # float32 FFTs and logarithms, on values up to 40
+    # float32 FFTs and logarithms, on values up to 40
+    np.testing.assert_allclose(found, expected[::2], atol=2e-3)
     np.testing.assert_allclose(deltas(static.numpy()), first.T, atol=1e-5)
 
 
@@ -331,9 +333,8 @@ def test_the_architecture_of_every_published_size_shows_in_its_shapes(name: str)
     )
     attention = theirs.encoder.transformer.layers[0].attention
     assert encoder.num_heads == attention.num_heads
-    assert encoder.norm_first == (
-        not theirs.encoder.transformer.layer_norm_first
-    )  # theirs says where the whole stack's norm is
+    # theirs says where the whole stack's norm is
+    assert encoder.norm_first == (not theirs.encoder.transformer.layer_norm_first)
     with torch.device("meta"):
         ours = torch.nn.ModuleDict({"encoder": Encoder(encoder)}).state_dict()
     written = to_theirs(ours, parameters("torchaudio", encoder, None))

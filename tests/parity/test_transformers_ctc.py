@@ -1,7 +1,9 @@
-"""Recognisers as transformers' Wav2Vec2ForCTC and HubertForCTC, out and in: the pipeline writes what `transcribe` writes.
+"""Recognisers as transformers' Wav2Vec2ForCTC and HubertForCTC, out and in: the pipeline writes what
+`transcribe` writes.
 
-A drawn head changes its mind at every frame, so that texts have doubled letters, leading, trailing and doubled spaces. transformers
-keeps doubled spaces, `transcribe` has single ones: texts are compared with single spaces.
+A drawn head changes its mind at every frame, so that texts have doubled letters, leading, trailing and
+doubled spaces. transformers keeps doubled spaces, `transcribe` has single ones: texts are compared with
+single spaces.
 """
 
 import json
@@ -130,8 +132,9 @@ def test_the_pipeline_writes_what_transcribe_writes(
         given = feature_extractor(wave, sampling_rate=16000, return_tensors="pt")
         with torch.no_grad():
             logits = theirs(**given).logits[0]
-        # float32 sums in another order beside logits up to 40: differences up to 4e-5. A normalised waveform's variance gets 1e-5 in ours
-        # (as in fairseq) and 1e-7 in theirs, which at these loudnesses is 1e-4 of its amplitude: up to 2e-4.
+        # float32 sums in another order beside logits up to 40: differences up to 4e-5. A normalised
+        # waveform's variance gets 1e-5 in ours (as in fairseq) and 1e-7 in theirs, which at these loudnesses
+        # is 1e-4 of its amplitude: up to 2e-4.
         torch.testing.assert_close(
             logits_of(loaded, wave), logits, rtol=0.0, atol=1e-3 if kind == "large" else 2e-4
         )
@@ -144,7 +147,8 @@ def test_the_pipeline_writes_what_transcribe_writes(
 
 
 def test_a_recogniser_that_learned_tones_is_exported_with_what_it_learned(tmp_path: Path) -> None:
-    """The weights of the best checkpoint, not the last; words and single spaces come out as they were taught."""
+    """The weights of the best checkpoint, not the last; words and single spaces come out as they were
+    taught."""
     tones, texts = {"a": 300.0, "b": 700.0, " ": 0.0}, ["ab ba", "bb a", "a aab"]
     time = np.arange(1920) / 16000
     spoken = [
@@ -213,9 +217,8 @@ def test_the_processor_spells_transcripts_as_the_vocabulary_does(tmp_path: Path)
         processor.tokenizer.pad_token_id == 0
         and processor.tokenizer.decode([0, 2, 2, 0, 2, 4, 3, 4]) == "aa b"
     )
-    assert (
-        None in processor(text="ax")["input_ids"]
-    )  # not a class, and so no label: it cannot be trained on by mistake
+    # not a class, and so no label: it cannot be trained on by mistake
+    assert None in processor(text="ax")["input_ids"]
 
 
 def test_config_json_says_how_the_recogniser_was_trained(tmp_path: Path) -> None:
@@ -288,7 +291,8 @@ def test_export_and_import_give_the_same_run(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_our_loss_is_theirs(reduction: str, tmp_path: Path) -> None:
-    """Summed, theirs is ours before it is divided by the symbols of the batch; "mean" divides utterance by utterance."""
+    """Summed, theirs is ours before it is divided by the symbols of the batch; "mean" divides utterance by
+    utterance."""
     options = {**NO_DROPOUT, "vocab_size": 7, "ctc_loss_reduction": reduction, "pad_token_id": 0}
     theirs = transformers_model("Wav2Vec2ForCTC", "large", **options)
     theirs.save_pretrained(tmp_path / "peer")
@@ -310,9 +314,8 @@ def test_our_loss_is_theirs(reduction: str, tmp_path: Path) -> None:
         single.append(model(CTCBatch(one, place, target[None], (len(target),))).total / len(target))
     batch = CTCBatch(buffer, layout, torch.nn.utils.rnn.pad_sequence(targets, True), tuple(map(len, targets)))
     found = model(batch).total if reduction == "sum" else torch.stack(single).mean()
-    torch.testing.assert_close(
-        found, expected, rtol=1e-4, atol=0.0
-    )  # float32 sums over frames in another order
+    # float32 sums over frames in another order
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
 
 
 def vocab(folder: Path, table: dict[str, Any], **settings: Any) -> None:
@@ -365,7 +368,8 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, int], dict[str, Any], dict[str, i
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path: Path) -> None:
-    """Texts and logits, in our order of classes; special words that win a frame are spelled as the pipeline spells them."""
+    """Texts and logits, in our order of classes; special words that win a frame are spelled as the pipeline
+    spells them."""
     kind, size, table, settings, added = PUBLISHED[name]
     blank = table[settings.get("pad_token", "<pad>")]
     rows = len(table) + len(added)
@@ -391,15 +395,15 @@ def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path
         given = transcriber.feature_extractor(wave, sampling_rate=16000, return_tensors="pt")
         with torch.no_grad():
             logits = theirs(**given).logits[0][:, order]
-        # as above; how much of 1e-4 of the amplitude reaches logits up to 40 hangs on the weights, which each version draws otherwise
+        # as above; how much of 1e-4 of the amplitude reaches logits up to 40 hangs on the weights, which each
+        # version draws otherwise
         torch.testing.assert_close(
             logits_of(loaded, wave), logits, rtol=0.0, atol=4e-3 if size == "large" else 2e-4
         )
     said = [single_spaced(transcriber(wave)["text"]) for wave in spoken]
     assert texts_of(tmp_path / "run", tmp_path, spoken) == said and all(said)
-    export_weights(
-        tmp_path / "run", tmp_path / "out", "huggingface"
-    )  # where the blank is 0 and <s> is a token still
+    # where the blank is 0 and <s> is a token still
+    export_weights(tmp_path / "run", tmp_path / "out", "huggingface")
     again = pipeline(tmp_path / "out")
     assert [single_spaced(again(wave)["text"]) for wave in spoken] == said
     assert again.tokenizer.bos_token == "<s>" and again.tokenizer.unk_token == {"xlsr": "[UNK]"}.get(
@@ -411,7 +415,8 @@ def test_a_published_recogniser_writes_the_same_after_import(name: str, tmp_path
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_what_transformers_saves_anew_is_the_same_run(normalize: bool, tmp_path: Path) -> None:
-    """Its version 5 puts the feature extractor's settings into processor_config.json, and writes down every token."""
+    """Its version 5 puts the feature extractor's settings into processor_config.json, and writes down every
+    token."""
     run = recognizer(
         tmp_path / "run", Vocabulary(LETTERS), "large", encoder={"normalize_waveform": normalize}
     )
@@ -465,7 +470,8 @@ def test_jamo_come_out_taken_apart_and_compose_to_what_transcribe_writes(tmp_pat
 
 
 def pieces(folder: Path, kind: str) -> Path:
-    """A tokenizer of pieces: `bpe` by words with a special token around texts, `unigram` with ▁, `bytes` byte by byte."""
+    """A tokenizer of pieces: `bpe` by words with a special token around texts, `unigram` with ▁, `bytes` byte
+    by byte."""
     if kind == "unigram":
         tokenizer = Tokenizer(
             models.Unigram(
@@ -509,9 +515,8 @@ def test_a_recogniser_of_pieces_is_exported_with_its_tokenizer(kind: str, tmp_pa
     ours = load_recognizer(run)
     labels = transcriber.tokenizer("ab a b").input_ids
     theirs = load_file(tmp_path / "out" / "model.safetensors")["lm_head.bias"]
-    assert torch.equal(
-        theirs[labels], ours.model.head.bias[vocabulary.encode("ab a b")]
-    )  # the rows of the same pieces
+    # the rows of the same pieces
+    assert torch.equal(theirs[labels], ours.model.head.bias[vocabulary.encode("ab a b")])
     import_weights(ImportConfig(source=str(tmp_path / "out"), out=str(tmp_path / "again")))
     again = load_recognizer(tmp_path / "again")
     assert again.vocabulary.symbols == vocabulary.symbols and again.fingerprint == ours.fingerprint

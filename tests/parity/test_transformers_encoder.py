@@ -1,4 +1,5 @@
-"""Every layer of our encoder against transformers' wav2vec 2.0 and HuBERT, their random weights imported by `wordless import`."""
+"""Every layer of our encoder against transformers' wav2vec 2.0 and HuBERT, their random weights imported by
+`wordless import`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -65,8 +66,8 @@ def ours_by_layer(encoder: Encoder, waves: Tensor, lengths: list[int]) -> list[T
 def assert_equal_layers(ours: list[Tensor], theirs: list[Tensor], row: int, frames: int) -> None:
     assert len(ours) == len(theirs)
     for layer, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
-        # float32, the same operations in another order through seven convolutions and the layers, features of order 1 to 5: the
-        # largest difference seen is 8e-6
+        # float32, the same operations in another order through seven convolutions and the layers, features of
+        # order 1 to 5: the largest difference seen is 8e-6
         torch.testing.assert_close(
             mine[row, :frames],
             reference[:frames],
@@ -82,7 +83,8 @@ def assert_equal_layers(ours: list[Tensor], theirs: list[Tensor], row: int, fram
 def test_every_layer_of_every_utterance_equals_that_of_transformers_alone(
     kind: str, name: str, models: Callable[[str, str], Pair], lengths: list[int], seed: int
 ) -> None:
-    """Ours in one batch, theirs one utterance at a time: with a group norm their batches count the padding (see below)."""
+    """Ours in one batch, theirs one utterance at a time: with a group norm their batches count the padding
+    (see below)."""
     theirs, ours = models(kind, name)
     waves = draw_waves(lengths, seed)
     found = ours_by_layer(ours, waves, lengths)
@@ -112,7 +114,8 @@ def test_with_layer_norms_their_padded_batches_equal_ours_too(
 def test_with_a_group_norm_padding_changes_their_features_and_not_ours(
     models: Callable[[str, str], Pair],
 ) -> None:
-    """Why BASE is compared one utterance at a time: a statistic over time that includes padding moves every frame."""
+    """Why BASE is compared one utterance at a time: a statistic over time that includes padding moves every
+    frame."""
     theirs, ours = models("base", "Wav2Vec2Model")
     lengths = [6000, 18000]
     waves = draw_waves(lengths, 0)

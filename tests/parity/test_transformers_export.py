@@ -1,4 +1,5 @@
-"""What `wordless export --format huggingface` writes is a transformers model: loaded without a word, and bit for bit the peer's."""
+"""What `wordless export --format huggingface` writes is a transformers model: loaded without a word, and bit
+for bit the peer's."""
 
 import logging
 import warnings
@@ -34,7 +35,8 @@ MODELS = [
 
 
 def load_silently(name: str, folder: Path, caplog: pytest.LogCaptureFixture) -> Any:
-    """`from_pretrained`, where a warning, a log record from WARNING up or a key out of place fails the test."""
+    """`from_pretrained`, where a warning, a log record from WARNING up or a key out of place fails the
+    test."""
     transformers.utils.logging.enable_propagation()
     caplog.clear()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):

@@ -1,4 +1,5 @@
-"""Both objectives and their gradients against transformers: its wav2vec 2.0 loss, and HuBERT's by a slow oracle on its encoder."""
+"""Both objectives and their gradients against transformers: its wav2vec 2.0 loss, and HuBERT's by a slow
+oracle on its encoder."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def draw(lengths: list[int], rng: np.random.Generator) -> tuple[list[np.ndarray]
 def test_wav2vec2_loss_and_gradients_equal_those_of_transformers(
     kind: str, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same masks and distractors, and the argmax instead of a Gumbel draw with the softmax's gradient, in both.
+    """The same masks and distractors, and the argmax instead of a Gumbel draw with the softmax's gradient, in
+    both.
 
     BASE on equal lengths: transformers' group norm counts padding.
     """
@@ -107,7 +109,8 @@ def test_wav2vec2_loss_and_gradients_equal_those_of_transformers(
 def test_hubert_loss_and_gradients_equal_a_slow_oracle_on_transformers_encoder(
     kind: str, tmp_path: Path
 ) -> None:
-    """Frame by frame, the true class and then all classes with its duplicate at minus infinity, as fairseq has it."""
+    """Frame by frame, the true class and then all classes with its duplicate at minus infinity, as fairseq
+    has it."""
     theirs = transformers_model("HubertModel", kind)
     generator = torch.Generator().manual_seed(1)
     heads = {"label_embeddings": (11, 20), "final_proj.weight": (20, 64), "final_proj.bias": (20,)}
@@ -144,9 +147,8 @@ def test_hubert_loss_and_gradients_equal_a_slow_oracle_on_transformers_encoder(
     assert mine.count == sum(counted)
     known_masks = [torch.from_numpy(mask) for mask in masks]
     plain, _, _ = hubert_loss(projected, drawn["label_embeddings"].detach(), targets, known_masks, 0.1)
-    assert mine.metrics["prediction_loss"][0].item() == pytest.approx(
-        plain, rel=1e-5
-    )  # float32 sums against float64
+    # float32 sums against float64
+    assert mine.metrics["prediction_loss"][0].item() == pytest.approx(plain, rel=1e-5)
     assert mine.total.item() == pytest.approx(loss.item(), rel=1e-5)
     mine.total.backward()
     gradients = {

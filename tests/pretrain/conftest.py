@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def run_two_processes(*worker: str | Path, logs: Path, timeout: float) -> Iterator[None]:
-    """A worker's command line under torchrun, in two processes beside the body of the `with`; it must succeed."""
+    """A worker's command line under torchrun, in two processes beside the body of the `with`; it must
+    succeed."""
     command = [
         sys.executable,
         "-m",

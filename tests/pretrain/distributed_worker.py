@@ -25,7 +25,8 @@ NOISY: dict[str, Any] = {**DROPPING, "input_dropout": 0.1, "dropout": 0.1, "atte
 
 
 def hubert(corpus: Path, out: Path, encoder: dict[str, Any] | None = None, **training: Any) -> None:
-    """Batches of about three utterances, one of them of a single one; validation is one batch, so one rank has none."""
+    """Batches of about three utterances, one of them of a single one; validation is one batch, so one rank
+    has none."""
     settings = {
         "max_steps": 6,
         "log_every": 1,
@@ -87,7 +88,8 @@ def cut(corpus: Path, out: Path, **training: Any) -> None:
 
 
 def stopped(corpus: Path, out: Path, **training: Any) -> None:
-    """The run `noisy`, twice stopped by a signal to one rank: after step 3, in the middle between checkpoints, and after step 7."""
+    """The run `noisy`, twice stopped by a signal to one rank: after step 3, in the middle between
+    checkpoints, and after step 7."""
     for step, rank in ((1, 1), (5, 0)):
         with before_each_step(once_at(step, rank=rank)):
             one_session(lambda: noisy(corpus, out, **training))
@@ -104,9 +106,8 @@ def main(corpus: Path, out: Path) -> None:
     hubert(corpus, out / "waveform", {"front_end": "waveform"})
     hubert(corpus, out / "layer_drop", DROPPING, max_steps=24, checkpoint_every=12)
     hubert(corpus, out / "accumulated", accumulate=3)
-    run_linear(
-        out / "linear", LinearTask(num_valid=3, freeze_steps=5), clip_norm=0.5
-    )  # phases; batches of 5 and 3
+    # phases; batches of 5 and 3
+    run_linear(out / "linear", LinearTask(num_valid=3, freeze_steps=5), clip_norm=0.5)
     run_linear(out / "single", LinearTask(batch=1, num_valid=1))  # a rank never has an item of its own
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return

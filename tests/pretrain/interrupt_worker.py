@@ -21,7 +21,8 @@ class StandInConfig(Config):
 
 
 def stand_in(config: StandInConfig) -> dict[str, Any]:
-    """A hundred steps of 20 ms; one step that waits in C for ever; or processes that are at work for a minute."""
+    """A hundred steps of 20 ms; one step that waits in C for ever; or processes that are at work for a
+    minute."""
     if config.how == "pool":
         with process_pool(2) as pool:
             started = [pool.submit(work, config.out) for _ in range(20)]

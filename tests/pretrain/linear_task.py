@@ -1,4 +1,5 @@
-"""The smallest job that uses all of the engine: a regression with dropout, two phases and a validation set."""
+"""The smallest job that uses all of the engine: a regression with dropout, two phases and a validation
+set."""
 
 import os
 import signal
@@ -38,7 +39,8 @@ class Regression(nn.Module):
 
 
 class LinearTask(Task):
-    """23 items in batches of 5, so the last batch of an epoch has 3. `on_step` is called before every step."""
+    """23 items in batches of 5, so the last batch of an epoch has 3. `on_step` is called before every
+    step."""
 
     unit = "item"
 
@@ -99,7 +101,8 @@ class LinearTask(Task):
 
 
 class ScoredTask(LinearTask):
-    """Its validations after steps 2, 4, 6, … say what they are told to, as `valid_score`; validation losses are its own."""
+    """Its validations after steps 2, 4, 6, … say what they are told to, as `valid_score`; validation losses
+    are its own."""
 
     def __init__(self, scores: Sequence[float], **options: Any):
         super().__init__(num_valid=1, **options)
@@ -142,7 +145,8 @@ def run_linear(
 
 
 def kill_while_saving(number: int) -> None:
-    """From now on the process kills itself inside its `number`-th save, between the weights and the optimiser's state."""
+    """From now on the process kills itself inside its `number`-th save, between the weights and the
+    optimiser's state."""
     calls, write = [0], checkpoint.save_file
 
     def write_or_die(*arguments: Any) -> None:

@@ -1,4 +1,5 @@
-"""What test_resuming runs under torchrun, in two processes: runs that are resumed while rank 1 cannot trust what it reads.
+"""What test_resuming runs under torchrun, in two processes: runs that are resumed while rank 1 cannot trust
+what it reads.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/pretrain/resuming_worker.py FOLDER
 """

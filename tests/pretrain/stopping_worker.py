@@ -51,7 +51,8 @@ def once_at(*steps: int, rank: int = 0, number: int = signal.SIGUSR2) -> Callabl
 
 
 def until_finished(run: Callable[[], dict[str, Any]], most: int = 20) -> tuple[dict[str, Any], int]:
-    """`run` again for as long as it is stopped; its summary and how often it was. Signals reach a handler that lets it return."""
+    """`run` again for as long as it is stopped; its summary and how often it was. Signals reach a handler
+    that lets it return."""
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
         for stops in range(most):
@@ -74,7 +75,8 @@ def random_stops(seed: int, max_steps: int, count: int, rank: int = 0) -> Callab
 
 
 class Validated(ScoredTask):
-    """Three batches to validate on. Before those with numbers in `at` (counted over the whole task) it signals itself."""
+    """Three batches to validate on. Before those with numbers in `at` (counted over the whole task) it
+    signals itself."""
 
     def __init__(
         self, scores: list[float], at: Collection[int] = (), in_evaluate: Collection[int] = (), **options: Any
@@ -134,7 +136,8 @@ def elastic(
 
 
 def broken_off(out: Path, at: set[int], rank: int = 0, **settings: Any) -> Callable[[], dict[str, Any]]:
-    """A session of a run that is signalled before the validation batches with numbers in `at`, counted over all sessions."""
+    """A session of a run that is signalled before the validation batches with numbers in `at`, counted over
+    all sessions."""
     validated = 0
 
     def run() -> dict[str, Any]:
@@ -189,8 +192,8 @@ def slow(out: Path, **training: Any) -> None:
 
 
 def lose(out: Path, how: str, when: str) -> None:
-    """Rank 1 stops answering, or dies, between joining and the first step or in step 6. The others wait two seconds for an answer, and not
-    at all for the dead."""
+    """Rank 1 stops answering, or dies, between joining and the first step or in step 6. The others wait two
+    seconds for an answer, and not at all for the dead."""
 
     def lost() -> None:
         if RANK == 1:

@@ -202,9 +202,8 @@ def test_an_architecture_fills_what_is_not_given_and_what_is_given_wins(name: st
     assert (changed.num_layers, changed.norm_first, changed.layer_drop) == (3, False, 0.5)
     assert changed.ffn_dim == ARCHITECTURES[name]["ffn_dim"]
     assert EncoderConfig() == EncoderConfig(architecture="base")  # the defaults are the preset
-    assert (
-        parse_config(EncoderConfig, config.resolved(), "again") == config
-    )  # a resolved config does not move
+    # a resolved config does not move
+    assert parse_config(EncoderConfig, config.resolved(), "again") == config
 
 
 def test_published_architectures_have_the_published_sizes() -> None:

@@ -118,9 +118,8 @@ def test_home_and_variables_are_replaced_in_paths_alone(monkeypatch: pytest.Monk
     assert config.alignments == "a$/~b$5" and config.speaker_pattern == "(?P<speaker>~$DATA|x)$"
     assert parse_config(IndexConfig, config.resolved(), "again") == config
     plain = {"source": "data/./x.tsv", "out": "runs//x/"}
-    assert (
-        parse_config(IndexConfig, plain, "x.toml").resolved()["out"] == "runs//x/"
-    )  # nothing else of a path is touched
+    # nothing else of a path is touched
+    assert parse_config(IndexConfig, plain, "x.toml").resolved()["out"] == "runs//x/"
     assert SampleConfig(lm="~/l", out="o", prompt_audio=["~/p.wav"], codebook="$DATA/c").recordings == [
         "/home/ann/p.wav"
     ]
@@ -189,9 +188,8 @@ def test_no_module_opens_text_in_the_encoding_of_the_locale() -> None:
                 "gzip.open",
                 "os.fdopen",
             )
-            reads = (
-                name in ("read_text", "write_text") and ast.unparse(function) != "read_text"
-            )  # plain_text's is bytes
+            # plain_text's is bytes
+            reads = name in ("read_text", "write_text") and ast.unparse(function) != "read_text"
             if (reads or (is_open and "b'" not in mode)) and not given & {"encoding", "mode"}:
                 wrong.append(f"{path.relative_to(root)}:{node.lineno}")
     assert wrong == []

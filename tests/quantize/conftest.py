@@ -49,7 +49,8 @@ def write_corpus(folder: Path, *, phones: bool = True, num_utterances: int = 12)
 def write_speech(
     folder: Path, speakers: list[str | None], *, phones: bool = True, num_utterances: int = 18
 ) -> str:
-    """Utterances of twelve tones each, a speaker's a little higher than another's: enough for triphones to come again."""
+    """Utterances of twelve tones each, a speaker's a little higher than another's: enough for triphones to
+    come again."""
     rng, rows = np.random.default_rng(0), []
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_utterances):

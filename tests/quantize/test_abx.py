@@ -18,7 +18,8 @@ MODES = ("within", "across")
 
 
 def tokens_at_random(rng: np.random.Generator, num_tokens: int = 60, longest: int = 6) -> Items:
-    """Tokens end to end in two utterances: 4 phones, 4 speakers, 2 contexts, in groups as uneven as chance makes them."""
+    """Tokens end to end in two utterances: 4 phones, 4 speakers, 2 contexts, in groups as uneven as chance
+    makes them."""
     length = rng.integers(1, longest + 1, num_tokens)
     utterance = np.arange(num_tokens) % 2
     last = np.where(utterance, np.cumsum(length * utterance), np.cumsum(length * (1 - utterance)))
@@ -98,8 +99,9 @@ def test_float32_features_score_as_float64_ones():
     wide = {name: values.astype(np.float64) for name, values in features.items()}
     for mode in MODES:
         score = abx(items, features, mode=mode)
-        # A triple that decides otherwise would show, being at least 1e-6 of the score. Lengths of 1 in float32 move one frame distance in
-        # a hundred to the next step of 2^-16, and no triple here is as close as that.
+        # A triple that decides otherwise would show, being at least 1e-6 of the score. Lengths of 1 in
+        # float32 move one frame distance in a hundred to the next step of 2^-16, and no triple here is as
+        # close as that.
         assert score.error == pytest.approx(abx(items, wide, mode=mode).error, abs=1e-9)
 
 
@@ -133,7 +135,8 @@ def test_scores_do_not_depend_on_how_much_is_aligned_at_a_time(distance, batch, 
 
 @pytest.mark.parametrize("distance", ["angular", "cosine"])
 def test_the_same_centroids_in_another_order_are_equally_far(distance):
-    # x is four times one frame; tokens a and b are the same four centroids, in two orders whose float32 sums would differ.
+    # x is four times one frame; tokens a and b are the same four centroids, in two orders whose float32 sums
+    # would differ.
     rng = np.random.default_rng(12)
     for _ in range(20):
         one, *others = rng.standard_normal((5, 64)).astype(np.float32)
@@ -259,7 +262,8 @@ def test_features_that_are_all_the_same_are_exactly_at_chance(mode, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_equal_frames_are_equally_far_to_the_last_bit(dtype):
-    # A matrix product is not: its last bits depend on the place in the matrix. Centroids as features tie all the time.
+    # A matrix product is not: its last bits depend on the place in the matrix. Centroids as features tie all
+    # the time.
     rng = np.random.default_rng(7)
     for num_tokens in (7, 20, 47, 700):
         units = rng.integers(0, 5, num_tokens)
@@ -275,7 +279,8 @@ def test_equal_frames_are_equally_far_to_the_last_bit(dtype):
 
 
 def test_contexts_are_averaged_before_speakers_and_speakers_before_phone_pairs():
-    # fastabx's documentation, "ABX discriminability": contexts 0 and 1 of speaker 1, context 1 of speaker 2 make 0.75.
+    # fastabx's documentation, "ABX discriminability": contexts 0 and 1 of speaker 1, context 1 of speaker 2
+    # make 0.75.
     cells = [
         (0, 0, np.array([1]), np.array([0.0])),
         (0, 0, np.array([1]), np.array([1.0])),
@@ -313,9 +318,9 @@ def test_a_token_has_the_frames_whose_middles_lie_in_it():
         [(0.0, 0.03, "a"), (0.03, 0.0699, "b"), (0.07, 0.29, "a"), (0.29, 0.295, "b"), (0.295, 9.0, "a")],
         frames=20,
     )
-    # Middles are 0.01, 0.03, 0.05 … s: 0.03 is in both a and b (fastabx: both ends included), 0.07 is not in the first b. In
-    # floating point 0.07 s · 50 Hz is a little more than 3.5 and 0.29 s · 50 Hz a little less than 14.5: frames 3 and 14 are the
-    # middle a's all the same. The last a ends with the audio.
+    # Middles are 0.01, 0.03, 0.05 … s: 0.03 is in both a and b (fastabx: both ends included), 0.07 is not in
+    # the first b. In floating point 0.07 s · 50 Hz is a little more than 3.5 and 0.29 s · 50 Hz a little less
+    # than 14.5: frames 3 and 14 are the middle a's all the same. The last a ends with the audio.
     assert described(phone_items([utterance], context="any")) == [
         ("u", "a", "", 0, 2),
         ("u", "b", "", 1, 3),

@@ -110,7 +110,8 @@ print(json.dumps(landed))
 
 
 def start_worker(out: Path, config: dict[str, Any], kills: int, threads: int) -> "subprocess.Popen[str]":
-    """`cluster` in a process of its own, killed so many times on the way; it prints what then lay in `partial/`."""
+    """`cluster` in a process of its own, killed so many times on the way; it prints what then lay in
+    `partial/`."""
     arguments = [json.dumps({**config, "out": str(out)}), str(kills)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     return subprocess.Popen(
@@ -135,9 +136,8 @@ def test_kills_and_threads_leave_no_trace_in_the_codebook(corpus: Path, tmp_path
     assert len(landed) >= 5, landed  # on a fast machine it may be done before the twentieth
     assert any("collected.json" in files for files in landed), landed
     assert Codebook.open(tmp_path / "whole").fingerprint == Codebook.open(tmp_path / "killed").fingerprint
-    with pytest.raises(
-        ValueError, match="already holds"
-    ):  # clears away what a kill right after the commit left
+    # clears away what a kill right after the commit left
+    with pytest.raises(ValueError, match="already holds"):
         cluster(ClusterConfig(**{**config, "out": str(tmp_path / "killed")}))
     assert not (tmp_path / "killed" / "partial").exists()
 
@@ -237,9 +237,8 @@ def test_spherical_centroids_are_directions_and_labels_the_smallest_angles(
         ClusterConfig(manifest=str(corpus), num_classes=8, spherical=True, out=str(tmp_path / "codebook"))
     )
     codebook = Codebook.open(tmp_path / "codebook")
-    np.testing.assert_allclose(
-        np.linalg.norm(codebook.centroids[0], axis=1), 1, atol=1e-6
-    )  # float32 rounding of 39 squares
+    # float32 rounding of 39 squares
+    np.testing.assert_allclose(np.linalg.norm(codebook.centroids[0], axis=1), 1, atol=1e-6)
     frames = np.concatenate([features for _, features in MfccSource().features(list(Manifest(corpus)))])
     cosines = (frames - codebook.mean).astype(np.float64) @ codebook.centroids[0].T
     best = cosines.max(axis=1)

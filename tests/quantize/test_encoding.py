@@ -276,14 +276,16 @@ BORDERS = {
 
 
 def on_borders(kind: str, corpus: Path, folder: Path, changes: list[tuple[int, dict[str, Any]]]) -> None:
-    """Encode with each number of threads and changed settings: not one label differs from the codebook's of the source's features."""
+    """Encode with each number of threads and changed settings: not one label differs from the codebook's of
+    the source's features."""
     run = write_untrained(folder / "run", **BORDERS[kind])
     source = open_encoder_source(str(run), 2, device="cpu")
     found = {utterance.id: features for utterance, features in source.features(list(Manifest(corpus)))}
     frames = np.concatenate(list(found.values()))
     codebook = write_border_codebook(folder / "codebook", source, frames)
     noise = 1e-6 * np.random.default_rng(1).standard_normal(frames.shape).astype(np.float32)
-    # This can fail: differences in the last bits, such as another number of rows makes, turn many labels over.
+    # This can fail: differences in the last bits, such as another number of rows makes, turn many labels
+    # over.
     assert (codebook.assign(frames) != codebook.assign(frames + noise)).mean() > 0.05
     expected, threads = (
         {name: codebook.assign(features).tolist() for name, features in found.items()},
@@ -450,9 +452,8 @@ def test_a_kill_before_any_step_of_any_file_leaves_no_trace(
     keys: dict[str, Any] = {"manifest": str(corpus), "codebook": mfcc_codebook, "num_shards": 2}
     encode(EncodeConfig(**keys, out=str(tmp_path / "whole")))
     killed = harness("steps", **keys, out=str(tmp_path / "killed"))
-    assert len(killed) == 3 * (
-        1 + 2 * 2 + 1
-    )  # file, rename, folder; of the plan, two files a shard, meta.json
+    # file, rename, folder; of the plan, two files a shard, meta.json
+    assert len(killed) == 3 * (1 + 2 * 2 + 1)
     assert any(name.endswith(".tmp") for _, left, _ in killed for name in left)
     for out, _, finished in killed:
         assert content(Path(out)) == content(tmp_path / "whole") and Labels(out).ids == Manifest(corpus).ids
@@ -729,7 +730,8 @@ def test_memory_does_not_grow_with_the_corpus(
         peaks.append(
             int(start_encode(manifest, codebook, tmp_path / f"labels{copies}", 1, *encoder).communicate()[0])
         )
-    # kB; the longer one has 840 rows and 11 minutes of audio more: 40 MB as samples, 22 MB as features of 8 dimensions and more
+    # kB; the longer one has 840 rows and 11 minutes of audio more: 40 MB as samples, 22 MB as features of 8
+    # dimensions and more
     assert peaks[1] < peaks[0] + 8_000, peaks
 
 

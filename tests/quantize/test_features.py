@@ -30,7 +30,8 @@ from tests.pretrain.model.test_streaming import CHUNKS, KINDS, ROUNDING, encoder
 
 
 def kaldi_mfcc(wave: np.ndarray) -> np.ndarray:
-    """Kaldi's compute-mfcc-feats in float64, frame by frame, as its documentation has it: (frames at 100 Hz, 13)."""
+    """Kaldi's compute-mfcc-feats in float64, frame by frame, as its documentation has it: (frames at 100 Hz,
+    13)."""
 
     def mel(hertz: np.ndarray) -> np.ndarray:
         return 1127 * np.log(1 + hertz / 700)
@@ -263,9 +264,8 @@ def test_a_streaming_encoder_has_no_cuts_in_a_long_utterance(
             for one, other in zip(layers, wanted, strict=True):
                 assert one.shape == (utterance.num_frames, source.dim)
                 np.testing.assert_allclose(one, other, **ROUNDING)
-    assert [num_frames(len(wave)) for wave in extracted] == [
-        utterances[0].num_frames
-    ] * 2  # that, and not the other
+    # that, and not the other
+    assert [num_frames(len(wave)) for wave in extracted] == [utterances[0].num_frames] * 2
 
 
 @given(st.integers(1, 30_000))
@@ -286,7 +286,8 @@ def test_other_precisions_change_features_a_little_and_nothing_but_that(corpus: 
         for utterance, features in open_encoder_source(str(run), 2, **options).features(utterances)
     }
     scale = np.concatenate(list(expected.values())).std()
-    # relative errors of a product: 2^-9 of a bfloat16 factor, 1 / 254 of the largest of a row in 8 bits; a few products deep
+    # relative errors of a product: 2^-9 of a bfloat16 factor, 1 / 254 of the largest of a row in 8 bits; a
+    # few products deep
     for precision, bound in (("bfloat16", 0.03), ("int8", 0.1)):
         source = open_encoder_source(str(run), 2, precision=precision, **options)
         for utterance, features in source.features(utterances):

@@ -1,4 +1,5 @@
-"""Codebooks from scikit-learn's own files and from plain ones, and out again; what a hostile pickle names is refused, and not run."""
+"""Codebooks from scikit-learn's own files and from plain ones, and out again; what a hostile pickle names is
+refused, and not run."""
 
 import io
 import os
@@ -59,7 +60,8 @@ def refusal(source: Path, out: Path, **options: Any) -> str:
 
 @pytest.fixture(scope="module")
 def fitted() -> dict[str, KMeans | MiniBatchKMeans]:
-    """As fairseq fits them (float32, MiniBatchKMeans, no seed in the file) and otherwise: float64, a seed, a generator."""
+    """As fairseq fits them (float32, MiniBatchKMeans, no seed in the file) and otherwise: float64, a seed, a
+    generator."""
     frames = draws()
     fairseq = MiniBatchKMeans(20, batch_size=500, n_init=1, max_no_improvement=20, random_state=0).fit(frames)
     fairseq.random_state = None
@@ -81,16 +83,16 @@ def test_joblib_files_of_scikit_learn_give_their_labels(
     codebook = imported(tmp_path / "km.bin", tmp_path / "codebook")
     centroids = fitted[kind].cluster_centers_
     assert centroids.dtype == (np.float64 if kind == "float64" else np.float32)
-    assert np.array_equal(
-        codebook.decode(np.arange(20)), centroids.astype(np.float32)
-    )  # to the last bit: the mean is zero
+    # to the last bit: the mean is zero
+    assert np.array_equal(codebook.decode(np.arange(20)), centroids.astype(np.float32))
     frames = draws(seed=1)
     found = codebook.assign(frames)
     exact = squared_distances(frames, centroids)
     best = exact.min(axis=1)
     if centroids.dtype == np.float32:
         assert np.array_equal(found, exact.argmin(axis=1))
-    # scikit-learn's float32 distances are wrong by some roundings (6e-8) of |x|²; float64 centroids are rounded by as much.
+    # scikit-learn's float32 distances are wrong by some roundings (6e-8) of |x|²; float64 centroids are
+    # rounded by as much.
     near = 1e-6 * np.square(frames, dtype=np.float64).sum(axis=1)
     for labels in (found, fitted[kind].predict(frames.astype(centroids.dtype))):
         assert (exact[np.arange(len(frames)), labels] - best <= near).all()
@@ -109,7 +111,8 @@ def test_plain_pickles_are_read_in_every_protocol(
 
 
 def test_names_of_older_libraries_are_known(fitted: dict[str, Any], tmp_path: Path) -> None:
-    """Files of 2019 name scikit-learn's, numpy's and joblib's modules otherwise, and joblib did not align arrays."""
+    """Files of 2019 name scikit-learn's, numpy's and joblib's modules otherwise, and joblib did not align
+    arrays."""
     names = [
         ("sklearn.cluster._kmeans", "sklearn.cluster.k_means_"),
         ("numpy._core.", "numpy.core."),
@@ -529,7 +532,8 @@ def test_what_goes_out_and_comes_back_in_gives_the_same_labels(
     assert stored.dtype == np.float32 and stored.shape == ((16, DIM) if levels == 1 else (levels, 16, DIM))
     back = imported(out, tmp_path / "back", mfcc=True)
     frames = draws(5000, seed=1)
-    # mean + centroid is rounded to float32 once, by at most 1e-6 here; none of these frames lies that near to a border.
+    # mean + centroid is rounded to float32 once, by at most 1e-6 here; none of these frames lies that near to
+    # a border.
     assert np.array_equal(back.assign(frames), codebook.assign(frames))
     # the mean, the centroids and a sum of four float32 of about 30: each rounds by at most 2e-6
     assert np.abs(back.decode(back.assign(frames)) - codebook.decode(codebook.assign(frames))).max() < 1e-5

@@ -55,9 +55,8 @@ def test_the_lowest_index_wins_a_tie() -> None:
 def test_labels_do_not_depend_on_the_chunks_they_are_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     points = blobs(5000, 64, 30, offset=20.0)
     rng = np.random.default_rng(1)
-    centroids = np.concatenate(
-        [points[:40], (points[:20] + points[20:40]) / 2]
-    )  # borders with many near ties
+    # borders with many near ties
+    centroids = np.concatenate([points[:40], (points[:20] + points[20:40]) / 2])
     mean = points.mean(axis=0)
     expected = nearest(points, centroids - mean, mean)
     for size in (1, 7, 333):
@@ -80,30 +79,28 @@ def test_one_class_takes_everything_and_no_points_have_no_labels() -> None:
 
 @pytest.mark.slow
 def test_a_cluster_of_twenty_million_points_keeps_its_true_mean() -> None:
-    points = np.where(np.arange(20_000_000) % 2, np.float32(3), np.float32(1))[
-        :, None
-    ]  # float32 sums give 3.48, outside the data
+    # float32 sums give 3.48, outside the data
+    points = np.where(np.arange(20_000_000) % 2, np.float32(3), np.float32(1))[:, None]
     points[:3] = 1.5
     fit = kmeans(points, 1)
     mean = points.mean(dtype=np.float64)
-    assert (
-        abs(fit.mean.astype(np.float64) + fit.centroids[0, 0] - mean).item() < 1e-9
-    )  # the centroid takes up the mean's rounding
+    # the centroid takes up the mean's rounding
+    assert abs(fit.mean.astype(np.float64) + fit.centroids[0, 0] - mean).item() < 1e-9
     assert fit.levels[0].inertia == pytest.approx(points.var(dtype=np.float64), rel=1e-9)
     assert (fit.levels[0].largest_share, fit.levels[0].relative_error) == (1.0, pytest.approx(1.0))
 
 
 @pytest.mark.slow
 def test_a_huge_cluster_far_from_the_mean_keeps_its_true_mean() -> None:
-    # Sums of centred rows are as large as sums get here: 1.2e9, where float32 has steps of 128 and rows of 60 lose up to a tenth.
+    # Sums of centred rows are as large as sums get here: 1.2e9, where float32 has steps of 128 and rows of 60
+    # lose up to a tenth.
     points = np.where(np.arange(20_000_000) % 2, np.float32(3), np.float32(1))[:, None]
     points[::21] = 1000
     huge = points[points < 100].mean(dtype=np.float64)
     fit = kmeans(points, 2)
     centroids = np.sort(fit.centroids[0, :, 0].astype(np.float64) + fit.mean)
-    np.testing.assert_allclose(
-        centroids, [huge, 1000], atol=1e-5
-    )  # half an ulp of the centred centroid, 48, is 2e-6
+    # half an ulp of the centred centroid, 48, is 2e-6
+    np.testing.assert_allclose(centroids, [huge, 1000], atol=1e-5)
     in_float32 = (
         np.cumsum(points[points < 100] - fit.mean, dtype=np.float32)[-1] / np.float32((points < 100).sum())
         + fit.mean[0]
@@ -129,9 +126,8 @@ def test_a_huge_cluster_beside_small_ones_keeps_its_true_mean() -> None:
     fit = kmeans(points, 3, seed=1)
     centroids = fit.centroids[0].astype(np.float64) + fit.mean
     closest = centroids[np.abs(centroids - 2).sum(axis=1).argmin()]
-    np.testing.assert_allclose(
-        closest, silence.mean(axis=0, dtype=np.float64), atol=1e-6
-    )  # half an ulp of 2 is 1.2e-7
+    # half an ulp of 2 is 1.2e-7
+    np.testing.assert_allclose(closest, silence.mean(axis=0, dtype=np.float64), atol=1e-6)
     assert fit.levels[0].largest_share == pytest.approx(1e6 / 1_001_000)
 
 
@@ -160,7 +156,8 @@ def test_an_outlier_a_million_times_the_rest_moves_no_other_centroid() -> None:
     fit = kmeans(points, 5, tolerance=0.0)
     centroids, inertia = slow_lloyd(points - fit.mean, fit.centroids[0], 1)
     assert np.sort(np.abs(centroids).max(axis=1))[-2] < 1e3  # the outlier is alone
-    # rounding to 2^-41 of a million is 4.5e-7; float32 rounds the mean it leaves (300 in each dimension) to 1.5e-5
+    # rounding to 2^-41 of a million is 4.5e-7; float32 rounds the mean it leaves (300 in each dimension) to
+    # 1.5e-5
     np.testing.assert_allclose(fit.centroids[0], centroids, rtol=1e-6, atol=2e-5)
     assert fit.levels[0].inertia == pytest.approx(inertia, rel=1e-3)  # float64 on energies of 10^12
 
@@ -169,9 +166,8 @@ def test_the_fit_is_a_fixed_point_of_slow_float64_lloyd() -> None:
     points = blobs(1500, 8, 12, offset=5.0)
     fit = kmeans(points, 12, tolerance=0.0, max_iterations=200)
     centroids, inertia = slow_lloyd(points - fit.mean, fit.centroids[0], 1)
-    np.testing.assert_allclose(
-        fit.centroids[0], centroids, rtol=1e-7, atol=1e-7
-    )  # one rounding to float32, of values near 5
+    # one rounding to float32, of values near 5
+    np.testing.assert_allclose(fit.centroids[0], centroids, rtol=1e-7, atol=1e-7)
     level = fit.levels[0]
     assert level.inertia == pytest.approx(inertia, rel=1e-7)
     assert level.relative_error == pytest.approx(
@@ -193,9 +189,8 @@ def test_the_sketch_that_seeding_looks_at_keeps_distances() -> None:
     looked = _sketch(points, np.random.default_rng(0))
     exact, sketched = (np.square(array[:-1] - array[1:]).sum(axis=1) for array in (points, looked))
     ratios = sketched / exact
-    assert (
-        looked.shape == (400, SKETCH) and abs(ratios.mean() - 1) < 0.05 and ratios.std() < 0.16
-    )  # √(2/128) = 0.125
+    # √(2/128) = 0.125
+    assert looked.shape == (400, SKETCH) and abs(ratios.mean() - 1) < 0.05 and ratios.std() < 0.16
 
 
 def test_inertia_is_close_to_the_best_of_scikit_learn() -> None:
@@ -230,12 +225,10 @@ def test_values_whose_squares_overflow_are_an_error_and_tiny_ones_are_not() -> N
     points = blobs(200, 3, 2)
     with pytest.raises(ValueError, match="cannot hold its square"):
         kmeans(points * np.float32(1e20), 2)
-    plain, tiny = (
-        kmeans(points * np.float32(scale), 2).levels[0] for scale in (1, 2.0**-80)
-    )  # squares below the smallest float32
-    assert tiny.num_empty == 0 and tiny.relative_error == pytest.approx(
-        plain.relative_error, rel=0.02
-    )  # from another start
+    # squares below the smallest float32
+    plain, tiny = (kmeans(points * np.float32(scale), 2).levels[0] for scale in (1, 2.0**-80))
+    # from another start
+    assert tiny.num_empty == 0 and tiny.relative_error == pytest.approx(plain.relative_error, rel=0.02)
 
 
 def test_more_classes_than_frames_is_an_error_that_names_both() -> None:
@@ -249,9 +242,8 @@ def test_more_classes_than_frames_is_an_error_that_names_both() -> None:
 def test_fewer_distinct_points_than_classes_are_reported_as_empty_classes(options: dict[str, Any]) -> None:
     points = np.repeat(blobs(3, 5, 3), 40, axis=0)
     fit = kmeans(points, 7, **options)
-    assert [level.num_empty for level in fit.levels] == [4, 6][
-        : len(fit.levels)
-    ]  # nothing is left for a second level
+    # nothing is left for a second level
+    assert [level.num_empty for level in fit.levels] == [4, 6][: len(fit.levels)]
     assert all(level.inertia == pytest.approx(0, abs=1e-9) for level in fit.levels)
     assert len(set(nearest(points, fit.centroids[0], fit.mean).tolist())) == 3
 
@@ -280,22 +272,20 @@ def test_rows_are_redrawn_in_proportion_to_their_squared_distance() -> None:
     rng = np.random.default_rng(0)
     draws = [_draw_far(rows, np.zeros((1, 1), dtype=np.float32), labels, 3, rng) for _ in range(2000)]
     firsts = np.bincount([drawn[0] for drawn in draws], minlength=4) / 2000
-    np.testing.assert_allclose(
-        firsts, np.array([0, 1, 4, 9]) / 14, atol=0.045
-    )  # four standard deviations of 2,000 draws
-    assert all(
-        sorted(drawn) == [1, 2, 3] for drawn in draws
-    )  # without replacement, and never what lies on its centroid
+    # four standard deviations of 2,000 draws
+    np.testing.assert_allclose(firsts, np.array([0, 1, 4, 9]) / 14, atol=0.045)
+    # without replacement, and never what lies on its centroid
+    assert all(sorted(drawn) == [1, 2, 3] for drawn in draws)
 
 
 def planted(num_points: int, num_classes: int, dim: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Points that are sums of a far centre, an offset a tenth as long and one a hundredth as long; and the three codebooks."""
+    """Points that are sums of a far centre, an offset a tenth as long and one a hundredth as long; and the
+    three codebooks."""
     rng = np.random.default_rng(0)
     books = [np.linalg.qr(rng.standard_normal((dim, dim)))[0][:num_classes] * scale for scale in (100, 10, 1)]
     grid = np.stack(np.meshgrid(*[range(num_classes)] * 3), axis=-1).reshape(-1, 3)
-    labels = rng.permutation(
-        np.resize(grid, (num_points, 3))
-    )  # every sum equally often, so that a level's mean shifts no other
+    # every sum equally often, so that a level's mean shifts no other
+    labels = rng.permutation(np.resize(grid, (num_points, 3)))
     points = sum(book[labels[:, level]] for level, book in enumerate(books)) + 0.01 * rng.standard_normal(
         (num_points, dim)
     )
@@ -308,9 +298,8 @@ def test_planted_additive_codebooks_are_recovered_and_the_error_falls_at_every_l
     for centroids, book in zip(fit.centroids, books, strict=False):
         order = np.linalg.norm(centroids[:, None] - book, axis=2).argmin(axis=0)
         assert sorted(order) == list(range(5))
-        np.testing.assert_allclose(
-            centroids[order], book, atol=0.005
-        )  # noise of 0.01 over 1,200 points of a class: 0.0003
+        # noise of 0.01 over 1,200 points of a class: 0.0003
+        np.testing.assert_allclose(centroids[order], book, atol=0.005)
     errors = [1.0] + [level.relative_error for level in fit.levels]
     assert all(after < before for before, after in pairwise(errors))
     assert fit.levels[2].inertia == pytest.approx(24 * 0.01**2, rel=0.05)  # three levels leave the noise
@@ -348,9 +337,8 @@ def test_spherical_centroids_are_the_directions_of_their_rows_and_the_nearest_is
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-7)
     cosines = rows @ centroids.T
     labels = cosines.argmax(axis=1)
-    assert np.array_equal(
-        labels, nearest(points.astype(np.float32), fit.centroids[0])
-    )  # as `Codebook.assign` asks, unscaled
+    # as `Codebook.assign` asks, unscaled
+    assert np.array_equal(labels, nearest(points.astype(np.float32), fit.centroids[0]))
     directions = np.array([rows[labels == k].sum(axis=0) for k in range(10)])
     np.testing.assert_allclose(
         centroids, directions / np.linalg.norm(directions, axis=1, keepdims=True), atol=1e-6
@@ -377,7 +365,8 @@ FITS = {
 
 
 def started_badly(rows: Rows, num_classes: int, rng: np.random.Generator) -> Run:
-    """Centroids of which half are too far from everything to win a row, so that rows are drawn in their place."""
+    """Centroids of which half are too far from everything to win a row, so that rows are drawn in their
+    place."""
     centroids = rows[:num_classes].copy()
     centroids[::2] *= 1000
     return Run(centroids, rng)
@@ -456,9 +445,8 @@ module.seeding = badly
 print(peak(points[:20_000]), peak(points))
 """
     few, many = map(float, in_a_process(script, OMP_NUM_THREADS="1").split())
-    assert (
-        many - few < 30
-    )  # MB: labels of two levels are 0.4, what is left to chance is the C library's; the rows more are 184
+    # MB: labels of two levels are 0.4, what is left to chance is the C library's; the rows more are 184
+    assert many - few < 30
 
 
 class KilledError(Exception):
@@ -491,9 +479,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(
-        module, "_start", started_badly
-    )  # rows are drawn again, so the generator's state matters
+    # rows are drawn again, so the generator's state matters
+    monkeypatch.setattr(module, "_start", started_badly)
     points = blobs(12_000, 7, 60, offset=20.0)
     expected = kmeans(points, 30, seed=4, max_iterations=12, **options)
     state = tmp_path / "state.safetensors"
@@ -511,9 +498,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(
     monkeypatch.setattr(module, "progress", watched(module.progress, done))
     assert same(kmeans(points, 30, seed=4, max_iterations=12, state=state, **options), expected)
     assert done[0] > 0  # it went on; it did not start again
-    assert same(
-        kmeans(points, 30, seed=4, max_iterations=12, state=state, **options), expected
-    )  # a finished one is read
+    # a finished one is read
+    assert same(kmeans(points, 30, seed=4, max_iterations=12, state=state, **options), expected)
 
 
 def watched(progress: Any, done: list[float]) -> Any:

@@ -1,4 +1,5 @@
-"""The verb `measure` on labels: planted units, real codebooks of MFCC and of a tiny encoder, and corpora that lack something."""
+"""The verb `measure` on labels: planted units, real codebooks of MFCC and of a tiny encoder, and corpora that
+lack something."""
 
 import json
 import re
@@ -349,9 +350,8 @@ def test_each_level_of_a_codebook_takes_some_of_the_error(speech: str, tmp_path:
     frames = np.concatenate(list(found.values()))
     mean = frames.mean(0)
     first = (frames - mean)[rng.choice(len(frames), 8, replace=False)]
-    second = (
-        rng.standard_normal((8, 39)) * 0.5 * (np.arange(8) > 0)[:, None]
-    )  # one of them changes nothing: no frame gets worse
+    # one of them changes nothing: no frame gets worse
+    second = rng.standard_normal((8, 39)) * 0.5 * (np.arange(8) > 0)[:, None]
     source = {"kind": "mfcc", "cmvn": False}
     fingerprint = write_codebook(tmp_path / "codebook", np.stack([first, second]), mean, source, {}, {}, {})
     codebook = Codebook.open(tmp_path / "codebook")
@@ -369,9 +369,8 @@ def test_each_level_of_a_codebook_takes_some_of_the_error(speech: str, tmp_path:
     one, two = summary["quantisation_error_by_level"]
     both = np.concatenate([codebook.decode(levels) for levels in labels.values()])
     assert 1 > one > two == summary["quantisation_error"]
-    assert two == pytest.approx(
-        ((frames - both) ** 2).sum(1).mean() / frames.var(0).sum(), rel=1e-4
-    )  # frames are float32 here
+    # frames are float32 here
+    assert two == pytest.approx(((frames - both) ** 2).sum(1).mean() / frames.var(0).sum(), rel=1e-4)
 
 
 def test_a_spherical_codebook_has_no_quantisation_error_and_the_notes_say_so(

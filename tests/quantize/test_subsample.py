@@ -27,7 +27,8 @@ from quantize.subsample import (
 
 
 class Numbered:
-    """Features without audio: frame t of utterance "u7" is (7, t). Counts what it is asked for, and stops where told."""
+    """Features without audio: frame t of utterance "u7" is (7, t). Counts what it is asked for, and stops
+    where told."""
 
     dim = 2
 
@@ -140,9 +141,8 @@ def test_speakers_give_alike_and_a_short_one_all_it_has(tmp_path: Path) -> None:
     ]  # the nameless are one
     assert sample.size == 330 and len(Sample(rows, 10**6, seed=0)) == len(rows)
     plain = Sample(rows, 330, seed=0, balance="none")
-    assert (
-        plain.size == 330 and plain.speaker_frames is not None and plain.speaker_frames[0] > 150
-    )  # 20 of 29 utterances
+    # 20 of 29 utterances
+    assert plain.size == 330 and plain.speaker_frames is not None and plain.speaker_frames[0] > 150
 
 
 def test_without_speakers_or_with_one_balancing_changes_nothing(tmp_path: Path) -> None:
@@ -222,7 +222,8 @@ def test_collecting_goes_on_where_it_was_interrupted_and_writes_the_same_bytes(t
 @pytest.mark.usefixtures("recorded_at_once")
 def test_an_interrupted_run_makes_the_same_batches(tmp_path: Path) -> None:
     class Batched(Numbered):
-        """Features that tell the company an utterance was computed in: the number of its batch's first, and its place."""
+        """Features that tell the company an utterance was computed in: the number of its batch's first, and
+        its place."""
 
         def stream(self, groups: Iterable[Sequence[Utterance]]) -> Iterator[tuple[Utterance, np.ndarray]]:
             for batch in chain.from_iterable(plan_batches(group, 3.0) for group in groups):
@@ -246,9 +247,8 @@ def test_a_record_without_its_file_is_not_believed(tmp_path: Path) -> None:
 
 
 def test_what_fits_the_budget_is_in_memory_and_the_rest_stays_on_disk(tmp_path: Path) -> None:
-    np.save(
-        tmp_path / "sample.npy", np.arange(5000, dtype=np.float32).reshape(-1, 2)
-    )  # 20,128 bytes with the header
+    # 20,128 bytes with the header
+    np.save(tmp_path / "sample.npy", np.arange(5000, dtype=np.float32).reshape(-1, 2))
     held, mapped = load_sample(tmp_path / "sample.npy", 20.2e-6), load_sample(tmp_path / "sample.npy", 20e-6)
     assert not isinstance(held, np.memmap) and isinstance(mapped, np.memmap) and np.array_equal(held, mapped)
 

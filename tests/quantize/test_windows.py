@@ -1,4 +1,5 @@
-"""Long utterances go through an encoder in windows (quantize/features.py): what that changes, and what not."""
+"""Long utterances go through an encoder in windows (quantize/features.py): what that changes, and what
+not."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ WINDOWS = (
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Utterance:
-    """Tones in noise whose level moves forty-fold, at a constant offset: every window has statistics of its own."""
+    """Tones in noise whose level moves forty-fold, at a constant offset: every window has statistics of its
+    own."""
     rng, num_samples = np.random.default_rng(0), SECONDS * 16000 + 123
     path, time = tmp_path_factory.mktemp("long") / "long.wav", np.arange(num_samples) / 16000
     tones = np.repeat(rng.uniform(200, 4000, num_samples // 1600 + 1), 1600)[:num_samples]
@@ -68,7 +70,8 @@ def labels_of(features: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def test_all_but_attention_sees_the_whole_of_a_long_utterance(
     kind: dict[str, Any], device_path: bool, long: Utterance
 ) -> None:
-    """Without attention, features of windows are those of the whole utterance, beside the cuts and far from them."""
+    """Without attention, features of windows are those of the whole utterance, beside the cuts and far from
+    them."""
     module = encoder(None, **kind)
     for layer in module.layers:
         torch.nn.init.zeros_(layer.attention_out.weight)
@@ -82,9 +85,10 @@ def test_all_but_attention_sees_the_whole_of_a_long_utterance(
 def test_labels_of_a_long_utterance_are_those_of_the_whole_whatever_the_window(
     name: str, long: Utterance
 ) -> None:
-    """What is left is attention, which sees its window. With drawn weights it attends all alike, near and far, and the mean of ten seconds
-    is not that of an utterance that grows louder all the time: this is far more than with a trained encoder (README). Before, each
-    window had statistics of its own, and 11 % (small), 70 % (base) and 40 % (large) of these labels changed."""
+    """What is left is attention, which sees its window. With drawn weights it attends all alike, near and
+    far, and the mean of ten seconds is not that of an utterance that grows louder all the time: this is far
+    more than with a trained encoder (README). Before, each window had statistics of its own, and 11 %
+    (small), 70 % (base) and 40 % (large) of these labels changed."""
     module = encoder(None, **KINDS[name])
     whole = layers_of(module, long, 10**6)
     error, agreement = {"small": (0.08, 0.95), "base": (0.18, 0.85), "large": (0.06, 0.92)}[name]

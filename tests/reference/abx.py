@@ -1,4 +1,5 @@
-"""ABX as the papers write it: a loop over triples, a textbook DTW with its path traced back, averages in nested dictionaries.
+"""ABX as the papers write it: a loop over triples, a textbook DTW with its path traced back, averages in
+nested dictionaries.
 
 Frame distances are rounded to 2^-16: then sums are exact, and what is equal is equal.
 """
@@ -25,7 +26,8 @@ def frame_distance(distance: str) -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def dtw(costs: np.ndarray) -> float:
-    """Sum of costs (rows, cols) along the cheapest path over its length; of equal predecessors the diagonal, then a column back."""
+    """Sum of costs (rows, cols) along the cheapest path over its length; of equal predecessors the diagonal,
+    then a column back."""
     rows, cols = costs.shape
     sums = np.full((rows, cols), np.inf)
     for i in range(rows):

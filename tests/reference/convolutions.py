@@ -1,4 +1,5 @@
-"""wav2vec 2.0's convolutional front end as the papers' code spells it: Conv1d, then GroupNorm or LayerNorm, then GELU."""
+"""wav2vec 2.0's convolutional front end as the papers' code spells it: Conv1d, then GroupNorm or LayerNorm,
+then GELU."""
 
 import torch
 import torch.nn.functional as F

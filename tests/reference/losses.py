@@ -1,4 +1,5 @@
-"""The two objectives frame by frame, as the papers write them: loops, in float64. Every argument is one tensor an utterance."""
+"""The two objectives frame by frame, as the papers write them: loops, in float64. Every argument is one
+tensor an utterance."""
 
 import math
 from collections.abc import Sequence
@@ -24,10 +25,12 @@ def hubert_loss(
     masks: Sequence[Tensor],
     temperature: float,
 ) -> tuple[float, int, int]:
-    """HuBERT, equation 3: frame against its class and all classes as negatives, the positive's duplicate at minus infinity.
+    """HuBERT, equation 3: frame against its class and all classes as negatives, the positive's duplicate at
+    minus infinity.
 
-    projected[i] (frames, dim), embeddings (classes, dim), labels[i] (frames,; negative where unknown), masks[i] (frames,).
-    Returns the loss summed over masked frames, how many they are and how many are predicted right.
+    projected[i] (frames, dim), embeddings (classes, dim), labels[i] (frames,; negative where unknown),
+    masks[i] (frames,). Returns the loss summed over masked frames, how many they are and how many are
+    predicted right.
     """
     embeddings = embeddings.double()
     total, count, correct = 0.0, 0, 0
@@ -54,10 +57,12 @@ def contrastive_loss(
     distractors: Sequence[Tensor],
     temperature: float,
 ) -> tuple[float, int, int]:
-    """wav2vec 2.0, equation 3: a masked frame's own quantised target among those of other masked frames of the utterance.
+    """wav2vec 2.0, equation 3: a masked frame's own quantised target among those of other masked frames of
+    the utterance.
 
-    projected[i] and targets[i] (frames, dim), codes[i] (frames, groups), masks[i] (frames,), distractors[i] (masked, K) as places
-    among the masked frames. A distractor with the positive's codes is at minus infinity.
+    projected[i] and targets[i] (frames, dim), codes[i] (frames, groups), masks[i] (frames,), distractors[i]
+    (masked, K) as places among the masked frames. A distractor with the positive's codes is at minus
+    infinity.
     """
     total, count, correct = 0.0, 0, 0
     for queries, keys, numbers, mask, drawn in zip(
@@ -79,7 +84,8 @@ def contrastive_loss(
 
 
 def diversity(soft: Tensor) -> float:
-    """Equation 4 as fairseq computes it: (G V - sum over groups of the perplexity of the mean distribution) / (G V)."""
+    """Equation 4 as fairseq computes it: (G V - sum over groups of the perplexity of the mean distribution) /
+    (G V)."""
     num_frames, groups, entries = soft.shape
     perplexities = 0.0
     for g in range(groups):

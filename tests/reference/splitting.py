@@ -10,7 +10,8 @@ from pretrain.training.task import Loss
 def assert_batch_is_the_sum_of(
     together: Loss, parts: list[Loss], module: nn.Module, floor: float = 0.0
 ) -> None:
-    """`together` and `parts` are losses of `module`; `floor` is how far apart gradients may be that are rounding alone."""
+    """`together` and `parts` are losses of `module`; `floor` is how far apart gradients may be that are
+    rounding alone."""
     # float32, matrices of other shapes
     assert together.total.item() == pytest.approx(sum(part.total.item() for part in parts), rel=1e-5)
     assert together.count.item() == sum(part.count.item() for part in parts)

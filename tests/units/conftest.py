@@ -1,4 +1,5 @@
-"""A small unit corpus from a planted second-order source, and a language model trained on it for a few steps."""
+"""A small unit corpus from a planted second-order source, and a language model trained on it for a few
+steps."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -31,7 +31,8 @@ def make(
     extra_frames: int = 0,
     num_levels: int = 1,
 ) -> PackConfig:
-    """A manifest and labels of some utterances; paths need not exist, `pack` reads no audio. Level l of frame t is label + l."""
+    """A manifest and labels of some utterances; paths need not exist, `pack` reads no audio. Level l of frame
+    t is label + l."""
     rows = []
     for name, labels in frames.items():
         num_samples = 400 + 320 * (len(labels) - 1 + extra_frames)

@@ -1,9 +1,12 @@
-"""Unit BPE: frequent runs of units become symbols of their own, without loss; and the tokenizer that an exported model leaves with.
+"""Unit BPE: frequent runs of units become symbols of their own, without loss; and the tokenizer that an
+exported model leaves with.
 
-The library `tokenizers` learns and applies the merges. It works on characters, so unit u is the character U+F0000 + u (private use)
-and a document is one word. What is learned stands in the `Vocabulary`: symbol K + i is merges[i]; `Vocabulary.expand` undoes it.
+The library `tokenizers` learns and applies the merges. It works on characters, so unit u is the character
+U+F0000 + u (private use) and a document is one word. What is learned stands in the `Vocabulary`: symbol K + i
+is merges[i]; `Vocabulary.expand` undoes it.
 
-Merging units: Ren et al., 2022, "Speech pre-training with acoustic piece"; Shen et al., 2024, "Acoustic BPE for speech generation".
+Merging units: Ren et al., 2022, "Speech pre-training with acoustic piece"; Shen et al., 2024, "Acoustic BPE
+for speech generation".
 """
 
 import heapq
@@ -41,18 +44,20 @@ def learn(
 ) -> tuple[tuple[int, int], ...]:
     """Merges (`Vocabulary.merges`) from documents of units (units,), which are read once, one at a time.
 
-    `vocabulary_size` counts units and merges; fewer come where no pair is left that occurs `min_frequency` times. No symbol stands
-    for more than `max_units` units, so that long silences do not fill the vocabulary with runs of themselves. The same documents
-    give the same merges. Of more than `sample_units` units a random sample of so many is learned from, in pieces of 1,000: the
-    trainer takes about 115 bytes a unit.
+    `vocabulary_size` counts units and merges; fewer come where no pair is left that occurs `min_frequency`
+    times. No symbol stands for more than `max_units` units, so that long silences do not fill the vocabulary
+    with runs of themselves. The same documents give the same merges. Of more than `sample_units` units a
+    random sample of so many is learned from, in pieces of 1,000: the trainer takes about 115 bytes a unit.
 
-    Errors: ValueError naming a sequence with a unit outside 0 .. num_units - 1, or sizes that leave nothing to learn.
+    Errors: ValueError naming a sequence with a unit outside 0 .. num_units - 1, or sizes that leave nothing
+    to learn.
     """
     if num_units > MAX_UNITS:
         raise ValueError(f"unit BPE is for at most {MAX_UNITS} units; the corpus has {num_units}")
     if vocabulary_size <= num_units:
         raise ValueError(
-            f"vocabulary_size {vocabulary_size} counts the {num_units} units; it must exceed them for any merge"
+            f"vocabulary_size {vocabulary_size} counts the {num_units} units; it must exceed them for any "
+            "merge"
         )
     if max_units < 2:
         raise ValueError(f"max_units {max_units}: a merge is of 2 units at least")
@@ -70,7 +75,8 @@ def learn(
     numbers = {chr(0xF0000 + unit): unit for unit in range(num_units)}
     merges: list[tuple[int, int]] = []
     for first, second in json.loads(tokenizer.to_str())["model"]["merges"]:
-        # Never spelled before: what a run of units has become at some point does not depend on its neighbours.
+        # Never spelled before: what a run of units has become at some point does not depend on its
+        # neighbours.
         assert first + second not in numbers
         numbers[first + second] = num_units + len(merges)
         merges.append((numbers[first], numbers[second]))
@@ -78,7 +84,8 @@ def learn(
 
 
 def _sampled(sequences: Iterable[np.ndarray], num_units: int, sample_units: int) -> Iterator[str]:
-    """The documents as words of at most LEARNING_PIECE units, or a random part of them that has at most `sample_units`.
+    """The documents as words of at most LEARNING_PIECE units, or a random part of them that has at most
+    `sample_units`.
 
     Each piece draws a lot; while there are too many units, the piece with the highest lot is let go.
     """
@@ -95,7 +102,8 @@ def _sampled(sequences: Iterable[np.ndarray], num_units: int, sample_units: int)
 
 
 class Merger:
-    """Applies a vocabulary's merges to whole documents, the earliest merge first, as `tokenizers` does; the identity without any.
+    """Applies a vocabulary's merges to whole documents, the earliest merge first, as `tokenizers` does; the
+    identity without any.
 
     >>> Merger(Vocabulary(num_units=2, merges=((0, 1), (2, 0)))).encode(np.array([0, 1, 0, 1, 1]))
     array([3, 1, 1])
@@ -119,19 +127,22 @@ class Merger:
 
 
 def tokenizer(vocabulary: Vocabulary, pattern: Pattern) -> Tokenizer:
-    """Text such as `<Un3><Un49>` to the ids of a model's one stream and back, for `tokenizer.json`; blanks between symbols are ignored.
+    """Text such as `<Un3><Un49>` to the ids of a model's one stream and back, for `tokenizer.json`; blanks
+    between symbols are ignored.
 
-    The ids are the pattern's, `<s>` (put in front, as the model reads it) and `</s>` among them; levels are `<Un3:0><Un49:1>`, in the
-    order of the pattern; text pieces `<Tx:…>`. Decoding gives the units, merges undone.
+    The ids are the pattern's, `<s>` (put in front, as the model reads it) and `</s>` among them; levels are
+    `<Un3:0><Un49:1>`, in the order of the pattern; text pieces `<Tx:…>`. Decoding gives the units, merges
+    undone.
 
-    What is no symbol is an error, "Missing [UNK] token". With merges it is an id past the model's vocabulary (see `_spell`), which the
-    model's embedding then refuses.
+    What is no symbol is an error, "Missing [UNK] token". With merges it is an id past the model's vocabulary
+    (see `_spell`), which the model's embedding then refuses.
 
     Errors: ValueError for a pattern with a stream per level, whose steps have no writing as one line of text.
     """
     if pattern.num_streams > 1:
         raise ValueError(
-            f"pattern {pattern.name!r} has {pattern.num_streams} streams; a tokenizer is for one (flatten, coarse-first)"
+            f"pattern {pattern.name!r} has {pattern.num_streams} streams; a tokenizer is for one (flatten, "
+            "coarse-first)"
         )
     assert pattern.sizes == vocabulary.sizes
     names = [name for stream in range(len(vocabulary.sizes)) for name in vocabulary.names(stream)]
@@ -155,7 +166,8 @@ def tokenizer(vocabulary: Vocabulary, pattern: Pattern) -> Tokenizer:
 
 
 def _spell(names: list[str], vocabulary: Vocabulary, special: dict[str, int]) -> models.BPE:
-    """A BPE model of the names themselves, letter by letter: first a unit's name is put together from the left, then units merge.
+    """A BPE model of the names themselves, letter by letter: first a unit's name is put together from the
+    left, then units merge.
 
     The letters and beginnings (`<Un`, `<Un4`) are tokens, too, with the ids after all others.
     A name's merges come before all merges of units, so that these see whole units only, as `Merger` does.
@@ -182,7 +194,8 @@ def _bpe(
     more: dict[str, int],
     earlier: list[tuple[str, str]] | None = None,
 ) -> models.BPE:
-    """The model whose symbol i is spelled[i], with the tokens `more` and merges that come before the vocabulary's."""
+    """The model whose symbol i is spelled[i], with the tokens `more` and merges that come before the
+    vocabulary's."""
     ids = {spelling: number for number, spelling in enumerate(spelled)}
     assert len(ids) == len(spelled)
     merges = [*(earlier or []), *[(spelled[first], spelled[second]) for first, second in vocabulary.merges]]
@@ -197,5 +210,6 @@ def _check(units: np.ndarray, num_units: int, where: str = "") -> None:
     wrong = np.flatnonzero((units < 0) | (units >= num_units))
     if len(wrong):
         raise ValueError(
-            f"{where}unit {units[wrong[0]]} at position {wrong[0]} is outside the vocabulary 0 .. {num_units - 1}"
+            f"{where}unit {units[wrong[0]]} at position {wrong[0]} is outside the vocabulary 0 .. "
+            f"{num_units - 1}"
         )

@@ -1,7 +1,7 @@
 """Writing unit corpora, as a stream: memory grows by 24 bytes a document.
 
-Every ten seconds the arrays in `partial/` are flushed and their lengths recorded. A killed process goes on from there, to the same
-bytes.
+Every ten seconds the arrays in `partial/` are flushed and their lengths recorded. A killed process goes on
+from there, to the same bytes.
 """
 
 import itertools
@@ -40,7 +40,8 @@ SCHEMA = pa.schema([("id", pa.string()), ("split", pa.string()), ("num_frames", 
 
 
 class Document(NamedTuple):
-    """One document to be packed: symbols before unit BPE, (n,) or (n, streams), and how many frames each lasts, (n,), if known."""
+    """One document to be packed: symbols before unit BPE, (n,) or (n, streams), and how many frames each
+    lasts, (n,), if known."""
 
     id: str
     split: str | None
@@ -63,9 +64,11 @@ def write_corpus(
     deduplicated: bool,
     timed: bool = True,
 ) -> dict[str, Any]:
-    """Writes the artefact from a stream of documents, or from a function that gives those from number `first` on; returns counts.
+    """Writes the artefact from a stream of documents, or from a function that gives those from number `first`
+    on; returns counts.
 
-    Raises ValueError for an empty document, a repeated id, a symbol outside the vocabulary, durations that do not fit.
+    Raises ValueError for an empty document, a repeated id, a symbol outside the vocabulary, durations that do
+    not fit.
     """
     folder = Path(folder)
     partial = folder / "partial"
@@ -170,7 +173,8 @@ def _require_sound(
     streams = len(vocabulary.sizes)
     if units.shape != ((len(units),) if streams == 1 else (len(units), streams)):
         raise ValueError(
-            f"{named}: its units have the shape {units.shape}; {streams} stream{'s' * (streams > 1)} of them go here"
+            f"{named}: its units have the shape {units.shape}; {streams} stream{'s' * (streams > 1)} of "
+            "them go here"
         )
     if not len(units):
         raise ValueError(f"{named}, is empty; leave it out")
@@ -181,7 +185,8 @@ def _require_sound(
         limit = limits[place[1] if streams > 1 else 0]
         level = f" in stream {place[1]}" if streams > 1 else ""
         raise ValueError(
-            f"{folder}: document {document.id!r} has the unit {units[place]}{level}; the codebook {codebook} has 0 .. {limit - 1}"
+            f"{folder}: document {document.id!r} has the unit {units[place]}{level}; the codebook "
+            f"{codebook} has 0 .. {limit - 1}"
         )
     if timed:
         if document.durations is None or document.durations.shape != (len(units),):
@@ -192,7 +197,8 @@ def _require_sound(
 
 
 def _write_documents(lines: Path, folder: Path) -> None:
-    """`documents.parquet` from the JSON lines, a few at a time; an id that comes twice is a ValueError with its second row."""
+    """`documents.parquet` from the JSON lines, a few at a time; an id that comes twice is a ValueError with
+    its second row."""
     hashes = []
     with (
         atomic_path(folder / "documents.parquet") as temporary,

@@ -1,8 +1,9 @@
-"""Speech and text taking turns in one sequence: [SPEECH] u u u [TEXT] t t [SPEECH] ... (Spirit LM; Nguyen et al., 2024).
+"""Speech and text taking turns in one sequence: [SPEECH] u u u [TEXT] t t [SPEECH] ... (Spirit LM; Nguyen et
+al., 2024).
 
-Spans change at words. A pause between two spans is the speech's; a pause within a span, or at an end of the utterance, is that
-span's. So every frame belongs to one span: durations of a speech span are its units', the frames of a text span lie on its
-first piece, and markers and other pieces last 0 frames.
+Spans change at words. A pause between two spans is the speech's; a pause within a span, or at an end of the
+utterance, is that span's. So every frame belongs to one span: durations of a speech span are its units', the
+frames of a text span lie on its first piece, and markers and other pieces last 0 frames.
 """
 
 import hashlib
@@ -35,18 +36,18 @@ class Span(NamedTuple):
 
 
 def draw_written(num_words: int, fraction: float, span_words: float, rng: np.random.Generator) -> np.ndarray:
-    """Which words are written, (num_words,) bool: `fraction` of them on average, in spans of geometrically distributed lengths.
+    """Which words are written, (num_words,) bool: `fraction` of them on average, in spans of geometrically
+    distributed lengths.
 
-    Written spans have 2 · span_words · fraction words on average, spoken ones 2 · span_words · (1 - fraction), before the
-    utterance's ends cut the first and the last.
+    Written spans have 2 · span_words · fraction words on average, spoken ones 2 · span_words · (1 -
+    fraction), before the utterance's ends cut the first and the last.
     """
     stops = {True: 1 / (2 * span_words * fraction), False: 1 / (2 * span_words * (1 - fraction))}
     written = np.empty(num_words, bool)
     now = False
     for word, drawn in enumerate(rng.random(num_words)):
-        now = (
-            bool(drawn < fraction) if word == 0 else now != (drawn < stops[now])
-        )  # the first as in the middle of a long text
+        # the first as in the middle of a long text
+        now = bool(drawn < fraction) if word == 0 else now != (drawn < stops[now])
         written[word] = now
     return written
 
@@ -60,7 +61,8 @@ def interleave(
     *,
     deduplicated: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols and the frames each lasts, int64 (symbols,) both, of labels per frame (frames,) and words, some of them written.
+    """Symbols and the frames each lasts, int64 (symbols,) both, of labels per frame (frames,) and words, some
+    of them written.
 
     A span that would have no frame, of words too short for one, goes to its neighbour.
     """
@@ -87,7 +89,8 @@ def interleave(
 def _spans(
     words: Sequence[Word], written: np.ndarray, num_frames: int
 ) -> list[tuple[bool, int, int, int, int]]:
-    """(is text, first frame, frame after the last, first word, word after the last) of each span. Changes `written`."""
+    """(is text, first frame, frame after the last, first word, word after the last) of each span. Changes
+    `written`."""
     starts, ends = word_frames(words, num_frames)
     while True:
         changes = np.flatnonzero(written[1:] != written[:-1]) + 1
@@ -103,7 +106,8 @@ def _spans(
 def deinterleave(
     symbols: np.ndarray, durations: np.ndarray, pieces: TextPieces, vocabulary: Vocabulary
 ) -> list[Span]:
-    """The spans that `interleave` made a sequence of, in order. ValueError naming the place where it is no such sequence."""
+    """The spans that `interleave` made a sequence of, in order. ValueError naming the place where it is no
+    such sequence."""
     markers = np.flatnonzero(symbols >= vocabulary.speech_marker)
     if not len(markers) or markers[0] > 0:
         raise ValueError(
@@ -117,7 +121,8 @@ def deinterleave(
         if len(strays):
             place = marker + 1 + int(strays[0])
             raise ValueError(
-                f"symbol {place}, {symbols[place]}, is {'speech' if is_text else 'text'} in a span of the other"
+                f"symbol {place}, {symbols[place]}, is {'speech' if is_text else 'text'} in a span of the "
+                "other"
             )
         after = frame + int(durations[marker:end].sum(dtype=np.int64))
         if is_text:
@@ -141,7 +146,8 @@ def interleaved_document(
     *,
     deduplicated: bool = True,
 ) -> Document:
-    """An utterance's labels per frame (frames,) and words as a document. What is written follows from (config.seed, id) alone.
+    """An utterance's labels per frame (frames,) and words as a document. What is written follows from
+    (config.seed, id) alone.
 
     Errors: ValueError naming the utterance, without word times or with a character that the pieces lack.
     """

@@ -1,17 +1,19 @@
-"""Patterns: how the codes of several levels stand in the one sequence of steps that a language model reads.
+"""Patterns: the codes of several levels in the one sequence of steps that a language model reads.
 
-A document's codes are (n,), or (n, levels) for residual units, codec codes and text on the frame grid. `Pattern.arrange` turns them
-into a sequence and `Pattern.restore` turns it back, exactly. With n = 3 codes of levels a and b (Copet et al., 2023, section 2.2):
+A document's codes are (n,), or (n, levels) for residual units, codec codes and text on the frame grid.
+`Pattern.arrange` turns them into a sequence, and `Pattern.restore` turns it back, exactly. With n = 3 codes
+of levels a and b (Copet et al., 2023, section 2.2):
 
-    parallel      a  BOS a1  a2  a3  EOS      all levels of a frame at once, each drawn without sight of the others
+    parallel      a  BOS a1  a2  a3  EOS          all levels of a frame at once, independently
                   b  BOS b1  b2  b3  PAD
-    delay         a  BOS a1  a2  a3  EOS      level l comes l steps later, and so sees the lower levels of its frame
+    delay         a  BOS a1  a2  a3  EOS          level l is l steps later, after lower levels
                   b  BOS PAD b1  b2  b3
-    flatten          BOS a1 b1 a2 b2 a3 b3 EOS        exact, and `levels` times as long
-    coarse-first     BOS a1 a2 a3 EOS b1 b2 b3        exact; level 0 first, as a document of its own, then each level above it
+    flatten          BOS a1 b1 a2 b2 a3 b3 EOS    exact, and `levels` times as long
+    coarse-first     BOS a1 a2 a3 EOS b1 b2 b3    exact; all of level 0 first, then each level above it
 
-parallel and delay have a stream per level, (steps, levels); the others have one stream, (steps,), in which level l's symbol s is
-offset[l] + s. With a single level all four are BOS a1 … an EOS. BOS comes in every stream's row 0, EOS only once, in stream 0.
+parallel and delay have a stream per level, (steps, levels); the others have one stream, (steps,), in which
+symbol s of level l is offset[l] + s. With a single level all four are BOS a1 … an EOS. BOS is in row 0 of
+every stream, EOS in stream 0 only.
 """
 
 from collections.abc import Sequence
@@ -27,8 +29,9 @@ Count = TypeVar("Count", int, np.ndarray)
 class Pattern:
     """A pattern over streams of codes with `sizes` symbols each.
 
-    `vocabularies` are the symbols of each stream of the *sequence*: (sum(sizes) + 2,) with BOS and EOS last, or (size + 3,) each with
-    BOS, EOS and PAD last. `offsets` (levels,) is what level l's codes have added to them, 0 where each level has its own stream.
+    `vocabularies` are the symbols of each stream of the *sequence*: (sum(sizes) + 2,) with BOS and EOS last,
+    or (size + 3,) each with BOS, EOS and PAD last. `offsets` (levels,) are added to the codes of each level,
+    0 if it has its own stream.
     """
 
     def __init__(self, name: str, sizes: Sequence[int]):
@@ -36,7 +39,8 @@ class Pattern:
             raise ValueError(f"pattern {name!r} is not known; there are {', '.join(PATTERNS)}")
         if not sizes or min(sizes) < 1:
             raise ValueError(
-                f"pattern {name}: sizes {tuple(sizes)}: one or more levels of one or more symbols each are needed"
+                f"pattern {name}: sizes {tuple(sizes)}: one or more levels of one or more symbols each are "
+                "needed"
             )
         self.name = name
         self.sizes = tuple(int(size) for size in sizes)
@@ -73,13 +77,16 @@ class Pattern:
                 return n * self.num_levels + 2
 
     def prefix_length(self, n: Count) -> Count:
-        """Steps of the beginning that n codes leave no doubt about: BOS and what precedes the next code of level 0."""
+        """Steps of the beginning that n codes leave no doubt about: BOS and what precedes the next code of
+        level 0.
+        """
         return 1 + n * self.num_levels if self._kind == "flatten" else 1 + n
 
     def arrange(self, codes: np.ndarray) -> np.ndarray:
         """The sequence of a document's codes: int64 (steps,) with one stream, else (steps, Q).
 
-        Errors: ValueError for codes of another shape than (n,) or (n, levels), or outside their level's symbols.
+        Raises ValueError for codes of another shape than (n,) or (n, levels), or outside their level's
+        symbols.
         """
         table = self._checked(codes)
         n = len(table)
@@ -90,7 +97,10 @@ class Pattern:
         return sequence[:, 0] if self.num_streams == 1 else sequence
 
     def restore(self, sequence: np.ndarray) -> np.ndarray:
-        """The codes that `arrange` made `sequence` from: int64 (n,) or (n, levels). ValueError for any other sequence."""
+        """The codes that `arrange` made `sequence` from: int64 (n,) or (n, levels).
+
+        ValueError for any other sequence.
+        """
         sequence = np.asarray(sequence)
         n = self._codes_in(sequence)
         table = sequence.reshape(len(sequence), self.num_streams)[self.cells(n)] - self.offsets
@@ -102,18 +112,23 @@ class Pattern:
         wrong = np.argwhere(self.arrange(codes) != sequence)
         if len(wrong):
             raise ValueError(
-                f"{self}: no arrangement: step {wrong[0][0]} holds {sequence[wrong[0][0]]}, which cannot stand there"
+                f"{self}: no arrangement: step {wrong[0][0]} holds {sequence[wrong[0][0]]}, which cannot "
+                "stand there"
             )
         return codes.astype(np.int64)
 
     def predicted(self, sequence: np.ndarray) -> np.ndarray:
-        """Which cells of a sequence, or of a piece of one, a model is asked for: the codes and EOS. bool, of its shape."""
+        """Which cells of a sequence, or of a piece of one, a model is asked for: the codes and EOS. bool, of
+        its shape.
+        """
         bos, pad = (self.bos[0], self.pad[0]) if self.num_streams == 1 else (self.bos, self.pad)
         asked: np.ndarray = (sequence != bos) & (sequence != pad)
         return asked
 
     def levels(self, sequence: np.ndarray) -> np.ndarray:
-        """The level of the code in each cell of a sequence or of a piece of one, -1 for BOS, EOS and PAD. int64, of its shape."""
+        """The level of the code in each cell of a sequence or of a piece of one, -1 for BOS, EOS and PAD.
+        int64, of its shape.
+        """
         if self.num_streams == 1:
             level = np.searchsorted(self.offsets, sequence, side="right") - 1
             return np.where(sequence < self.bos[0], level, -1)
@@ -176,15 +191,15 @@ class Continuation:
     """A batch of sequences that grow a row at a time from prompts: the rules of sampling under a pattern.
 
     >>> growing = Continuation(pattern, prompts, max_codes=500)     # doctest: +SKIP
-    ... growing.prefixes                        # list of int64 (rows,) or (rows, Q): what the model reads first
+    ... growing.prefixes                # list of int64 (rows,) or (rows, Q): what the model reads first
     ... while not growing.done.all():
     ...     low, high, eos = growing.allowed()  # mask the logits with it, draw
     ...     rows = growing.append(drawn)        # what the model reads next
     ... growing.codes(i)                        # (n,) or (n, levels), prompt included
 
-    A prompt's codes that belong in later rows (the upper levels under delay and coarse-first) are forced when their rows come. At
-    `max_codes` (of one sequence, the prompt's included) only EOS is allowed, so that every sequence ends as an arrangement. A document
-    is never empty: EOS cannot be the first code.
+    A prompt's codes that belong in later rows (the upper levels under delay and coarse-first) are forced in
+    those rows. At `max_codes` (of one sequence, with the prompt's) only EOS is allowed, so that every
+    sequence ends as an arrangement. A document is never empty: EOS cannot be the first code.
     """
 
     def __init__(self, pattern: Pattern, prompts: Sequence[np.ndarray], max_codes: int | Sequence[int]):
@@ -195,7 +210,8 @@ class Continuation:
         if (self._limit < np.maximum(self._given, 1)).any():
             i = int(np.argmax(self._limit < np.maximum(self._given, 1)))
             raise ValueError(
-                f"prompt {i} has {self._given[i]} codes; max_codes {self._limit[i]} must be at least that, and 1"
+                f"prompt {i} has {self._given[i]} codes; max_codes {self._limit[i]} must be at least that, "
+                "and 1"
             )
         self._prompts = np.zeros((batch, max(self._given, default=0) + 1, pattern.num_levels), np.int64)
         for i, table in enumerate(tables):
@@ -241,7 +257,7 @@ class Continuation:
         return Allowed(np.where(single, symbol, low), np.where(single, symbol + 1, high), may_end[:, 0])
 
     def append(self, rows: np.ndarray) -> np.ndarray:
-        """Add a row to each sequence, (batch,) or (batch, Q) symbols that are allowed; returns them as they stand, int64.
+        """Adds a row of allowed symbols to each sequence, (batch,) or (batch, Q); returns the rows, int64.
 
         Under parallel, where EOS is drawn beside the other levels' codes, these give way to PAD.
         """
@@ -269,7 +285,9 @@ class Continuation:
         return self.pattern.restore(self.sequence(i))
 
     def _frames(self) -> tuple[np.ndarray, np.ndarray]:
-        """(t, level) of the code that each cell of the next row is for, int64 (batch, Q); t < 0 or ≥ n: for none."""
+        """(t, level) of the code that each cell of the next row is for, int64 (batch, Q); t < 0 or ≥ n: for
+        none.
+        """
         pattern, row = self.pattern, self._step[:, None]
         streams = np.broadcast_to(np.arange(pattern.num_streams), (len(row), pattern.num_streams))
         match pattern._kind:

@@ -11,8 +11,9 @@ MAX_DURATION = 2**16 - 1
 def deduplicate(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Runs of equal labels: units (units,) in the dtype of `frames` and durations uint16 (units,) in frames.
 
-    Of several levels, frames (frames, levels), units (units, levels): frames are equal where all of their levels are.
-    A run longer than 65535 frames (22 minutes at 50 Hz) becomes several units of the same label, so that no duration is lost.
+    Of several levels, frames (frames, levels), units (units, levels): frames are equal where all of their
+    levels are. A run longer than 65535 frames (22 minutes at 50 Hz) becomes several units of the same label,
+    so that no duration is lost.
     """
     if not len(frames):
         return frames[:0], np.zeros(0, np.uint16)
@@ -22,9 +23,8 @@ def deduplicate(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if lengths.max() > MAX_DURATION:
         pieces = -(-lengths // MAX_DURATION)
         starts = np.repeat(starts, pieces)
-        rest = np.repeat(np.cumsum(pieces) - 1, pieces) != np.arange(
-            pieces.sum()
-        )  # every piece of a run but its last
+        # every piece of a run but its last
+        rest = np.repeat(np.cumsum(pieces) - 1, pieces) != np.arange(pieces.sum())
         lengths = np.where(rest, MAX_DURATION, np.repeat(lengths - (pieces - 1) * MAX_DURATION, pieces))
     return frames[starts], lengths.astype(np.uint16)
 

@@ -1,8 +1,9 @@
 """Words in unit corpora: what becomes of a transcript whose words have times before it lies among units.
 
-Words are normalised as transcripts are for CTC (`pretrain.ctc.text.TextConfig`) and spelled in pieces: characters, or BPE learnt from the
-manifest's words. `▁` opens a word, as in SentencePiece, so that pieces alone say where words begin and spelling is lossless.
-How pieces and units share a sequence is told in `units/corpus/interleaving.py` and `units/corpus/grid.py`.
+Words are normalised as transcripts are for CTC (`pretrain.ctc.text.TextConfig`) and spelled in pieces:
+characters, or BPE learnt from the manifest's words. `▁` opens a word, as in SentencePiece, so that pieces
+alone say where words begin and spelling is lossless. How pieces and units share a sequence is told in
+`units/corpus/interleaving.py` and `units/corpus/grid.py`.
 """
 
 from collections import Counter
@@ -60,7 +61,8 @@ class TextConfig(Config):
         shorter = 2 * self.span_words * min(self.fraction, 1 - self.fraction)
         if shorter < 1:
             raise ValueError(
-                f"fraction {self.fraction} with span_words {self.span_words} makes the spans of one kind {shorter:.2f} words long; "
+                f"fraction {self.fraction} with span_words {self.span_words} makes the spans of one kind "
+                f"{shorter:.2f} words long; "
                 "a span has at least one"
             )
         return self
@@ -69,8 +71,8 @@ class TextConfig(Config):
 class TextPieces:
     """Spelling of words by a list of pieces, longer ones behind the ones they are made of.
 
-    A word's characters are joined as BPE does: of all neighbours that together are a piece, those whose piece is listed first.
-    The pieces alone say how, so that a corpus's vocabulary is all there is to keep.
+    A word's characters are joined as BPE does: of all neighbours that together are a piece, those whose piece
+    is listed first. The pieces alone say how, so that a corpus's vocabulary is all there is to keep.
 
     >>> pieces = TextPieces(["a", "b", "▁", "▁a"])
     >>> pieces.encode("ab b"), pieces.decode([3, 1, 2, 1])
@@ -84,17 +86,19 @@ class TextPieces:
 
     @classmethod
     def learn(cls, counts: Mapping[str, int], size: int | None = None) -> Self:
-        """Every character of the words; with `size`, and the pieces BPE adds to them from words by how often each occurs.
+        """Every character of the words; with `size`, and the pieces BPE adds to them from words by how often
+        each occurs.
 
-        A piece that occurs once is not learnt, so a small corpus may give fewer. ValueError when `size` leaves no room for the
-        characters.
+        A piece that occurs once is not learnt, so a small corpus may give fewer. ValueError when `size`
+        leaves no room for the characters.
         """
         alphabet = sorted({WORD, *(character for word in counts for character in word)})
         if size is None:
             return cls(alphabet)
         if size < len(alphabet):
             raise ValueError(
-                f"{size} text pieces are too few: the words have {len(alphabet) - 1} characters, and words a mark"
+                f"{size} text pieces are too few: the words have {len(alphabet) - 1} characters, and words "
+                "a mark"
             )
         from tokenizers import Tokenizer, models, trainers
 
@@ -111,7 +115,8 @@ class TextPieces:
         return len(self.pieces)
 
     def encode_word(self, word: str) -> list[int]:
-        """The pieces of one word. A character that no piece has is a ValueError naming both: an unknown piece would lose it."""
+        """The pieces of one word. A character that no piece has is a ValueError naming both: an unknown piece
+        would lose it."""
         if word in self._spelled:
             return self._spelled[word]
         if unknown := sorted(
@@ -119,7 +124,8 @@ class TextPieces:
         ):
             named = ", ".join(map(repr, unknown))
             raise ValueError(
-                f"the word {word!r} has {named}, for which there are no text pieces; learn them from words that have it"
+                f"the word {word!r} has {named}, for which there are no text pieces; learn them from words "
+                "that have it"
             )
         assert word and not any(map(str.isspace, word))
         parts = [WORD, *word]
@@ -144,12 +150,13 @@ class TextPieces:
 def spoken_words(utterance: Utterance, config: TextConfig) -> list[Word]:
     """The normalised words of an utterance with their times; ValueError if the manifest has none.
 
-    A word that is nothing but punctuation is left out. One that becomes several ("well-known") shares its time among them in
-    proportion to their letters.
+    A word that is nothing but punctuation is left out. One that becomes several ("well-known") shares its
+    time among them in proportion to their letters.
     """
     if utterance.words is None:
         raise ValueError(
-            f"utterance {utterance.id!r} has no word times; index it again with `words` in its source or in `alignments`"
+            f"utterance {utterance.id!r} has no word times; index it again with `words` in its source or "
+            "in `alignments`"
         )
     words: list[Word] = []
     for start, end, name in utterance.words:
@@ -162,7 +169,8 @@ def spoken_words(utterance: Utterance, config: TextConfig) -> list[Word]:
 
 
 def count_words(manifest: Manifest, config: TextConfig) -> Counter[str]:
-    """How often each normalised word occurs in `config.split`; those of other splits are there with 0, for their characters.
+    """How often each normalised word occurs in `config.split`; those of other splits are there with 0, for
+    their characters.
 
     Utterances without word times are a ValueError naming the first and how many there are.
     """
@@ -179,7 +187,8 @@ def count_words(manifest: Manifest, config: TextConfig) -> Counter[str]:
             counts[word.word] += int(everywhere or utterance.split == config.split)
     if missing:
         raise ValueError(
-            f"{manifest.folder}: text needs words with their times, and {len(missing)} of {len(manifest)} utterances have none, first "
+            f"{manifest.folder}: text needs words with their times, and {len(missing)} of {len(manifest)} "
+            "utterances have none, first "
             f"{missing[0]!r}; index again with `words` in the source or in `alignments`"
         )
     return counts
@@ -188,7 +197,8 @@ def count_words(manifest: Manifest, config: TextConfig) -> Counter[str]:
 def learn_pieces(manifest: Manifest, config: TextConfig) -> TextPieces:
     """The pieces that `config` asks for, which spell every word of the manifest.
 
-    Errors: ValueError where it has no words, for a size too small, and for words that the pieces of another corpus cannot spell.
+    Errors: ValueError where it has no words, for a size too small, and for words that the pieces of another
+    corpus cannot spell.
     """
     counts = count_words(manifest, config)
     if not counts:
@@ -215,15 +225,14 @@ def read_pieces(corpus: str) -> TextPieces:
 def word_frames(words: Sequence[Word], num_frames: int) -> tuple[np.ndarray, np.ndarray]:
     """First frame, and frame after the last, of each word, (words,) int64 each, in order and without overlap.
 
-    A word has the frames whose window's centre lies in start <= t < end, as phones do in `pretrain.data.audio.phone_frames`; a short one
-    may have none.
+    A word has the frames whose window's centre lies in start <= t < end, as phones do in
+    `pretrain.data.audio.phone_frames`; a short one may have none.
     """
     centres = (np.arange(num_frames) * HOP + MIN_SAMPLES // 2) / SAMPLE_RATE
     starts = np.searchsorted(centres, np.array([word.start for word in words], np.float64))
     ends = np.searchsorted(centres, np.array([word.end for word in words], np.float64))
-    ends[:-1] = np.minimum(
-        ends[:-1], starts[1:]
-    )  # aligners round, so that a word may end a little after the next begins
+    # aligners round, so that a word may end a little after the next begins
+    ends[:-1] = np.minimum(ends[:-1], starts[1:])
     return starts, ends
 
 

@@ -1,18 +1,22 @@
-"""Unit corpora: the packed, memory-mapped documents that language models train on. The verb `pack` (units/packing.py) makes one.
+"""Unit corpora: the packed, memory-mapped documents that language models train on. The verb `pack`
+(units/packing.py) makes one.
 
 A document is an utterance. The folder holds, over all documents end to end and in the order they came:
 
-`tokens.npy`         (tokens,), with several streams (tokens, streams): symbols of the vocabulary, uint16, or uint32 if needed
-`offsets.npy`        (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]]
-`durations.npy`      (units,) uint16: frames that each unit lasts; all 1 without deduplication; no file if unknown
-`unit_offsets.npy`   (documents + 1,) int64, with unit BPE: the place of the durations of document i, otherwise that of its tokens
-`documents.parquet`  a row per document: `id`, `split` (or null), `num_frames` (or null)
+`tokens.npy`         (tokens,), with several streams (tokens, streams): symbols of the vocabulary, uint16, or
+uint32 if needed `offsets.npy`        (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i +
+1]] `durations.npy`      (units,) uint16: frames that each unit lasts; all 1 without deduplication; no file if
+unknown `unit_offsets.npy`   (documents + 1,) int64, with unit BPE: the place of the durations of document i,
+otherwise that of its tokens `documents.parquet`  a row per document: `id`, `split` (or null), `num_frames`
+(or null)
 
-`meta.json` adds `vocabulary` (units/corpus/vocabulary.py), `codebook` (fingerprint), `frame_rate_hz`, `deduplicated`, `timed` and counts.
-BOS, EOS and padding are not stored: `Sequences` adds them as a pattern (units/corpus/patterns.py) has them.
+`meta.json` adds `vocabulary` (units/corpus/vocabulary.py), `codebook` (fingerprint), `frame_rate_hz`,
+`deduplicated`, `timed` and counts. BOS, EOS and padding are not stored: `Sequences` adds them as a pattern
+(units/corpus/patterns.py) has them.
 
-A damaged document is never read: `offsets.npy`, `unit_offsets.npy` and `documents.parquet` are compared with their SHA-256 when
-the corpus is opened, tokens and durations in blocks of 16 MiB (`blocks` in `meta.json`) when a block is first read.
+A damaged document is never read: `offsets.npy`, `unit_offsets.npy` and `documents.parquet` are compared with
+their SHA-256 when the corpus is opened, tokens and durations in blocks of 16 MiB (`blocks` in `meta.json`)
+when a block is first read.
 """
 
 from collections.abc import Iterator
@@ -107,7 +111,8 @@ class UnitCorpus:
         return np.diff(self._unit_offsets)
 
     def documents(self, split: str | None = None) -> np.ndarray:
-        """Numbers of the documents of one split (None: all). ValueError naming the known splits if there are none."""
+        """Numbers of the documents of one split (None: all). ValueError naming the known splits if there are
+        none."""
         if split is None:
             return np.arange(len(self))
         chosen = np.flatnonzero(pc.equal(self._table["split"], split).fill_null(False).to_numpy())

@@ -1,8 +1,9 @@
 """What the symbols of a unit corpus stand for: units, merged units, text.
 
-A corpus has one or several streams of symbols, all of one length. Of speech alone: one stream for a plain codebook, one per level
-for a codebook with several (residual k-means, codecs). Merges (unit BPE) and text add symbols behind the K units. BOS, EOS and
-padding are none of these: they belong to the sequences that models read (`units/corpus/patterns.py`).
+A corpus has one or several streams of symbols, all of one length. Of speech alone: one stream for a plain
+codebook, one per level for a codebook with several (residual k-means, codecs). Merges (unit BPE) and text add
+symbols behind the K units. BOS, EOS and padding are none of these: they belong to the sequences that models
+read (`units/corpus/patterns.py`).
 """
 
 from functools import cached_property
@@ -20,8 +21,10 @@ class Vocabulary(Config):
     """The symbols of each stream, numbered from 0.
 
     `units`        one stream of K units and the merges, or a stream of K units for each level
-    `interleaved`  one stream: K units, the text pieces, SPEECH and TEXT, which open a span of either (Spirit LM; Nguyen et al., 2024)
-    `grid`         text on the frame grid in stream 0, its pieces and PAD, then the levels of units (Moshi; Défossez et al., 2024)
+    `interleaved`  one stream: K units, the text pieces, SPEECH and TEXT, which open a span of either
+                   (Spirit LM; Nguyen et al., 2024)
+    `grid`         text on the frame grid in stream 0, its pieces and PAD, then the levels of units
+                   (Moshi; Défossez et al., 2024)
 
     >>> vocabulary = Vocabulary(num_units=2, merges=((0, 1), (2, 0)))
     >>> vocabulary.names(), vocabulary.expand(np.array([3, 1]))
@@ -40,7 +43,8 @@ class Vocabulary(Config):
     def _hangs_together(self) -> Self:
         if (self.layout == "units") == bool(self.text):
             raise ValueError(
-                f"layout {self.layout!r} with {len(self.text)} text pieces; text needs a layout of its own, and that text"
+                f"layout {self.layout!r} with {len(self.text)} text pieces; text needs a layout of its "
+                "own, and that text"
             )
         if self.merges and (self.layout != "units" or self.num_levels > 1):
             raise ValueError("merges (unit BPE) are for one stream of units without text")
@@ -86,7 +90,8 @@ class Vocabulary(Config):
         return len(self.text)
 
     def names(self, stream: int = 0) -> list[str]:
-        """The symbols of a stream in writing: `<Un3>`; at level l of several `<Un3:l>`; `<Tx:a>` for a piece of text."""
+        """The symbols of a stream in writing: `<Un3>`; at level l of several `<Un3:l>`; `<Tx:a>` for a piece
+        of text."""
         level = stream - (self.layout == "grid")
         suffix = f":{level}" if self.num_levels > 1 else ""
         text = [f"<Tx:{piece}>" for piece in self.text]
@@ -98,7 +103,8 @@ class Vocabulary(Config):
         return [*units, *text, "<Speech>", "<Text>"] if self.layout == "interleaved" else units
 
     def is_text(self, stream: int = 0) -> np.ndarray:
-        """Which symbols of a stream are text, (size,) bool; what opens a span of text, and the grid's PAD, are."""
+        """Which symbols of a stream are text, (size,) bool; what opens a span of text, and the grid's PAD,
+        are."""
         symbols = np.arange(self.sizes[stream])
         if self.layout == "interleaved":
             return (symbols >= self.num_units) & (symbols != self.speech_marker)
@@ -115,7 +121,8 @@ class Vocabulary(Config):
         return counts
 
     def expand(self, tokens: np.ndarray) -> np.ndarray:
-        """Merges undone: the units (units,) that tokens (tokens,) of stream 0 stand for, in the dtype of `tokens`."""
+        """Merges undone: the units (units,) that tokens (tokens,) of stream 0 stand for, in the dtype of
+        `tokens`."""
         if not self.merges:
             return tokens
         counts = self.unit_counts[tokens]

@@ -50,8 +50,8 @@ def codec_files(path: Path) -> Iterator[tuple[str, Path]]:
 
 
 def read_codec(path: Path) -> Iterator[Located]:
-    """Codes (frames,) or (frames, levels) of each file. ValueError naming the file: pickled, damaged, no whole numbers, negative,
-    empty, or of another shape."""
+    """Codes (frames,) or (frames, levels) of each file. ValueError naming the file: pickled, damaged, no
+    whole numbers, negative, empty, or of another shape."""
     for name, file in codec_files(path):
         yield Located(str(file), Document(name, None, _codes(file)))
 
@@ -72,11 +72,13 @@ def _load(file: Path) -> np.ndarray:
         codes = codes[0]
     if codes.ndim not in (1, 2):
         raise ValueError(
-            f"{file}: codes of shape {list(shape)}, expected [levels, frames], [frames] or [1, levels, frames]"
+            f"{file}: codes of shape {list(shape)}, expected [levels, frames], [frames] or [1, levels, "
+            "frames]"
         )
     if codes.ndim == 2 and len(codes) > MAX_LEVELS:
         raise ValueError(
-            f"{file}: codes of shape {list(shape)} would have {len(codes)} levels; expected [levels, frames], transpose it"
+            f"{file}: codes of shape {list(shape)} would have {len(codes)} levels; expected [levels, "
+            "frames], transpose it"
         )
     if not codes.size:
         raise ValueError(f"{file}: codes of shape {list(shape)} are empty; leave the utterance out")
@@ -88,12 +90,12 @@ def _codes(file: Path) -> np.ndarray:
     if codes.min() < 0 or codes.max() > 999_999_999:
         wrong = int(codes.min() if codes.min() < 0 else codes.max())
         raise ValueError(
-            f"{file}: has the code {wrong}, expected whole numbers that are not negative (padding is to be cut off)"
+            f"{file}: has the code {wrong}, expected whole numbers that are not negative (padding is to be "
+            "cut off)"
         )
     codes = codes.astype(np.int32)
-    return (
-        codes if codes.ndim == 1 else codes[0] if len(codes) == 1 else np.ascontiguousarray(codes.T)
-    )  # (frames, levels)
+    # (frames, levels)
+    return codes if codes.ndim == 1 else codes[0] if len(codes) == 1 else np.ascontiguousarray(codes.T)
 
 
 def _describe(path: Path, **options: Any) -> Mapping[str, Any]:
@@ -103,7 +105,8 @@ def _describe(path: Path, **options: Any) -> Mapping[str, Any]:
 
 
 def write_codec(path: Path, documents: Iterator[Document], described: Described) -> None:
-    """A folder of `ID.npy`, [levels, frames], int16 where the codes fit (torch does little with uint16), else int32."""
+    """A folder of `ID.npy`, [levels, frames], int16 where the codes fit (torch does little with uint16), else
+    int32."""
     dtype = np.int16 if (described.num_units or 2**31) <= 2**15 else np.int32
     with atomic_folder(path) as temporary:
         for document in documents:

@@ -41,7 +41,8 @@ class Sidecar(Described):
 
 
 class Located(NamedTuple):
-    """A document and its place in the file, for messages; and the length of its recording, where the file gives one."""
+    """A document and its place in the file, for messages; and the length of its recording, where the file
+    gives one."""
 
     where: str
     document: Document
@@ -58,18 +59,15 @@ class Format:
 
     name: str
     read: Callable[..., Iterator[Located]]  # (path, **options), a document at a time
-    write: Callable[
-        [Path, Iterator[Document], Described], None
-    ]  # makes the files visible when all is written
-    describe: Callable[
-        ..., Mapping[str, Any]
-    ]  # (path, **options): what can be told of a file that has no sidecar
+    # makes the files visible when all is written
+    write: Callable[[Path, Iterator[Document], Described], None]
+    # (path, **options): what can be told of a file that has no sidecar
+    describe: Callable[..., Mapping[str, Any]]
     per_frame: bool = False  # a unit is a frame: documents that have durations are written frame by frame
     levels: bool = False  # can hold units of several levels
     sidecar: bool = True  # the description goes beside the file, not into it
-    companions: Callable[..., list[Path]] = field(
-        default=lambda path, **options: []
-    )  # what else is read and written, beside the file
+    # what else is read and written, beside the file
+    companions: Callable[..., list[Path]] = field(default=lambda path, **options: [])
     options: tuple[str, ...] = ()  # names of what `read` takes: bool if in FLAGS, otherwise str
     paths: tuple[str, ...] = ()  # those of them that are paths
 
@@ -81,7 +79,8 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def read_sidecar(path: str | Path) -> Sidecar | None:
-    """What stands beside a file of units, None if nothing does. ValueError naming the sidecar and the key that is wrong."""
+    """What stands beside a file of units, None if nothing does. ValueError naming the sidecar and the key
+    that is wrong."""
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         return None

@@ -23,5 +23,6 @@ def find_format(form: str, where: str = "") -> Format:
         return FORMATS[form]
     near = difflib.get_close_matches(form, FORMATS, n=1)
     raise ValueError(
-        f"{where}no format {form!r}{f'; did you mean {near[0]!r}?' if near else ''} (there are {', '.join(FORMATS)})"
+        f"{where}no format {form!r}{f'; did you mean {near[0]!r}?' if near else ''} (there are "
+        f"{', '.join(FORMATS)})"
     )

@@ -1,4 +1,5 @@
-"""Units of other tools against the lengths of the recordings that they are said to be of, so that none goes under a wrong name."""
+"""Units of other tools against the lengths of the recordings that they are said to be of, so that none goes
+under a wrong name."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,9 +25,11 @@ class Mismatch(NamedTuple):
 
 
 class LengthCheck:
-    """Compares each document with its length in the manifest, and with the one in its own file (a `.tsv`, a `duration`), where there are.
+    """Compares each document with its length in the manifest, and with the one in its own file (a `.tsv`, a
+    `duration`), where there are.
 
-    Where durations are known their sum must be within `count_bounds`; otherwise there must at least not be more units than frames.
+    Where durations are known their sum must be within `count_bounds`; otherwise there must at least not be
+    more units than frames.
     """
 
     def __init__(
@@ -37,7 +40,8 @@ class LengthCheck:
         manifest: Manifest | None,
         rows: dict[str, int],
     ):
-        """`rows`: the manifest's row of each id. `said_by`: the file that gives the frame rate, if one does."""
+        """`rows`: the manifest's row of each id. `said_by`: the file that gives the frame rate, if one
+        does."""
         self.source, self.rate_hz, self.said_by, self.manifest, self.rows = (
             source,
             rate_hz,
@@ -50,7 +54,8 @@ class LengthCheck:
         self._num_checked = self._num_frames = self._num_samples = 0
 
     def checked(self, stream: Iterator[Located]) -> Iterator[Document]:
-        """The documents, one at a time. ValueError at the first whose length is another, with the number of all such."""
+        """The documents, one at a time. ValueError at the first whose length is another, with the number of
+        all such."""
         for located in stream:
             if (wrong := self._mismatch(located)) is not None:
                 raise ValueError(self._message(wrong, 1 + self._count(stream)))
@@ -106,8 +111,10 @@ class LengthCheck:
             f" that last {wrong.num_frames} frames" if wrong.num_frames not in (None, wrong.num_units) else ""
         )
         return (
-            f"{wrong.where}: {wrong.num_units} units{lasting} for utterance {wrong.utterance!r}, which has {frames} frames at "
-            f"{self.rate_hz:g} Hz by the {wrong.num_samples} samples (16 kHz) in {wrong.length_of} ({count} of {self._num_checked} utterances "
+            f"{wrong.where}: {wrong.num_units} units{lasting} for utterance {wrong.utterance!r}, which has "
+            f"{frames} frames at "
+            f"{self.rate_hz:g} Hz by the {wrong.num_samples} samples (16 kHz) in {wrong.length_of} ({count} "
+            f"of {self._num_checked} utterances "
             f"differ); {self._remedy(wrong)}"
         )
 
@@ -128,12 +135,16 @@ class LengthCheck:
             where = "say" if self.said_by is None else f"correct {self.said_by}:"
             return f"all together they look like {rate:g} Hz units; {where} frame_rate_hz = {rate:g}{other}"
         if in_list:
-            return f"give the .tsv that {self.source} was made from (source_options.tsv = …), with its lines in the same order"
+            return (
+                f"give the .tsv that {self.source} was made from (source_options.tsv = …), with its lines in "
+                "the same order"
+            )
         if wrong.length_of.startswith(wrong.where):
             return "its units or its length are of another recording"
         if wrong.num_frames is None:
             return "give the manifest of the audio that they were made from, or their frame_rate_hz"
         return (
-            "give the manifest of the audio that they were made from; where that was cut at a longest length, one of the parts "
+            "give the manifest of the audio that they were made from; where that was cut at a longest "
+            "length, one of the parts "
             "(`offset` and `duration` in JSON lines)"
         )

@@ -1,4 +1,5 @@
-"""Text with a document per line: reading lines, whole numbers and names, with mistakes named `FILE: line N: what is wrong`."""
+"""Text with a document per line: reading lines, whole numbers and names, with mistakes named `FILE: line N:
+what is wrong`."""
 
 import json
 import os
@@ -20,8 +21,8 @@ _NUMBERS = re.compile(r"[0-9]{1,9}(?: +[0-9]{1,9})*", re.ASCII)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(where, line) of a text file, one at a time, without their ends. ValueError: no such file, no lines, an empty line, a NUL
-    byte, bytes that are no UTF-8 (nor UTF-16 with a byte-order mark)."""
+    """(where, line) of a text file, one at a time, without their ends. ValueError: no such file, no lines, an
+    empty line, a NUL byte, bytes that are no UTF-8 (nor UTF-16 with a byte-order mark)."""
     if not path.is_file():
         raise ValueError(
             f"{path}: {'is a folder; a file of units is needed' if path.is_dir() else 'no such file'}"
@@ -48,17 +49,20 @@ def decode(data: bytes, where: str) -> str:
 
 
 def parse_integers(text: str, where: str, what: str = "unit") -> np.ndarray:
-    """`3 49 7` to int32 (n,). ValueError naming the first word that is no whole number from 0 to 999999999."""
+    """`3 49 7` to int32 (n,). ValueError naming the first word that is no whole number from 0 to
+    999999999."""
     text = text.strip(" ")
     if not _NUMBERS.fullmatch(text):
         if not text:
             raise ValueError(
-                f"{where}: has no {what}s, expected whole numbers with spaces between; leave the utterance out"
+                f"{where}: has no {what}s, expected whole numbers with spaces between; leave the utterance "
+                "out"
             )
         words = [word for word in text.split(" ") if word]
         place, word = next((place, word) for place, word in enumerate(words) if not _NUMBER.fullmatch(word))
         raise ValueError(
-            f"{where}: {what} {place} (from 0) is {word[:40]!r}, expected a whole number that is not negative{_hint(word)}"
+            f"{where}: {what} {place} (from 0) is {word[:40]!r}, expected a whole number that is not "
+            f"negative{_hint(word)}"
         )
     return np.fromstring(text, np.int32, sep=" ")
 
@@ -72,7 +76,8 @@ def _hint(word: str) -> str:
 
 
 def integers(values: Any, where: str, what: str = "unit") -> np.ndarray:
-    """A parsed list of whole numbers to int32 (n,). ValueError naming the first that is none; `true` and `1.0` are none."""
+    """A parsed list of whole numbers to int32 (n,). ValueError naming the first that is none; `true` and
+    `1.0` are none."""
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"{where}: the {what}s are {_kind(values)}, expected a list of whole numbers")
     if not values:
@@ -84,7 +89,8 @@ def integers(values: Any, where: str, what: str = "unit") -> np.ndarray:
             if type(value) is not int or not 0 <= value <= 999_999_999
         )
         raise ValueError(
-            f"{where}: {what} {place} (from 0) is {repr(value)[:40]}, expected a whole number that is not negative"
+            f"{where}: {what} {place} (from 0) is {repr(value)[:40]}, expected a whole number that is not "
+            "negative"
         )
     return np.array(values, np.int32)
 
@@ -101,14 +107,15 @@ def check_durations(durations: np.ndarray, units: np.ndarray, where: str) -> np.
     if len(wrong):
         place = int(wrong[0])
         raise ValueError(
-            f"{where}: duration {place} (from 0) is {int(durations[place])} frames, expected 1 to {MAX_DURATION}"
+            f"{where}: duration {place} (from 0) is {int(durations[place])} frames, expected 1 to "
+            f"{MAX_DURATION}"
         )
     return durations.astype(np.uint16)
 
 
 def id_of_path(path: str, where: str, stem: bool = False) -> str:
-    """The utterance of a recording: its path without the suffix of an audio file, as `wordless index` names them; with `stem`
-    without folders, too."""
+    """The utterance of a recording: its path without the suffix of an audio file, as `wordless index` names
+    them; with `stem` without folders, too."""
     name = without_audio_suffix(os.path.basename(path) if stem else path)
     if not name:
         raise ValueError(f"{where}: the name is empty, expected that of an utterance")

@@ -1,7 +1,9 @@
-"""Units as Parquet, which `datasets.load_dataset("parquet", data_files=…)` reads: a file, or a folder of them.
+"""Units as Parquet, which `datasets.load_dataset("parquet", data_files=…)` reads: a file, or a folder of
+them.
 
-Columns: `id` (string), `split` (string or null), `units`, list<int> or, of several levels, list<list<int>> with a list of levels per
-step, and `durations`, list<int>, where they are known. The schema's metadata holds the description under the key `wordless`.
+Columns: `id` (string), `split` (string or null), `units`, list<int> or, of several levels, list<list<int>>
+with a list of levels per step, and `durations`, list<int>, where they are known. The schema's metadata holds
+the description under the key `wordless`.
 """
 
 import json
@@ -47,8 +49,9 @@ def parquet_files(path: Path) -> list[Path]:
 
 
 def read_parquet_description(path: Path) -> Sidecar | None:
-    """What the schema's metadata says of the units, None if wordless did not write it. ValueError naming two files that differ in it:
-    of a folder all must have the same units. They may come from several corpora; then `source` is None."""
+    """What the schema's metadata says of the units, None if wordless did not write it. ValueError naming two
+    files that differ in it: of a folder all must have the same units. They may come from several corpora;
+    then `source` is None."""
     first, *others = parquet_files(path)
     known = _description(first)
     for file in others:
@@ -57,7 +60,8 @@ def read_parquet_description(path: Path) -> Sidecar | None:
             ours, theirs = getattr(known, key, None), getattr(other, key, None)
             if ours != theirs and key != "source":
                 raise ValueError(
-                    f"{first} and {file}: {key} {ours!r} and {theirs!r}; expected the same units in all of a folder"
+                    f"{first} and {file}: {key} {ours!r} and {theirs!r}; expected the same units in all of "
+                    "a folder"
                 )
             if ours != theirs and known is not None:
                 known = known.model_copy(update={"source": None})
@@ -85,8 +89,9 @@ def read_parquet(
     durations: str | None = None,
     levels_first: bool = False,
 ) -> Iterator[Located]:
-    """Rows of a Hugging Face dataset. The options name the columns where they have none of the usual names; `levels_first`: the units
-    of several levels are [levels][steps], as codecs give them, not [steps][levels]."""
+    """Rows of a Hugging Face dataset. The options name the columns where they have none of the usual names;
+    `levels_first`: the units of several levels are [levels][steps], as codecs give them, not
+    [steps][levels]."""
     for name in parquet_files(path):
         with _opened(name) as file:
             schema = file.schema_arrow
@@ -158,7 +163,8 @@ def _column(
         return names[0] if names else None
     there = ", ".join(f"{field.name} {field.type}" for field in schema)
     raise ValueError(
-        f"{file}: no column of {what}, expected {given or ' or '.join(usual)} ({'strings' if what == 'ids' else 'lists of whole numbers'});"
+        f"{file}: no column of {what}, expected {given or ' or '.join(usual)} "
+        f"({'strings' if what == 'ids' else 'lists of whole numbers'});"
         f" it has {there} (say which with {what}=…)"
     )
 
@@ -169,7 +175,8 @@ def _integers(values: Any, where: str, what: str) -> np.ndarray:
         raise ValueError(f"{where}: its {what} are empty; leave the utterance out")
     if not pa.types.is_integer(values.type) or values.null_count:
         raise ValueError(
-            f"{where}: its {what} are {values.type}{' with nulls' if values.null_count else ''}, expected whole numbers"
+            f"{where}: its {what} are {values.type}{' with nulls' if values.null_count else ''}, expected "
+            "whole numbers"
         )
     numbers = values.to_numpy(zero_copy_only=False)
     if numbers.min() < 0 or numbers.max() > 999_999_999:

@@ -1,11 +1,13 @@
-"""Units in other tools' files, read and written: fairseq, GSLM, textlesslib, slamkit, codecs, speech-resynthesis, Hugging Face.
+"""Units in other tools' files, read and written: fairseq, GSLM, textlesslib, slamkit, codecs,
+speech-resynthesis, Hugging Face.
 
-Documents stream both ways, one at a time. What a format has no place for (whose codebook, K, frame rate, whether runs of equal labels
-were collapsed) stands beside the file in `FILE.meta.json`, which is read where it is there; in Parquet it is in the schema. What
-neither can hold is refused: nothing is dropped silently.
+Documents stream both ways, one at a time. What a format has no place for (whose codebook, K, frame rate,
+whether runs of equal labels were collapsed) stands beside the file in `FILE.meta.json`, which is read where
+it is there; in Parquet it is in the schema. What neither can hold is refused: nothing is dropped silently.
 
-Formats whose unit is a frame (km, codec, resynthesis) are written frame by frame: units with durations are laid out again.
-A path becomes an id by losing the suffix of an audio file, as `wordless index` names utterances; `stem=True` drops the folders, too.
+Formats whose unit is a frame (km, codec, resynthesis) are written frame by frame: units with durations are
+laid out again. A path becomes an id by losing the suffix of an audio file, as `wordless index` names
+utterances; `stem=True` drops the folders, too.
 """
 
 import ast
@@ -31,7 +33,8 @@ from units.formats.records import CODE_KEYS
 
 
 def guess_format(path: str | Path) -> str:
-    """The format of a file or folder, told by its sidecar, its name or its first line. ValueError with all names where that is unclear."""
+    """The format of a file or folder, told by its sidecar, its name or its first line. ValueError with all
+    names where that is unclear."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder of units")
@@ -83,7 +86,8 @@ def _python(row: Any) -> set[str]:
 
 
 def describe_source(path: str | Path, form: str, **options: Any) -> Described:
-    """What is known of the units in a file: from its sidecar or schema, otherwise what the format itself says, and None.
+    """What is known of the units in a file: from its sidecar or schema, otherwise what the format itself
+    says, and None.
 
     ValueError: a sidecar of another format, options that the format does not have.
     """
@@ -92,7 +96,8 @@ def describe_source(path: str | Path, form: str, **options: Any) -> Described:
     sidecar = read_parquet_description(path) if form == "parquet" else read_sidecar(path)
     if sidecar is not None and sidecar.format != form:
         raise ValueError(
-            f"{sidecar_path(path)}: says that {path.name} is {sidecar.format}, not {form}; correct one of the two"
+            f"{sidecar_path(path)}: says that {path.name} is {sidecar.format}, not {form}; correct one of "
+            "the two"
         )
     described = sidecar or Described(**found.describe(path, **options))
     if per_frame is None:
@@ -116,7 +121,8 @@ def _checked_options(form: Format, options: dict[str, Any]) -> tuple[dict[str, A
     for name, value in {**options, "per_frame": per_frame}.items():
         if value is not None and type(value) is not (bool if name in FLAGS else str):
             raise ValueError(
-                f"format {form.name}: option {name} is {value!r}, expected {'true or false' if name in FLAGS else 'a text'}"
+                f"format {form.name}: option {name} is {value!r}, expected "
+                f"{'true or false' if name in FLAGS else 'a text'}"
             )
         if value is not None and name in form.paths:
             try:
@@ -127,7 +133,8 @@ def _checked_options(form: Format, options: dict[str, Any]) -> tuple[dict[str, A
 
 
 def fingerprint_source(path: str | Path, form: str, **options: Any) -> str:
-    """16 hex digits of a SHA-256 over all that `read_units` reads: the file, or those of the folder, and what lies beside it.
+    """16 hex digits of a SHA-256 over all that `read_units` reads: the file, or those of the folder, and what
+    lies beside it.
 
     Everything is read once, some 1 GB a second: a small part of the time that parsing takes.
     """
@@ -144,14 +151,16 @@ def fingerprint_source(path: str | Path, form: str, **options: Any) -> str:
 def read_units(path: str | Path, form: str, **options: Any) -> Iterator[Document]:
     """The documents of a file in one of FORMATS, in order, one at a time.
 
-    `units` int32 (n,) or (n, levels); `durations` in frames, uint16 (n,), where the file or its sidecar knows them. `per_frame=True`
-    says that a unit is a frame where the file does not say. ValueError at what is malformed: `FILE: line N: what is wrong`.
+    `units` int32 (n,) or (n, levels); `durations` in frames, uint16 (n,), where the file or its sidecar knows
+    them. `per_frame=True` says that a unit is a frame where the file does not say. ValueError at what is
+    malformed: `FILE: line N: what is wrong`.
     """
     return (located.document for located in read_located(path, form, **options))
 
 
 def read_located(path: str | Path, form: str, **options: Any) -> Iterator[Located]:
-    """What `read_units` gives, with the place of each document and the length of its recording where the file has one."""
+    """What `read_units` gives, with the place of each document and the length of its recording where the file
+    has one."""
     path, found = Path(path), find_format(form)
     described = describe_source(path, form, **options)
     own, _ = _checked_options(found, options)
@@ -177,7 +186,8 @@ def _read(path: Path, form: Format, described: Described, options: dict[str, Any
                 ("no durations", "they are known") if described.timed else ("durations", "there are none")
             )
             raise ValueError(
-                f"{where}: has {whether}, expected that {told}, as the first or {sidecar_path(path).name} says"
+                f"{where}: has {whether}, expected that {told}, as the first or {sidecar_path(path).name} "
+                "says"
             )
         yield located._replace(document=document)
     beside = sidecar_path(path).name
@@ -207,7 +217,8 @@ def require_name(name: str, where: str) -> None:
 
 
 class Seen:
-    """Finds names that come twice, at 8 bytes a name: ten million utterances are no reason to hold their names. And sums up the units."""
+    """Finds names that come twice, at 8 bytes a name: ten million utterances are no reason to hold their
+    names. And sums up the units."""
 
     def __init__(self) -> None:
         self.hashes, self._sum = array("q"), 0
@@ -235,5 +246,6 @@ def _name_repeated(rows: Iterable[Located], repeated: set[int]) -> None:
     for where, document, *_ in rows:
         if hash(document.id) in repeated and first.setdefault(document.id, where) != where:
             raise ValueError(
-                f"{where}: a second utterance named {document.id!r}, expected each once (first: {first[document.id]})"
+                f"{where}: a second utterance named {document.id!r}, expected each once (first: "
+                f"{first[document.id]})"
             )

@@ -1,4 +1,5 @@
-"""Units as a record per line: slamkit's JSON lines, and the Python dicts of speech-resynthesis. All hold one level."""
+"""Units as a record per line: slamkit's JSON lines, and the Python dicts of speech-resynthesis. All hold one
+level."""
 
 import ast
 import json
@@ -28,7 +29,8 @@ _TOKENS = re.compile(r"(?:<Un[0-9]{1,9}>)+", re.ASCII)
 
 
 def read_slamkit_features(path: Path, stem: bool = False) -> Iterator[Located]:
-    """slamkit's `extract_features.py`: {"units": [3, 49], "duration": [1, 4], "file_name": "a/b.flac"}; other keys are not read."""
+    """slamkit's `extract_features.py`: {"units": [3, 49], "duration": [1, 4], "file_name": "a/b.flac"}; other
+    keys are not read."""
     for where, line in read_lines(path):
         row = parse_json(line, where)
         units = integers(row.get("units"), f"{where}: 'units'")
@@ -56,8 +58,8 @@ def write_slamkit_features(path: Path, documents: Iterator[Document], described:
 
 
 def read_slamkit_tokens(path: Path, stem: bool = False) -> Iterator[Located]:
-    """slamkit's `prepare_tokens.py`: {"file_name": "a/b.flac", "audio_repr": "<Un3><Un49>"}, and "duration" as in the features where
-    it was kept. Interleaved text is refused."""
+    """slamkit's `prepare_tokens.py`: {"file_name": "a/b.flac", "audio_repr": "<Un3><Un49>"}, and "duration"
+    as in the features where it was kept. Interleaved text is refused."""
     for where, line in read_lines(path):
         row = parse_json(line, where)
         text = row.get("audio_repr")
@@ -90,10 +92,12 @@ def _describe_slamkit_tokens(path: Path, **options: Any) -> Mapping[str, Any]:
 
 
 def read_resynthesis(path: Path, key: str | None = None, stem: bool = False) -> Iterator[Located]:
-    """speech-resynthesis, unit HiFi-GAN, pGSLM: {'audio': 'a/b.wav', 'hubert': '71 86 86', 'duration': 4.56}, a label per frame; the
-    duration, in seconds, where it is a number. `key` says under which the units are, if under none of the usual.
+    """speech-resynthesis, unit HiFi-GAN, pGSLM: {'audio': 'a/b.wav', 'hubert': '71 86 86', 'duration': 4.56},
+    a label per frame; the duration, in seconds, where it is a number. `key` says under which the units are,
+    if under none of the usual.
 
-    Such lines are Python text, which these tools `eval`. Here only literals are read, and nothing is executed.
+    Such lines are Python text, which these tools `eval`. Here only literals are read, and nothing is
+    executed.
     """
     for where, line in read_lines(path):
         row = _literal(line, where)
@@ -158,7 +162,8 @@ def write_resynthesis(path: Path, documents: Iterator[Document], described: Desc
 def _name(row: Mapping[Any, Any], key: str, where: str, stem: bool) -> str:
     if not isinstance(value := row.get(key), str):
         raise ValueError(
-            f"{where}: {key!r} is {'missing' if value is None else repr(value)[:40]}, expected the path of a recording"
+            f"{where}: {key!r} is {'missing' if value is None else repr(value)[:40]}, expected the path of "
+            "a recording"
         )
     return id_of_path(value, f"{where}: {key!r}", stem)
 

@@ -1,7 +1,8 @@
-"""Units as plain text, an utterance per line: fairseq's `.km`, GSLM's `name|units` and textlesslib's `.units`.
+"""Units as plain text, an utterance per line: fairseq's `.km`, GSLM's `name|units` and textlesslib's
+`.units`.
 
-All three hold one level. A `.km` line has a label per frame. The other two may be deduplicated or not and do not say which; their
-durations lie in a second file.
+All three hold one level. A `.km` line has a label per frame. The other two may be deduplicated or not and do
+not say which; their durations lie in a second file.
 """
 
 import re
@@ -39,7 +40,8 @@ def read_km(path: Path, tsv: str | None = None, stem: bool = False) -> Iterator[
     names = Path(tsv) if tsv else _tsv(path)
     if not names.is_file():
         raise ValueError(
-            f"{path}: no {names} to name its lines; say where it is (tsv=…), put the shards of a .km together first, "
+            f"{path}: no {names} to name its lines; say where it is (tsv=…), put the shards of a .km "
+            "together first, "
             "or read the file as textlesslib, which numbers its lines"
         )
     rows = read_lines(names)
@@ -63,7 +65,8 @@ def read_km(path: Path, tsv: str | None = None, stem: bool = False) -> Iterator[
 
 
 def write_km(path: Path, documents: Iterator[Document], described: Described) -> None:
-    """`.km`, and the `.tsv` that names its lines: root `.`, a path for each id, and the samples at 16 kHz that its frames span."""
+    """`.km`, and the `.tsv` that names its lines: root `.`, a path for each id, and the samples at 16 kHz
+    that its frames span."""
     hop = SAMPLE_RATE / (described.frame_rate_hz or 50.0)
     with (
         written(path) as labels,
@@ -85,13 +88,15 @@ def _textlesslib_durations(path: Path) -> Path:
 
 
 def read_gslm(path: Path, durations: str | None = None) -> Iterator[Located]:
-    """GSLM's `quantize_with_kmeans.py`: `name|3 49 7`. Durations, `name|1 4 2`, lie in `durations` or in `FILE.durations`."""
+    """GSLM's `quantize_with_kmeans.py`: `name|3 49 7`. Durations, `name|1 4 2`, lie in `durations` or in
+    `FILE.durations`."""
     yield from _read_named(path, _beside(durations, _gslm_durations(path)), _split_gslm)
 
 
 def read_textlesslib(path: Path, durations: str | None = None) -> Iterator[Located]:
-    """textlesslib's `transcribe.py`: `3 49 7` or `name<TAB>3 49 7`; durations alike in `durations`, or in `X.durations` beside
-    `X.units`. Lines without a name get their number, from 0. A stream of f0s beside them is not read."""
+    """textlesslib's `transcribe.py`: `3 49 7` or `name<TAB>3 49 7`; durations alike in `durations`, or in
+    `X.durations` beside `X.units`. Lines without a name get their number, from 0. A stream of f0s beside them
+    is not read."""
     yield from _read_named(path, _beside(durations, _textlesslib_durations(path)), _split_textlesslib)
 
 
@@ -129,7 +134,8 @@ def _split_gslm(line: str, where: str, number: int) -> tuple[str, str]:
     if not name:
         # quantize_with_kmeans.py strips the suffix letter by letter: `alfa.flac` loses all of its letters
         raise ValueError(
-            f"{where}: the name before '|' is empty; GSLM's script takes more than the suffix off names such as alfa.flac"
+            f"{where}: the name before '|' is empty; GSLM's script takes more than the suffix off names "
+            "such as alfa.flac"
         )
     return name, text
 
@@ -144,7 +150,8 @@ def _split_textlesslib(line: str, where: str, number: int) -> tuple[str, str]:
 
 
 def write_gslm(path: Path, documents: Iterator[Document], described: Described) -> None:
-    """`name|3 49 7`; durations of deduplicated units likewise in `FILE.durations`, of which GSLM knows nothing."""
+    """`name|3 49 7`; durations of deduplicated units likewise in `FILE.durations`, of which GSLM knows
+    nothing."""
     _write_named(
         path,
         documents,

@@ -18,10 +18,12 @@ from units.formats.reading import Seen, require_below, require_name
 def write_units(
     path: str | Path, form: str, documents: Iterable[Document], described: Described
 ) -> dict[str, Any]:
-    """Write documents to a new file (codec: folder) in one of FORMATS, one at a time, and the description beside it; returns counts.
+    """Write documents to a new file (codec: folder) in one of FORMATS, one at a time, and the description
+    beside it; returns counts.
 
-    ValueError: the file or one beside it exists, there are no documents, or one is not what `described` says or not what the format
-    can hold: several levels, names with its separator, units whose durations a format by frame would need.
+    ValueError: the file or one beside it exists, there are no documents, or one is not what `described` says
+    or not what the format can hold: several levels, names with its separator, units whose durations a format
+    by frame would need.
     """
     path, found = Path(path), find_format(form)
     for taken in (path, *found.companions(path)):
@@ -45,7 +47,8 @@ def write_units(
             if (document.durations is None) != (first.durations is None):
                 known = "no durations" if document.durations is None else "durations"
                 raise ValueError(
-                    f"document {document.id!r}: has {known}, unlike the first; expected all or none to have them"
+                    f"document {document.id!r}: has {known}, unlike the first; expected all or none to "
+                    "have them"
                 )
             document = _as_held(document, found, described)
             seen.add(document)
@@ -71,7 +74,8 @@ def _as_written(first: Document, form: Format, described: Described) -> Describe
         raise ValueError(f"{form.name} holds one level of units, and these have {levels}; write {holding}")
     if form.per_frame and first.durations is None and described.deduplicated is not False:
         raise ValueError(
-            f"{form.name} has a label per frame, and how many frames these units last is not known; write gslm, textlesslib or parquet"
+            f"{form.name} has a label per frame, and how many frames these units last is not known; write "
+            "gslm, textlesslib or parquet"
         )
     deduplicated = False if form.per_frame else described.deduplicated
     timed = form.per_frame or first.durations is not None
@@ -79,7 +83,8 @@ def _as_written(first: Document, form: Format, described: Described) -> Describe
 
 
 def _as_held(document: Document, form: Format, described: Described) -> Document:
-    """The document as the format holds it, checked against the description; `units` frame by frame where it needs that."""
+    """The document as the format holds it, checked against the description; `units` frame by frame where it
+    needs that."""
     where, units, durations = f"document {document.id!r}", document.units, document.durations
     require_name(document.id, where)
     levels = units.shape[1] if units.ndim == 2 else 1
@@ -109,14 +114,16 @@ def _as_held(document: Document, form: Format, described: Described) -> Document
 def export_corpus(
     corpus_folder: str | Path, out: str | Path, form: str, split: str | None = None
 ) -> dict[str, Any]:
-    """Write a unit corpus, or one split of it, as another tool's file. Unit BPE is undone: the file has the codebook's units.
+    """Write a unit corpus, or one split of it, as another tool's file. Unit BPE is undone: the file has the
+    codebook's units.
 
     ValueError: a corpus of speech and text, and what `write_units` refuses.
     """
     corpus = UnitCorpus(corpus_folder)
     if corpus.vocabulary.layout != "units":
         raise ValueError(
-            f"{corpus.folder}: has text among its units ({corpus.vocabulary.layout}); pack the labels without text to export"
+            f"{corpus.folder}: has text among its units ({corpus.vocabulary.layout}); pack the labels "
+            "without text to export"
         )
     rows = corpus.documents(split)
     described = Described(

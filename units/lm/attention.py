@@ -1,8 +1,9 @@
 """Causal attention in which no document sees another, over documents packed into rows.
 
-Two paths give the same numbers. "mask": one call with a block-diagonal mask, all pairs of a row computed. "varlen": every document is
-attended to alone, end to end in one sequence: by the variable-length kernel on a GPU (bfloat16, float16), on a CPU document after
-document. Shapes: queries (batch, time, heads, head_dim), keys and values with as many heads or a divisor of them.
+Two paths give the same numbers. "mask": one call with a block-diagonal mask, all pairs of a row computed.
+"varlen": every document is attended to alone, end to end in one sequence: by the variable-length kernel on a
+GPU (bfloat16, float16), on a CPU document after document. Shapes: queries (batch, time, heads, head_dim),
+keys and values with as many heads or a divisor of them.
 """
 
 from functools import cached_property
@@ -19,9 +20,11 @@ CALL_COST = 2e6  # multiply-adds that cost as much as one more call of attention
 
 
 class PackedDocuments:
-    """Where the documents of a batch lie: `documents` (batch, time), the number of each token's document, -1 where padded.
+    """Where the documents of a batch lie: `documents` (batch, time), the number of each token's document, -1
+    where padded.
 
-    The tokens of a document are consecutive in a row. `path`: how to attend; by default what is faster where the tensors are.
+    The tokens of a document are consecutive in a row. `path`: how to attend; by default what is faster where
+    the tensors are.
     """
 
     def __init__(self, documents: Tensor, path: Literal["mask", "varlen"] | None = None):
@@ -44,7 +47,8 @@ class PackedDocuments:
 
     @cached_property
     def bounds(self) -> Tensor:
-        """int32 (runs + 1,): where each document begins in the rows end to end, and the end of the last. Padding counts as one."""
+        """int32 (runs + 1,): where each document begins in the rows end to end, and the end of the last.
+        Padding counts as one."""
         end = torch.tensor([self.documents.numel()], device=self.documents.device)
         return torch.cat([self._starts(), end]).int()
 
@@ -80,7 +84,8 @@ class PackedDocuments:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, packing: PackedDocuments | None, window: int | None
 ) -> Tensor:
-    """What each token sees, (batch, time, heads, head_dim): the tokens of its document up to itself, `window` of them at most.
+    """What each token sees, (batch, time, heads, head_dim): the tokens of its document up to itself, `window`
+    of them at most.
 
     Without a `packing` each row is one document.
     """
@@ -119,7 +124,8 @@ def _run(parts: Any, run: tuple[int, int, bool], window: int | None) -> Tensor:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Each row (time) is one document. Beyond a window, queries go in blocks as long as it, with no more than the keys they may see."""
+    """Each row (time) is one document. Beyond a window, queries go in blocks as long as it, with no more than
+    the keys they may see."""
     time = query.shape[1]
     if window is None or time <= window:
         return sdpa(query, key, value, is_causal=time > 1)
@@ -146,7 +152,8 @@ def sdpa(
 
 
 def block_causal_mask(documents: Tensor, window: int | None = None) -> Tensor:
-    """(batch, 1, time, time) bool: True where query and key are of one document and the key is 0 to window - 1 tokens earlier."""
+    """(batch, 1, time, time) bool: True where query and key are of one document and the key is 0 to window -
+    1 tokens earlier."""
     same = documents[:, None, :, None] == documents[:, None, None, :]
     time = documents.shape[1]
     near = torch.ones(time, time, dtype=torch.bool, device=documents.device).tril()

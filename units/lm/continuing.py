@@ -17,9 +17,8 @@ class Continuation(NamedTuple):
     """One sampled continuation."""
 
     codes: np.ndarray  # int64 (n,) or (n, levels): after the prompt, without EOS and without the stop unit
-    log_likelihood: (
-        float  # natural log, EOS and stop unit included, under the model itself (temperature 1, uncut)
-    )
+    # natural log, EOS and stop unit included, under the model itself (temperature 1, uncut)
+    log_likelihood: float
     ended_by: str  # "eos", "stop" or "length"
 
 
@@ -33,15 +32,16 @@ def generate(
 ) -> list[Continuation]:
     """Continue `prompts`, codes (n,) or (n, levels) of any lengths.
 
-    Row b draws from numpy's generator of seeds[b]: a uniform number a step, of several streams one for each, inverts the cumulative
-    distribution.
+    Row b draws from numpy's generator of seeds[b]: a uniform number a step, of several streams one for each,
+    inverts the cumulative distribution.
     """
     continue_prompts = _continue_plain if pattern.num_levels == 1 else _continue_levels
     return continue_prompts(model, pattern, prompts, seeds, rules)
 
 
 class Rules(NamedTuple):
-    """A continuation ends at EOS, which is not drawn before `min_units`, before a symbol of `stops` (of level 0), or at `max_units`."""
+    """A continuation ends at EOS, which is not drawn before `min_units`, before a symbol of `stops` (of level
+    0), or at `max_units`."""
 
     max_units: int
     min_units: int = 0
@@ -151,7 +151,8 @@ def _continue_levels(
 def _cut_at_stops(
     pattern: Pattern, prompts: Sequence[np.ndarray], growth: Growth, log_likelihoods: np.ndarray, rules: Rules
 ) -> list[Continuation]:
-    """The continuations up to their stop units; `log_likelihoods` (batch, steps, streams) of what was drawn."""
+    """The continuations up to their stop units; `log_likelihoods` (batch, steps, streams) of what was
+    drawn."""
     continuations = []
     for row, (prompt, own) in enumerate(zip(prompts, log_likelihoods, strict=True)):
         codes = growth.codes(row)[len(prompt) :]
@@ -171,10 +172,11 @@ def _cut_at_stops(
 
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One symbol per row, int64 (batch,), from logits (batch, vocabulary): the cumulative distribution inverted at `uniform` (batch,).
+    """One symbol per row, int64 (batch,), from logits (batch, vocabulary): the cumulative distribution
+    inverted at `uniform` (batch,).
 
-    Symbols stand in the order of their numbers, and where something is cut off in that of their probabilities. top_p is of what
-    top_k leaves.
+    Symbols stand in the order of their numbers, and where something is cut off in that of their
+    probabilities. top_p is of what top_k leaves.
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -1,14 +1,17 @@
-"""A decoder layer's training step on a CPU: norm, projections, rotation and SwiGLU with backward passes written by hand.
+"""A decoder layer's training step on a CPU: norm, projections, rotation and SwiGLU with backward passes
+written by hand.
 
-On a CPU matrix products share their time with every pass over an activation that does not fit the cache. Here the passes between two
-products are made on some rows at a time, while these are in the cache: the norm's scale is folded into the weights that follow, the
-rotation is one complex product on interleaved pairs, SwiGLU is computed again in backward, residuals are added where gradients are written.
-`units.lm.model` has the plain formulation of each, which everything else uses (GPUs, compilers, no gradients) and the tests compare with.
+On a CPU matrix products share their time with every pass over an activation that does not fit the cache. Here
+the passes between two products are made on some rows at a time, while these are in the cache: the norm's
+scale is folded into the weights that follow, the rotation is one complex product on interleaved pairs, SwiGLU
+is computed again in backward, residuals are added where gradients are written. `units.lm.model` has the plain
+formulation of each, which everything else uses (GPUs, compilers, no gradients) and the tests compare with.
 
-Under bfloat16 autocast the same is done by other classes: products take and give bfloat16, over all tokens at once, for on AMX they are
-so fast that a product in blocks loses more than a pass over its result costs; norms, rotations and sums are float32, some rows at a
-time. The residual stream and the weights' gradients are float32, what is saved is bfloat16; silu(gate) is saved too, where a pass counts
-for more. (Attention's backward by our own blocks of products was slower than torch's: products as narrow as a head are no faster.)
+Under bfloat16 autocast the same is done by other classes: products take and give bfloat16, over all tokens at
+once, for on AMX they are so fast that a product in blocks loses more than a pass over its result costs;
+norms, rotations and sums are float32, some rows at a time. The residual stream and the weights' gradients are
+float32, what is saved is bfloat16; silu(gate) is saved too, where a pass counts for more. (Attention's
+backward by our own blocks of products was slower than torch's: products as narrow as a head are no faster.)
 """
 
 from typing import Any
@@ -30,7 +33,8 @@ from units.lm.row_passes import (
 
 
 def apply_here(x: Tensor) -> bool:
-    """Whether a layer that is given `x` should run these: a gradient is wanted, in full precision or under bfloat16 autocast, on a CPU."""
+    """Whether a layer that is given `x` should run these: a gradient is wanted, in full precision or under
+    bfloat16 autocast, on a CPU."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch.is_autocast_enabled("cpu"):
@@ -49,9 +53,10 @@ def rotated_projections(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values of rms_norm(x), and x itself for the residual.
 
-    x (tokens, dim), `turns` complex (tokens, head_dim / 2): e^(i angle); weights of query, key, value (heads x head_dim, dim). Returns
-    (tokens, heads, head_dim) three times and (tokens, dim). Elements i and i + head_dim / 2 of a rotated head lie side by side:
-    products of queries with keys do not depend on the order, and the rotation is then a complex product.
+    x (tokens, dim), `turns` complex (tokens, head_dim / 2): e^(i angle); weights of query, key, value (heads
+    x head_dim, dim). Returns (tokens, heads, head_dim) three times and (tokens, dim). Elements i and i +
+    head_dim / 2 of a rotated head lie side by side: products of queries with keys do not depend on the order,
+    and the rotation is then a complex product.
     """
     function = MixedRotatedProjections if torch.is_autocast_enabled("cpu") else _RotatedProjections
     q, k, v, same = function.apply(x, norm, eps, turns, head_dim, *weights, *biases)
@@ -69,7 +74,8 @@ def add_projected(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 def swiglu(
     x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor, down: Tensor, residual: bool
 ) -> Tensor:
-    """down(silu(gate n) * up n) of n = rms_norm(x), plus x with `residual`: x (tokens, dim), weights as in `torch.nn.Linear`."""
+    """down(silu(gate n) * up n) of n = rms_norm(x), plus x with `residual`: x (tokens, dim), weights as in
+    `torch.nn.Linear`."""
     function = MixedSwiGLU if torch.is_autocast_enabled("cpu") else _SwiGLU
     y: Tensor = function.apply(x, norm, eps, gate, up, down, residual)
     return y

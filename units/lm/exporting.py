@@ -1,7 +1,9 @@
-"""A unit language model as a folder that `transformers.AutoModelForCausalLM.from_pretrained`, and so vLLM, loads without our code.
+"""A unit language model as a folder that `transformers.AutoModelForCausalLM.from_pretrained`, and so vLLM,
+loads without our code.
 
-The class is the one whose arithmetic the model has: Llama (with biases on queries, keys and values it has one on the output, too,
-written as zeros), Mistral with a sliding window, Qwen2 with both. The tokenizer writes units as `<Un0> …`; `wordless.json` says what they are: codebook, frame rate, deduplicated or not.
+The class is the one whose arithmetic the model has: Llama (with biases on queries, keys and values it has one
+on the output, too, written as zeros), Mistral with a sliding window, Qwen2 with both. The tokenizer writes
+units as `<Un0> …`; `wordless.json` says what they are: codebook, frame rate, deduplicated or not.
 """
 
 from pathlib import Path
@@ -22,8 +24,8 @@ def export_language_model(run: str | Path, out: str | Path) -> dict[str, Any]:
 
     Returns what was written: class, parameters, tokens, fingerprints.
 
-    Errors: ValueError when `out` exists, `run` is no unit language model, or no class of transformers computes what it does
-    (several streams of symbols; a size that a class does not take).
+    Errors: ValueError when `out` exists, `run` is no unit language model, or no class of transformers
+    computes what it does (several streams of symbols; a size that a class does not take).
     """
     out = Path(out)
     if out.exists():
@@ -31,8 +33,10 @@ def export_language_model(run: str | Path, out: str | Path) -> dict[str, Any]:
     lm = load_language_model(run, device="cpu")
     if lm.pattern.num_streams > 1:
         raise ValueError(
-            f"{run}: its pattern {lm.pattern.name!r} reads and predicts {lm.pattern.num_streams} symbols at each step, and no causal "
-            'language model of transformers does; train one with pattern = "flatten" or "coarse-first", which have one stream'
+            f"{run}: its pattern {lm.pattern.name!r} reads and predicts {lm.pattern.num_streams} symbols at "
+            "each step, and no causal "
+            'language model of transformers does; train one with pattern = "flatten" or "coarse-first", '
+            "which have one stream"
         )
     try:
         config = transformers_config(lm.decoder.config, lm.decoder.vocabulary_size)
@@ -98,13 +102,16 @@ def _origin(lm: LoadedLM) -> dict[str, Any]:
 
 
 def transformers_config(config: DecoderConfig, vocabulary_size: int) -> dict[str, Any]:
-    """`config.json` of the class that computes what a decoder of `config` does, without the ids of special tokens.
+    """`config.json` of the class that computes what a decoder of `config` does, without the ids of special
+    tokens.
 
-    The rotation is written as every version of transformers and vLLM reads it: `rope_theta` and `rope_scaling`.
+    The rotation is written as every version of transformers and vLLM reads it: `rope_theta` and
+    `rope_scaling`.
     """
     if config.dim % config.num_heads:
         raise ValueError(
-            f"dim {config.dim} is no multiple of num_heads {config.num_heads}, which transformers' classes want"
+            f"dim {config.dim} is no multiple of num_heads {config.num_heads}, which transformers' classes "
+            "want"
         )
     tree: dict[str, Any] = {
         "vocab_size": vocabulary_size,
@@ -128,7 +135,8 @@ def transformers_config(config: DecoderConfig, vocabulary_size: int) -> dict[str
     if config.qkv_bias and config.sliding_window is not None:
         if config.attention_dim not in (None, config.dim):
             raise ValueError(
-                f"qkv_bias and sliding_window with attention_dim {config.attention_dim} other than dim {config.dim}: Qwen2, the class "
+                f"qkv_bias and sliding_window with attention_dim {config.attention_dim} other than dim "
+                f"{config.dim}: Qwen2, the class "
                 "with both, has no head_dim of its own"
             )
         # The layers from max_window_layers on have the window.

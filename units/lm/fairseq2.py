@@ -1,4 +1,5 @@
-"""Unit language models as a model family of fairseq2 (`wordless_unit_lm`), by an entry point of their own in `fairseq2.extension`."""
+"""Unit language models as a model family of fairseq2 (`wordless_unit_lm`), by an entry point of their own in
+`fairseq2.extension`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ FAMILY = "wordless_unit_lm"
 
 @dataclass(kw_only=True)
 class UnitLMConfig(ModelConfig):
-    """units.lm.model.DecoderConfig, units.corpus.vocabulary.Vocabulary, and how several levels stand in a sequence (units/corpus/patterns.py)."""
+    """units.lm.model.DecoderConfig, units.corpus.vocabulary.Vocabulary, and how several levels stand in a
+    sequence (units/corpus/patterns.py)."""
 
     decoder: Tree = field(default_factory=dict)
     vocabulary: Tree = field(default_factory=lambda: {"num_units": 500})
@@ -46,8 +48,9 @@ class UnitLMConfig(ModelConfig):
 
 
 def export_card(run: str | Path, out: str | Path) -> dict[str, Any]:
-    """Write the weights of `run`, the best that it kept or the newest, as the folder `out`: `model.safetensors` and a card that names it
-    for fairseq2 by the folder's name. Returns what was written. ValueError when `out` exists or `run` is no unit language model."""
+    """Write the weights of `run`, the best that it kept or the newest, as the folder `out`:
+    `model.safetensors` and a card that names it for fairseq2 by the folder's name. Returns what was written.
+    ValueError when `out` exists or `run` is no unit language model."""
     import yaml  # type: ignore[import-untyped]
 
     out = Path(out)

@@ -1,12 +1,14 @@
 """The decoder in the form that draws sequences: one step at a time, for a batch, with keys and values kept.
 
-`units.lm.model.Decoder` is made for training; a step of a single token through it is bound by the number of operations and by the
-bytes of its weights. Here the products of queries, keys and values are one, those of gate and up are one, norms' weights and the
-attention's scale are multiplied into the matrices, rotary pairs lie side by side (so that turning them is one complex product), and
-the weights are stored as the fastest kernel for few rows takes them. In float32 that is the same arithmetic, in another order.
+`units.lm.model.Decoder` is made for training; a step of a single token through it is bound by the number of
+operations and by the bytes of its weights. Here the products of queries, keys and values are one, those of
+gate and up are one, norms' weights and the attention's scale are multiplied into the matrices, rotary pairs
+lie side by side (so that turning them is one complex product), and the weights are stored as the fastest
+kernel for few rows takes them. In float32 that is the same arithmetic, in another order.
 
-Prompts of different lengths are aligned at their ends, so that all rows of a batch write the same slot of the cache; what lies before
-a shorter one's beginning is masked, and positions count from each row's own beginning.
+Prompts of different lengths are aligned at their ends, so that all rows of a batch write the same slot of the
+cache; what lies before a shorter one's beginning is masked, and positions count from each row's own
+beginning.
 
 Shapes: tokens (batch, time) or (batch, time, streams), keys and values (batch, kv_heads, slot, head_dim).
 """
@@ -24,13 +26,13 @@ from units.corpus.patterns import Pattern
 from units.lm.model import Decoder, rotary_angles
 
 Precision = Literal["float32", "bfloat16", "int8"]
-Product = Callable[
-    [Tensor, Tensor | None], Tensor
-]  # x (rows, in), scale (rows, 1) -> W x scale (rows, out); float32 where scaled
+# x (rows, in), scale (rows, 1) -> W x scale (rows, out); float32 where scaled
+Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Reading:
-    """What a batch has read: keys and values by layer, room for `capacity` steps, and where each row begins."""
+    """What a batch has read: keys and values by layer, room for `capacity` steps, and where each row
+    begins."""
 
     def __init__(self, model: "CompactDecoder", lengths: Tensor, longest: int, capacity: int):
         config, batch, device = model.config, len(lengths), model.device
@@ -57,9 +59,10 @@ class Reading:
 class CompactDecoder:
     """A trained decoder for generation; the decoder itself is left as it is.
 
-    `precision`: of the matrix products. "bfloat16" rounds weights and inputs. "int8", on a CPU only, has weights of 8 bits, scaled by
-    output channel; inputs are bfloat16 where there is one row, and 8 bits scaled by row where there are more. `window`: how many
-    tokens each sees at most, itself the last of them, if the decoder's own window is not smaller.
+    `precision`: of the matrix products. "bfloat16" rounds weights and inputs. "int8", on a CPU only, has
+    weights of 8 bits, scaled by output channel; inputs are bfloat16 where there is one row, and 8 bits scaled
+    by row where there are more. `window`: how many tokens each sees at most, itself the last of them, if the
+    decoder's own window is not smaller.
     """
 
     def __init__(self, decoder: Decoder, precision: Precision = "float32", window: int | None = None):
@@ -103,11 +106,11 @@ class CompactDecoder:
         self.head = self._product(head * weights["norm.weight"])
 
     def _joined_qkv(self, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """(query + 2 x key size, dim), the heads' halves interleaved in queries and keys, and the bias if the projections have one."""
+        """(query + 2 x key size, dim), the heads' halves interleaved in queries and keys, and the bias if the
+        projections have one."""
         half = self.config.head_dim // 2
-        pairs = (
-            torch.arange(self.config.head_dim, device=self.device).view(2, half).T.flatten()
-        )  # 0, half, 1, half + 1, ...
+        # 0, half, 1, half + 1, ...
+        pairs = torch.arange(self.config.head_dim, device=self.device).view(2, half).T.flatten()
         parts: dict[str, list[Tensor]] = {"weight": [], "bias": []}
         for name, scale in (("q_proj", self.config.head_dim**-0.5), ("k_proj", 1.0), ("v_proj", 1.0)):
             for kind, into in parts.items():
@@ -132,7 +135,8 @@ class CompactDecoder:
 
     @torch.inference_mode()
     def begin(self, prefixes: Sequence[np.ndarray], room: int) -> tuple[Reading, Tensor]:
-        """Read the beginnings int64 (time,) or (time, streams), of any lengths; `room`: for how many steps more.
+        """Read the beginnings int64 (time,) or (time, streams), of any lengths; `room`: for how many steps
+        more.
 
         Returns what was read and float32 logits of the next step (batch, vocabulary), of all streams.
         """
@@ -141,7 +145,8 @@ class CompactDecoder:
 
     @torch.inference_mode()
     def step(self, reading: Reading, tokens: Tensor) -> Tensor:
-        """Read one more symbol of each row, int64 (batch,) or (batch, streams): float32 logits (batch, vocabulary)."""
+        """Read one more symbol of each row, int64 (batch,) or (batch, streams): float32 logits (batch,
+        vocabulary)."""
         config, at = self.config, reading.length
         x = (
             F.embedding(tokens, self.table)
@@ -173,9 +178,8 @@ class CompactDecoder:
                 qkv += qkv_bias
             self._turn(qkv, rotation)
             slot.copy_(qkv[:, self.query_size :].view(kv_shape))
-            q = (
-                qkv[:, : self.query_size].to(self.cache_dtype).reshape(grouped)
-            )  # (batch x kv_heads, queries of one, head_dim)
+            # (batch x kv_heads, queries of one, head_dim)
+            q = qkv[:, : self.query_size].to(self.cache_dtype).reshape(grouped)
             scores = torch.bmm(q, keys) if bias is None else torch.baddbmm(bias, q, keys)
             x = x + o_product(torch.bmm(scores.softmax(-1), values).view(batch, -1), None)
             gate, up = gate_up_product(x, self._norm(x)).split_with_sizes(self.halves, 1)
@@ -185,7 +189,8 @@ class CompactDecoder:
 
     @torch.inference_mode()
     def log_likelihoods(self, pattern: Pattern, sequences: Sequence[np.ndarray]) -> tuple[float, int]:
-        """Sum of the natural log likelihoods of what is predicted in the sequences, each cut to the context, and its count."""
+        """Sum of the natural log likelihoods of what is predicted in the sequences, each cut to the context,
+        and its count."""
         total, count = 0.0, 0
         for whole in sequences:
             sequence = whole[: self.config.context + 1]
@@ -203,7 +208,8 @@ class CompactDecoder:
         return total, count
 
     def _read(self, prefixes: Sequence[np.ndarray], room: int) -> tuple[Reading, Tensor]:
-        """What was read, and the last layer's states (batch, longest, dim) with the rows aligned at their ends."""
+        """What was read, and the last layer's states (batch, longest, dim) with the rows aligned at their
+        ends."""
         config, batch = self.config, len(prefixes)
         lengths = torch.tensor([len(prefix) for prefix in prefixes], device=self.device)
         longest = int(lengths.max())
@@ -241,7 +247,8 @@ class CompactDecoder:
         return reading, x.view(batch, longest, -1)
 
     def _prefix_mask(self, reading: Reading, longest: int) -> Tensor | None:
-        """(batch, 1, query, key) bool where plain causality does not do. What stands before a row's beginning sees itself alone."""
+        """(batch, 1, query, key) bool where plain causality does not do. What stands before a row's beginning
+        sees itself alone."""
         if not reading.ragged and (self.window is None or self.window >= longest):
             return None
         slots = torch.arange(longest, device=self.device)
@@ -256,7 +263,8 @@ class CompactDecoder:
         torch.view_as_complex(pairs).mul_(rotation)
 
     def _norm(self, x: Tensor) -> Tensor:
-        """What RMSNorm multiplies rows (rows, dim) with, (rows, 1). A product of few rows is scaled behind the matrix."""
+        """What RMSNorm multiplies rows (rows, dim) with, (rows, 1). A product of few rows is scaled behind
+        the matrix."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.addcmul(self.epsilon, length, length, value=1 / self.config.dim).rsqrt_()
 
@@ -265,7 +273,8 @@ class CompactDecoder:
 
 
 def bfloat16_product(weight: Tensor) -> Product:
-    """With weights (out, in) laid out once for oneDNN where torch has it, on a CPU; else the plain product."""
+    """With weights (out, in) laid out once for oneDNN where torch has it, on a CPU; else the plain
+    product."""
     short = weight.bfloat16()
     packed: Tensor | None = None
     if (
@@ -288,12 +297,12 @@ def bfloat16_product(weight: Tensor) -> Product:
 
 
 class Int8Product:
-    """Weights (out, in) in 8 bits, symmetric, a scale for each output channel. `weight` is what they stand for, (out, in)."""
+    """Weights (out, in) in 8 bits, symmetric, a scale for each output channel. `weight` is what they stand
+    for, (out, in)."""
 
     def __init__(self, weight: Tensor):
-        scale = (
-            (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
-        )  # rounded first, so that both kernels have the same
+        # rounded first, so that both kernels have the same
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
         self.integers = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.scale, self.wide_scale = scale, scale.float()
         self.none = torch.zeros(len(weight), dtype=torch.int64)
@@ -307,9 +316,8 @@ class Int8Product:
         return self.integers * self.wide_scale[:, None]
 
     def __call__(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        if (
-            len(x) == 1 and self.integers.shape[1] % 32 == 0
-        ):  # the kernel reads whole vectors, beyond a row's end if need be
+        # the kernel reads whole vectors, beyond a row's end if need be
+        if len(x) == 1 and self.integers.shape[1] % 32 == 0:
             y: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.integers, self.scale)
             return y if scale is None else y * scale
         x = x.float()

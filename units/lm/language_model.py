@@ -1,9 +1,10 @@
 """The unit language model: packing of documents into batches, its loss, its likelihoods.
 
-A document is read as BOS u1 .. un and predicts u1 .. un EOS, so EOS counts in every loss and score; with several levels, steps
-are those of a pattern (units/corpus/patterns.py). A document longer than the context is cut into consecutive pieces, each of which begins
-with the step before its first prediction: every symbol is predicted once. Documents share rows of a batch but never see each
-other, and positions start at 0 in each piece.
+A document is read as BOS u1 .. un and predicts u1 .. un EOS, so EOS counts in every loss and score; with
+several levels, steps are those of a pattern (units/corpus/patterns.py). A document longer than the context is
+cut into consecutive pieces, each of which begins with the step before its first prediction: every symbol is
+predicted once. Documents share rows of a batch but never see each other, and positions start at 0 in each
+piece.
 """
 
 import math
@@ -30,7 +31,8 @@ KIND = "unit-lm"
 
 
 class Batch(NamedTuple):
-    """Rows of whole pieces, padded at the end. With several streams, tokens (rows, time, streams) and targets (steps, streams)."""
+    """Rows of whole pieces, padded at the end. With several streams, tokens (rows, time, streams) and targets
+    (steps, streams)."""
 
     tokens: Tensor  # int64 (rows, time)
     positions: Tensor  # int64 (rows, time)
@@ -40,9 +42,11 @@ class Batch(NamedTuple):
 
 
 class Pieces:
-    """The pieces of some documents: at most `context` predictions each, in document order. `owners` index the documents.
+    """The pieces of some documents: at most `context` predictions each, in document order. `owners` index the
+    documents.
 
-    `scored` tells for each stream which symbols are to be predicted, (symbols,) bool; by default all but padding are.
+    `scored` tells for each stream which symbols are to be predicted, (symbols,) bool; by default all but
+    padding are.
     """
 
     def __init__(
@@ -71,7 +75,8 @@ class Pieces:
         return cut_evenly(order, self.lengths[order], batch_tokens)
 
     def collate(self, items: np.ndarray) -> Batch:
-        """Pack pieces into rows as long as the longest of them, longest first into the first row with room."""
+        """Pack pieces into rows as long as the longest of them, longest first into the first row with
+        room."""
         sequences = [self.read(piece) for piece in items]
         rows = first_fit([len(sequence) - 1 for sequence in sequences])
         width = max(sum(len(sequences[i]) - 1 for i in row) for row in rows)
@@ -105,7 +110,8 @@ class Pieces:
 
 
 def cut_evenly(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """`order` cut into consecutive runs of about `batch_tokens` steps each, as equal as may be; `lengths` (items,) are its steps."""
+    """`order` cut into consecutive runs of about `batch_tokens` steps each, as equal as may be; `lengths`
+    (items,) are its steps."""
     ends = np.cumsum(lengths)
     count = max(1, round(ends[-1] / batch_tokens))
     middles = ends - lengths / 2
@@ -169,7 +175,8 @@ class LoadedLM(NamedTuple):
 def load_language_model(run: str | Path, corpus: UnitCorpus | None = None, device: str = "auto") -> LoadedLM:
     """The language model of a run.
 
-    Errors: ValueError when the run is no unit language model, or learned other units than `corpus` has; both sides are named.
+    Errors: ValueError when the run is no unit language model, or learned other units than `corpus` has; both
+    sides are named.
     """
     weights, meta, fingerprint = load_weights(run)
     if meta["kind"] != KIND:
@@ -201,7 +208,8 @@ def require_same_units(run: str, meta: dict[str, Any], vocabulary: Vocabulary, c
     if problems:
         raise ValueError(
             f"{run} was trained on other units than {corpus.folder} has: {'; '.join(problems)}; "
-            "pack labels of the codebook that the model learned, as they were packed then, or train a model on these"
+            "pack labels of the codebook that the model learned, as they were packed then, or train a model "
+            "on these"
         )
 
 
@@ -215,7 +223,8 @@ def log_likelihoods(
 ) -> np.ndarray:
     """Natural log likelihood of each document, its EOS included: float64 (documents,).
 
-    Documents longer than the model's context are scored in consecutive pieces, each given the one step before it.
+    Documents longer than the model's context are scored in consecutive pieces, each given the one step before
+    it.
     """
     device = decoder.embed_tokens.weight.device
     pieces = Pieces(sequences, pattern, decoder.config.context, scored)

@@ -1,8 +1,10 @@
-"""The decoder-only transformer of the unit language model, in exactly Llama's arithmetic (Touvron et al., 2023).
+"""The decoder-only transformer of the unit language model, in exactly Llama's arithmetic (Touvron et al.,
+2023).
 
-RMSNorm before each block, rotary positions on the two halves of a head (as Hugging Face stores them), grouped-query attention,
-SwiGLU; biases on queries, keys and values as Qwen2 has them and a sliding window as Mistral has it, where asked for. Parameter names are
-those of transformers' `LlamaForCausalLM` without their `model.` in front.
+RMSNorm before each block, rotary positions on the two halves of a head (as Hugging Face stores them),
+grouped-query attention, SwiGLU; biases on queries, keys and values as Qwen2 has them and a sliding window as
+Mistral has it, where asked for. Parameter names are those of transformers' `LlamaForCausalLM` without their
+`model.` in front.
 
 Shapes: (batch, time, dim), attention (batch, time, heads, head_dim).
 """
@@ -24,7 +26,8 @@ from units.lm.attention import PackedDocuments, attend
 
 
 class RopeScaling(Config):
-    """Llama 3.1's longer context: slow rotations are slowed by `factor`, fast ones kept, those between interpolated ("llama3" in transformers)."""
+    """Llama 3.1's longer context: slow rotations are slowed by `factor`, fast ones kept, those between
+    interpolated ("llama3" in transformers)."""
 
     factor: float = Field(ge=1)
     low_freq_factor: float = Field(
@@ -37,13 +40,15 @@ class RopeScaling(Config):
     def _ordered(self) -> Self:
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor {self.high_freq_factor} must be greater than low_freq_factor {self.low_freq_factor}"
+                f"high_freq_factor {self.high_freq_factor} must be greater than low_freq_factor "
+                f"{self.low_freq_factor}"
             )
         return self
 
 
 class DecoderConfig(Config):
-    """Size of the decoder. Dropout acts on each block's output and on the embeddings, never inside the attention."""
+    """Size of the decoder. Dropout acts on each block's output and on the embeddings, never inside the
+    attention."""
 
     dim: int = Field(128, ge=2)
     num_layers: int = Field(3, ge=1)
@@ -85,9 +90,9 @@ class DecoderConfig(Config):
 class Decoder(nn.Module):
     """Tokens in, logits of the next token out.
 
-    `vocabularies`: the number of symbols, or of each stream's symbols where a step has several (the levels of a codec). All streams share
-    one table and one head, in which stream q's symbols follow those of stream q - 1; a step's input is the sum of its streams' rows, and
-    `split` cuts its logits into one vector per stream.
+    `vocabularies`: the number of symbols, or of each stream's symbols where a step has several (the levels of
+    a codec). All streams share one table and one head, in which stream q's symbols follow those of stream q -
+    1; a step's input is the sum of its streams' rows, and `split` cuts its logits into one vector per stream.
     """
 
     def __init__(self, config: DecoderConfig, vocabularies: int | Sequence[int]):
@@ -113,7 +118,8 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, documents: Tensor | PackedDocuments | None = None
     ) -> Tensor:
-        """Logits (batch, time, vocabulary) from tokens (batch, time) or (batch, time, streams) and positions (batch, time); see `hidden`."""
+        """Logits (batch, time, vocabulary) from tokens (batch, time) or (batch, time, streams) and positions
+        (batch, time); see `hidden`."""
         return self.logits(self.hidden(tokens, positions, documents))
 
     def hidden(
@@ -121,8 +127,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """States after the last norm, (batch, time, dim).
 
-        With `documents` (batch, time), or the `PackedDocuments` of them, a token sees the tokens of its own document up to itself; without, all
-        tokens up to itself. (units/lm/generation.py goes on from what was read before.)
+        With `documents` (batch, time), or the `PackedDocuments` of them, a token sees the tokens of its own
+        document up to itself; without, all tokens up to itself. (units/lm/generation.py goes on from what was
+        read before.)
         """
         config = self.config
         packing = PackedDocuments(documents) if isinstance(documents, Tensor) else documents
@@ -195,9 +202,8 @@ class Layer(nn.Module):
             (attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias),
         )
         q, k, v = (part.unflatten(0, shape[:2]) for part in (q, k, v))
-        attended = (
-            attend(q, k, v, packing, attention.window).flatten(2).flatten(0, 1)
-        )  # (tokens, heads x head_dim)
+        # (tokens, heads x head_dim)
+        attended = attend(q, k, v, packing, attention.window).flatten(2).flatten(0, 1)
         if plain:
             x = kernels.add_projected(x, attended, attention.o_proj.weight)
         else:
@@ -254,7 +260,8 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(positions: Tensor, config: DecoderConfig) -> Rotation:
-    """Rotation by position / theta^(2i / head_dim), with the frequencies as `config.rope_scaling` changes them."""
+    """Rotation by position / theta^(2i / head_dim), with the frequencies as `config.rope_scaling` changes
+    them."""
     exponents = (
         torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
     )
@@ -269,7 +276,8 @@ def rotary_angles(positions: Tensor, config: DecoderConfig) -> Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary position embedding (Su et al., 2021): element i of a head turns together with element i + head_dim / 2."""
+    """Rotary position embedding (Su et al., 2021): element i of a head turns together with element i +
+    head_dim / 2."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

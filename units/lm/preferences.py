@@ -1,18 +1,21 @@
-"""Direct preference optimisation (DPO; Rafailov et al., 2023) of a unit language model, as Align-SLM has it for speech (Lin et al., 2024).
+"""Direct preference optimisation (DPO; Rafailov et al., 2023) of a unit language model, as Align-SLM has it
+for speech (Lin et al., 2024).
 
 The data are JSON lines, each a prompt of units and two continuations of it, the better one and the worse one:
 
     {"prompt": [17, 4, 9], "chosen": [3, 12], "rejected": [3, 3, 40]}
 
-Units are plain (deduplicated if the model's corpus is; with several levels a list [level 0, level 1, …] for each), the model's own
-vocabulary merges them, prompt and continuation each for itself, and EOS ends both continuations and counts in their likelihood.
+Units are plain (deduplicated if the model's corpus is; with several levels a list [level 0, level 1, …] for
+each), the model's own vocabulary merges them, prompt and continuation each for itself, and EOS ends both
+continuations and counts in their likelihood.
 
-With π the model, ref the model before its first step, y the chosen (w) or rejected (l) continuation of the prompt x, and
+With π the model, ref the model before its first step, y the chosen (w) or rejected (l) continuation of the
+prompt x, and
 
     reward(y) = β (log π(y | x) - log ref(y | x)),        margin = reward(w) - reward(l),
 
-a pair's loss is -(1 - ε) log σ(margin) - ε log σ(-margin) - α log π(w | x) / |w|: ε is label smoothing (cDPO; Mitchell, 2023), α the
-weight of likelihood itself, per predicted symbol (Pang et al., 2024).
+a pair's loss is -(1 - ε) log σ(margin) - ε log σ(-margin) - α log π(w | x) / |w|: ε is label smoothing (cDPO;
+Mitchell, 2023), α the weight of likelihood itself, per predicted symbol (Pang et al., 2024).
 """
 
 import json
@@ -57,10 +60,11 @@ class DPOConfig(Config):
 
 
 class Preferences:
-    """The pairs of a file as sequences of the model: 2 i is the chosen one of pair i, 2 i + 1 the rejected one.
+    """The pairs of a file as sequences of the model: 2 i is the chosen one of pair i, 2 i + 1 the rejected
+    one.
 
-    Errors: ValueError naming the file and line: what is no such record, units outside the vocabulary, an empty continuation, what is
-    longer than the model's `context`.
+    Errors: ValueError naming the file and line: what is no such record, units outside the vocabulary, an
+    empty continuation, what is longer than the model's `context`.
     """
 
     def __init__(self, path: str | Path, vocabulary: Vocabulary, pattern: Pattern, context: int):
@@ -74,7 +78,8 @@ class Preferences:
                 sequence, answer = self._sequence(codes["prompt"], codes[part])
                 if len(sequence) - 1 > context:
                     raise ValueError(
-                        f"{where}: the prompt's {len(codes['prompt'])} and the {part} continuation's {len(codes[part])} symbols make "
+                        f"{where}: the prompt's {len(codes['prompt'])} and the {part} continuation's "
+                        f"{len(codes[part])} symbols make "
                         f"{len(sequence) - 1} steps; the model's context is {context}"
                     )
                 sequences.append(sequence)
@@ -93,7 +98,8 @@ class Preferences:
         return cut_evenly(order, self.lengths[order], batch_tokens)
 
     def collate(self, pairs: np.ndarray) -> Batch:
-        """Both sequences of each pair, packed as documents; only the continuations' symbols and EOS are targets."""
+        """Both sequences of each pair, packed as documents; only the continuations' symbols and EOS are
+        targets."""
         items = np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
         batch = self.pieces.collate(items)
         steps = batch.steps.numpy()
@@ -125,7 +131,8 @@ class Preferences:
         return codes
 
     def _sequence(self, prompt: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The sequence of prompt and answer, and which of the cells after its first row the answer and EOS are, (steps - 1, Q)."""
+        """The sequence of prompt and answer, and which of the cells after its first row the answer and EOS
+        are, (steps - 1, Q)."""
         sequence = self.pattern.arrange(np.concatenate([prompt, answer]))
         asked = self.pattern.predicted(sequence).reshape(len(sequence), -1)
         steps, streams = np.broadcast_arrays(*self.pattern.cells(len(prompt) + len(answer)))
@@ -134,7 +141,8 @@ class Preferences:
 
 
 class PreferenceBatch(NamedTuple):
-    """A `Batch` whose documents are pairs, the chosen one first, with the reference's log likelihoods float32 (pairs, 2)."""
+    """A `Batch` whose documents are pairs, the chosen one first, with the reference's log likelihoods float32
+    (pairs, 2)."""
 
     tokens: Tensor
     positions: Tensor
@@ -145,7 +153,8 @@ class PreferenceBatch(NamedTuple):
 
 
 class PreferenceModel(nn.Module):
-    """A decoder with the loss of DPO, summed over pairs. Its weights are named as those of `LanguageModel`."""
+    """A decoder with the loss of DPO, summed over pairs. Its weights are named as those of
+    `LanguageModel`."""
 
     def __init__(self, decoder: Decoder, config: DPOConfig):
         super().__init__()
@@ -173,7 +182,8 @@ class PreferenceModel(nn.Module):
 
 
 def answer_log_likelihoods(decoder: Decoder, batch: Batch, num_documents: int) -> tuple[Tensor, Tensor]:
-    """Natural log likelihood of each document's targets, float32 (documents,), and how many they are, int64 (documents,)."""
+    """Natural log likelihood of each document's targets, float32 (documents,), and how many they are, int64
+    (documents,)."""
     hidden = decoder.hidden(batch.tokens, batch.positions, batch.documents).flatten(0, 1)[batch.steps]
     streams = decoder.split(decoder.logits(hidden).float())
     targets = batch.targets.view(len(batch.steps), len(streams))
@@ -189,10 +199,12 @@ def answer_log_likelihoods(decoder: Decoder, batch: Batch, num_documents: int) -
 
 
 class PreferenceTask(Task):
-    """DPO of `decoder`, which is its own reference: what it says of the pairs is computed here, once, before it learns.
+    """DPO of `decoder`, which is its own reference: what it says of the pairs is computed here, once, before
+    it learns.
 
-    Log lines have `margin` and `accuracy` (share of pairs whose chosen continuation gained more than the rejected one), the two mean
-    rewards, and `chosen_bits` per symbol, which tells when chosen continuations lose likelihood along with the rejected ones.
+    Log lines have `margin` and `accuracy` (share of pairs whose chosen continuation gained more than the
+    rejected one), the two mean rewards, and `chosen_bits` per symbol, which tells when chosen continuations
+    lose likelihood along with the rejected ones.
     """
 
     model: PreferenceModel

@@ -1,4 +1,5 @@
-"""What a language model is to continue: beginnings of a corpus's documents, or recordings made into its units."""
+"""What a language model is to continue: beginnings of a corpus's documents, or recordings made into its
+units."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,7 +24,8 @@ class Prompt(NamedTuple):
 def corpus_prompts(
     corpus: UnitCorpus, split: str | None, utterance: str | None, length: int, num: int, seed: int
 ) -> list[Prompt]:
-    """The first `length` units of one document, `num` times, or of `num` documents drawn from a split, anew when they run out.
+    """The first `length` units of one document, `num` times, or of `num` documents drawn from a split, anew
+    when they run out.
 
     With unit BPE they are merged as a document of their own would be: units are counted, not merged ones.
     """
@@ -32,7 +34,8 @@ def corpus_prompts(
         document = corpus.index(utterance)
         if counts[document] < length:
             raise ValueError(
-                f"{corpus.folder}: document {utterance!r} has {counts[document]} units, fewer than prompt_units {length}"
+                f"{corpus.folder}: document {utterance!r} has {counts[document]} units, fewer than "
+                f"prompt_units {length}"
             )
         chosen = np.full(num, document)
     else:
@@ -40,7 +43,8 @@ def corpus_prompts(
         long_enough = documents[counts[documents] >= length]
         if not len(long_enough):
             raise ValueError(
-                f"{corpus.folder}: no document of split {split!r} has prompt_units {length} units; the longest has {counts[documents].max()}"
+                f"{corpus.folder}: no document of split {split!r} has prompt_units {length} units; the "
+                f"longest has {counts[documents].max()}"
             )
         chosen = np.resize(np.random.default_rng(seed).permutation(long_enough), num)
     merger = Merger(corpus.vocabulary) if corpus.vocabulary.merges else None
@@ -61,9 +65,11 @@ def audio_prompts(
     device: str,
     length: int | None = None,
 ) -> list[Prompt]:
-    """The units of recordings, deduplicated and merged as the model learned them; the first `length` of each, or all.
+    """The units of recordings, deduplicated and merged as the model learned them; the first `length` of each,
+    or all.
 
-    Errors: ValueError naming the recording, or both sides where the codebook is not the one whose units the model learned.
+    Errors: ValueError naming the recording, or both sides where the codebook is not the one whose units the
+    model learned.
     """
     from quantize.codebook import Codebook
     from quantize.extraction import Extraction, open_source
@@ -72,7 +78,8 @@ def audio_prompts(
     vocabulary, learned = lm.vocabulary, lm.meta["codebook"]
     if codebook.fingerprint != learned:
         raise ValueError(
-            f"codebook: {lm.folder} learned the units of codebook {learned}, and {codebook_folder} is codebook {codebook.fingerprint}; "
+            f"codebook: {lm.folder} learned the units of codebook {learned}, and {codebook_folder} is "
+            f"codebook {codebook.fingerprint}; "
             "give the codebook that its corpus was encoded with"
         )
     utterances = [_whole_recording(path) for path in paths]

@@ -14,7 +14,8 @@ PASS_ROWS = 128  # tokens at a time in passes between bfloat16 products
 def fold_norm(
     parts: tuple[Tensor | None, ...], norm: Tensor, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Weights of queries, keys and values times the norm's, one below the other in `dtype`, their biases end to end, and the sizes."""
+    """Weights of queries, keys and values times the norm's, one below the other in `dtype`, their biases end
+    to end, and the sizes."""
     weights, biases = parts[:3], parts[3:]
     sizes = [len(weight) for weight in weights if weight is not None]
     folded = norm.new_empty(sum(sizes), len(norm), dtype=dtype)
@@ -27,7 +28,8 @@ def fold_norm(
 def unfold_norm(
     dweight: Tensor, dbias: Tensor | None, norm: Tensor, weights: Any, sizes: list[int], head_dim: int
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of norm, eps, turns, head_dim, weights and biases from those of the rotated projections' folded weight and bias."""
+    """Gradients of norm, eps, turns, head_dim, weights and biases from those of the rotated projections'
+    folded weight and bias."""
     dnorm = torch.zeros_like(norm)
     dweights: list[Tensor | None] = []
     dbiases: list[Tensor | None] = []
@@ -63,7 +65,8 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def norm_backward(
     gradient: Tensor, normed: Tensor, rstd: Tensor, residual: Tensor | None, out: Tensor
 ) -> None:
-    """Gradient of the norm's input from that of its output `normed`, plus `residual`; `gradient` is used up."""
+    """Gradient of the norm's input from that of its output `normed`, plus `residual`; `gradient` is used
+    up."""
     along = (gradient * normed).mean(1, keepdim=True)  # (linalg.vecdot takes a row at a time here)
     gradient.addcmul_(normed, along, value=-1)
     if residual is None:
@@ -91,7 +94,8 @@ def as_complex(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _sources(parts: Any, head_dim: int, rotated: bool | None = None) -> list[Tensor]:
-    """Weights (rows, dim) or biases (rows,) of query, key and value with the pairs that turn together side by side; views.
+    """Weights (rows, dim) or biases (rows,) of query, key and value with the pairs that turn together side by
+    side; views.
 
     The first two are the rotated ones, or all or none as `rotated` says.
     """

@@ -1,7 +1,9 @@
-"""The verb `sample`: continue unit sequences, or recordings, with a unit language model, in batches, with keys and values kept.
+"""The verb `sample`: continue unit sequences, or recordings, with a unit language model, in batches, with
+keys and values kept.
 
-Continuation i draws its random numbers from (seed, i) alone, so it does not depend on the batch it is made in (up to rounding: products
-of another number of rows may differ in their last bits, below float32 by more, and turn a draw on the border of two units).
+Continuation i draws its random numbers from (seed, i) alone, so it does not depend on the batch it is made in
+(up to rounding: products of another number of rows may differ in their last bits, below float32 by more, and
+turn a draw on the border of two units).
 """
 
 import json
@@ -43,7 +45,10 @@ class SampleConfig(Config):
     prompt_units: int | None = Field(
         None,
         ge=0,
-        description="steps of a document that prompt, the first, 25 by default; of a recording all by default. 0: begin at BOS",
+        description=(
+            "steps of a document that prompt, the first, 25 by default; of a recording all by default. 0: "
+            "begin at BOS"
+        ),
     )
     prompt_audio: PathStrs | None = Field(
         None, description="recordings that prompt, in turn, in place of documents"
@@ -59,7 +64,8 @@ class SampleConfig(Config):
     min_units: int = Field(0, ge=0, description="steps that are added at least: EOS is not drawn before")
     stop_units: list[int] = Field(
         [],
-        description="the continuation ends before any of these, or the merged unit that holds it; of several levels, those of the first",
+        description="the continuation ends before any of these, or the merged unit that holds it; of several "
+        "levels, those of the first",
     )
     sliding: bool = Field(
         False, description="go on beyond the context, seeing its last steps; otherwise that is an error"
@@ -71,7 +77,9 @@ class SampleConfig(Config):
     )
     precision: Precision = Field(
         "float32",
-        description="of the matrix products, int8 on a CPU only; with another, the summary has the perplexity of both",
+        description=(
+            "of the matrix products, int8 on a CPU only; with another, the summary has the perplexity of both"
+        ),
     )
     synthesizer: PathStr | None = Field(None, description="a run of train-synthesizer, which speaks `audio`")
     audio: PathStr | None = Field(
@@ -115,8 +123,8 @@ class SampleConfig(Config):
 def sample(config: SampleConfig) -> dict[str, Any]:
     """Write `samples.jsonl`, a line for each continuation.
 
-    `document`, `prompt` and `continuation` (units, merges undone; of several levels a list for each step), `log_likelihood`,
-    `finished` (by EOS) and `ended_by`.
+    `document`, `prompt` and `continuation` (units, merges undone; of several levels a list for each step),
+    `log_likelihood`, `finished` (by EOS) and `ended_by`.
     """
     require_absent(config.out)
     corpus = None if config.corpus is None else UnitCorpus(config.corpus)
@@ -188,7 +196,8 @@ def _write_audio(path: Path, voice: Synthesizer, lines: list[dict[str, Any]], de
 
 
 def _voice(config: SampleConfig, lm: LoadedLM) -> Synthesizer | None:
-    """Who speaks, having learned the units that the model continues; ValueError for an `audio` that cannot be written."""
+    """Who speaks, having learned the units that the model continues; ValueError for an `audio` that cannot be
+    written."""
     if config.audio is None or config.synthesizer is None:
         return None
     if lm.vocabulary.layout != "units":
@@ -229,18 +238,22 @@ def _require_room(config: SampleConfig, lm: LoadedLM, prompts: Sequence[Prompt])
     hint = "" if lm.pattern.length(1) == 3 else f", under the pattern {lm.pattern.name}"
     if begun > context and not config.sliding:
         raise ValueError(
-            f"the prompt {longest.document!r} has {length} units, {begun} tokens with BOS{hint}, and {config.lm} has {context} tokens of "
+            f"the prompt {longest.document!r} has {length} units, {begun} tokens with BOS{hint}, and "
+            f"{config.lm} has {context} tokens of "
             "context; prompt with fewer (prompt_units), or set sliding = true"
         )
     if steps > context and not config.sliding:
         raise ValueError(
-            f"a prompt of BOS and {length} units (prompt_units) with {config.max_units} more (max_units) takes {steps} tokens{hint}, which does "
-            f"not fit the {context} tokens of context of {config.lm}; lower one of them, or set sliding = true"
+            f"a prompt of BOS and {length} units (prompt_units) with {config.max_units} more (max_units) "
+            f"takes {steps} tokens{hint}, which does "
+            f"not fit the {context} tokens of context of {config.lm}; lower one of them, or set sliding = "
+            "true"
         )
 
 
 def _steps_read(pattern: Pattern, prompt: int, more: int) -> int:
-    """The longest input that continuing a prompt of `prompt` codes by `more` takes: the last symbol is drawn, and not read."""
+    """The longest input that continuing a prompt of `prompt` codes by `more` takes: the last symbol is drawn,
+    and not read."""
     return prompt + more if pattern.num_levels == 1 else int(pattern.length(prompt + more)) - 1
 
 
@@ -263,7 +276,8 @@ def _stop_symbols(config: SampleConfig, lm: LoadedLM) -> set[int]:
 def precision_cost(
     config: SampleConfig, lm: LoadedLM, corpus: UnitCorpus | None, model: CompactDecoder
 ) -> dict[str, Any]:
-    """With a precision below float32: the perplexity of some held-out documents in both, each cut to the context, with a note."""
+    """With a precision below float32: the perplexity of some held-out documents in both, each cut to the
+    context, with a note."""
     if config.precision == "float32":
         return {}
     corpus = corpus or _training_corpus(lm)
@@ -276,7 +290,10 @@ def precision_cost(
     sequences = list(Sequences(corpus, documents, lm.pattern))
     exact = perplexity(*CompactDecoder(lm.decoder).log_likelihoods(lm.pattern, sequences))
     quick = perplexity(*model.log_likelihoods(lm.pattern, sequences))
-    note = f"precision {config.precision}: perplexity {quick:.4f} against {exact:.4f} in float32, on {len(documents)} documents of split {split!r}"
+    note = (
+        f"precision {config.precision}: perplexity {quick:.4f} against {exact:.4f} in float32, on "
+        f"{len(documents)} documents of split {split!r}"
+    )
     return {"perplexity": quick, "perplexity_float32": exact, "notes": [note]}
 
 

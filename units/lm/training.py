@@ -1,4 +1,5 @@
-"""The verb `train-lm`: a unit language model on a packed corpus, from random weights or from another model's, or DPO on preferences."""
+"""The verb `train-lm`: a unit language model on a packed corpus, from random weights or from another model's,
+or DPO on preferences."""
 
 import math
 from pathlib import Path
@@ -67,11 +68,13 @@ class TrainLMConfig(Config):
     )
     initial: PathStr | None = Field(
         None,
-        description="begin with these weights: a Hugging Face folder (Llama, Mistral, Qwen2), embeddings replaced, or a run",
+        description="begin with these weights: a Hugging Face folder (Llama, Mistral, Qwen2), embeddings "
+        "replaced, or a run",
     )
     dpo: DPOConfig | None = Field(
         None,
-        description="learn preferences instead of the corpus, from the run `initial`, without dropout unless model.dropout is given",
+        description="learn preferences instead of the corpus, from the run `initial`, without dropout unless "
+        "model.dropout is given",
     )
     model: DecoderConfig = DecoderConfig()
     training: TrainingConfig
@@ -89,7 +92,8 @@ class TrainLMConfig(Config):
             raise ValueError("give the `corpus` to learn")
         if self.dpo is not None and (self.initial is None or self.corpus is not None):
             raise ValueError(
-                "`dpo` learns from its pairs alone, beginning with a trained language model: give `initial` and no `corpus`"
+                "`dpo` learns from its pairs alone, beginning with a trained language model: give "
+                "`initial` and no `corpus`"
             )
         if self.dpo is not None and (
             given := self.model_fields_set & {"split", "valid_split", "pattern", "loss_on"}
@@ -148,14 +152,16 @@ class LanguageModelTask(Task):
     def alarm(self, metrics: dict[str, float], step: int) -> str | None:
         loss, before = metrics["loss"], self.loss_before
         self.loss_before = loss
-        # New embeddings under another model's weights may begin far off: they have the warm-up, and as long as the loss falls.
+        # New embeddings under another model's weights may begin far off: they have the warm-up, and as long
+        # as the loss falls.
         if loss < max(self.worst, before) or step <= self.config.optimizer.warmup_steps:
             return None
         return f"the loss {loss:.2f} is a nat above that of a uniform guess: diverged; lower optimizer.lr"
 
 
 def new_decoder(config: TrainLMConfig, pattern: Pattern, corpus: UnitCorpus) -> Decoder:
-    """The decoder before its first step, a function of the seed. A run that it begins with learned the same units in the same pattern."""
+    """The decoder before its first step, a function of the seed. A run that it begins with learned the same
+    units in the same pattern."""
     torch.manual_seed(config.training.seed)
     if config.initial is None:
         return Decoder(config.model, pattern.vocabularies)
@@ -163,7 +169,8 @@ def new_decoder(config: TrainLMConfig, pattern: Pattern, corpus: UnitCorpus) -> 
         learned = load_language_model(config.initial, corpus, device="cpu").pattern.name
         if pattern.num_levels > 1 and learned != pattern.name:
             raise ValueError(
-                f"{config.initial} learned its streams in the pattern {learned!r}, and `pattern` is {pattern.name!r}: the same symbols stand "
+                f"{config.initial} learned its streams in the pattern {learned!r}, and `pattern` is "
+                f"{pattern.name!r}: the same symbols stand "
                 f'elsewhere; set pattern = "{learned}", or train without `initial`'
             )
     return initial_decoder(config.initial, pattern.vocabularies, config.model)
@@ -187,7 +194,8 @@ def scored_symbols(vocabulary: Vocabulary, pattern: Pattern, loss_on: LossOn) ->
 
 
 def train_lm(config: TrainLMConfig) -> dict[str, Any]:
-    """Train a unit language model; returns the run's summary (`valid_bits` is per predicted symbol, EOS among them)."""
+    """Train a unit language model; returns the run's summary (`valid_bits` is per predicted symbol, EOS among
+    them)."""
     task: LanguageModelTask | PreferenceTask
     if config.dpo is None:
         assert config.corpus is not None

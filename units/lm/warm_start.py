@@ -1,8 +1,9 @@
 """A decoder that begins with the weights of another language model.
 
-TWIST (Hassid et al., 2023, "Textually pretrained speech language models", section 3): of a text model the transformer is kept and the
-embeddings are replaced by random ones of the units, which then learn faster than from random weights alone. Read are local Hugging
-Face folders of Llama, Mistral or Qwen2 (config.json and safetensors; nothing in them runs), and our own runs.
+TWIST (Hassid et al., 2023, "Textually pretrained speech language models", section 3): of a text model the
+transformer is kept and the embeddings are replaced by random ones of the units, which then learn faster than
+from random weights alone. Read are local Hugging Face folders of Llama, Mistral or Qwen2 (config.json and
+safetensors; nothing in them runs), and our own runs.
 """
 
 import hashlib
@@ -42,7 +43,8 @@ SIZES = {
 def initial_decoder(
     folder: str | Path, vocabularies: int | Sequence[int], overrides: DecoderConfig | None = None
 ) -> Decoder:
-    """A decoder over `vocabularies` with the sizes and the weights of `folder`; dropout, context and the sliding window as `overrides` sets them.
+    """A decoder over `vocabularies` with the sizes and the weights of `folder`; dropout, context and the
+    sliding window as `overrides` sets them.
 
     What is random is drawn from torch's global generator. Errors: as `config_of` and `warm_start`.
     """
@@ -57,7 +59,8 @@ def initial_decoder(
 
 
 def fingerprint_of(folder: str | Path) -> str:
-    """Of the weights in `folder`: a run's, or the first 16 hex digits of a SHA-256 over those of config.json and the weight files."""
+    """Of the weights in `folder`: a run's, or the first 16 hex digits of a SHA-256 over those of config.json
+    and the weight files."""
     folder = Path(folder)
     if not is_hugging_face(folder):
         return _run_weights(folder)[2]
@@ -68,9 +71,11 @@ def fingerprint_of(folder: str | Path) -> str:
 
 
 def config_of(folder: str | Path) -> DecoderConfig:
-    """Sizes of the language model in a Hugging Face folder or a run of ours; a Hugging Face model has no dropout.
+    """Sizes of the language model in a Hugging Face folder or a run of ours; a Hugging Face model has no
+    dropout.
 
-    Errors: ValueError naming file and key: no such model, another architecture, a rotation or a window we do not compute, quantised weights.
+    Errors: ValueError naming file and key: no such model, another architecture, a rotation or a window we do
+    not compute, quantised weights.
     """
     folder = Path(folder)
     if not is_hugging_face(folder):
@@ -83,7 +88,8 @@ def config_of(folder: str | Path) -> DecoderConfig:
         raise ValueError(f"{path}: model_type: {kind!r} is not supported; {', '.join(MODEL_TYPES)} are")
     if config.get("quantization_config"):
         raise ValueError(
-            f"{path}: quantization_config: quantised weights cannot be trained further; give the model they were made from"
+            f"{path}: quantization_config: quantised weights cannot be trained further; give the model "
+            "they were made from"
         )
     for key, value in FIXED:
         if config.get(key, value) != value:
@@ -111,8 +117,9 @@ def config_of(folder: str | Path) -> DecoderConfig:
 def warm_start(folder: str | Path, decoder: Decoder) -> None:
     """Overwrite the decoder's weights with those of `folder`.
 
-    Embeddings and head become normal with the standard deviation of the old ones, which a head that is tied has from the embeddings; of
-    a run of ours over as many symbols of each stream they are kept, too. (That the symbols mean the same, a caller compares.)
+    Embeddings and head become normal with the standard deviation of the old ones, which a head that is tied
+    has from the embeddings; of a run of ours over as many symbols of each stream they are kept, too. (That
+    the symbols mean the same, a caller compares.)
 
     Errors: ValueError naming the file and the tensor that is missing, too many or of another shape.
     """
@@ -147,7 +154,8 @@ def warm_start(folder: str | Path, decoder: Decoder) -> None:
                 found = tensors[name]
                 if found.shape != weight.shape:
                     raise ValueError(
-                        f"{folder}: {name}: has shape {tuple(found.shape)}; by its config it should be {tuple(weight.shape)}"
+                        f"{folder}: {name}: has shape {tuple(found.shape)}; by its config it should be "
+                        f"{tuple(weight.shape)}"
                     )
                 if not found.is_floating_point():
                     raise ValueError(
@@ -160,7 +168,8 @@ def warm_start(folder: str | Path, decoder: Decoder) -> None:
 
 
 class _SafetensorsFolder(Mapping[str, Tensor]):
-    """Tensors of model.safetensors, or of the shards that an index lists, by our names; each is read when asked for."""
+    """Tensors of model.safetensors, or of the shards that an index lists, by our names; each is read when
+    asked for."""
 
     def __init__(self, folder: Path):
         index = folder / "model.safetensors.index.json"
@@ -180,14 +189,10 @@ class _SafetensorsFolder(Mapping[str, Tensor]):
         self._places: dict[str, tuple[Path, str]] = {}
         for path in self.paths:
             if not path.is_file():
-                pickled = (
-                    " (a pickle beside it is not read: save the model with safe_serialization)"
-                    if any(folder.glob("*.bin"))
-                    else ""
-                )
-                raise ValueError(
-                    f"{path}: no such file; {'the index names it' if index.is_file() else 'the weights are expected there'}{pickled}"
-                )
+                why = "the index names it" if index.is_file() else "the weights are expected there"
+                if any(folder.glob("*.bin")):
+                    why += " (a pickle beside it is not read: save the model with safe_serialization)"
+                raise ValueError(f"{path}: no such file; {why}")
             try:
                 with safe_open(path, "pt") as file:
                     self._places |= {name.removeprefix("model."): (path, name) for name in file.keys()}  # noqa: SIM118
@@ -213,7 +218,8 @@ class _SafetensorsFolder(Mapping[str, Tensor]):
 
 
 def is_hugging_face(folder: str | Path) -> bool:
-    """Whether the folder is a Hugging Face model's; otherwise it is taken for a run's. ValueError if there is none."""
+    """Whether the folder is a Hugging Face model's; otherwise it is taken for a run's. ValueError if there is
+    none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a Hugging Face model's or a training run's")
@@ -230,7 +236,8 @@ def _run_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         ) from None
     if meta["kind"] != KIND or "decoder" not in meta:
         raise ValueError(
-            f"{folder}: is a run of kind {meta['kind']!r}; a {KIND!r} (verb train-lm) of this version is needed here"
+            f"{folder}: is a run of kind {meta['kind']!r}; a {KIND!r} (verb train-lm) of this version is "
+            "needed here"
         )
     return {name.removeprefix("decoder."): weight for name, weight in weights.items()}, meta, fingerprint
 
@@ -240,7 +247,8 @@ def _vocabularies(meta: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _window(config: dict[str, Any], path: Path) -> int | None:
-    """The sliding window of all layers. (A Mistral whose config has no such key has 4096, transformers' default.)"""
+    """The sliding window of all layers. (A Mistral whose config has no such key has 4096, transformers'
+    default.)"""
     if config["model_type"] == "llama":
         return None
     if config["model_type"] == "mistral":
@@ -261,7 +269,8 @@ def _window(config: dict[str, Any], path: Path) -> int | None:
 
 
 def _rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Our keys of the rotation, which transformers 5 writes as `rope_parameters` and earlier ones as `rope_theta` and `rope_scaling`."""
+    """Our keys of the rotation, which transformers 5 writes as `rope_parameters` and earlier ones as
+    `rope_theta` and `rope_scaling`."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     given = config.get(key) or {}
     kind = given.get("rope_type", given.get("type", "default"))

@@ -1,9 +1,11 @@
-"""Floors for unit language models: interpolated Kneser-Ney n-grams (Chen & Goodman, 1999, §2.7) over the same predictions.
+"""Floors for unit language models: interpolated Kneser-Ney n-grams (Chen & Goodman, 1999, §2.7) over the same
+predictions.
 
-A sequence is BOS, units, EOS with BOS = K and EOS = K + 1; the K units and EOS are predicted, BOS never is. Discounts, one per
-order, are fitted on a tenth of the training documents with counts from the other nine, then the counts are taken from all of
-them: held-out data decide nothing. Orders 1, 2 and 3 are the unigram, bigram and trigram floors. Sequences of which the length is
-known beforehand (the upper levels of residual units) have no EOS; then it is no outcome either.
+A sequence is BOS, units, EOS with BOS = K and EOS = K + 1; the K units and EOS are predicted, BOS never is.
+Discounts, one per order, are fitted on a tenth of the training documents with counts from the other nine,
+then the counts are taken from all of them: held-out data decide nothing. Orders 1, 2 and 3 are the unigram,
+bigram and trigram floors. Sequences of which the length is known beforehand (the upper levels of residual
+units) have no EOS; then it is no outcome either.
 """
 
 import math
@@ -42,7 +44,8 @@ class Ngram:
         discounts: np.ndarray | None = None,
         ends: bool = True,
     ):
-        """Count `sequences`, which have an EOS if `ends`; `discounts` (order,) from the unigram up, 0.5 where not given."""
+        """Count `sequences`, which have an EOS if `ends`; `discounts` (order,) from the unigram up, 0.5 where
+        not given."""
         self.num_units, self.order = num_units, order
         self.num_outcomes = num_units + ends
         self.size = num_units + 2
@@ -58,7 +61,8 @@ class Ngram:
 
     @classmethod
     def fit(cls, sequences: Sequence[np.ndarray], num_units: int, order: int, ends: bool = True) -> "Ngram":
-        """Counts from all `sequences`, discounts from every tenth (at most 1000 of them) against counts of the others."""
+        """Counts from all `sequences`, discounts from every tenth (at most 1000 of them) against counts of
+        the others."""
         parts = sequences if len(sequences) > 1 else np.array_split(sequences[0], 2)
         held_out = set(range(9, len(parts), 10)[:1000]) or {len(parts) - 1}
         partial = cls((parts[i] for i in range(len(parts)) if i not in held_out), num_units, order, ends=ends)
@@ -84,7 +88,8 @@ class Ngram:
     ) -> np.ndarray:
         """Natural log likelihood of each sequence, float64 (sequences,); many are looked up at once.
 
-        `scored` (num_units + 2,) bool tells which symbols count, by default all do. Sums are exactly rounded (`math.fsum`), so that the same symbols in another order have the very same unigram score.
+        `scored` (num_units + 2,) bool tells which symbols count, by default all do. Sums are exactly rounded
+        (`math.fsum`), so that the same symbols in another order have the very same unigram score.
         """
         sums: list[float] = []
         for keys in _batches(map(self._keys, sequences)):
@@ -108,7 +113,8 @@ class Ngram:
         return keys
 
     def _count(self, sequences: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The different n-grams, sorted, and how often each occurs. What has been counted is sorted again only once as much is new."""
+        """The different n-grams, sorted, and how often each occurs. What has been counted is sorted again
+        only once as much is new."""
         keys: np.ndarray = np.zeros(0, np.int64)
         counts: np.ndarray = np.zeros(0)
         waiting: list[tuple[np.ndarray, np.ndarray]] = []
@@ -120,7 +126,8 @@ class Ngram:
         return _merge([(keys, counts), *waiting]) if waiting else (keys, counts)
 
     def _lower(self, keys: np.ndarray, counts: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Kneser-Ney's counts of the next lower order n: in how many contexts a gram occurs; how often, if it starts with BOS."""
+        """Kneser-Ney's counts of the next lower order n: in how many contexts a gram occurs; how often, if it
+        starts with BOS."""
         lower, inverse = np.unique(keys % self.size**n, return_inverse=True)
         starts = lower // self.size ** (n - 1) == self.num_units
         return lower, np.where(starts, np.bincount(inverse, weights=counts), np.bincount(inverse))
@@ -169,7 +176,8 @@ def _merge(tables: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
 def _interpolate(
     statistics: list[tuple[np.ndarray, np.ndarray, np.ndarray]], discounts: np.ndarray, num_outcomes: int
 ) -> np.ndarray:
-    """p_n(w | h) = max(c(hw) - D_n, 0) / c(h) + D_n types(h) / c(h) p_{n-1}(w | h'), from the uniform distribution up."""
+    """p_n(w | h) = max(c(hw) - D_n, 0) / c(h) + D_n types(h) / c(h) p_{n-1}(w | h'), from the uniform
+    distribution up."""
     probability = np.full(len(statistics[0][0]), 1 / num_outcomes)
     for (count, total, types), discount in zip(statistics, discounts, strict=True):
         seen = total > 0

@@ -1,8 +1,9 @@
 """Accuracy on minimal pairs and bootstrap confidence intervals.
 
-A pair counts 1 if the positive recording scores higher, 0.5 if both score the same, else 0. Pairs of one item (the voices that say
-a word) are averaged, then items are. Intervals are percentile bootstraps over items (Efron & Tibshirani, 1993, §13.3), seeded: what
-is drawn again are items, since the voices of an item are no independent evidence.
+A pair counts 1 if the positive recording scores higher, 0.5 if both score the same, else 0. Pairs of one item
+(the voices that say a word) are averaged, then items are. Intervals are percentile bootstraps over items
+(Efron & Tibshirani, 1993, §13.3), seeded: what is drawn again are items, since the voices of an item are no
+independent evidence.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +25,11 @@ def outcomes(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
 def bootstrap(
     columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], draws: int, seed: int
 ) -> np.ndarray:
-    """95 % interval of a statistic of column sums over rows drawn with replacement: (2,) + the statistic's trailing shape.
+    """95 % interval of a statistic of column sums over rows drawn with replacement: (2,) + the statistic's
+    trailing shape.
 
-    `columns` (rows, columns) float64; `statistic` maps sums (draws, columns) to (draws, ...). All columns of a draw are of the same
-    rows, so the interval of a difference between columns is a paired one.
+    `columns` (rows, columns) float64; `statistic` maps sums (draws, columns) to (draws, ...). All columns of
+    a draw are of the same rows, so the interval of a difference between columns is a paired one.
     """
     rows = len(columns)
     assert rows > 0
@@ -49,7 +51,8 @@ def item_means(values: np.ndarray, items: Sequence[str]) -> tuple[list[str], np.
 
 
 def accuracies(values: np.ndarray, scorers: Sequence[str], draws: int, seed: int) -> dict[str, Any]:
-    """Per scorer the mean of `values` (items, scorers) and its 95 % interval: {"lm": {"accuracy": 0.7, "ci95": [0.6, 0.8]}}."""
+    """Per scorer the mean of `values` (items, scorers) and its 95 % interval: {"lm": {"accuracy": 0.7,
+    "ci95": [0.6, 0.8]}}."""
     low, high = bootstrap(values, lambda sums: sums / len(values), draws, seed)
     means = values.mean(0)
     columns = zip(scorers, means.tolist(), low.tolist(), high.tolist(), strict=True)
@@ -59,9 +62,10 @@ def accuracies(values: np.ndarray, scorers: Sequence[str], draws: int, seed: int
 def summarise(pairs: Sequence[Pair], values: dict[str, np.ndarray], draws: int, seed: int) -> dict[str, Any]:
     """Accuracy of every scorer on all items and on each group of them.
 
-    `values`: outcomes (pairs,) by scorer, the language model's first, under "lm". Returns `num_pairs`, `num_items`, `scorers` (see
-    `accuracies`), `over` (the model's accuracy minus each floor's, paired), `groups` (by grouping and value: `num_items` and the
-    scorers) and `mean_over_groups` (by grouping: the model's mean accuracy over its groups, each counting the same).
+    `values`: outcomes (pairs,) by scorer, the language model's first, under "lm". Returns `num_pairs`,
+    `num_items`, `scorers` (see `accuracies`), `over` (the model's accuracy minus each floor's, paired),
+    `groups` (by grouping and value: `num_items` and the scorers) and `mean_over_groups` (by grouping: the
+    model's mean accuracy over its groups, each counting the same).
     """
     scorers = list(values)
     assert scorers[0] == "lm"

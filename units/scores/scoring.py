@@ -1,18 +1,21 @@
-"""The verb `score`: how likely a unit language model finds held-out documents, and which of two recordings it finds likelier.
+"""The verb `score`: how likely a unit language model finds held-out documents, and which of two recordings it
+finds likelier.
 
-Without a `suite`, the documents of a split are scored, beside unigram, bigram and trigram floors (units/scores/ngram.py). With one
-(units/scores/suites.py), its minimal pairs are, and beside the floors stands a fourth: length alone, where the shorter is preferred.
+Without a `suite`, the documents of a split are scored, beside unigram, bigram and trigram floors
+(units/scores/ngram.py). With one (units/scores/suites.py), its minimal pairs are, and beside the floors
+stands a fourth: length alone, where the shorter is preferred.
 
-The probability of a document is that of u1 .. un EOS given BOS: EOS counts as one predicted token of every document, for the
-model and for the floors alike. The floors are estimated on the split that the model was trained on and judged on the very same
-tokens; of several streams (levels, text on the frame grid) they are n-grams of each stream by itself, summed. `bits_per_token`
-divides by predicted tokens; `bits_per_unit` by units and EOS together, with unit BPE undone, so that it can be compared across
-vocabularies (of a corpus with text, its pieces, PADs and markers count there as units do); `bits_per_second` and `bits_per_frame`
-divide the same bits by how long what is scored lasts, and so describe which units come, not how long each lasts. Intervals are
-95 % bootstrap intervals over documents, for pairs over items.
+The probability of a document is that of u1 .. un EOS given BOS: EOS counts as one predicted token of every
+document, for the model and for the floors alike. The floors are estimated on the split that the model was
+trained on and judged on the very same tokens; of several streams (levels, text on the frame grid) they are
+n-grams of each stream by itself, summed. `bits_per_token` divides by predicted tokens; `bits_per_unit` by
+units and EOS together, with unit BPE undone, so that it can be compared across vocabularies (of a corpus with
+text, its pieces, PADs and markers count there as units do); `bits_per_second` and `bits_per_frame` divide the
+same bits by how long what is scored lasts, and so describe which units come, not how long each lasts.
+Intervals are 95 % bootstrap intervals over documents, for pairs over items.
 
-Documents of the very same tokens are scored once, in an order that their tokens decide: two recordings with the same units tie
-exactly, and neither the order of the corpus nor that of the gold moves a bit.
+Documents of the very same tokens are scored once, in an order that their tokens decide: two recordings with
+the same units tie exactly, and neither the order of the corpus nor that of the gold moves a bit.
 """
 
 import csv
@@ -48,19 +51,19 @@ class Scores(NamedTuple):
     digests: np.ndarray  # equal where the tokens are
     num_tokens: np.ndarray  # predicted and scored, EOS included
     num_units: np.ndarray  # scored units, unit BPE undone; of several levels every code is one
-    num_text_symbols: (
-        np.ndarray
-    )  # the other scored symbols but EOS: pieces of text, PADs, the markers of spans
+    # the other scored symbols but EOS: pieces of text, PADs, the markers of spans
+    num_text_symbols: np.ndarray
     num_frames: np.ndarray | None  # that the scored symbols last; None if nobody knows
     sums: dict[str, np.ndarray]  # natural log likelihood under "lm" and each floor
     per_stream: np.ndarray  # scored tokens of each stream without EOS, (documents, streams)
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """Write `summary.json`, `scores.parquet`, `scores.txt` (ZeroSpeech's `filename score`) and, of a suite, `pairs.parquet`.
+    """Write `summary.json`, `scores.parquet`, `scores.txt` (ZeroSpeech's `filename score`) and, of a suite,
+    `pairs.parquet`.
 
-    Errors: ValueError for a model of other units than the corpus has, recordings of the suite that the corpus lacks, a training
-    corpus that is not there any more.
+    Errors: ValueError for a model of other units than the corpus has, recordings of the suite that the corpus
+    lacks, a training corpus that is not there any more.
     """
     require_absent(config.out)
     corpus = UnitCorpus(config.corpus)
@@ -107,9 +110,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         atomic_path(out / "scores.txt") as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
-        lines = csv.writer(
-            file, delimiter=" ", lineterminator="\n"
-        )  # a name with a space is quoted, as pandas reads it
+        # a name with a space is quoted, as pandas reads it
+        lines = csv.writer(file, delimiter=" ", lineterminator="\n")
         lines.writerows(zip(names, (means if config.by == "mean" else own).tolist(), strict=True))
     write_json(out / "summary.json", summary)
     parents = {"corpus": corpus.fingerprint, "lm": lm.fingerprint, "train_corpus": training.fingerprint}
@@ -135,7 +137,8 @@ def _scores(
     if not np.isfinite(sums["lm"]).all():
         worst = corpus.ids[distinct[int(np.flatnonzero(~np.isfinite(sums["lm"]))[0])]]
         raise ValueError(
-            f"{config.lm}: finds document {worst!r} neither likely nor unlikely (not a number): the training diverged"
+            f"{config.lm}: finds document {worst!r} neither likely nor unlikely (not a number): the "
+            "training diverged"
         )
     train_documents = training.documents(lm.meta["split"])
     drawn = np.random.default_rng(config.seed).permutation(train_documents)
@@ -163,7 +166,8 @@ def _scores(
 
 
 class StreamSequences(Sequence[np.ndarray]):
-    """One stream of some documents as n-grams read it: BOS, its symbols and, of stream 0, EOS; int64 (steps,)."""
+    """One stream of some documents as n-grams read it: BOS, its symbols and, of stream 0, EOS; int64
+    (steps,)."""
 
     def __init__(self, corpus: UnitCorpus, documents: np.ndarray, stream: int):
         self.corpus, self.documents, self.stream = corpus, documents, stream
@@ -245,7 +249,8 @@ def _likelihood(config: ScoreConfig, corpus: UnitCorpus, scores: Scores) -> dict
 
 
 def _outcomes(config: ScoreConfig, scores: Scores, joined: Joined) -> dict[str, np.ndarray]:
-    """Outcomes (pairs,) by scorer: the model and the floors as `by` has it, then both as the other rule has it (`lm_sum`, ...)."""
+    """Outcomes (pairs,) by scorer: the model and the floors as `by` has it, then both as the other rule has
+    it (`lm_sum`, ...)."""
     positive, negative = (
         np.searchsorted(scores.documents, rows) for rows in (joined.positive, joined.negative)
     )
@@ -302,7 +307,8 @@ def _filenames(ids: list[str]) -> list[str]:
 
 
 def _training_corpus(config: ScoreConfig, corpus: UnitCorpus, meta: dict[str, Any]) -> UnitCorpus:
-    """The corpus the model was trained on; ValueError naming both fingerprints if the folder now holds another."""
+    """The corpus the model was trained on; ValueError naming both fingerprints if the folder now holds
+    another."""
     if config.train_corpus is None and corpus.fingerprint == meta["corpus"]:
         return corpus
     needed = "the floors need the corpus of the training: give its folder as train_corpus"
@@ -312,6 +318,7 @@ def _training_corpus(config: ScoreConfig, corpus: UnitCorpus, meta: dict[str, An
         raise ValueError(f"{error}; {needed}") from None
     if training.fingerprint != meta["corpus"]:
         raise ValueError(
-            f"{training.folder} has fingerprint {training.fingerprint}, but {config.lm} was trained on {meta['corpus']}; {needed}"
+            f"{training.folder} has fingerprint {training.fingerprint}, but {config.lm} was trained on "
+            f"{meta['corpus']}; {needed}"
         )
     return training

@@ -1,11 +1,12 @@
 """Log-mel spectrograms on the frame grid, and sound from them without a trained vocoder: fast Griffin-Lim.
 
-Two mel frames belong to each 20 ms frame of the units: a hop of 160 samples (10 ms), windows of 40 ms, mel frame j centred on
-sample 160 j + 120, so that those of frame t lie 40 samples on either side of the quarters of the 20 ms in the middle of its
-window. `frames` frames of 20 ms are 320 frames + 80 samples of sound, the fewest that have so many, and 2 frames mel frames.
+Two mel frames belong to each 20 ms frame of the units: a hop of 160 samples (10 ms), windows of 40 ms, mel
+frame j centred on sample 160 j + 120, so that those of frame t lie 40 samples on either side of the quarters
+of the 20 ms in the middle of its window. `frames` frames of 20 ms are 320 frames + 80 samples of sound, the
+fewest that have so many, and 2 frames mel frames.
 
-What a mel spectrogram does not tell is lost: fine structure above some 1.5 kHz, and phase, which is found again only so that
-neighbouring windows agree. The result is intelligible and metallic.
+What a mel spectrogram does not tell is lost: fine structure above some 1.5 kHz, and phase, which is found
+again only so that neighbouring windows agree. The result is intelligible and metallic.
 """
 
 from functools import cache
@@ -24,9 +25,8 @@ FLOOR = 1e-3  # of a mel magnitude: 100 dB below a sine at full scale
 ITERATIONS = 32
 
 _FFT, _WINDOW = 1024, 640
-MARGIN = (
-    MIN_SAMPLES - HOP
-) // 2  # samples of silence on both sides: then torch's windows, but the first and last, are centred right
+# samples of silence on both sides: then torch's windows, but the first and last, are centred right
+MARGIN = (MIN_SAMPLES - HOP) // 2
 _NONNEGATIVE_STEPS = 30
 
 
@@ -36,7 +36,8 @@ def num_samples(frames: int) -> int:
 
 
 def log_mel(waveform: np.ndarray) -> Tensor:
-    """Log mel magnitudes (2 frames, 80) float32 of a waveform at 16 kHz, `frames` being its frames of 20 ms; at least one."""
+    """Log mel magnitudes (2 frames, 80) float32 of a waveform at 16 kHz, `frames` being its frames of 20 ms;
+    at least one."""
     frames = num_frames(len(waveform))
     assert frames, "audio shorter than a frame is refused where it is indexed"
     signal = torch.from_numpy(np.ascontiguousarray(waveform[: num_samples(frames)], np.float32))
@@ -47,23 +48,24 @@ def log_mel(waveform: np.ndarray) -> Tensor:
 def to_waveform(
     mel: Tensor, iterations: int = ITERATIONS, momentum: float = 0.99, seed: int = 0
 ) -> np.ndarray:
-    """Sound of log mel magnitudes (2 frames, 80): float32 (320 frames + 80,) at 16 kHz, a function of its arguments alone."""
+    """Sound of log mel magnitudes (2 frames, 80): float32 (320 frames + 80,) at 16 kHz, a function of its
+    arguments alone."""
     if mel.ndim != 2 or mel.shape[1] != NUM_MELS or not len(mel) or len(mel) % PER_FRAME:
         raise ValueError(f"a log-mel spectrogram is (2 frames, {NUM_MELS}), not {tuple(mel.shape)}")
     magnitudes = linear_magnitudes(mel).T  # (513, 2 frames)
-    edges = torch.cat(
-        [magnitudes[:, :1], magnitudes, magnitudes[:, -1:]], dim=1
-    )  # torch's first and last window, half beyond
+    # torch's first and last window, half beyond
+    edges = torch.cat([magnitudes[:, :1], magnitudes, magnitudes[:, -1:]], dim=1)
     signal = griffin_lim(edges, iterations, momentum, seed)
     sound: np.ndarray = signal[MARGIN:-MARGIN].numpy()
     return sound
 
 
 def linear_magnitudes(mel: Tensor) -> Tensor:
-    """Non-negative magnitudes (time, 513) whose mel sums are those of log mel magnitudes (time, 80), in the sense of least squares.
+    """Non-negative magnitudes (time, 513) whose mel sums are those of log mel magnitudes (time, 80), in the
+    sense of least squares.
 
-    From the pseudo-inverse, cut off at zero, by multiplicative updates, which stay non-negative and never raise the squared error
-    (Lee & Seung 2001, theorem 1, with one factor fixed).
+    From the pseudo-inverse, cut off at zero, by multiplicative updates, which stay non-negative and never
+    raise the squared error (Lee & Seung 2001, theorem 1, with one factor fixed).
     """
     wanted = mel.float().exp()
     matrix, inverse = _mel(), _mel_inverse()
@@ -78,10 +80,12 @@ def linear_magnitudes(mel: Tensor) -> Tensor:
 def griffin_lim(
     magnitudes: Tensor, iterations: int = ITERATIONS, momentum: float = 0.99, seed: int = 0
 ) -> Tensor:
-    """A signal (160 (time - 1),) whose spectrogram is near `magnitudes` (513, time), in windows centred on multiples of 160.
+    """A signal (160 (time - 1),) whose spectrogram is near `magnitudes` (513, time), in windows centred on
+    multiples of 160.
 
-    Fast Griffin-Lim (Perraudin, Balazs & Søndergaard 2013, algorithm 2): projections onto spectrograms of signals and onto those of
-    these magnitudes in turn, with `momentum` (their α; 0 is Griffin & Lim 1984), from random phases drawn with `seed`.
+    Fast Griffin-Lim (Perraudin, Balazs & Søndergaard 2013, algorithm 2): projections onto spectrograms of
+    signals and onto those of these magnitudes in turn, with `momentum` (their α; 0 is Griffin & Lim 1984),
+    from random phases drawn with `seed`.
     """
     generator = torch.Generator().manual_seed(seed)
     length = MEL_HOP * (magnitudes.shape[1] - 1)
@@ -97,7 +101,8 @@ def griffin_lim(
 
 
 def spectral_convergence(signal: Tensor, magnitudes: Tensor) -> float:
-    """How far the spectrogram of `signal` is from `magnitudes` (513, time): the norm of the difference over the norm of `magnitudes`."""
+    """How far the spectrogram of `signal` is from `magnitudes` (513, time): the norm of the difference over
+    the norm of `magnitudes`."""
     return float((_stft(signal).abs() - magnitudes).norm() / magnitudes.norm())
 
 

@@ -1,14 +1,15 @@
-"""Hearing units: sound from units with a trained synthesizer. The verb `synthesize`, and how many units survive the round trip.
+"""Hearing units: sound from units with a trained synthesizer. The verb `synthesize`, and how many units
+survive the round trip.
 
-The folder holds wav files (16 kHz, 16 bits) and `sounds.jsonl`, a line for each with `id`, `document`, `kind`, `audio_filepath`,
-`duration`, `speaker` and `text`, so that `wordless index sounds.jsonl` takes it for a list of utterances. Kinds:
+The folder holds wav files (16 kHz, 16 bits) and `sounds.jsonl`, a line for each with `id`, `document`,
+`kind`, `audio_filepath`, `duration`, `speaker` and `text`, so that `wordless index sounds.jsonl` takes it for
+a list of utterances. Kinds:
 
-`original`               the recording
-`copy`                   its mel spectrogram through Griffin-Lim: what a synthesizer without fault would sound like here
-`resynthesis`            from its units, each as long as it was
-`resynthesis-predicted`  from its units, each as long as the synthesizer believes
-`prompt`                 from the units that a language model was given (verb `sample`)
-`continuation`           from those and the units that it went on with, in one breath; at `prompt_seconds` it takes over
+`original`               the recording `copy`                   its mel spectrogram through Griffin-Lim: what
+a synthesizer without fault would sound like here `resynthesis`            from its units, each as long as it
+was `resynthesis-predicted`  from its units, each as long as the synthesizer believes `prompt`
+from the units that a language model was given (verb `sample`) `continuation`           from those and the
+units that it went on with, in one breath; at `prompt_seconds` it takes over
 """
 
 import json
@@ -40,7 +41,8 @@ from units.sound.synthesizer import Synthesizer, load_synthesizer, write_wav
 
 
 class SynthesizeConfig(Config):
-    """Speak the documents of a corpus, the samples of a language model, or both; with `codebook`, hear what comes back."""
+    """Speak the documents of a corpus, the samples of a language model, or both; with `codebook`, hear what
+    comes back."""
 
     synthesizer: PathStr = Field(description="a run of train-synthesizer")
     out: PathStr
@@ -87,7 +89,8 @@ class Sound(NamedTuple):
 
 
 def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
-    """Writes the sounds, `sounds.jsonl` and `summary.json`; returns the latter: counts and, with `codebook`, the round trip."""
+    """Writes the sounds, `sounds.jsonl` and `summary.json`; returns the latter: counts and, with `codebook`,
+    the round trip."""
     require_absent(config.out)
     out, synthesizer = Path(config.out), load_synthesizer(config.synthesizer)
     if config.speaker is not None:
@@ -163,12 +166,14 @@ def _choose(config: SynthesizeConfig, corpus: UnitCorpus) -> np.ndarray:
 
 
 def _recordings(folder: str, corpus: UnitCorpus, chosen: np.ndarray) -> Manifest:
-    """The utterances of the chosen documents, one by one; one that is missing or of another length is a ValueError."""
+    """The utterances of the chosen documents, one by one; one that is missing or of another length is a
+    ValueError."""
     manifest, names = Manifest(folder), [corpus.ids[document] for document in chosen]
     rows = {name: row for row, name in enumerate(manifest.ids)}
     if missing := [name for name in names if name not in rows]:
         raise ValueError(
-            f"{folder}: no utterance {missing[0]!r}, which {corpus.folder} has; give the manifest that was packed"
+            f"{folder}: no utterance {missing[0]!r}, which {corpus.folder} has; give the manifest that was "
+            "packed"
         )
     recordings = manifest.take(np.array([rows[name] for name in names]))
     require_same_frames(corpus, chosen, recordings)
@@ -201,7 +206,8 @@ def _documents(
         if config.durations != "predicted":
             yield Sound(name, "resynthesis", synthesizer.speak(units, durations, speaker, **options), more)
         if config.durations != "true":
-            # Equal units in a row become one, whether the corpus was deduplicated or not: their number must not tell the durations.
+            # Equal units in a row become one, whether the corpus was deduplicated or not: their number must
+            # not tell the durations.
             yield Sound(
                 name,
                 "resynthesis-predicted",
@@ -229,7 +235,8 @@ def _samples(
         if len(continuation):
             whole = np.concatenate([prompt, continuation]) if len(prompt) else continuation
             mel, lasting = synthesizer.mel_and_frames(whole, None, config.speaker, deduplicated=deduplicated)
-            # Units last otherwise with others behind them: the prompt alone does not tell how long it is here.
+            # Units last otherwise with others behind them: the prompt alone does not tell how long it is
+            # here.
             frames = int(lasting[: _num_runs(prompt)].sum()) if deduplicated else len(prompt)
             sound = to_waveform(mel, config.iterations, seed=config.seed)
             yield Sound(name, "continuation", sound, {**more, "prompt_seconds": frames * HOP / SAMPLE_RATE})

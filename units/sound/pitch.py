@@ -1,7 +1,7 @@
 """Pitch on the grid of the mel frames, and what a pitch looks like in a mel spectrogram.
 
-Units hardly know the pitch, and a decoder that must guess it paints the mean over all pitches: a whisper. So the synthesizer
-gets it in training as measured here, and learns to predict a plausible one.
+Units hardly know the pitch, and a decoder that must guess it paints the mean over all pitches: a whisper. So
+the synthesizer gets it in training as measured here, and learns to predict a plausible one.
 """
 
 from functools import cache
@@ -15,21 +15,20 @@ from units.sound.griffin_lim import MARGIN, MEL_HOP, NUM_MELS, PER_FRAME, log_me
 
 LOWEST_HZ, HIGHEST_HZ = 60.0, 400.0
 VOICED = 0.5  # of the autocorrelation's peak, 1 for a periodic sound
-OCTAVE_COST = (
-    0.02  # of the peak for each octave below the highest pitch: a period's multiples are periods, too
-)
-_RATE = (
-    SAMPLE_RATE // 2
-)  # for this every second sample, the mean of two, is enough and takes a quarter of the time
+# of the peak for each octave below the highest pitch: a period's multiples are periods, too
+OCTAVE_COST = 0.02
+# for this every second sample, the mean of two, is enough and takes a quarter of the time
+_RATE = SAMPLE_RATE // 2
 _WINDOW = 512  # of those: 64 ms
 _PITCHES = 128  # that patterns are tabulated for, equally spaced in octaves: steps of 2 %
 
 
 def pitch(waveform: np.ndarray) -> Tensor:
-    """Fundamental frequency in Hz of each mel frame, 0 where unvoiced: (2 frames,) float32 of a waveform at 16 kHz.
+    """Fundamental frequency in Hz of each mel frame, 0 where unvoiced: (2 frames,) float32 of a waveform at
+    16 kHz.
 
-    The highest peak of the autocorrelation of 64 ms, windowed, over that of the window (Boersma 1993, equations 8 and 9, without his
-    search for a path); a median over five mel frames removes single errors.
+    The highest peak of the autocorrelation of 64 ms, windowed, over that of the window (Boersma 1993,
+    equations 8 and 9, without his search for a path); a median over five mel frames removes single errors.
     """
     frames = num_frames(len(waveform))
     signal = np.asarray(waveform[: num_samples(frames)], np.float32).reshape(-1, 2).mean(axis=1)
@@ -50,9 +49,8 @@ def pitch(waveform: np.ndarray) -> Tensor:
     strength = inner.gather(1, best[:, None])[:, 0]
     heard = (score.amax(1) > -1) & (strength > VOICED) & (windows.square().mean(1) > 1e-8)
     before, at, after = normalised.gather(1, (first + best)[:, None] + torch.tensor([-1, 0, 1])).unbind(1)
-    beside = (
-        0.5 * (before - after) / (before - 2 * at + after).clamp(max=-1e-9)
-    )  # the top of the parabola through the three
+    # the top of the parabola through the three
+    beside = 0.5 * (before - after) / (before - 2 * at + after).clamp(max=-1e-9)
     found = torch.where(heard, _RATE / (lags[best] + beside.clamp(-0.5, 0.5)), 0.0)
     padded = torch.nn.functional.pad(found[None, None], (2, 2), mode="replicate")[0, 0]
     return padded.unfold(0, 5, 1).median(1).values
@@ -67,8 +65,8 @@ def _autocorrelation(x: Tensor) -> Tensor:
 def patterns(frequencies: Tensor) -> Tensor:
     """What harmonics add to log mel magnitudes: (..., 80) of frequencies (...) in Hz, 0 where unvoiced.
 
-    The log mel magnitudes of a pulse train of this pitch, relative to those of the other pitches: where the bands are narrower than
-    the distance of two harmonics a comb, above them nothing.
+    The log mel magnitudes of a pulse train of this pitch, relative to those of the other pitches: where the
+    bands are narrower than the distance of two harmonics a comb, above them nothing.
     """
     table = _table().to(frequencies.device)
     place = (

@@ -1,4 +1,5 @@
-"""How many units survive being spoken: sounds made of units are encoded again and compared with the recordings' own units."""
+"""How many units survive being spoken: sounds made of units are encoded again and compared with the
+recordings' own units."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class RoundTrip:
         self.corpus, self.codebook = corpus, Codebook.open(codebook)
         if self.codebook.fingerprint != corpus.codebook:
             raise ValueError(
-                f"codebook: {codebook} is codebook {self.codebook.fingerprint}, and {corpus.folder} has units of codebook "
+                f"codebook: {codebook} is codebook {self.codebook.fingerprint}, and {corpus.folder} has "
+                "units of codebook "
                 f"{corpus.codebook}; give the one that its labels were encoded with"
             )
         self.source = open_source(self.codebook, encoder, Extraction())
@@ -28,9 +30,10 @@ class RoundTrip:
     def measure(self, folder: Path, lines: list[dict[str, Any]]) -> dict[str, float]:
         """How much of the units comes back, of every kind of sound that was made of recorded utterances.
 
-        `frame_agreement_KIND` is the share of frames with the same label (level 0), for kinds that last as long as the recording;
-        `unit_error_rate_KIND` the edits between deduplicated units over those of the recordings, all levels together. Beside them
-        the floors: always the unit with most frames, and the units of another of the utterances. `copy` is the ceiling.
+        `frame_agreement_KIND` is the share of frames with the same label (level 0), for kinds that last as
+        long as the recording; `unit_error_rate_KIND` the edits between deduplicated units over those of the
+        recordings, all levels together. Beside them the floors: always the unit with most frames, and the
+        units of another of the utterances. `copy` is the ceiling.
         """
         kinds = ("copy", "resynthesis", "resynthesis-predicted")
         rows = [line for line in lines if line["kind"] in kinds]
@@ -71,12 +74,14 @@ class RoundTrip:
 
 
 def frame_agreement(recorded: list[np.ndarray], heard: list[np.ndarray]) -> float:
-    """Share of frames with the same label at level 0; both are lists of (frames, levels) of the same lengths."""
+    """Share of frames with the same label at level 0; both are lists of (frames, levels) of the same
+    lengths."""
     return float(np.concatenate([a[:, 0] == b[:, 0] for a, b in zip(recorded, heard, strict=True)]).mean())
 
 
 def unit_error_rate(recorded: list[np.ndarray], heard: list[np.ndarray]) -> float:
-    """Insertions, deletions and substitutions over the units of `recorded`, summed over utterances of (frames, levels) labels."""
+    """Insertions, deletions and substitutions over the units of `recorded`, summed over utterances of
+    (frames, levels) labels."""
     edits = total = 0
     for frames, others in zip(recorded, heard, strict=True):
         reference, hypothesis = (

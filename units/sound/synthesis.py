@@ -1,8 +1,10 @@
-"""Training of the synthesizer, which speaks units: its batches, its task for the engine, the verb `train-synthesizer`.
+"""Training of the synthesizer, which speaks units: its batches, its task for the engine, the verb
+`train-synthesizer`.
 
-Units with their durations come from a unit corpus, sound from the manifest it was packed from. Where the manifest names speakers
-each has an embedding, so that units need not explain the voice. Equal units in a row are one unit as long as all of them, so a
-corpus that was not deduplicated teaches the same. The levels of a residual codebook are embedded one by one and summed.
+Units with their durations come from a unit corpus, sound from the manifest it was packed from. Where the
+manifest names speakers each has an embedding, so that units need not explain the voice. Equal units in a row
+are one unit as long as all of them, so a corpus that was not deduplicated teaches the same. The levels of a
+residual codebook are embedded one by one and summed.
 """
 
 from pathlib import Path
@@ -128,7 +130,8 @@ class SynthesizerTask(SpeechTask):
 
 
 def train_synthesizer(config: SynthesizerConfig) -> dict[str, Any]:
-    """Run the verb; returns the training summary. `mel_decibels` is the mean distance of mel magnitudes, of given durations."""
+    """Run the verb; returns the training summary. `mel_decibels` is the mean distance of mel magnitudes, of
+    given durations."""
     manifest, corpus = Manifest(config.manifest), UnitCorpus(config.corpus)
     task = SynthesizerTask(config, manifest, corpus)
     described = {
@@ -165,12 +168,14 @@ def require_speakable(corpus: UnitCorpus) -> None:
     """The corpus has plain units at 50 Hz with their durations, or ValueError."""
     if corpus.vocabulary.layout != "units":
         raise ValueError(
-            f"{corpus.folder}: has text among its units (layout {corpus.vocabulary.layout!r}); pack the same labels without text, "
+            f"{corpus.folder}: has text among its units (layout {corpus.vocabulary.layout!r}); pack the same "
+            "labels without text, "
             "and take that corpus here"
         )
     if not corpus.timed:
         raise ValueError(
-            f"{corpus.folder}: its units have no durations, and sound needs to know when each is heard; pack labels, or import units "
+            f"{corpus.folder}: its units have no durations, and sound needs to know when each is heard; pack "
+            "labels, or import units "
             "with their durations"
         )
     if corpus.frame_rate_hz != 50:
@@ -180,7 +185,8 @@ def require_speakable(corpus: UnitCorpus) -> None:
 
 
 def merge_runs(units: np.ndarray, durations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Equal units in a row as one: (runs, levels) int64 and the frames of each (runs,) int64, of units (units,) or (units, levels)."""
+    """Equal units in a row as one: (runs, levels) int64 and the frames of each (runs,) int64, of units
+    (units,) or (units, levels)."""
     units = units.reshape(len(units), -1).astype(np.int64)
     starts = np.flatnonzero(np.concatenate([[True], (units[1:] != units[:-1]).any(axis=1)]))
     return units[starts], np.add.reduceat(durations.astype(np.int64), starts)
@@ -206,32 +212,33 @@ def speaker_number(speakers: list[str], speaker: str | None) -> int:
 
 
 def set_statistics(model: UnitToMel, manifest: Manifest, speakers: list[str]) -> None:
-    """The mel bands' mean and deviation, and the style of each speaker, from up to 200 utterances spread evenly over the manifest."""
+    """The mel bands' mean and deviation, and the style of each speaker, from up to 200 utterances spread
+    evenly over the manifest."""
     rows = np.unique(np.linspace(0, len(manifest) - 1, _STATISTICS_UTTERANCES).round().astype(int)).tolist()
     utterances = [manifest[row] for row in rows]
     mels = [log_mel(load_audio(utterance)) for utterance in utterances]
     every = torch.cat(mels)
     model.mel_mean = every.mean(0)
-    model.mel_deviation = every.std(0, correction=0).clamp(
-        min=0.1
-    )  # a band that never changes is not blown up
+    # a band that never changes is not blown up
+    model.mel_deviation = every.std(0, correction=0).clamp(min=0.1)
     owners = torch.tensor([speaker_number(speakers, utterance.speaker) for utterance in utterances])
     normalised = [((mel - model.mel_mean) / model.mel_deviation)[None] for mel in mels]
     styles = torch.cat([mel_style(mel, torch.ones(1, mel.shape[1], dtype=torch.bool)) for mel in normalised])
-    model.styles = styles.mean(0).repeat(
-        len(speakers) + 1, 1
-    )  # also of those that none of these utterances is of
+    # also of those that none of these utterances is of
+    model.styles = styles.mean(0).repeat(len(speakers) + 1, 1)
     for owner in set(owners.tolist()) - {len(speakers)}:
         model.styles[owner] = styles[owners == owner].mean(0)
 
 
 def _documents_of(manifest: Manifest, corpus: UnitCorpus, numbers: dict[str, int]) -> np.ndarray:
-    """Which document of the corpus each utterance is, (utterances,); one that is missing or of another length is a ValueError."""
+    """Which document of the corpus each utterance is, (utterances,); one that is missing or of another length
+    is a ValueError."""
     ids = manifest.ids
     missing = [name for name in ids if name not in numbers]
     if missing:
         raise ValueError(
-            f"{corpus.folder}: no units for {len(missing)} of {len(ids)} utterances of {manifest.folder}, first {missing[0]!r}; give "
+            f"{corpus.folder}: no units for {len(missing)} of {len(ids)} utterances of {manifest.folder}, "
+            f"first {missing[0]!r}; give "
             "the manifest that was encoded and packed"
         )
     documents = np.array([numbers[name] for name in ids])
@@ -240,18 +247,21 @@ def _documents_of(manifest: Manifest, corpus: UnitCorpus, numbers: dict[str, int
 
 
 def require_same_frames(corpus: UnitCorpus, documents: np.ndarray, manifest: Manifest) -> None:
-    """Documents (utterances,) of the corpus last as long as the manifest's utterances, one by one, or ValueError."""
+    """Documents (utterances,) of the corpus last as long as the manifest's utterances, one by one, or
+    ValueError."""
     wrong = np.flatnonzero(corpus.num_frames[documents] != manifest.num_frames)
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(
-            f"{corpus.folder}: {corpus.num_frames[documents[row]]} frames for utterance {manifest.ids[row]!r}, which has "
+            f"{corpus.folder}: {corpus.num_frames[documents[row]]} frames for utterance "
+            f"{manifest.ids[row]!r}, which has "
             f"{manifest.num_frames[row]} in {manifest.folder}; give the manifest that was encoded and packed"
         )
 
 
 def load_unit_to_mel(run: str | Path) -> tuple[UnitToMel, dict[str, Any], str]:
-    """Model in eval mode, the run's meta data and its weights' fingerprint. ValueError where the run is no synthesizer."""
+    """Model in eval mode, the run's meta data and its weights' fingerprint. ValueError where the run is no
+    synthesizer."""
     weights, meta, fingerprint = load_weights(run)
     if meta["kind"] != KIND:
         raise ValueError(

@@ -25,7 +25,7 @@ class Synthesizer:
     """A voice for units.
 
     >>> synthesizer = load_synthesizer("runs/demo/synthesizer")         # doctest: +SKIP
-    >>> synthesizer.speak([3, 49, 7])                                   # durations predicted  # doctest: +SKIP
+    >>> synthesizer.speak([3, 49, 7])                            # durations predicted  # doctest: +SKIP
     >>> synthesizer.speak(corpus.units(i), corpus.durations(i), "george")  # doctest: +SKIP
     """
 
@@ -46,11 +46,13 @@ class Synthesizer:
         iterations: int = ITERATIONS,
         seed: int = 0,
     ) -> np.ndarray:
-        """Sound at 16 kHz, float32 (320 frames + 80,), of units (units,) or (units, levels); a function of its arguments.
+        """Sound at 16 kHz, float32 (320 frames + 80,), of units (units,) or (units, levels); a function of
+        its arguments.
 
-        `durations` (units,) are frames of 20 ms, and the sound has exactly so many; without them they are predicted, or 1 each where
-        the units are not `deduplicated` (by default: as those of the training). A `speaker` unknown to the training gets the mean
-        voice. No units, or units and durations that do not fit the synthesizer or each other: ValueError.
+        `durations` (units,) are frames of 20 ms, and the sound has exactly so many; without them they are
+        predicted, or 1 each where the units are not `deduplicated` (by default: as those of the training). A
+        `speaker` unknown to the training gets the mean voice. No units, or units and durations that do not
+        fit the synthesizer or each other: ValueError.
         """
         return to_waveform(
             self.mel(units, durations, speaker, deduplicated=deduplicated), iterations, seed=seed
@@ -93,7 +95,8 @@ class Synthesizer:
         lengths = np.ones(len(symbols), np.int64) if durations is None else np.asarray(durations)
         if lengths.shape != (len(symbols),) or lengths.min() < 1:
             raise ValueError(
-                f"durations are frames, one or more for each of {len(symbols)} units; these are of shape {lengths.shape}, from "
+                f"durations are frames, one or more for each of {len(symbols)} units; these are of shape "
+                f"{lengths.shape}, from "
                 f"{lengths.min(initial=1)} on"
             )
         runs, frames = merge_runs(symbols, lengths)
@@ -113,12 +116,13 @@ class Synthesizer:
             )
 
     def require_units(self, described: dict[str, Any], source: str | Path) -> None:
-        """Units of `source`, `described` by `codebook`, `num_units`, `num_levels` or some of these, are those that the synthesizer
-        learned, or a ValueError names both sides."""
+        """Units of `source`, `described` by `codebook`, `num_units`, `num_levels` or some of these, are those
+        that the synthesizer learned, or a ValueError names both sides."""
         for name, theirs in described.items():
             if self.meta[name] != theirs:
                 raise ValueError(
-                    f"{self.folder} learned to speak units with {name} {self.meta[name]!r}, but {source} has {name} {theirs!r}; train a "
+                    f"{self.folder} learned to speak units with {name} {self.meta[name]!r}, but {source} has "
+                    f"{name} {theirs!r}; train a "
                     "synthesizer on these units, or take those that it learned"
                 )
 
@@ -129,14 +133,16 @@ class Synthesizer:
         shaped = (units.ndim == 2 and units.shape[1] == levels) or units.ndim == levels == 1
         if not shaped or not np.issubdtype(units.dtype, np.integer):
             raise ValueError(
-                f"{self.folder}: speaks whole numbers at {levels} level(s), not {units.dtype} of shape {units.shape}"
+                f"{self.folder}: speaks whole numbers at {levels} level(s), not {units.dtype} of shape "
+                f"{units.shape}"
             )
         if units.min() < 0 or units.max() >= count:
             place = int(
                 np.flatnonzero(((units < 0) | (units >= count)).reshape(len(units), -1).any(axis=1))[0]
             )
             raise ValueError(
-                f"{self.folder}: unit {units[place].tolist()} at place {place} is none of the {count} it speaks (0 .. {count - 1})"
+                f"{self.folder}: unit {units[place].tolist()} at place {place} is none of the {count} it "
+                f"speaks (0 .. {count - 1})"
             )
         return units
 
@@ -147,15 +153,18 @@ def load_synthesizer(run: str | Path) -> Synthesizer:
 
 
 def as_data_uri(waveform: np.ndarray) -> str:
-    """A waveform at 16 kHz as the `src` of an <audio>: MP3 where libsndfile writes it (1.1 on), else 16-bit WAV."""
+    """A waveform at 16 kHz as the `src` of an <audio>: MP3 where libsndfile writes it (1.1 on), else 16-bit
+    WAV."""
     kind = "MP3" if "MP3" in soundfile.available_formats() else "WAV"
     buffer = io.BytesIO()
     soundfile.write(buffer, _audible(waveform), SAMPLE_RATE, format=kind)
-    return f"data:audio/{'mpeg' if kind == 'MP3' else 'wav'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    subtype, text = "mpeg" if kind == "MP3" else "wav", base64.b64encode(buffer.getvalue()).decode()
+    return f"data:audio/{subtype};base64,{text}"
 
 
 def write_wav(path: Path, waveform: np.ndarray) -> None:
-    """Write a waveform at 16 kHz as 16-bit WAV, atomically; one that is too loud is made softer, not clipped."""
+    """Write a waveform at 16 kHz as 16-bit WAV, atomically; one that is too loud is made softer, not
+    clipped."""
     with atomic_path(path) as temporary:
         soundfile.write(temporary, _audible(waveform), SAMPLE_RATE, format="WAV", subtype="PCM_16")
 

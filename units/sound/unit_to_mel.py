@@ -1,9 +1,11 @@
-"""The network of the synthesizer: units and how long they last to log mel magnitudes, two mel frames for each frame of 20 ms.
+"""The network of the synthesizer: units and how long they last to log mel magnitudes, two mel frames for each
+frame of 20 ms.
 
-As FastSpeech 2 (Ren et al. 2021) with convolutions in place of attention: over units, from which the log duration of each is
-predicted (mean squared error); the length regulator, in training with the true durations; over frames, from which the pitch is
-predicted, in training with the true one going on; over frames again, then the mel bands (L1). What neither units nor pitch tell,
-loudness, microphone and noise, comes as a style: each band's mean and deviation over the recording, in speaking those of a speaker.
+As FastSpeech 2 (Ren et al. 2021) with convolutions in place of attention: over units, from which the log
+duration of each is predicted (mean squared error); the length regulator, in training with the true durations;
+over frames, from which the pitch is predicted, in training with the true one going on; over frames again,
+then the mel bands (L1). What neither units nor pitch tell, loudness, microphone and noise, comes as a style:
+each band's mean and deviation over the recording, in speaking those of a speaker.
 """
 
 import math
@@ -82,12 +84,12 @@ class UnitToMel(nn.Module):
         self.styles: Tensor
         self.register_buffer("mel_mean", torch.zeros(NUM_MELS))
         self.register_buffer("mel_deviation", torch.ones(NUM_MELS))
-        self.register_buffer(
-            "styles", torch.zeros(num_speakers + 1, 2 * NUM_MELS)
-        )  # of each speaker; the last is the mean
+        # of each speaker; the last is the mean
+        self.register_buffer("styles", torch.zeros(num_speakers + 1, 2 * NUM_MELS))
 
     def encode(self, units: Tensor, speakers: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (batch, units, dim) and log durations (batch, units) of units (batch, units, levels)."""
+        """Hidden states (batch, units, dim) and log durations (batch, units) of units (batch, units,
+        levels)."""
         offsets = self.num_units * torch.arange(self.num_levels, device=units.device)
         x = self.embed_units(units + offsets).sum(2)  # (batch, units, dim)
         if self.embed_speakers is not None:
@@ -100,11 +102,12 @@ class UnitToMel(nn.Module):
     def decode(
         self, hidden: Tensor, durations: Tensor, style: Tensor, pitch: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised log mel magnitudes (batch, 2 frames, 80) of hidden states that last `durations` (batch, units) frames.
+        """Normalised log mel magnitudes (batch, 2 frames, 80) of hidden states that last `durations` (batch,
+        units) frames.
 
-        `style` (batch, 160) is `mel_style` of the recording; `pitch` (batch, 2 frames) is in Hz, 0 where unvoiced, and the predicted
-        one is taken where none is given. The prediction comes along: logits of being voiced and log pitch over 120 Hz, each (batch,
-        2 frames).
+        `style` (batch, 160) is `mel_style` of the recording; `pitch` (batch, 2 frames) is in Hz, 0 where
+        unvoiced, and the predicted one is taken where none is given. The prediction comes along: logits of
+        being voiced and log pitch over 120 Hz, each (batch, 2 frames).
         """
         ends = durations.cumsum(1)
         total = int(ends[:, -1].max())
@@ -122,9 +125,8 @@ class UnitToMel(nn.Module):
         x = x + self.embed_style(style)[:, None]
         for layer in self.pitch_layers:
             x = layer(x, valid)
-        guess: Tensor = (
-            self.pitch_head(x).unflatten(2, (PER_FRAME, 2)).flatten(1, 2).float()
-        )  # (batch, 2 frames, 2)
+        # (batch, 2 frames, 2)
+        guess: Tensor = self.pitch_head(x).unflatten(2, (PER_FRAME, 2)).flatten(1, 2).float()
         voicing, height = guess.unbind(2)
         if pitch is None:
             pitch = torch.where(voicing > 0, REFERENCE_HZ * height.exp(), 0.0)
@@ -166,7 +168,8 @@ class UnitToMel(nn.Module):
 
     @torch.inference_mode()
     def speak(self, units: Tensor, durations: Tensor | None, speaker: int) -> tuple[Tensor, Tensor]:
-        """Log mel magnitudes (2 frames, 80) and durations (units,) of units (units, levels); None: durations are predicted."""
+        """Log mel magnitudes (2 frames, 80) and durations (units,) of units (units, levels); None: durations
+        are predicted."""
         valid = torch.ones(1, len(units), dtype=torch.bool, device=units.device)
         hidden, log_durations = self.encode(units[None], torch.tensor([speaker], device=units.device), valid)
         if durations is None:
@@ -176,7 +179,8 @@ class UnitToMel(nn.Module):
 
 
 def mel_style(mel: Tensor, present: Tensor) -> Tensor:
-    """Mean and standard deviation over time of each band: (batch, 160) of (batch, time, 80), of which (batch, time) are present.
+    """Mean and standard deviation over time of each band: (batch, 160) of (batch, time, 80), of which (batch,
+    time) are present.
 
     Loudness, microphone and noise: what units leave out by design, and an L1 loss would average over.
     """

@@ -2,7 +2,8 @@
 
 
 def crc(data: bytes | memoryview, polynomial: int, bits: int, value: int = 0) -> int:
-    """The remainder of `data` by a polynomial without its highest term, from `value` on, as FLAC and MPEG audio have it."""
+    """The remainder of `data` by a polynomial without its highest term, from `value` on, as FLAC and MPEG
+    audio have it."""
     table = _table(polynomial, bits)
     for byte in data:
         value = (value << 8 ^ table[(value >> bits - 8) ^ byte]) & (1 << bits) - 1

@@ -1,10 +1,12 @@
-"""How long a recording truly is: what its container holds, where that is another length than its header claims.
+"""How long a recording truly is: what its container holds, where that is another length than its header
+claims.
 
-Headers are written before the samples and often stay wrong: streams written to a pipe, files appended to one another, recorders
-that were switched off. libsndfile believes them and shortens the recording without a word. `pieces` finds the recordings that lie end
-to end in a file, and corrects the lengths in their headers as they are read. Formats: RIFF and RF64 (Microsoft, EBU Tech 3306), FLAC
-(RFC 9639), Ogg (RFC 3533, chained streams section 4), Sun AU, AIFF and AIFF-C, NIST SPHERE, Sony Wave64 and Apple CAF. MPEG audio is
-in `pretrain.data.decoding.mpeg`.
+Headers are written before the samples and often stay wrong: streams written to a pipe, files appended to one
+another, recorders that were switched off. libsndfile believes them and shortens the recording without a word.
+`pieces` finds the recordings that lie end to end in a file, and corrects the lengths in their headers as they
+are read. Formats: RIFF and RF64 (Microsoft, EBU Tech 3306), FLAC (RFC 9639), Ogg (RFC 3533, chained streams
+section 4), Sun AU, AIFF and AIFF-C, NIST SPHERE, Sony Wave64 and Apple CAF. MPEG audio is in
+`pretrain.data.decoding.mpeg`.
 """
 
 import re
@@ -18,7 +20,8 @@ from pretrain.data.decoding.spans import Patch, Span
 _BLOCK = 1 << 20
 # Chunks that programs write behind the samples of a WAV or AIFF. Others count where they end with the file.
 _CHUNKS = set(
-    b"LIST INFO JUNK PAD  FLLR bext cue  plst smpl inst acid fact PEAK iXML axml chna cart DISP id3  ID3  _PMX aXML strc umid "
+    b"LIST INFO JUNK PAD  FLLR bext cue  plst smpl inst acid fact PEAK iXML axml chna cart DISP id3  ID3  "
+    b"_PMX aXML strc umid "
     b"minf elm1 regn SAUR NAME AUTH ANNO COMT MARK INST APPL MIDI (c)  afsp levl r64m".split(b" ")
 ) | {b"PAD ", b"cue ", b"id3 ", b"ID3 ", b"(c) "}
 _LONGEST = 2**63 - 1  # in 64 bits, this and more mean that the writer could not know the length
@@ -45,8 +48,8 @@ def is_unknown(size: int) -> bool:
 def pieces(span: Span, *, thorough: bool) -> list[Piece]:
     """The recordings in `span`, in order, each with its true length.
 
-    `thorough` reads Ogg and FLAC through, which finds recordings of one length that were appended to one another; otherwise their
-    ends are read. A length that is wrong and cannot be corrected is a ValueError.
+    `thorough` reads Ogg and FLAC through, which finds recordings of one length that were appended to one
+    another; otherwise their ends are read. A length that is wrong and cannot be corrected is a ValueError.
     """
     magic = span.at(0, 4)
     if (tag := span.tag_size(0)) and span.at(tag, 4) == b"fLaC":
@@ -143,7 +146,8 @@ def _corrected(place: int, size: int, width: int, order: Literal["big", "little"
 
 
 def _chunks_end(span: Span, place: int, order: Literal["big", "little"]) -> int | None:
-    """Where the chunks and tags end that follow the samples of a RIFF or AIFF: at the next such file, or at the end of `span`.
+    """Where the chunks and tags end that follow the samples of a RIFF or AIFF: at the next such file, or at
+    the end of `span`.
 
     None where what follows are no chunks, and therefore samples that the header does not count.
     """
@@ -169,7 +173,8 @@ def _any(span: Span, place: int) -> bool:
     return any(any(span.at(start, _BLOCK)) for start in range(place, span.size, _BLOCK))
 
 
-# Other uncompressed formats: a header that is wrong is an error, since they are rare and none of their lengths lies in one place
+# Other uncompressed formats: a header that is wrong is an error, since they are rare and none of their
+# lengths lies in one place
 
 
 def _au(span: Span, thorough: bool) -> list[Piece]:
@@ -262,5 +267,6 @@ def _require_followed(span: Span, end: int, size: int, available: int) -> None:
 def _require_claimed(claimed: int, available: int) -> None:
     if 0 < claimed < available - 8 and (available - claimed) * 1000 > available:
         raise ValueError(
-            f"has a header that counts {claimed} of {available} bytes of samples; write it again, for example with sox"
+            f"has a header that counts {claimed} of {available} bytes of samples; write it again, for "
+            "example with sox"
         )

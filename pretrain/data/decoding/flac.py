@@ -5,16 +5,16 @@ import re
 from pretrain.data.decoding.checksums import crc
 from pretrain.data.decoding.spans import Patch, Span
 
-_START = re.compile(
-    rb"fLaC[\x00\x80]\x00\x00\x22"
-)  # the magic and the header of STREAMINFO, which must come first
+# the magic and the header of STREAMINFO, which must come first
+_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _TOTAL, _TOTAL_BITS = 18, 2**36 - 1  # the number of samples is the end of the eight bytes there
 _TAIL = 1 << 17  # bytes searched for the last frame where the header has no size of the largest
 _MOST = 1 << 20  # the same, whatever it has
 
 
 def streams(span: Span, thorough: bool) -> list[int]:
-    """Where each FLAC begins, of several that were appended to one another; without `thorough`, only if the last one differs in length."""
+    """Where each FLAC begins, of several that were appended to one another; without `thorough`, only if the
+    last one differs in length."""
     starts = [span.tag_size(0)]
     if thorough or end_of(span, starts[0], span.size) not in (None, total(span, starts[0])):
         place = starts[0]
@@ -50,7 +50,8 @@ def correction(span: Span, start: int, end: int) -> Patch | None:
 
 
 def end_of(span: Span, start: int, end: int) -> int | None:
-    """Samples up to the end of the last frame, whose checksum holds to the end of the file; None where there is no such frame."""
+    """Samples up to the end of the last frame, whose checksum holds to the end of the file; None where there
+    is no such frame."""
     shortest = int.from_bytes(span.at(start + 8, 2), "big")
     largest = int.from_bytes(span.at(start + 15, 3), "big") or _TAIL
     if span.at(end - 128, 3) == b"TAG":
@@ -78,7 +79,8 @@ _SIZES = (
 
 
 def _frame_end(data: memoryview, block_size: int) -> int | None:
-    """The sample at which the frame `data` ends (RFC 9639 section 9.1); None unless both of its checksums hold."""
+    """The sample at which the frame `data` ends (RFC 9639 section 9.1); None unless both of its checksums
+    hold."""
     if len(data) < 8:
         return None
     code, length = data[2] >> 4, 4

@@ -1,8 +1,9 @@
 """Samples of one recording by libsndfile, from any position.
 
-libsndfile seeks inexactly in Opus, in ALAC with a damaged table of packets and in the last page of an Ogg Vorbis; it cannot seek in
-GSM 6.10 and a few other formats. `Decoder` decodes such recordings from an earlier position. Each thread keeps the sequential
-decoder it used last, so a long recording whose parts are read in order is decoded once.
+libsndfile seeks inexactly in Opus, in ALAC with a damaged table of packets and in the last page of an Ogg
+Vorbis; it cannot seek in GSM 6.10 and a few other formats. `Decoder` decodes such recordings from an earlier
+position. Each thread keeps the sequential decoder it used last, so a long recording whose parts are read in
+order is decoded once.
 """
 
 import io
@@ -47,7 +48,8 @@ def open_file(place: Place, header_only: bool = False) -> Iterator[soundfile.Sou
                 io.BufferedReader(Span(*place), _HEADER if header_only else _READ_AHEAD)
             )
         file = opened.enter_context(soundfile.SoundFile(source))
-        # libsndfile quietly shortens a WAV whose data chunk promises more than the file holds; its log has both numbers.
+        # libsndfile quietly shortens a WAV whose data chunk promises more than the file holds; its log has
+        # both numbers.
         cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
         if cut and int(cut[2]) < int(cut[1]) and not is_unknown(int(cut[1])):
             raise ValueError(f"is truncated: {cut[2]} of {cut[1]} bytes of samples")
@@ -167,7 +169,8 @@ _kept = _Kept()
 
 
 def _sequential(place: Place, start: int) -> _Sequential:
-    """The thread's decoder of that recording if it has not come past `start`, or a new one, which is kept in its place."""
+    """The thread's decoder of that recording if it has not come past `start`, or a new one, which is kept in
+    its place."""
     status = os.stat(place.path)
     # A forked process must not move its parent's files.
     key = (place, status.st_mtime_ns, status.st_size, os.getpid())

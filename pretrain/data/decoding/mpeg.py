@@ -1,16 +1,18 @@
-"""MPEG audio (ISO 11172-3 and 13818-3), of which layer III is decoded so that a part is the same samples as in the whole, to the bit.
+"""MPEG audio (ISO 11172-3 and 13818-3), of which layer III is decoded so that a part is the same samples as
+in the whole, to the bit.
 
-A frame may use bytes of frames before it (the bit reservoir), and the decoder carries its last block over; a decoder that starts in
-the middle therefore gets the first samples wrong, and libsndfile's estimate of the length is off by half where the bit rate varies
-and no Xing header counts the frames. So the frames are walked, and decoded in blocks of BLOCK_FRAMES: every block by a decoder of its
-own, from a stream made for it. That stream starts early enough to fill the reservoir, with frames whose side information is emptied
-(they decode to silence and cannot fail), at a multiple of PERIOD frames, after which the decoder's sums are in the same order again.
-So a block comes out as it does when the whole file is decoded at once, and never depends on what was asked for before.
+A frame may use bytes of frames before it (the bit reservoir), and the decoder carries its last block over; a
+decoder that starts in the middle therefore gets the first samples wrong, and libsndfile's estimate of the
+length is off by half where the bit rate varies and no Xing header counts the frames. So the frames are
+walked, and decoded in blocks of BLOCK_FRAMES: every block by a decoder of its own, from a stream made for it.
+That stream starts early enough to fill the reservoir, with frames whose side information is emptied (they
+decode to silence and cannot fail), at a multiple of PERIOD frames, after which the decoder's sums are in the
+same order again. So a block comes out as it does when the whole file is decoded at once, and never depends on
+what was asked for before.
 """
 
 import io
 import os
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -20,75 +22,25 @@ import numpy as np
 import soundfile
 
 from pretrain.data.decoding.checksums import crc
+from pretrain.data.decoding.mpeg_header import SYNC, Kind, parse_header
 from pretrain.data.decoding.spans import Span
 
 BLOCK_FRAMES = 256  # 6.7 s at 44.1 kHz: what decoding one sample costs, and 15 frames more
 PERIOD = 8  # frames of 18 or 36 vectors of the synthesis filter, whose buffer has 16 places
 DECODER_DELAY = 529  # samples; libmpg123 leaves them out at the start of any stream with an Info header
-DENSEST = 8192  # samples in a byte: more than flac's emptiest frames hold, 65,535 in 12 bytes, and those of any lossy format
+# Samples in a byte: more than in flac's emptiest frames (65,535 in 12 bytes) and in any lossy format.
+DENSEST = 8192
 _RESERVOIR = 512  # bytes, the most that a frame may refer back to: 511 (MPEG 1) or 255
 _SETTLING = 2  # frames until the overlap and the synthesis filter hold what they would
 _READ = 1 << 20
 _ID3V1 = 128  # bytes of a tag at the end
 
-_SYNC = re.compile(rb"\xff[\xe2-\xff]")
-_RATES = (44100, 48000, 32000)
-_LOW = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-_KBPS = {  # by MPEG 1 or not, and layer
-    (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
-    (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (True, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (False, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (False, 2): _LOW,
-    (False, 3): _LOW,
-}
-
-
-class _Kind(NamedTuple):
-    """What may not change within a stream. `version` is 3 for MPEG 1, 2 for MPEG 2, 0 for its extension to low rates, 2.5."""
-
-    version: int
-    layer: int
-    sample_rate: int
-    channels: int
-
-    @property
-    def samples(self) -> int:
-        """Of a frame."""
-        return 384 if self.layer == 1 else 576 if self.layer == 3 and self.version != 3 else 1152
-
-    @property
-    def side(self) -> int:
-        """Bytes of side information in a frame."""
-        return (17, 32)[self.channels - 1] if self.version == 3 else (9, 17)[self.channels - 1]
-
-    def __str__(self) -> str:
-        return f"{self.sample_rate} Hz {'mono' if self.channels == 1 else 'stereo'}"
-
-
-@lru_cache(maxsize=4096)
-def _header(header: bytes) -> tuple[_Kind, int] | None:
-    """(kind, bytes in the frame) of four bytes that begin a frame; None of any others, and for a free bit rate."""
-    if len(header) < 4 or header[0] != 0xFF or header[1] < 0xE0:
-        return None
-    version, layer, rate, choice = (
-        header[1] >> 3 & 3,
-        4 - (header[1] >> 1 & 3),
-        header[2] >> 2 & 3,
-        header[2] >> 4,
-    )
-    if version == 1 or layer == 4 or rate == 3 or choice in (0, 15):
-        return None
-    kind = _Kind(version, layer, _RATES[rate] >> {3: 0, 2: 1, 0: 2}[version], 1 if header[3] >> 6 == 3 else 2)
-    slot = 4 if layer == 1 else 1
-    num_slots = kind.samples // 8 * 1000 * _KBPS[version == 3, layer][choice - 1] // kind.sample_rate // slot
-    return kind, (num_slots + (header[2] >> 1 & 1)) * slot
-
 
 class Frames(NamedTuple):
-    """The frames of a stream: where they lie, (num_frames,) int64, how long they are, int32, and which samples are the recording."""
+    """The frames of a stream: where they lie, (num_frames,) int64, how long they are, int32, and which
+    samples are the recording."""
 
-    kind: _Kind
+    kind: Kind
     places: np.ndarray
     sizes: np.ndarray
     first: int  # sample of the recording's start, counted from the first frame's
@@ -96,18 +48,21 @@ class Frames(NamedTuple):
 
 
 def begins(span: Span) -> bool:
-    """Whether a file begins with frames, behind tags: what libsndfile need not be asked about. It warns of many on stderr."""
+    """Whether a file begins with frames, behind tags: what libsndfile need not be asked about. It warns of
+    many on stderr."""
     place = 0
     while tag := span.tag_size(place):
         place += tag
-    parsed = _header(span.at(place, 4))
+    parsed = parse_header(span.at(place, 4))
     return parsed is not None and place + parsed[1] < span.size and _confirmed(span, place)
 
 
 def walk(path: str, offset: int, size: int) -> Frames | None:
-    """The frames of the MPEG stream in `size` bytes from `offset` of a file; None where there are none, or of a free bit rate.
+    """The frames of the MPEG stream in `size` bytes from `offset` of a file; None where there are none, or of
+    a free bit rate.
 
-    Raises ValueError where frames are missing that a Xing header counts, or the sample rate or the number of channels changes.
+    Raises ValueError where frames are missing that a Xing header counts, or the sample rate or the number of
+    channels changes.
     """
     status = os.stat(path)
     return _walk(path, offset, size, status.st_mtime_ns, status.st_size)
@@ -123,7 +78,7 @@ def _walk(path: str, offset: int, size: int, *_: int) -> Frames | None:
             np.array(column, dtype)
             for column, dtype in zip(zip(*found, strict=True), (np.int64, np.int32), strict=True)
         )
-        parsed = _header(span.at(int(places[0]), 4))
+        parsed = parse_header(span.at(int(places[0]), 4))
         assert parsed is not None
         kind = parsed[0]
         info = _xing(span.at(int(places[0]), int(sizes[0])), kind)
@@ -135,7 +90,8 @@ def _walk(path: str, offset: int, size: int, *_: int) -> Frames | None:
         return Frames(kind, places, sizes, 0, num_samples)
     if info.num_frames * kind.samples > DENSEST * size:
         raise ValueError(
-            f"has a header that claims {info.num_frames * kind.samples} samples, more than its {size} bytes can hold"
+            f"has a header that claims {info.num_frames * kind.samples} samples, more than its {size} "
+            "bytes can hold"
         )
     if info.num_frames > len(places) + 1:  # some count the header's own frame
         raise ValueError(f"is truncated: {num_samples} of {info.num_frames * kind.samples} samples")
@@ -143,12 +99,13 @@ def _walk(path: str, offset: int, size: int, *_: int) -> Frames | None:
 
 
 def promised(path: str, offset: int, size: int) -> Frames | None:
-    """What `walk` would find, without the frames, where a Xing header counts as many bytes as there are; None otherwise."""
+    """What `walk` would find, without the frames, where a Xing header counts as many bytes as there are; None
+    otherwise."""
     with Span(path, offset, size) as span:
         place = next((place for place, _ in _frames(span, 1 << 12)), None)
         if place is None:
             return None
-        parsed = _header(span.at(place, 4))
+        parsed = parse_header(span.at(place, 4))
         assert parsed is not None
         kind, length = parsed
         info = _xing(span.at(place, length), kind)
@@ -159,13 +116,14 @@ def promised(path: str, offset: int, size: int) -> Frames | None:
 
 
 def _frames(span: Span, ahead: int = _READ) -> Iterator[tuple[int, int]]:
-    """(place, size) of every whole frame, reading so many bytes ahead. Between frames, tags and damage are left out."""
+    """(place, size) of every whole frame, reading so many bytes ahead. Between frames, tags and damage are
+    left out."""
     place, kind = 0, None
     buffer, start = b"", 0
     while place < span.size - 3:
         if not start <= place <= start + len(buffer) - 4:
             buffer, start = span.at(place, ahead), place
-        parsed = _header(buffer[place - start : place - start + 4])
+        parsed = parse_header(buffer[place - start : place - start + 4])
         if parsed is not None and (kind is None or parsed[0] != kind) and not _confirmed(span, place):
             parsed = None
         if parsed is None:
@@ -183,20 +141,22 @@ def _frames(span: Span, ahead: int = _READ) -> Iterator[tuple[int, int]]:
 
 
 def _confirmed(span: Span, place: int) -> bool:
-    """Whether a frame at `place` is followed by another of its kind, or ends the file: four bytes alone look like a header by chance."""
-    parsed = _header(span.at(place, 4))
+    """Whether a frame at `place` is followed by another of its kind, or ends the file: four bytes alone look
+    like a header by chance."""
+    parsed = parse_header(span.at(place, 4))
     if parsed is None:
         return False
     after = place + parsed[1]
     following = span.at(after, 4)
     if len(following) < 4 or following.startswith((b"TAG", b"ID3", b"APET", b"LYRI")):
         return True
-    second = _header(following)
+    second = parse_header(following)
     return second is not None and second[0] == parsed[0]
 
 
 def _resume(span: Span, place: int) -> int:
-    """Where the next frame may begin after what is none: behind a tag, or at a sync word that another frame follows."""
+    """Where the next frame may begin after what is none: behind a tag, or at a sync word that another frame
+    follows."""
     data = span.at(place, 32)
     if tag := span.tag_size(place):
         return place + tag
@@ -206,7 +166,7 @@ def _resume(span: Span, place: int) -> int:
         return place + 32 + int.from_bytes(data[12:16], "little")
     place += 1
     while len(data := span.at(place, _READ)) > 3:
-        for match in _SYNC.finditer(data):
+        for match in SYNC.finditer(data):
             if _confirmed(span, place + match.start()):
                 return place + match.start()
         place += len(data) - 1
@@ -214,7 +174,8 @@ def _resume(span: Span, place: int) -> int:
 
 
 class _Info(NamedTuple):
-    """A Xing or Info header: what follows it, and the samples that LAME put before and behind the recording."""
+    """A Xing or Info header: what follows it, and the samples that LAME put before and behind the
+    recording."""
 
     num_frames: int | None
     num_bytes: int
@@ -222,13 +183,14 @@ class _Info(NamedTuple):
     padding: int
 
     def trimmed(self, num_samples: int, *, is_whole: bool) -> tuple[int, int]:
-        """(first sample, samples) of the recording; where other frames follow those that are counted, the padding is not the end's."""
+        """(first sample, samples) of the recording; where other frames follow those that are counted, the
+        padding is not the end's."""
         first = min(num_samples, self.delay + DECODER_DELAY)
         last = min(num_samples, num_samples - self.padding + DECODER_DELAY) if is_whole else num_samples
         return first, max(0, last - first)
 
 
-def _xing(frame: bytes, kind: _Kind) -> _Info | None:
+def _xing(frame: bytes, kind: Kind) -> _Info | None:
     """The header that a frame is in place of sound; None of any other frame."""
     place = 4 + kind.side
     if kind.layer != 3 or frame[place : place + 4] not in (b"Xing", b"Info"):
@@ -268,7 +230,7 @@ def _decode_block(span: Span, frames: Frames, wanted: int) -> np.ndarray:
         before += [_emptied(_frame(span, frames, number), kind) for number in range(begin, sounding)]
         skipped = (PERIOD + wanted - begin) * kind.samples - DECODER_DELAY
         stream = [*before, *_bodies(span, frames, sounding, end)]
-    else:  # no reservoir, and no header that counts: libsndfile estimates the length from the bytes, which silence adds to
+    else:  # no reservoir, and no header that counts: libsndfile estimates the length from the bytes
         skipped = (wanted - begin) * kind.samples
         stream = [
             *_bodies(span, frames, begin, end),
@@ -298,8 +260,9 @@ def _frame(span: Span, frames: Frames, number: int) -> bytes:
     return span.at(int(frames.places[number]), int(frames.sizes[number]))
 
 
-def _emptied(frame: bytes, kind: _Kind) -> bytes:
-    """A frame that decodes to silence: its side information counts no bits. Where its data begins, and the data itself, stay."""
+def _emptied(frame: bytes, kind: Kind) -> bytes:
+    """A frame that decodes to silence: its side information counts no bits. Where its data begins, and the
+    data itself, stay."""
     emptied, protected = bytearray(frame), not frame[1] & 1
     place, begins = 4 + 2 * protected, 9 if kind.version == 3 else 8  # bits that say where the data begins
     about = int.from_bytes(frame[place : place + kind.side], "big")
@@ -328,7 +291,7 @@ def _info(span: Span, frames: Frames, count: int) -> bytes:
     while size < 4 + frames.kind.side + 60:  # the smallest frame that it fits in
         choice += 1
         header[2] = choice << 4 | header[2] & 0x0C
-        parsed = _header(bytes(header))
+        parsed = parse_header(bytes(header))
         assert parsed is not None
         size = parsed[1]
     about = b"Info" + (1).to_bytes(4, "big") + count.to_bytes(4, "big")

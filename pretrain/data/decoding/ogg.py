@@ -1,6 +1,7 @@
 """Ogg (RFC 3533): where the streams lie that are chained in a file, and how much the last page holds.
 
-Offsets in a page: flags at 5 (2: the first page of a stream), granule position at 6 (samples up to its end), serial number at 14.
+Offsets in a page: flags at 5 (2: the first page of a stream), granule position at 6 (samples up to its end),
+serial number at 14.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ _NO_END = 2**64 - 1  # granule position of a page in which no packet ends
 
 
 def links(span: Span, thorough: bool) -> list[int]:
-    """Where each of the chained streams begins (section 4). Without `thorough`, streams of one serial number count as one.
+    """Where each of the chained streams begins (section 4). Without `thorough`, streams of one serial number
+    count as one.
 
     Raises ValueError where a stream's last page ends before an earlier one.
     """
@@ -58,7 +60,8 @@ def _pages(span: Span) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _last_pages(span: Span, num_bytes: int = _TAIL) -> list[tuple[int, int, int]]:
-    """(flags, granule position, serial number) of the pages that begin in the last bytes, the last one last."""
+    """(flags, granule position, serial number) of the pages that begin in the last bytes, the last one
+    last."""
     tail = span.at(span.size - num_bytes, num_bytes)
     found: list[tuple[int, int, int]] = []
     place = tail.rfind(b"OggS")

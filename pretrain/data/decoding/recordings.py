@@ -1,7 +1,8 @@
 """An open recording: its true length, and any part of it, with the same samples as in the whole.
 
-`pretrain.data.decoding.libsndfile` decodes all formats but MPEG audio, which is decoded by `pretrain.data.decoding.mpeg`. libsndfile trusts the lengths in headers and
-reads only the first of several recordings that lie end to end; `pretrain.data.decoding.containers` finds the true lengths and all recordings.
+`pretrain.data.decoding.libsndfile` decodes all formats but MPEG audio, which is decoded by
+`pretrain.data.decoding.mpeg`. libsndfile trusts the lengths in headers and reads only the first of several
+recordings that lie end to end; `pretrain.data.decoding.containers` finds the true lengths and all recordings.
 """
 
 import os
@@ -31,7 +32,8 @@ class Recording(Protocol):
     def blocks(self, start: int, count: int, most: int) -> Iterator[np.ndarray]:
         """Samples from `start`, `count` or as many as can be decoded, in blocks (samples, channels) float32.
 
-        Blocks have `most` numbers at most, or what a decoder gives at once. Samples stored as integers are in [-1, 1).
+        Blocks have `most` numbers at most, or what a decoder gives at once. Samples stored as integers are in
+        [-1, 1).
         """
         ...
 
@@ -40,10 +42,11 @@ class Recording(Protocol):
 def open_recording(
     path: str, member: Member | None, *, needed: int | None = None, header_only: bool = False
 ) -> Iterator[Recording]:
-    """Open for reading; the reasons for which a recording cannot be read or decoded, as short ValueErrors without its name.
+    """Open for reading; the reasons for which a recording cannot be read or decoded, as short ValueErrors
+    without its name.
 
-    Where `needed` samples are known to be there, the header is believed if it promises as many. With `header_only` a file is
-    not read through to see whether others were appended to it.
+    Where `needed` samples are known to be there, the header is believed if it promises as many. With
+    `header_only` a file is not read through to see whether others were appended to it.
     """
     place = _locate(path, member)
     try:
@@ -54,9 +57,8 @@ def open_recording(
                 return
             try:
                 file = opened.enter_context(open_file(place, header_only))
-            except (
-                soundfile.LibsndfileError
-            ):  # perhaps of what follows the first of several, or a length that is not known
+            except soundfile.LibsndfileError:
+                # perhaps of what follows the first of several, or a length that is not known
                 if not (parts := _found(place, header_only=True)):
                     raise
                 yield _Joined(parts)

@@ -1,4 +1,5 @@
-"""A run of bytes of a file as a file of its own: a recording in a tar, or one of several that were written end to end."""
+"""A run of bytes of a file as a file of its own: a recording in a tar, or one of several that were written
+end to end."""
 
 import io
 import os

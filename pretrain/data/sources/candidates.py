@@ -1,4 +1,5 @@
-"""What the readers of sources share: a `Candidate` for each utterance that a source claims, its id, and what is written about it."""
+"""What the readers of sources share: a `Candidate` for each utterance that a source claims, its id, and what
+is written about it."""
 
 import difflib
 import math
@@ -41,7 +42,8 @@ Triples = list[tuple[Annotated[FiniteFloat, Field(ge=0)], FiniteFloat, str]]
 
 @dataclass(slots=True)
 class Candidate:
-    """An utterance that the source claims; `origin` is where, for messages, and `problem` what is already known to be wrong."""
+    """An utterance that the source claims; `origin` is where, for messages, and `problem` what is already
+    known to be wrong."""
 
     id: str
     path: str
@@ -61,7 +63,8 @@ class Candidate:
 
 
 class About(BaseModel, coerce_numbers_to_str=True):
-    """What a row of a list, or a `.json` beside a recording, can have besides the recording; other keys are ignored."""
+    """What a row of a list, or a `.json` beside a recording, can have besides the recording; other keys are
+    ignored."""
 
     text: str | None = None
     speaker: str | None = None
@@ -77,7 +80,8 @@ def without_audio_suffix(name: str) -> str:
 
 
 class Names:
-    """Ids for the recordings of a source: each name without its suffix, but with it where several would be left equal."""
+    """Ids for the recordings of a source: each name without its suffix, but with it where several would be
+    left equal."""
 
     def __init__(self, names: Collection[str]):
         self._counts = Counter(os.path.splitext(name)[0] for name in set(names))

@@ -1,6 +1,8 @@
-"""Long recordings as several utterances: pieces of like length, each with the phones and words that lie in it.
+"""Long recordings as several utterances: pieces of like length, each with the phones and words that lie in
+it.
 
-A transcript goes into pieces by its words' times. Without them nobody knows which words are whose, and the pieces have no text.
+A transcript goes into pieces by its words' times. Without them nobody knows which words are whose, and the
+pieces have no text.
 """
 
 import math
@@ -14,7 +16,8 @@ Found = tuple[Candidate, Probed]  # what is usable, and its start, num_samples a
 
 
 def cut(found: list[Found], max_seconds: float | None) -> list[Found]:
-    """Each recording longer than `max_seconds` as the fewest equal pieces that are not, named ID-0, ID-1, …; all others as they are.
+    """Each recording longer than `max_seconds` as the fewest equal pieces that are not, named ID-0, ID-1, …;
+    all others as they are.
 
     A piece's name that is another recording's is a ValueError.
     """
@@ -26,7 +29,8 @@ def cut(found: list[Found], max_seconds: float | None) -> list[Found]:
         for piece, _ in pieces:
             if other := names.get(piece.id):
                 raise ValueError(
-                    f"max_seconds: a piece of {piece.path} would have the id {piece.id!r}, which {other.path} has; rename one of the files"
+                    f"max_seconds: a piece of {piece.path} would have the id {piece.id!r}, which "
+                    f"{other.path} has; rename one of the files"
                 )
             names[piece.id] = piece
     return pieces

@@ -1,7 +1,8 @@
 """A folder of recordings, with LibriSpeech's transcripts and alignments, texts beside recordings, and tars.
 
-What cannot be read (a folder, a member of a tar, a transcript that is no text) becomes the `problem` of a candidate and ends nothing. A
-compressed tar is refused: its recordings cannot be read in place, and nobody would miss them.
+What cannot be read (a folder, a member of a tar, a transcript that is no text) becomes the `problem` of a
+candidate and ends nothing. A compressed tar is refused: its recordings cannot be read in place, and nobody
+would miss them.
 """
 
 import os
@@ -23,7 +24,8 @@ WORD_ENDS = re.compile(r'(\S+) "([^"]*)" "([\d.,]*)"')
 
 @dataclass(slots=True)
 class _Beside:
-    """What LibriSpeech's files of one folder have about its recordings, by stem; the problem where a line cannot be used."""
+    """What LibriSpeech's files of one folder have about its recordings, by stem; the problem where a line
+    cannot be used."""
 
     texts: dict[str, str] = field(default_factory=dict)
     words: dict[str, list[Word] | None] = field(default_factory=dict)
@@ -34,7 +36,8 @@ class _Beside:
 
 
 def read_folder(root: Path, prefix: str, passed_over: list[str]) -> list[Candidate]:
-    """Every recording beneath `root`, and those of its tars. Recordings that libsndfile does not read are added to `passed_over`."""
+    """Every recording beneath `root`, and those of its tars. Recordings that libsndfile does not read are
+    added to `passed_over`."""
     candidates: list[Candidate] = []
     tars: list[Path] = []
     for folder, names in _walk(root, prefix, candidates):
@@ -73,7 +76,8 @@ def read_folder(root: Path, prefix: str, passed_over: list[str]) -> list[Candida
 
 
 def _walk(root: Path, prefix: str, unread: list[Candidate]) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its files), in order, following links; a folder that cannot be read is added to `unread`."""
+    """(folder, names of its files), in order, following links; a folder that cannot be read is added to
+    `unread`."""
 
     def note(error: OSError) -> None:
         relative = os.path.relpath(error.filename, root)
@@ -89,9 +93,8 @@ def _walk(root: Path, prefix: str, unread: list[Candidate]) -> Iterator[tuple[Pa
             for name in subfolders
             if not name.startswith(".")
         }
-        subfolders[:] = sorted(
-            name for name, real in below.items() if real not in holding
-        )  # a link back would have no end
+        # a link back would have no end
+        subfolders[:] = sorted(name for name, real in below.items() if real not in holding)
         above |= {os.path.join(folder, name): holding | {below[name]} for name in subfolders}
         yield Path(folder), names
 
@@ -117,7 +120,8 @@ def _candidate(path: Path, root: Path, beside: _Beside, present: set[str]) -> Ca
 
 
 def _is_regular(path: Path) -> bool:
-    """A file and no pipe, which would be waited for; also where nobody can look, so that opening it gives the reason."""
+    """A file and no pipe, which would be waited for; also where nobody can look, so that opening it gives the
+    reason."""
     with suppress(OSError):
         return stat.S_ISREG(path.stat().st_mode)
     return os.path.lexists(path)
@@ -163,8 +167,8 @@ def _read_transcripts(path: Path, lines: Iterator[bytes], beside: _Beside) -> No
 
 
 def _read_word_ends(path: Path, lines: Iterator[bytes], beside: _Beside) -> None:
-    """Words by utterance from lines of WORD_ENDS: words, silences empty, and when each ends. A file that begins otherwise is not
-    LibriSpeech's, and nothing is read from it."""
+    """Words by utterance from lines of WORD_ENDS: words, silences empty, and when each ends. A file that
+    begins otherwise is not LibriSpeech's, and nothing is read from it."""
     for number, raw in enumerate(lines, start=1):
         if number == 1 and not WORD_ENDS.fullmatch(raw.decode("utf-8", errors="replace")):
             return
@@ -195,10 +199,11 @@ def _stem(line: bytes) -> str:
 
 
 def _refuse_unpacked(tar: Path, root: Path, members: list[Candidate], loose: dict[str, str]) -> None:
-    """A tar beside the files that came out of it would count them twice: a ValueError where one member has a file of its name.
+    """A tar beside the files that came out of it would count them twice: a ValueError where one member has a
+    file of its name.
 
-    `loose` are recordings by path without suffix. Files lie where tar puts them: beside it, below the root, or in a folder of its
-    name.
+    `loose` are recordings by path without suffix. Files lie where tar puts them: beside it, below the root,
+    or in a folder of its name.
     """
     shard = tar.relative_to(root).with_suffix("")
     for member in members:
@@ -206,6 +211,7 @@ def _refuse_unpacked(tar: Path, root: Path, members: list[Candidate], loose: dic
         for folder in (tar.parent, root, tar.with_suffix("")):
             if twin := loose.get(os.path.join(folder, key)):
                 raise ValueError(
-                    f"{member.origin}: {twin} has its name, as if the tar had been unpacked beside its files, and would count twice; "
+                    f"{member.origin}: {twin} has its name, as if the tar had been unpacked beside its "
+                    "files, and would count twice; "
                     "move one of them away, or give one of them as the source"
                 )

@@ -37,14 +37,16 @@ class _AlignmentRow(BaseModel, coerce_numbers_to_str=True):
 
 
 def read_tsv(path: Path, prefix: str) -> list[Candidate]:
-    """The rows of a fairseq `.tsv`, with the transcripts of the `.wrd` of its name. ValueError names a row that is none."""
+    """The rows of a fairseq `.tsv`, with the transcripts of the `.wrd` of its name. ValueError names a row
+    that is none."""
     root, *lines = _lines(path)
     transcripts: list[str] | None = (
         _lines(path.with_suffix(".wrd")) if path.with_suffix(".wrd").is_file() else None
     )
     if transcripts is not None and len(transcripts) != len(lines):
         raise ValueError(
-            f"{path.with_suffix('.wrd')}: {len(transcripts)} transcripts for the {len(lines)} rows of {path.name}"
+            f"{path.with_suffix('.wrd')}: {len(transcripts)} transcripts for the {len(lines)} rows of "
+            f"{path.name}"
         )
     candidates = []
     for row, line in enumerate(lines):
@@ -85,7 +87,8 @@ def read_json_lines(path: Path, prefix: str) -> list[Candidate]:
                 row.duration,
             )
         )
-    # Ids are relative to the list's folder, or to what all paths share when some lie elsewhere; segments add their start.
+    # Ids are relative to the list's folder, or to what all paths share when some lie elsewhere; segments add
+    # their start.
     if not all(candidate.path.startswith(os.path.join(base, "")) for candidate in candidates):
         base = os.path.commonpath({os.path.dirname(candidate.path) for candidate in candidates})
     repeated = {
@@ -103,7 +106,8 @@ def read_json_lines(path: Path, prefix: str) -> list[Candidate]:
 
 
 def attach_alignments(candidates: list[Candidate], path: str) -> None:
-    """Add phones, words or both by utterance id from JSON lines `{"id", "phones": [[start, end, phone], ...], "words": [...]}`."""
+    """Add phones, words or both by utterance id from JSON lines `{"id", "phones": [[start, end, phone], ...],
+    "words": [...]}`."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such alignments")
     alignments: dict[str, tuple[list[Phone] | None, list[Word] | None]] = {}
@@ -122,7 +126,8 @@ def attach_alignments(candidates: list[Candidate], path: str) -> None:
 
 
 def _parse_lines(path: Path, row_class: type[Row]) -> Iterator[tuple[str, Row]]:
-    """(origin, row) for each line that is not blank; the first mistake is a ValueError naming the line, key and remedy."""
+    """(origin, row) for each line that is not blank; the first mistake is a ValueError naming the line, key
+    and remedy."""
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             yield (origin := f"{path} line {number}"), parse_row(row_class, line, origin)

@@ -1,22 +1,25 @@
 """What a source of audio claims: one `Candidate` per utterance, before any recording is opened.
 
 A source is one of
-- a folder: every wav, flac, ogg, mp3, opus and NIST sphere beneath it, and what else libsndfile reads (`SUFFIXES` of
-  `pretrain.data.sources.candidates`). Transcripts come from LibriSpeech's `*.trans.txt` (which also name the speaker) or from `X.txt` beside
-  `X.wav`, word times from the `*.alignment.txt` of LibriSpeech's alignments;
-- a fairseq `.tsv`: the root on the first line, then `path<TAB>samples`; a `.wrd` file of the same name holds transcripts;
-- JSON lines (`.jsonl` or NeMo's `.json`): `audio_filepath` and, where known, `id`, `text`, `speaker`, `split`, `offset` and
-  `duration` in seconds, and `phones` and `words` as [start, end, name]; other keys are ignored. Relative paths start at the
-  file's folder;
-- an uncompressed `.tar`, read in place (see `pretrain.data.sources.tar`); those beneath a folder are found too;
+- a folder: every wav, flac, ogg, mp3, opus and NIST sphere beneath it, and what else libsndfile reads
+  (`SUFFIXES` of `pretrain.data.sources.candidates`). Transcripts come from LibriSpeech's `*.trans.txt` (which
+  also name the speaker) or from `X.txt` beside `X.wav`, word times from the `*.alignment.txt` of
+  LibriSpeech's alignments;
+- a fairseq `.tsv`: the root on the first line, then `path<TAB>samples`; a `.wrd` file of the same name holds
+  transcripts;
+- JSON lines (`.jsonl` or NeMo's `.json`): `audio_filepath` and, where known, `id`, `text`, `speaker`,
+  `split`, `offset` and `duration` in seconds, and `phones` and `words` as [start, end, name]; other keys are
+  ignored. Relative paths start at the file's folder;
+- an uncompressed `.tar`, read in place (see `pretrain.data.sources.tar`); those beneath a folder are found
+  too;
 - a glob such as `shards/*.tar` of any of these, or a list of sources.
 
-An id, where none is given, is the path below the folder without its suffix, for a member of a tar the tar's path, a slash and the
-member's. Recordings that differ in their suffix alone keep it. With several sources the source's own name comes first, so that equal
-names in two corpora stay apart.
+An id, where none is given, is the path below the folder without its suffix, for a member of a tar the tar's
+path, a slash and the member's. Recordings that differ in their suffix alone keep it. With several sources the
+source's own name comes first, so that equal names in two corpora stay apart.
 
-Text is UTF-8, with or without a byte-order mark, or UTF-16 with one. What cannot be read of a list ends the reading; what cannot be
-read beside a recording, or of a folder, is the `problem` of a candidate.
+Text is UTF-8, with or without a byte-order mark, or UTF-16 with one. What cannot be read of a list ends the
+reading; what cannot be read beside a recording, or of a folder, is the `problem` of a candidate.
 """
 
 import glob
@@ -30,13 +33,13 @@ from pretrain.data.sources.folders import read_folder
 from pretrain.data.sources.lists import read_json_lines, read_tsv
 from pretrain.data.sources.tar import is_tar, read_tar
 
-_UNFIT = re.compile(
-    r"[\x00-\x1f\x7f\ud800-\udfff]"
-)  # Python has a surrogate for each byte of a file's name that is not UTF-8
+# Python has a surrogate for each byte of a file's name that is not UTF-8
+_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def read_sources(sources: list[str], passed_over: list[str] | None = None) -> list[Candidate]:
-    """What the sources list, unverified. One that does not exist, is of no known kind or holds no audio is a ValueError.
+    """What the sources list, unverified. One that does not exist, is of no known kind or holds no audio is a
+    ValueError.
 
     Recordings that are not read here, such as `x.m4a`, are added to `passed_over`.
     """
@@ -53,7 +56,8 @@ def read_sources(sources: list[str], passed_over: list[str] | None = None) -> li
 
 
 def _refuse_names(candidate: Candidate) -> None:
-    """Ids are written into tables and lists, a line each: one that is no line of UTF-8 is a problem, and so is such a path.
+    """Ids are written into tables and lists, a line each: one that is no line of UTF-8 is a problem, and so
+    is such a path.
 
     Both are kept with escapes in place of what they may not hold.
     """
@@ -83,7 +87,8 @@ def describe_passed_over(names: list[str]) -> str:
     by_suffix = ", ".join(f"{suffix} {count}" for suffix, count in sorted(counts.items()))
     suffix, plural = os.path.splitext(names[0])[1], "s" if len(names) > 1 else ""
     return (
-        f"{len(names)} recording{plural} passed over, which cannot be read here ({by_suffix}), such as {names[0]}; "
+        f"{len(names)} recording{plural} passed over, which cannot be read here ({by_suffix}), such as "
+        f"{names[0]}; "
         f"convert them first, for example: ffmpeg -i x{suffix} x.flac"
     )
 
@@ -96,7 +101,8 @@ def describe_twins(candidates: list[Candidate]) -> str | None:
     stem = os.path.splitext(twins[0].origin)[0]
     pair = [twin.origin for twin in twins if os.path.splitext(twin.origin)[0] == stem][:2]
     return (
-        f"{len(twins)} recordings have a name that another has with another suffix, such as {' and '.join(pair)}; their ids keep the "
+        f"{len(twins)} recordings have a name that another has with another suffix, such as "
+        f"{' and '.join(pair)}; their ids keep the "
         "suffix. If these are the same speech in two formats, it counts twice: index one of them alone"
     )
 

@@ -1,7 +1,9 @@
-"""Uncompressed tar shards of audio, as WebDataset lays them out: members that share a name up to the suffix are one sample.
+"""Uncompressed tar shards of audio, as WebDataset lays them out: members that share a name up to the suffix
+are one sample.
 
-`KEY.flac` (or another of `SUFFIXES`) is a recording; `KEY.txt` beside it holds its transcript, or `KEY.json` an object with any of `text`,
-`speaker`, `split` and `phones`. Members are found by reading headers alone and later read by offset, so a shard is never unpacked.
+`KEY.flac` (or another of `SUFFIXES`) is a recording; `KEY.txt` beside it holds its transcript, or `KEY.json`
+an object with any of `text`, `speaker`, `split` and `phones`. Members are found by reading headers alone and
+later read by offset, so a shard is never unpacked.
 """
 
 import io
@@ -46,15 +48,17 @@ def require_uncompressed(path: Path) -> None:
     for magic, command in _MAGIC.items():
         if start.startswith(magic):
             raise ValueError(
-                f"{path}: is compressed, and its members cannot be read by offset; decompress it: {command} {path.name}"
+                f"{path}: is compressed, and its members cannot be read by offset; decompress it: "
+                f"{command} {path.name}"
             )
 
 
 def read_tar(path: Path, base: Path, prefix: str, passed_over: list[str]) -> list[Candidate]:
-    """The recordings in a tar, whose ids start with its path below `base`, with the texts and JSON beside them.
+    """The recordings in a tar, whose ids start with its path below `base`, with the texts and JSON beside
+    them.
 
-    What is wrong with a member, with what lies beside it or with the tar is the `problem` of a candidate. Recordings that libsndfile
-    does not read are added to `passed_over`. A compressed tar is a ValueError.
+    What is wrong with a member, with what lies beside it or with the tar is the `problem` of a candidate.
+    Recordings that libsndfile does not read are added to `passed_over`. A compressed tar is a ValueError.
     """
     shard = Path(os.path.abspath(path)).relative_to(os.path.abspath(base)).with_suffix("").as_posix()
     try:
@@ -145,10 +149,12 @@ class _Sidecars:
 
 
 def list_members(path: Path) -> Iterator[tuple[str, Member, str | None]]:
-    """(name, place, what is wrong with it) of each member that is a file, in the order of the tar; directories are passed over.
+    """(name, place, what is wrong with it) of each member that is a file, in the order of the tar;
+    directories are passed over.
 
-    Wrong are links, sparse files and devices, names that lead out of the tar, and bytes that are not there. A tar that ends early, is
-    damaged or holds more behind its end mark closes with a nameless ("", Member(offset, 0), problem): what came behind is lost.
+    Wrong are links, sparse files and devices, names that lead out of the tar, and bytes that are not there. A
+    tar that ends early, is damaged or holds more behind its end mark closes with a nameless ("",
+    Member(offset, 0), problem): what came behind is lost.
     """
     size, last, end, broken = os.path.getsize(path), "its start", 0, ""
     try:
@@ -178,9 +184,8 @@ def list_members(path: Path) -> Iterator[tuple[str, Member, str | None]]:
         # Python's reader trusts the numbers in extended headers, and fails in as many ways.
         broken = f"{type(error).__name__}: {error}"
     more = _first_byte_behind(path, end)
-    if broken or (
-        more is not None and more < end + tarfile.BLOCKSIZE
-    ):  # tarfile takes a damaged header for the end
+    # tarfile takes a damaged header for the end
+    if broken or (more is not None and more < end + tarfile.BLOCKSIZE):
         why = f" ({broken[:200]})" if broken else ""
         yield (
             "",
@@ -200,7 +205,10 @@ def _problem(info: tarfile.TarInfo, size: int) -> str | None:
     if info.name.startswith("/") or ".." in info.name.split("/"):
         return f"has a name that leads out of the tar, {info.name!r}; pack it again by relative names"
     if info.issym() or info.islnk():
-        return f"is a link, to {info.linkname!r}; pack the tar again with plain files (tar --dereference --hard-dereference)"
+        return (
+            f"is a link, to {info.linkname!r}; pack the tar again with plain files (tar --dereference "
+            "--hard-dereference)"
+        )
     if info.issparse():  # the bytes lie elsewhere
         return "is sparse; pack the tar again with plain files"
     if not info.isreg():
@@ -215,7 +223,8 @@ def _problem(info: tarfile.TarInfo, size: int) -> str | None:
 class _Headers(io.RawIOBase):
     """What tarfile reads headers from: ever onwards, and no extended header longer than any that is meant.
 
-    It adds up sizes as headers claim them: negative ones lead it in a circle (CVE-2025-8194), large ones to fill the memory.
+    It adds up sizes as headers claim them: negative ones lead it in a circle (CVE-2025-8194), large ones to
+    fill the memory.
     """
 
     def __init__(self, file: BinaryIO, size: int):

@@ -95,14 +95,14 @@ def test_long_alignments_have_the_score_of_a_slow_search() -> None:
             path[span.start : span.end] = number
         assert np.array_equal(collapse(path), classes)
         score = log_probs.numpy()[np.arange(frames), path].sum()
-        assert score == pytest.approx(
-            slow_score(log_probs.numpy(), classes), abs=1e-9
-        )  # float64 sums of 300 numbers
+        # float64 sums of 300 numbers
+        assert score == pytest.approx(slow_score(log_probs.numpy(), classes), abs=1e-9)
 
 
 def test_ties_are_broken_the_same_way_every_time() -> None:
     spans = forced_alignment(torch.zeros(8, 4), np.array([1, 1, 2]))
-    # Read from the end, a state is stayed in as long as it may: all the frames to spare are the last symbol's.
+    # Read from the end, a state is stayed in as long as it may: all the frames to spare are the last
+    # symbol's.
     assert [(span.start, span.end) for span in spans] == [(0, 1), (2, 3), (3, 8)]
 
 

@@ -1,4 +1,5 @@
-"""A recogniser of phones gives an unlabelled-in-time corpus its phone times: transcribe -> index -> measure."""
+"""A recogniser of phones gives an unlabelled-in-time corpus its phone times: transcribe -> index ->
+measure."""
 
 import json
 from pathlib import Path
@@ -128,8 +129,8 @@ def test_times_from_a_recogniser_become_the_phones_that_measure_counts(
         agree += (
             phone_frames(true.phones, true.num_frames) == phone_frames(found.phones, true.num_frames)
         ).tolist()
-    # CTC places a symbol somewhere in its tone of 5 to 12 frames, or a frame beside it, and each reaches 3 frames further; a phone of
-    # the three or a pause drawn at random would agree in a third of the frames.
+    # CTC places a symbol somewhere in its tone of 5 to 12 frames, or a frame beside it, and each reaches 3
+    # frames further; a phone of the three or a pause drawn at random would agree in a third of the frames.
     assert np.mean(inside) > 0.8 and np.mean(agree) > 0.5
 
     counts = {row.id: row.num_frames for row in aligned}

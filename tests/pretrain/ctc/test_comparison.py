@@ -85,7 +85,8 @@ def test_p_values_are_uniform_where_the_systems_are_alike() -> None:
         found.append([sign_flip_p(edits[1] - edits[0]), matched_pairs_p(edits[1] - edits[0])])
     for level in (0.01, 0.05, 0.2, 0.5):
         shares = (np.array(found) <= level).mean(axis=0)
-        # Three binomial errors of 1,000 trials, and what whole edits add: the permutation test is never liberal, a little conservative.
+        # Three binomial errors of 1,000 trials, and what whole edits add: the permutation test is never
+        # liberal, a little conservative.
         slack = 3 * math.sqrt(level * (1 - level) / 1000)
         assert np.all(np.abs(shares - level) < slack + 0.01)
         assert shares[0] <= level + slack
@@ -151,7 +152,8 @@ def test_systems_swapped_swap_everything() -> None:
     for rate in ("wer", "cer"):
         assert one[rate]["difference"] == -other[rate]["difference"]
         assert one[rate]["permutation_p"] == other[rate]["permutation_p"]
-        # 10,000 draws, another order: 1 % is two standard errors of a share of a half, and these are far from it
+        # 10,000 draws, another order: 1 % is two standard errors of a share of a half, and these are far from
+        # it
         assert one[rate]["probability_of_improvement"] == pytest.approx(
             1 - other[rate]["probability_of_improvement"], abs=0.02
         )

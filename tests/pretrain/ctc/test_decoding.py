@@ -1,4 +1,5 @@
-"""Beam search against the sum over every path of short inputs, with the language model's arithmetic written out from its ARPA."""
+"""Beam search against the sum over every path of short inputs, with the language model's arithmetic written
+out from its ARPA."""
 
 import base64
 import gzip
@@ -190,9 +191,8 @@ def test_a_frame_of_space_is_paid_for_where_it_is_heard_and_not_at_the_end(tmp_p
 
 def test_words_of_several_spellings_sum_over_them_and_texts_written_alike_are_one(tmp_path: Path) -> None:
     lexicon = tmp_path / "words.lst"
-    lexicon.write_text(
-        "ab\ta b |\nab\tb |\nBA\tb a\nba\tb a |\n\n"
-    )  # a line without the separator; two words, one text
+    # a line without the separator; two words, one text
+    lexicon.write_text("ab\ta b |\nab\tb |\nBA\tb a\nba\tb a |\n\n")
     log_probs = emissions(5, 4, 5)
     spelled = {"ab": "ab", "b": "ab", "ba": "ba"}
     found: Oracle = defaultdict(lambda: -math.inf)
@@ -291,7 +291,8 @@ def spellings(classes: tuple[int, ...], lexicon: dict[str, tuple[int, ...]]) -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_phones_become_words_where_nothing_stands_between_them(tmp_path: Path, arpa: str, seed: int) -> None:
-    """Last phones that last, words of one phone, the same phone at the end of a word and the beginning of the next."""
+    """Last phones that last, words of one phone, the same phone at the end of a word and the beginning of the
+    next."""
     spelled = {"ab": (1, 2), "ba": (2, 1), "a": (1,)}
     lexicon = tmp_path / "phones.lst"
     lexicon.write_text("ab\tAA B\nba\tB AA\na\tAA\nlost\tZ\n")

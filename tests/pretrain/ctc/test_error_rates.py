@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.ctc.error_rates import (
-    Confusions,
-    as_text,
-    count_edits,
-    error_rates,
-    interval,
-    resample,
-    sum_by,
-)
+from pretrain.ctc.error_rates import Confusions, count_edits, error_rates, interval, resample, sum_by
+from pretrain.ctc.rates_text import as_text
 
 WORDS = st.lists(st.sampled_from(["a", "b", "ab", "ba", "bab"]), max_size=6).map(" ".join)
 
@@ -159,11 +152,13 @@ def test_resampling_by_value_has_the_moments_of_resampling_rows() -> None:
     columns = np.stack([rng.integers(0, 4, 60), rng.integers(3, 9, 60)], axis=1)
     rows = rng.integers(0, 60, (20_000, 60))
     fast, slow = rate(resample(columns, 20_000, 1)), rate(columns[rows].sum(axis=1))
-    # Of 20,000 draws: the error of a mean is s / sqrt(20,000), of a standard deviation s / sqrt(40,000); four of those, of both.
+    # Of 20,000 draws: the error of a mean is s / sqrt(20,000), of a standard deviation s / sqrt(40,000); four
+    # of those, of both.
     s = slow.std()
     assert abs(fast.mean() - slow.mean()) < 4 * s * np.sqrt(2 / 20_000)
     assert abs(fast.std() - s) < 4 * s * np.sqrt(2 / 40_000)
-    # A tail quantile is surer than 4 * sqrt(2 * 0.025 * 0.975 / 20,000) / density, the normal density there being 0.058 / s.
+    # A tail quantile is surer than 4 * sqrt(2 * 0.025 * 0.975 / 20,000) / density, the normal density there
+    # being 0.058 / s.
     for share in (2.5, 97.5):
         assert (
             abs(np.percentile(fast, share) - np.percentile(slow, share))
@@ -180,7 +175,8 @@ def test_an_interval_covers_the_rate_of_the_population_as_often_as_it_says() -> 
         found = interval(np.stack([rng.binomial(words, quality), words], axis=1), rate, 400, trial)
         assert found is not None
         covered += found[0] <= 0.2 <= found[1]
-    # 95 % nominal, percentile bootstraps of 100 rows a little less; the binomial error of 400 trials is 1.1 %.
+    # 95 % nominal, percentile bootstraps of 100 rows a little less; the binomial error of 400 trials is 1.1
+    # %.
     assert 0.91 <= covered / 400 <= 0.98
 
 

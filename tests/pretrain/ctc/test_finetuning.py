@@ -157,7 +157,8 @@ def test_a_budget_is_drawn_of_what_can_be_used_and_written_as_a_manifest(
     lines = (tmp_path / "recognizer" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["u05"]
     assert summary["quarantined"] == 1 and sum(summary["quarantined_because"].values()) == 1
-    # The draw was not in the file's order. Used again it is the same run, judged by the dev set of the corpus.
+    # The draw was not in the file's order. Used again it is the same run, judged by the dev set of the
+    # corpus.
     again = settings(
         tmp_path,
         subset,
@@ -192,7 +193,8 @@ def test_an_interrupted_run_keeps_its_subset_and_no_other_draw_goes_on_with_it(
     [
         (
             {"characters": "abc "},
-            r"2 transcripts cannot be used \(2 not in the vocabulary\):\n  'u00': 'ab cd' has \['d'\].*\n  'u01'.*\nMend",
+            r"2 transcripts cannot be used \(2 not in the vocabulary\):\n  'u00': 'ab cd' has \['d'\].*\n  "
+            r"'u01'.*\nMend",
         ),
         ({"budget": "3h"}, r"budget = '3h' is 180\.00 minutes, but only 0\.04"),
         (
@@ -313,9 +315,8 @@ def test_the_vocabulary_is_the_corpuss_whatever_is_drawn_or_the_given_characters
     manifest = corpus(tmp_path, make_corpus, train=["ab", "c"], dev=["d"], test=["\u017c"])
     assert finetune(settings(tmp_path, manifest, budget="0.1s"))["utterances"] == 1
     assert load_recognizer(tmp_path / "recognizer").vocabulary.symbols == ["a", "b", "c", "d"]
-    finetune(
-        settings(tmp_path, manifest, characters="dcbaa e\u0301", out=str(tmp_path / "given"))
-    )  # e and a combining accent
+    # e and a combining accent
+    finetune(settings(tmp_path, manifest, characters="dcbaa e\u0301", out=str(tmp_path / "given")))
     assert load_recognizer(tmp_path / "given").vocabulary.symbols == ["d", "c", "b", "a", "|", "\u00e9"]
 
 

@@ -15,10 +15,11 @@ import torch
 import wordless.cli
 from pretrain.config import parse_config
 from pretrain.ctc import cells as module
-from pretrain.ctc.cells import SCHEMA, LabelEfficiencyConfig, cells, merged
+from pretrain.ctc.cells import SCHEMA, LabelEfficiencyConfig, cells
 from pretrain.ctc.curve import as_text, draw_curve, minutes_in_words, summarize, write_curve
 from pretrain.ctc.label_efficiency import label_efficiency, require_transcripts
 from pretrain.ctc.model import Recognizer
+from pretrain.ctc.reuse import merged
 from pretrain.ctc.vocabulary import Vocabulary
 from pretrain.data.manifest import Manifest
 from pretrain.model.config import EncoderConfig
@@ -162,9 +163,8 @@ def test_what_stands_is_not_made_again_and_the_same_numbers_come_out(
         label_efficiency(settings)
     (out / "meta.json").unlink()
     shutil.rmtree(out / "1s_scratch_seed1" / "dev")  # killed before the last of its tests
-    (
-        out / "50percent_pretrained_seed0" / "recognizer" / "meta.json"
-    ).unlink()  # and here before the run was finished
+    # and here before the run was finished
+    (out / "50percent_pretrained_seed0" / "recognizer" / "meta.json").unlink()
     made_now: list[str] = []
 
     def noted(name: str) -> Callable[[Any], Any]:
@@ -220,8 +220,8 @@ def test_a_cell_that_fails_is_named_and_the_others_are_made(
     )
     assert "settings of 2h are not used; budgets are 1s, 2s" in said
     assert (
-        "0 of 4 cells are done; left: 1s_pretrained_seed0, 1s_scratch_seed0, 2s_pretrained_seed0, 2s_scratch_seed0"
-        in said
+        "0 of 4 cells are done; left: 1s_pretrained_seed0, 1s_scratch_seed0, 2s_pretrained_seed0, "
+        "2s_scratch_seed0" in said
     )
 
 
@@ -502,7 +502,8 @@ def noisy(texts: list[str], rate: float, seed: int) -> list[str]:
 
 
 def test_the_interval_over_seeds_is_as_wide_as_utterances_drawn_one_by_one_make_it(tmp_path: Path) -> None:
-    """Against the plain bootstrap, a loop over utterances with all seeds' edits; seeds that agree make it no narrower."""
+    """Against the plain bootstrap, a loop over utterances with all seeds' edits; seeds that agree make it no
+    narrower."""
     texts = ["one two three four"] * 100
     said = noisy(texts, 0.3, 0)
     rows = [write_transcripts(tmp_path, f"10min_pretrained_{seed}", texts, said) for seed in (0, 1, 2)]
@@ -520,9 +521,8 @@ def test_the_interval_over_seeds_is_as_wide_as_utterances_drawn_one_by_one_make_
 def test_a_comparison_is_paired_and_needs_the_same_references(tmp_path: Path) -> None:
     texts = [f"w{n} two three four" for n in range(60)]
     worse = noisy(texts, 0.4, 0)
-    better = [
-        text if n % 2 else said for n, (text, said) in enumerate(zip(texts, worse, strict=True))
-    ]  # never worse
+    # never worse
+    better = [text if n % 2 else said for n, (text, said) in enumerate(zip(texts, worse, strict=True))]
     rows = [
         write_transcripts(tmp_path, "10min_scratch_0", texts, worse),
         write_transcripts(tmp_path, "10min_pretrained_0", texts, better),
@@ -534,7 +534,8 @@ def test_a_comparison_is_paired_and_needs_the_same_references(tmp_path: Path) ->
     assert comparison["wer_difference"] == pytest.approx(rows[1]["wer"] - rows[0]["wer"])
     low, high = comparison["wer_difference_interval"]
     assert low < comparison["wer_difference"] < high < 0
-    # Better is right or what was said by both, so the utterances that differ all speak for it: of 2^n patterns of signs two do.
+    # Better is right or what was said by both, so the utterances that differ all speak for it: of 2^n
+    # patterns of signs two do.
     differing = sum(a != b for a, b in zip(worse, better, strict=True))
     assert comparison["p_value"] == pytest.approx(2 / 2**differing, abs=1e-10)
     assert differing > 8
@@ -581,9 +582,8 @@ def test_the_drawing_has_every_point_at_its_minutes_with_its_interval(tmp_path: 
     for container, wers in zip(lines, ([0.5, 0.3], [0.7, 0.5]), strict=True):
         line, _, (bars,) = container.lines
         assert line.get_ydata() == pytest.approx(wers)
-        assert line.get_xdata() == pytest.approx(
-            [10, 60], rel=0.02
-        )  # shifted by a hundredth, to lie beside each other
+        # shifted by a hundredth, to lie beside each other
+        assert line.get_xdata() == pytest.approx([10, 60], rel=0.02)
         (low, high), none = (segment[:, 1] for segment in bars.get_segments())
         assert (low, high) == pytest.approx((wers[0] - 0.1, wers[0] + 0.2)) and none[0] == none[1]
     first = (

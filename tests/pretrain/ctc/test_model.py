@@ -99,7 +99,8 @@ def test_a_dropped_layer_counts_as_its_input_and_every_parameter_keeps_a_gradien
     dropped = [gradient for name, gradient in gradients.items() if name.startswith("encoder.layers.1.")]
     assert dropped and all(not gradient.any() for gradient in dropped if gradient is not None)
     weights = gradients["layer_weights"]
-    # The softmax's weights are equal, so those of layers 1 and 2, which are one output, get the same gradient.
+    # The softmax's weights are equal, so those of layers 1 and 2, which are one output, get the same
+    # gradient.
     assert weights is not None and weights[1] == weights[2] != weights[3]
 
 

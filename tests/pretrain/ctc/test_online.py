@@ -26,7 +26,8 @@ from tests.reference.convolutions import randomize
 
 pytestmark = pytest.mark.slow  # `make test` is to stay short
 
-# float32 products in matrices of another shape: log probabilities of order 1 after three layers of features of order 1
+# float32 products in matrices of another shape: log probabilities of order 1 after three layers of features
+# of order 1
 ROUNDING = {"rtol": 1e-4, "atol": 5e-5}
 LENGTHS = [20000, 399, 400, 401, 320 * 30 + 80, 320 * 30 + 240, 320 * 31 + 79]
 

@@ -66,16 +66,16 @@ def minutes(manifest: Manifest, rows: np.ndarray) -> float:
 
 
 def draw_one_by_one(manifest: Manifest, rows: list[int], order: dict[int, int], wanted: int) -> list[int]:
-    """The slow oracle: of the speakers, always the one with the least audio so far; `order` (row to place) says what comes first."""
+    """The slow oracle: of the speakers, always the one with the least audio so far; `order` (row to place)
+    says what comes first."""
     queues: dict[str | None, list[int]] = {}
     for number in sorted(rows, key=order.__getitem__):
         queues.setdefault(manifest[number].speaker, []).append(number)
     had = dict.fromkeys(queues, 0)
     drawn: list[int] = []
     while sum(manifest[number].length for number in drawn) < wanted:
-        speaker = min(
-            (name for name in queues if queues[name]), key=lambda name: had[name]
-        )  # the first drawn of equals
+        # the first drawn of equals
+        speaker = min((name for name in queues if queues[name]), key=lambda name: had[name])
         drawn.append(queues[speaker].pop(0))
         had[speaker] += manifest[drawn[-1]].length
     return drawn
@@ -180,7 +180,8 @@ def test_the_draw_is_the_greedy_one(
     manifest = write(tmp_path_factory.mktemp("manifest"), rows)
     everything = draw_subset(manifest, np.arange(len(rows)), "100%", seed)
     assert sorted(everything.tolist()) == list(range(len(rows)))
-    # Within each speaker the draw keeps the hashes' order, so a draw of a single speaker's rows gives it for the oracle.
+    # Within each speaker the draw keeps the hashes' order, so a draw of a single speaker's rows gives it for
+    # the oracle.
     turns = {
         name: [n for n, (speaker, _) in enumerate(utterances) if speaker == name] for name, _ in utterances
     }
@@ -193,14 +194,14 @@ def test_the_draw_is_the_greedy_one(
 
 
 def test_the_draw_is_of_ids_and_not_of_rows(tmp_path: Path) -> None:
-    """Another order of the corpus, or a row that is quarantined, leaves the order of the rest; and one fixed draw, on any machine."""
+    """Another order of the corpus, or a row that is quarantined, leaves the order of the rest; and one fixed
+    draw, on any machine."""
     manifest = corpus(tmp_path / "a")
     shuffled = manifest.take(np.random.default_rng(1).permutation(200))
     names = manifest.take(draw_subset(manifest, np.arange(200), "1min", 5)).ids
     assert shuffled.take(draw_subset(shuffled, np.arange(200), "1min", 5)).ids == names
-    among = write(
-        tmp_path / "three", [row(f"u{n}", speaker="xyz"[n % 3]) for n in range(12)]
-    )  # of equal lengths: the hashes decide
+    # of equal lengths: the hashes decide
+    among = write(tmp_path / "three", [row(f"u{n}", speaker="xyz"[n % 3]) for n in range(12)])
     assert draw_subset(among, np.arange(12), "100%", 0).tolist() == [3, 2, 10, 0, 11, 7, 9, 5, 1, 6, 8, 4]
     alone = write(tmp_path / "b", [row(f"u{n}") for n in range(20)])
     whole = draw_subset(alone, np.arange(20), "100%", 0).tolist()
@@ -369,9 +370,8 @@ def test_a_subset_keeps_every_column_and_needs_no_more_than_its_rows(tmp_path: P
     assert json.loads((tmp_path / "subset" / "meta.json").read_text())["minutes_by_speaker"] == {
         "": pytest.approx(1 / 60)
     }
-    assert (
-        write_manifest(tmp_path / "same", rows[:1], {}, {}, root="/audio") == subset.fingerprint
-    )  # as if indexed alone
+    # as if indexed alone
+    assert write_manifest(tmp_path / "same", rows[:1], {}, {}, root="/audio") == subset.fingerprint
     assert pq.read_metadata(tmp_path / "subset" / "manifest.parquet").num_row_groups == 1
 
 

@@ -79,9 +79,8 @@ def test_phases_freeze_the_encoder_first_and_the_front_end_always(manifest: Mani
     job = task(manifest, vocabulary, freeze_front_end=False, mask_start_probability=0.0)
     job.enter_phase(job.phase(0))
     assert trained(job) == (REST | {"head", "front_end"}) - {"mask_embedding"}
-    scratch = task(
-        manifest, vocabulary, pretrained=False, freeze_steps=3
-    )  # random weights are worth no freezing
+    # random weights are worth no freezing
+    scratch = task(manifest, vocabulary, pretrained=False, freeze_steps=3)
     scratch.enter_phase(scratch.phase(0))
     assert trained(scratch) == REST | {"head", "front_end"}
     for norm_first in (False, True):  # a pre-norm encoder's last norm is of the last output alone
@@ -119,9 +118,8 @@ def test_the_head_and_the_weights_of_the_layers_have_a_rate_of_their_own(manifes
     job = task(manifest, Vocabulary(["a", "b"]), layers="weighted", head_lr_scale=10.0)
     groups = job.parameter_groups()
     names = {parameter: name for name, parameter in job.model.named_parameters()}
-    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(
-        names.values()
-    )  # each once
+    # each once
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
     for group in groups:
         for parameter in group["params"]:
             own = not names[parameter].startswith("encoder.")

@@ -41,9 +41,8 @@ def test_normalised_text_is_a_fixed_point_in_nfc_with_single_spaces(text: str, c
 def test_normalisation_is_a_fixed_point_for_every_character_of_unicode(config: TextConfig) -> None:
     for character in map(chr, range(sys.maxunicode + 1)):
         category = unicodedata.category(character)
-        plain = category == "Lo" and not unicodedata.decomposition(
-            character
-        )  # ideographs and the like: nothing is done to them
+        # ideographs and the like: nothing is done to them
+        plain = category == "Lo" and not unicodedata.decomposition(character)
         if not plain and category not in ("Cn", "Cs", "Co"):
             assert_normal(config, f"b{character}\u0301'")
 
@@ -53,9 +52,8 @@ def test_the_same_word_in_two_unicode_forms_is_one() -> None:
     assert TextConfig().normalize(composed) == TextConfig().normalize(decomposed) == "caf\u00e9"
     greek = TextConfig(case="upper")  # the iota below becomes a letter, whatever mark is written before it
     assert greek.normalize("\u03b1\u0345\u0301") == greek.normalize("\u03b1\u0301\u0345") == "\u0386\u0399"
-    assert (
-        TextConfig().normalize("e\u200b\u0301") == "\u00e9"
-    )  # something invisible between the letter and its accent
+    # something invisible between the letter and its accent
+    assert TextConfig().normalize("e\u200b\u0301") == "\u00e9"
 
 
 def test_case_and_punctuation_follow_the_config() -> None:
@@ -65,9 +63,8 @@ def test_case_and_punctuation_follow_the_config() -> None:
 
 
 def test_the_case_is_that_of_no_language() -> None:
-    assert (
-        TextConfig().normalize("DIYARBAKIR İ") == "diyarbakir i\u0307"
-    )  # Turkish would have dotless ı, and i
+    # Turkish would have dotless ı, and i
+    assert TextConfig().normalize("DIYARBAKIR İ") == "diyarbakir i\u0307"
     assert (
         TextConfig().normalize("ΟΔΟΣ") == "οδος" and TextConfig(case="upper").normalize("Straße") == "STRASSE"
     )

@@ -52,7 +52,8 @@ ngram 2=2
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """Four utterances of tones that the recogniser has learned, one without a transcript, and one too short for a frame."""
+    """Four utterances of tones that the recogniser has learned, one without a transcript, and one too short
+    for a frame."""
     folder = tmp_path_factory.mktemp("tones")
     texts = [*TEXTS, None, "d"]
     waves = [*(spell(text) for text in TEXTS), spell("ab", seed=5), spell("d")[:399]]

@@ -56,9 +56,8 @@ def test_two_processes_train_judge_and_stop_as_one_does(runs: Path, run: str) ->
         assert alone.get("valid_wer") == together.get("valid_wer") and alone.get("valid_cer") == together.get(
             "valid_cer"
         )
-        assert together == pytest.approx(
-            alone, rel=1e-3
-        )  # float32 sums in another order, and what AdamW makes of them
+        # float32 sums in another order, and what AdamW makes of them
+        assert together == pytest.approx(alone, rel=1e-3)
     summaries: list[dict[str, Any]] = [
         json.loads((folder / "summary.json").read_text()) for folder in (one, two)
     ]
@@ -69,8 +68,8 @@ def test_two_processes_train_judge_and_stop_as_one_does(runs: Path, run: str) ->
         first, second = (load_weights(folder, best=best)[0] for folder in (one, two))
         if run != "stopped":  # whose rate makes much of little
             for name, weight in first.items():
-                # A weight moves by up to 5e-3 a step (the head 1e-2), for 14 steps; one in 8,192 was 2e-4 apart, where AdamW divides
-                # by small gradients. It must agree to a tenth of a step.
+                # A weight moves by up to 5e-3 a step (the head 1e-2), for 14 steps; one in 8,192 was 2e-4
+                # apart, where AdamW divides by small gradients. It must agree to a tenth of a step.
                 torch.testing.assert_close(
                     second[name], weight, rtol=0, atol=5e-4, msg=lambda text, name=name: f"{name}: {text}"
                 )

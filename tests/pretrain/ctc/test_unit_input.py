@@ -128,9 +128,8 @@ def test_what_an_utterance_is_batched_with_does_not_change_its_frames(
         together = found.model.logits(CTCBatch.untranscribed(*batches.pack(loaded)))
         for row, units in enumerate(loaded):
             alone = found.model.logits(CTCBatch.untranscribed(*batches.pack([units])))[0]
-            torch.testing.assert_close(
-                together[row, : len(units)], alone, rtol=1e-4, atol=1e-5
-            )  # other shapes in float32
+            # other shapes in float32
+            torch.testing.assert_close(together[row, : len(units)], alone, rtol=1e-4, atol=1e-5)
     table = found.model.encoder.front_end.embeddings
     summed = found.model.encoder.front_end(torch.from_numpy(loaded[0]), batches.pack(loaded[:1])[1])
     assert torch.equal(summed, torch.stack([table[a] + table[b] for a, b in loaded[0].tolist()]))

@@ -113,9 +113,8 @@ def test_any_transcript_survives_encoding_and_decoding(text: str, spelling: Any,
 def test_any_sequence_of_classes_decodes_to_normal_text_and_to_its_words(
     numbers: list[int], spelling: Any
 ) -> None:
-    vocabulary = Vocabulary(
-        ["ᄀ", "ᄁ", "ᅡ", "ᅩ", "ᆨ", "|", "e", "\u0301", "ㅋ"], spelling
-    )  # a final before any vowel, …
+    # a final before any vowel, …
+    vocabulary = Vocabulary(["ᄀ", "ᄁ", "ᅡ", "ᅩ", "ᆨ", "|", "e", "\u0301", "ㅋ"], spelling)
     text = vocabulary.decode(numbers)
     assert unicodedata.is_normalized("NFC", text) and text == " ".join(text.split())
     assert [word for word, _, _ in vocabulary.words(numbers)] == text.split()
@@ -202,7 +201,8 @@ def test_given_characters_are_each_once_in_their_order_and_composed() -> None:
         ("", "characters: is empty; leave it out"),
         (
             "abCD-",
-            r"\['-', 'C', 'D'\] are in no transcript after text.case = 'lower' and text.punctuation = 'remove'",
+            r"\['-', 'C', 'D'\] are in no transcript after text.case = 'lower' and text.punctuation = "
+            r"'remove'",
         ),
         ("aß", None),
     ],

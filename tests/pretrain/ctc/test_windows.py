@@ -1,4 +1,5 @@
-"""Long recordings go through a recogniser in windows (pretrain/ctc/windows.py): what that changes, and what not."""
+"""Long recordings go through a recogniser in windows (pretrain/ctc/windows.py): what that changes, and what
+not."""
 
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def recognizer(kind: str, attends: bool) -> LoadedRecognizer:
 def test_a_long_recording_has_the_log_probabilities_of_the_whole_whatever_max_seconds(
     kind: str, attends: bool, tmp_path: Path
 ) -> None:
-    """To rounding, but for attention, which sees its window: with drawn weights it attends everything alike, near and far, and the mean
-    of seconds is not that of a recording that grows louder all the time. That is far more than with a trained recogniser."""
+    """To rounding, but for attention, which sees its window: with drawn weights it attends everything alike,
+    near and far, and the mean of seconds is not that of a recording that grows louder all the time. That is
+    far more than with a trained recogniser."""
     rng, num_samples = np.random.default_rng(0), SECONDS * 16000 + 123
     level = (
         np.geomspace(0.005, 0.2, num_samples)
@@ -76,7 +78,8 @@ def test_a_long_recording_has_the_log_probabilities_of_the_whole_whatever_max_se
         found = log_probs(max_seconds)
         assert found.shape == whole.shape
         if attends:
-            # with statistics of each window's own it was 0.32 to 0.69, and 17 to 33 % of the best classes changed
+            # with statistics of each window's own it was 0.32 to 0.69, and 17 to 33 % of the best classes
+            # changed
             assert (found - whole).square().mean().sqrt() < 0.13 * whole.std()
             assert (found.argmax(1) == whole.argmax(1)).float().mean() > 0.94
         else:

@@ -1,4 +1,5 @@
-"""Speech that a tiny recogniser learns in seconds: every character is a tone. And the smallest of `finetune`'s settings."""
+"""Speech that a tiny recogniser learns in seconds: every character is a tone. And the smallest of
+`finetune`'s settings."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def spell(text: str, seed: int = 0) -> np.ndarray:
 def tone_labels(
     folder: Path, manifest: Manifest, said: list[str], levels: int = 1, codebook: str = "c0de"
 ) -> Path:
-    """Which of the five tones is at the centre of each frame, as labels; further levels hold the frame's number modulo five."""
+    """Which of the five tones is at the centre of each frame, as labels; further levels hold the frame's
+    number modulo five."""
     labels = []
     for text, frames in zip(said, manifest.num_frames.tolist(), strict=True):
         tones = ["abcd ".index(text[(320 * frame + 200) // SAMPLES]) for frame in range(frames)]
@@ -53,7 +55,8 @@ def save_encoder(run: Path, **changes: Any) -> Path:
 
 
 def settings(folder: Path, manifest: Manifest, **changes: Any) -> FinetuneConfig:
-    """Four steps from `folder`/encoder into `folder`/recognizer without masks and dropout; tables among `changes` are merged."""
+    """Four steps from `folder`/encoder into `folder`/recognizer without masks and dropout; tables among
+    `changes` are merged."""
     tree: dict[str, Any] = {
         "out": str(folder / "recognizer"),
         "manifest": str(manifest.folder),

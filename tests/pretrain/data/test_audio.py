@@ -73,9 +73,8 @@ def test_compressed_formats_decode_to_the_length_they_were_written_with(
     soundfile.write(path, tone(1.3, 16000), 16000)
     loaded = load_audio(whole(path))
     assert len(loaded) == 20800
-    assert (
-        np.abs(loaded - tone(1.3, 16000))[1000:-1000].max() < tolerance
-    )  # lossy: within a tenth of the amplitude
+    # lossy: within a tenth of the amplitude
+    assert np.abs(loaded - tone(1.3, 16000))[1000:-1000].max() < tolerance
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])

@@ -78,9 +78,8 @@ def test_batches_hold_real_audio_and_are_nearly_full() -> None:
     batches = planner(lengths.tolist(), batch_seconds=60.0)
     plan = batches.plan(0)
     seconds = [batches.seconds(items) for items in plan]
-    assert (
-        max(seconds) <= 60 and min(seconds[:-1]) > 60 - 15
-    )  # no room for the next; the last batch is what is left
+    # no room for the next; the last batch is what is left
+    assert max(seconds) <= 60 and min(seconds[:-1]) > 60 - 15
     # Every batch is a sample of the corpus: sorted by length, the means would spread as far as the lengths.
     assert np.std([batches.lengths[items].mean() for items in plan[:-1]]) < 0.5 * batches.lengths.std()
 
@@ -109,9 +108,8 @@ def test_numbers_of_utterances_take_32_bits_and_are_shuffled_as_those_of_64() ->
     expected = np.random.default_rng([0, 1, 4]).permutation(np.arange(1000))
     assert np.concatenate(batches.plan(3)).tolist() == expected.tolist()
     day = planner([16000, 2**31 + 16000], crop=False)
-    assert day.lengths.tolist() == [16000, 2**31 + 16000] and day.items.tolist() == [
-        0
-    ]  # 37 hours in one recording
+    # 37 hours in one recording
+    assert day.lengths.tolist() == [16000, 2**31 + 16000] and day.items.tolist() == [0]
 
 
 def test_plans_are_a_function_of_seed_and_epoch() -> None:
@@ -183,7 +181,8 @@ def test_the_labels_of_a_crop_are_those_of_its_frames(
     folder = tmp_path_factory.mktemp("aligned")
     manifest = make_corpus(folder, [ramp(length) for length in lengths])
     step = 16000 // stored_rate
-    # A label is the first sample's number of its 400-sample window over 160, at 100 Hz as Kaldi counts with snip_edges.
+    # A label is the first sample's number of its 400-sample window over 160, at 100 Hz as Kaldi counts with
+    # snip_edges.
     frames = [np.arange((length - 400) // step + 1 + extra) * step // 160 for length in lengths]
     write_shard(folder / "labels", 0, manifest.ids, frames)
     commit_labels(folder / "labels", 1, {}, {}, codebook="c", num_classes=200, frame_rate_hz=stored_rate)
@@ -197,9 +196,8 @@ def test_the_labels_of_a_crop_are_those_of_its_frames(
         assert num_frames(len(wave)) - len(known) in (0, 1) and (extra >= 0) <= (
             len(known) == num_frames(len(wave))
         )
-        window_starts = (
-            wave[: 320 * len(known) : 320] * 2**20
-        )  # of the frames, in samples of the whole utterance
+        # of the frames, in samples of the whole utterance
+        window_starts = wave[: 320 * len(known) : 320] * 2**20
         np.testing.assert_array_equal(window_starts, known.astype(np.int64) * 160)
 
 
@@ -274,7 +272,8 @@ def test_micro_batches_share_a_batch_and_are_of_like_length(lengths: list[int], 
     split = task.split(items, parts)
     assert len(split) == parts and sorted(np.concatenate(split).tolist()) == list(range(len(lengths)))
     totals = [int(task.train_set.lengths[part].sum()) for part in split]
-    # The longest first into the emptiest (Graham, 1969): what the fullest got last, its shortest, went to the least full.
+    # The longest first into the emptiest (Graham, 1969): what the fullest got last, its shortest, went to the
+    # least full.
     fullest = split[int(np.argmax(totals))]
     assert max(totals) - min(totals) <= task.train_set.lengths[fullest].min()
     assert all(np.array_equal(a, b) for a, b in zip(split, task.split(items, parts), strict=True))
@@ -289,9 +288,8 @@ def test_micro_batches_of_a_real_batch_are_within_a_few_percent() -> None:
         totals = [task.amount(part) for part in task.split(items, 8)]
         spreads.append(max(totals) / np.mean(totals))
         by_count.append(max(task.amount(items[part::8]) for part in range(8)) / np.mean(totals))
-    assert (
-        np.mean(spreads) < 1.03 and np.mean(by_count) > 1.2
-    )  # 1.01 and 1.26 here: what the other ranks would wait for
+    # 1.01 and 1.26 here: what the other ranks would wait for
+    assert np.mean(spreads) < 1.03 and np.mean(by_count) > 1.2
 
 
 def test_padding_keeps_type_and_value() -> None:

@@ -23,7 +23,8 @@ HUBERT = [(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]
 
 
 def chunked(num_samples: int) -> int:
-    """fairseq's `dump_hubert_feature.py`: pieces of 100 s one after the other, those too short for a frame left out."""
+    """fairseq's `dump_hubert_feature.py`: pieces of 100 s one after the other, those too short for a frame
+    left out."""
     pieces = [min(1_600_000, num_samples - start) for start in range(0, num_samples, 1_600_000)]
     return sum(convolved(piece, HUBERT) for piece in pieces if piece >= 400)
 

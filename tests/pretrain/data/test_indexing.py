@@ -529,7 +529,8 @@ def test_a_split_given_for_some_rows_only_is_an_error(tmp_path: Path) -> None:
 
 
 def lasting(folder: Path, minutes: dict[str, float]) -> Path:
-    """A list of recordings of so many minutes, at 1 kHz so that they are quickly written; their first letter is the speaker."""
+    """A list of recordings of so many minutes, at 1 kHz so that they are quickly written; their first letter
+    is the speaker."""
     rows = []
     for name, length in minutes.items():
         path = folder / f"{name}.wav"
@@ -560,8 +561,8 @@ def test_a_split_of_under_two_minutes_or_over_twice_its_share_is_warned_of(
     assert main(["index", str(source), str(tmp_path / "m"), "test_share=0"]) == 0
     told = capsys.readouterr().err
     assert (
-        "note: split 'dev' has 26.1% of the hours, and dev_share asks for 10.0%: whole speakers allow nothing nearer"
-        in told
+        "note: split 'dev' has 26.1% of the hours, and dev_share asks for 10.0%: whole speakers allow "
+        "nothing nearer" in told
     )
     assert read_meta(tmp_path / "m")["split_notes"][0] in told
     source = lasting(tmp_path / "d", {"a": 9.0, "b": 8.0, "c": 1.5})
@@ -581,17 +582,20 @@ def test_a_split_of_under_two_minutes_or_over_twice_its_share_is_warned_of(
         (
             "abc_",
             "speaker",
-            r"1 utterances have no speaker and are in train: voices of test and dev may be among them; name them with",
+            r"1 utterances have no speaker and are in train: voices of test and dev may be among them; "
+            r"name them with",
         ),
         (
             "ab_",
             "utterance",
-            r"splits are drawn by utterance, not by speaker \(only 2 of them are known\): voices of test and dev may be heard in training",
+            r"splits are drawn by utterance, not by speaker \(only 2 of them are known\): voices of test "
+            r"and dev may be heard in training",
         ),
         (
             "____",
             "utterance",
-            r"\(none is known\): voices of test and dev may be heard in training; name them with speaker_pattern",
+            r"\(none is known\): voices of test and dev may be heard in training; name them with "
+            r"speaker_pattern",
         ),
     ],
 )
@@ -647,9 +651,8 @@ def test_a_long_recording_is_cut_into_utterances_that_have_its_samples_and_its_w
     assert pieces[2].words == [
         Word(pytest.approx(9 - 20 / 3, abs=1e-4), pytest.approx(9.5 - 20 / 3, abs=1e-4), "three")
     ]
-    assert pieces[0].phones == [
-        Phone(2.9, pytest.approx(10 / 3, abs=1e-4), "t")
-    ]  # its middle is just before the cut
+    # its middle is just before the cut
+    assert pieces[0].phones == [Phone(2.9, pytest.approx(10 / 3, abs=1e-4), "t")]
     whole = soundfile.read(tmp_path / "audio" / "talk.wav", dtype="float32")[0]
     again = [
         soundfile.read(piece.path, piece.num_samples, piece.start, dtype="float32")[0] for piece in pieces

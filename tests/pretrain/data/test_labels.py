@@ -240,7 +240,10 @@ def test_one_label_more_or_less_is_rounding_and_two_are_fatal(tmp_path: Path) ->
     for difference in (-1, 0, 1):
         labels.require_frames(list(counts), np.array([4, 5 + difference, 6]))
     for difference in (-2, 2):
-        message = rf"5 labels for utterance 'bb', which has {5 + difference} frames of 20 ms \(1 of 3 utterances differ"
+        message = (
+            rf"5 labels for utterance 'bb', which has {5 + difference} frames of 20 ms \(1 of 3 utterances "
+            r"differ"
+        )
         with pytest.raises(ValueError, match=message):
             labels.require_frames(list(counts), np.array([4, 5 + difference, 6]))
 

@@ -88,9 +88,8 @@ def test_a_corpus_that_moves_keeps_its_fingerprint(tmp_path: Path) -> None:
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"root": "/new"}))
     moved = Manifest(tmp_path / "1").select(None)
     assert [u.path for u in moved] == ["/new/x/a.wav", "/elsewhere/b.wav"] and moved.fingerprint == prints[0]
-    assert (
-        write_manifest(tmp_path / "3", rows[1], {}, {}, root="/the") != prints[0]
-    )  # /there is not below /the
+    # /there is not below /the
+    assert write_manifest(tmp_path / "3", rows[1], {}, {}, root="/the") != prints[0]
 
 
 def test_the_fingerprint_follows_the_rows_and_nothing_else(tmp_path: Path) -> None:
@@ -188,9 +187,8 @@ def test_a_large_manifest_selects_by_split(large: Manifest) -> None:
     )
     dev, train = large.select("dev"), large.select("train")
     assert dev.ids == [f"u{i}" for i in range(2, len(large), 3)] and dev.splits == {"dev"}
-    assert (
-        not dev.has_text and train.has_text and not dev.has_phones and train.has_phones
-    )  # row 2500 is of train
+    # row 2500 is of train
+    assert not dev.has_text and train.has_text and not dev.has_phones and train.has_phones
     with pytest.raises(ValueError, match="no utterances of split 'dev'; it has train"):
         train.select("dev")
     with pytest.raises(IndexError):
@@ -314,9 +312,8 @@ def test_rows_are_taken_from_columns_of_more_text_than_arrow_can_join() -> None:
         pa.py_buffer(np.array([0, 3, 2**30 + 3], np.int32)),
         pa.py_buffer(np.zeros(2**30 + 3, np.uint8)),
     )
-    chunk = pa.StringArray.from_buffers(
-        2, offsets, text
-    )  # a short id and one of 1 GiB, of pages that nobody touches
+    # a short id and one of 1 GiB, of pages that nobody touches
+    chunk = pa.StringArray.from_buffers(2, offsets, text)
     column = pa.chunked_array([chunk] * 3)
     with pytest.raises(pa.ArrowInvalid, match="offset overflow"):
         column.take(pa.array([0, 4]))  # if this passes one day, `take` is no longer needed

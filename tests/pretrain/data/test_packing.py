@@ -24,9 +24,8 @@ def test_a_buffer_holds_every_waveform_on_the_grid_and_zeros_between(lengths: li
     waves = waveforms(lengths)
     buffer, layout = pack(waves)
     assert layout == Layout(tuple(lengths)) and buffer.dtype == torch.float32
-    assert len(buffer) % 320 == 0 and len(buffer) - sum(lengths) <= 319 * len(
-        lengths
-    )  # what the grid costs at most
+    # what the grid costs at most
+    assert len(buffer) % 320 == 0 and len(buffer) - sum(lengths) <= 319 * len(lengths)
     left, end = buffer.clone(), 0
     for wave, (first, last) in zip(waves, layout.slot_bounds, strict=True):
         assert 320 * first == end and 320 * last - 319 <= 320 * first + len(wave) <= 320 * last
@@ -96,9 +95,8 @@ def test_frame_ends_are_those_of_the_bounds_in_the_kernels_type() -> None:
     ends = layout.frame_ends(torch.device("cpu"))
     assert ends.dtype == torch.int32 and ends.tolist() == [0, 1, 2, 4, 13]
     assert layout.frame_bounds == list(pairwise(ends.tolist()))
-    assert (
-        Layout(layout.num_samples).frame_ends(torch.device("cpu")) is ends
-    )  # every layer asks; one copy for all
+    # every layer asks; one copy for all
+    assert Layout(layout.num_samples).frame_ends(torch.device("cpu")) is ends
 
 
 def test_the_gradient_of_what_lies_between_is_zero() -> None:

@@ -67,9 +67,8 @@ def test_the_recordings_are_what_the_list_says(corpus: Path, rows: list[dict[str
     seconds = {row["speaker"]: 0.0 for row in rows}
     for row in rows:
         seconds[row["speaker"]] += row["duration"]
-    assert len(seconds) == 6 and all(
-        12 <= total < 12 + 8 for total in seconds.values()
-    )  # a sentence lasts less than 8 s
+    # a sentence lasts less than 8 s
+    assert len(seconds) == 6 and all(12 <= total < 12 + 8 for total in seconds.values())
 
 
 def test_phones_cover_every_utterance(rows: list[dict[str, Any]]) -> None:
@@ -83,7 +82,8 @@ def test_phones_cover_every_utterance(rows: list[dict[str, Any]]) -> None:
 
 
 def test_words_are_those_of_the_transcript_and_made_of_whole_phones(rows: list[dict[str, Any]]) -> None:
-    """Between the words are pauses and nothing else. "with the", which espeak speaks as one word, is told apart."""
+    """Between the words are pauses and nothing else. "with the", which espeak speaks as one word, is told
+    apart."""
     spoken: dict[str, set[str]] = {}
     together = 0
     for row in rows:
@@ -107,7 +107,8 @@ def test_words_are_those_of_the_transcript_and_made_of_whole_phones(rows: list[d
 
 
 def test_words_that_are_spoken_as_one_share_its_phones_by_their_letters() -> None:
-    # "of the" is one word for espeak, whose phones all point at "of"; a pause has no name; the last phone begins after the end.
+    # "of the" is one word for espeak, whose phones all point at "of"; a pause has no name; the last phone
+    # begins after the end.
     events = [
         (0.0, "", 0),
         (0.1, "ʌ", 0),
@@ -126,7 +127,8 @@ def test_words_that_are_spoken_as_one_share_its_phones_by_their_letters() -> Non
 
 
 def test_the_alignment_is_true(corpus: Path, rows: list[dict[str, Any]]) -> None:
-    """Sibilants hold their energy above 3 kHz and vowels below; pauses are quieter than vowels. Shifted by 100 ms they do not."""
+    """Sibilants hold their energy above 3 kHz and vowels below; pauses are quieter than vowels. Shifted by
+    100 ms they do not."""
 
     def measure(shift: float) -> tuple[float, float]:
         high: dict[str, list[float]] = {"sibilant": [], "vowel": []}

@@ -61,9 +61,8 @@ def test_of_few_names_the_split_is_the_nearest_that_there_is(
         if set(row) == set(parts)
     )
     best = min(error(drawn, seconds, splits, more) for drawn in every)
-    assert (
-        error(draw_splits(seconds, splits, 0, more), seconds, splits, more) <= best + 0.01
-    )  # targets are whole milliseconds
+    # targets are whole milliseconds
+    assert error(draw_splits(seconds, splits, 0, more), seconds, splits, more) <= best + 0.01
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +82,8 @@ def test_no_move_and_no_swap_makes_a_split_nearer(
 
 
 def test_a_speaker_with_most_of_the_hours_is_not_drawn_to_be_tested() -> None:
-    """The draw by number of speakers that was here before gave test 75 % of the hours with one seed of twelve."""
+    """The draw by number of speakers that was here before gave test 75 % of the hours with one seed of
+    twelve."""
     seconds = {f"speaker{number}": 300.0 for number in range(11)} | {"the reader": 9900.0}
     for seed in range(20):
         drawn = draw_splits(seconds, asked(0.1, 0.1), seed)

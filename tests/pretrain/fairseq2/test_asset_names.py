@@ -62,7 +62,8 @@ def test_the_name_of_a_card_is_read_without_torch() -> None:
 def test_without_fairseq2_a_card_is_refused_with_the_remedy(read: object, without_fairseq2: None) -> None:
     with pytest.raises(
         ValueError,
-        match=r"^fairseq2:wav2vec2_base needs fairseq2 0\.8, which is not installed here; install .*\[fairseq2\]",
+        match=r"^fairseq2:wav2vec2_base needs fairseq2 0\.8, which is not installed here; install "
+        r".*\[fairseq2\]",
     ):
         read(NAME)  # type: ignore[operator]
 

@@ -23,7 +23,8 @@ from pretrain.model.operations import (
 
 # In float64 two orders of summation agree to 1e-15 of what is summed, some hundred terms of order 1.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-# bfloat16 keeps 8 bits: 0.4 % of each product and of what is stored between operations, against outputs of order 1.
+# bfloat16 keeps 8 bits: 0.4 % of each product and of what is stored between operations, against outputs of
+# order 1.
 BFLOAT16 = {"rtol": 2e-2, "atol": 2e-2}
 
 
@@ -233,9 +234,8 @@ def test_without_gradients_autocast_goes_by_blocks_too(kernel: int, monkeypatch:
         expected = gelu_conv(x, weight, bias, norm)
         for rows in (1, 3, 8):
             monkeypatch.setattr(kernels, "BLOCK_BYTES", rows * 16 * 4 * min(2, kernel))
-            torch.testing.assert_close(
-                gelu_conv(x, weight, bias, norm), expected, rtol=8e-3, atol=8e-3
-            )  # an ulp of bfloat16
+            # an ulp of bfloat16
+            torch.testing.assert_close(gelu_conv(x, weight, bias, norm), expected, rtol=8e-3, atol=8e-3)
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
@@ -247,7 +247,8 @@ def test_autocast_to_bfloat16_runs_and_is_close(kernel: int) -> None:
     )
     weights, shifts = draw(2, 10, 16, dtype=torch.float32), draw(2, 16, dtype=torch.float32)
     parts = draw(200, dtype=torch.float32).detach().unfold(0, 10, 5).split([20, 19])
-    # Of 8 channels a group oneDNN's own product of bfloat16 is wrong on CPUs with AMX (torch 2.9 to 2.13); the models have 16 to 80.
+    # Of 8 channels a group oneDNN's own product of bfloat16 is wrong on CPUs with AMX (torch 2.9 to 2.13);
+    # the models have 16 to 80.
     filters, shift = draw(32, 16, 16, dtype=torch.float32), draw(32, dtype=torch.float32)
     heads, layout = draw(9, 3, 2, 8, dtype=torch.float32), Layout((1040, 2200))  # 3 and 6 frames
     calls: list[Callable[[], Tensor]] = [
@@ -372,9 +373,8 @@ def test_no_gradient_passes_between_utterances(rate: float) -> None:
         out = LAYOUT.split(attention(heads, LAYOUT, rate))[number]
         out.square().sum().backward()
         assert heads.grad is not None
-        assert (
-            heads.grad[first:last].any() or last - first == 1
-        )  # a frame that sees itself alone may be dropped
+        # a frame that sees itself alone may be dropped
+        assert heads.grad[first:last].any() or last - first == 1
         assert not heads.grad[:first].any() and not heads.grad[last:].any()
 
 
@@ -393,9 +393,11 @@ def test_an_utterance_beside_one_of_nan_does_not_notice(rate: float) -> None:
 
 
 def probabilities(heads: Tensor, rate: float) -> Tensor:
-    """The probabilities that reach the output, dropped and scaled, of one utterance: (queries, num_heads, keys).
+    """The probabilities that reach the output, dropped and scaled, of one utterance: (queries, num_heads,
+    keys).
 
-    Frame k's value is the k-th unit vector in every head, so that entry k of an output is what reaches it from frame k.
+    Frame k's value is the k-th unit vector in every head, so that entry k of an output is what reaches it
+    from frame k.
     """
     frames, _, num_heads, head_dim = heads.shape
     unit = torch.eye(frames, head_dim, dtype=heads.dtype)[:, None, None].expand(-1, 1, num_heads, -1)
@@ -404,7 +406,8 @@ def probabilities(heads: Tensor, rate: float) -> Tensor:
 
 
 def test_dropout_of_one_querys_probabilities_is_the_published_one() -> None:
-    """y = sum over k of P_k m_k v_k / (1 - p) for each query, with m_k zero at the rate, independently over keys and heads.
+    """y = sum over k of P_k m_k v_k / (1 - p) for each query, with m_k zero at the rate, independently over
+    keys and heads.
 
     The queries of a head share their m: that alone differs from dropout of the matrix of probabilities.
     """
@@ -413,9 +416,8 @@ def test_dropout_of_one_querys_probabilities_is_the_published_one() -> None:
     whole = probabilities(heads, 0.0)
     torch.testing.assert_close(whole.sum(2), torch.ones(frames, num_heads, dtype=torch.float64), **EXACT)
     torch.manual_seed(0)
-    ratios = (
-        torch.stack([probabilities(heads, rate) for _ in range(draws)]) / whole
-    )  # (draws, queries, num_heads, keys)
+    # (draws, queries, num_heads, keys)
+    ratios = torch.stack([probabilities(heads, rate) for _ in range(draws)]) / whole
     first = ratios[:, :1] != 0
     # 0 or 1 / (1 - p), and for every query the same
     torch.testing.assert_close(ratios, (first.double() / (1 - rate)).expand_as(ratios), **EXACT)
@@ -475,7 +477,8 @@ def test_every_utterance_has_draws_of_its_own() -> None:
 
 
 def test_the_variable_length_kernel_is_given_each_utterances_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in of torch's `varlen_attn` (which needs a GPU) that knows utterances by its arguments alone."""
+    """With a stand-in of torch's `varlen_attn` (which needs a GPU) that knows utterances by its arguments
+    alone."""
 
     def stand_in(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int

@@ -94,9 +94,10 @@ def test_features_and_labels_of_an_utterance_do_not_depend_on_what_it_was_batche
 ) -> None:
     """Over random encoders, utterances, batch mates (some a thousand times as loud), padding and codebooks.
 
-    A label is the nearest centroid. Rounding moves a feature and so its distances to centroids: by the triangle inequality each
-    by no more than the feature. Where the two nearest are closer to a tie than twice what rounding may move a feature, the frame
-    has no label to speak of: such frames are left out, and the test says that they are fewer than 1 in 200.
+    A label is the nearest centroid. Rounding moves a feature and so its distances to centroids: by the
+    triangle inequality each by no more than the feature. Where the two nearest are closer to a tie than twice
+    what rounding may move a feature, the frame has no label to speak of: such frames are left out, and the
+    test says that they are fewer than 1 in 200.
     """
     rounding, compared, left_out = (
         3e-5,
@@ -195,8 +196,8 @@ def test_the_gradient_of_a_batch_is_the_sum_of_its_utterances(kind: dict) -> Non
     together, apart = gradients
     assert together.keys() == apart.keys() and len(together) > 40
     for name, gradient in apart.items():
-        # float32 sums over frames and samples in another order, beside the largest of the tensor; a key's bias moves no
-        # attention weight, so its gradient is rounding alone
+        # float32 sums over frames and samples in another order, beside the largest of the tensor; a key's
+        # bias moves no attention weight, so its gradient is rounding alone
         torch.testing.assert_close(
             together[name],
             gradient,
@@ -282,9 +283,8 @@ def test_the_feed_forward_convention_gives_what_a_layers_feed_forward_adds(kind:
     expected = [residual[0], *added]
     added.clear()
     for layer, features in enumerate(module.extract_packed(buffer, layout, 3, "feed_forward")):
-        torch.testing.assert_close(
-            features, expected[layer], rtol=1e-5, atol=1e-5
-        )  # float32 in another order
+        # float32 in another order
+        torch.testing.assert_close(features, expected[layer], rtol=1e-5, atol=1e-5)
         waves, lengths = padded()
         torch.testing.assert_close(
             module.extract(waves, lengths, layer, "feed_forward"), layout.pad(features)
@@ -377,9 +377,8 @@ def test_the_positional_convolution_is_a_weight_normalised_conv1d_over_each_utte
         torch.nn.Parameter(x.detach().clone()) for x in (ours.magnitude, ours.direction)
     )
     theirs.bias = torch.nn.Parameter(ours.bias.detach().clone())
-    layout = Layout(
-        (400 + 320 * 39, 400, 1040, 400 + 320 * 199)
-    )  # shorter and longer than the kernel reaches
+    # shorter and longer than the kernel reaches
+    layout = Layout((400 + 320 * 39, 400, 1040, 400 + 320 * 199))
     x = torch.randn(layout.total_frames, 32, requires_grad=True)
     expected = []
     for utterance in layout.split(x):
@@ -398,7 +397,8 @@ def test_the_positional_convolution_is_a_weight_normalised_conv1d_over_each_utte
 
 
 def test_the_positional_convolution_follows_its_parameters_also_outside_training() -> None:
-    """Where no gradient is wanted the normalised weight is kept: until the parameters change, however that happens."""
+    """Where no gradient is wanted the normalised weight is kept: until the parameters change, however that
+    happens."""
     torch.manual_seed(0)
     ours, other, layout = PositionalConv(32, 8, 4), PositionalConv(32, 8, 4), Layout((6000,))
     x = torch.randn(layout.total_frames, 32)
@@ -415,9 +415,8 @@ def test_the_positional_convolution_follows_its_parameters_also_outside_training
         with torch.no_grad():
             parameter.mul_(torch.rand_like(parameter) + 0.5)
         check()
-    optimizer = torch.optim.AdamW(
-        ours.parameters(), lr=0.1, fused=True
-    )  # which leaves no trace in the versions
+    # which leaves no trace in the versions
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, fused=True)
     ours(x, layout).square().sum().backward()
     optimizer.step()
     check()
@@ -442,9 +441,8 @@ def test_normalised_waveforms_make_the_model_deaf_to_gain_and_offset() -> None:
     louder = torch.where(waves != 0, 5 * waves + 1, 0.0)
     valid = own_frames(lengths)
     one, two = module(waves, lengths), module(louder, lengths)
-    torch.testing.assert_close(
-        one[valid], two[valid], rtol=2e-3, atol=2e-3
-    )  # eps = 1e-5 beside a variance of 0.01
+    # eps = 1e-5 beside a variance of 0.01
+    torch.testing.assert_close(one[valid], two[valid], rtol=2e-3, atol=2e-3)
 
 
 def test_layer_drop_is_a_function_of_seed_and_step_with_its_rate() -> None:

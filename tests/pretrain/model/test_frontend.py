@@ -93,15 +93,13 @@ def test_waveform_front_end_equals_a_plain_convolution_stack(kind: dict) -> None
 def test_waveform_front_end_has_the_gradients_of_a_plain_convolution_stack(
     kind: dict, lengths: list[int]
 ) -> None:
-    module = front_end(
-        **kind
-    ).double()  # in float64 the two orders of summation agree closely, so the tolerance can be tight
+    # in float64 the two orders of summation agree closely, so the tolerance can be tight
+    module = front_end(**kind).double()
     assert isinstance(module, WaveformFrontEnd)
     waves = waveforms(lengths)
     buffer, layout = packed(waves)
-    buffer = buffer.double().requires_grad_(
-        kind["conv_norm"] == "layer"
-    )  # the group norm's statistics are of the waveform as given
+    # the group norm's statistics are of the waveform as given
+    buffer = buffer.double().requires_grad_(kind["conv_norm"] == "layer")
     weight = torch.randn(layout.total_frames, 24, dtype=torch.float64)
     (module(buffer, layout) * weight).sum().backward()
     ours = [p.grad.clone() for p in module.parameters() if p.grad is not None]
@@ -256,9 +254,8 @@ def test_training_with_warp_hears_each_utterance_through_one_drawn_filterbank_an
         own = log_mel(buffer[320 * first : 320 * first + length], module.window, module.warped[warp])
         assert torch.equal(part, own)
     torch.manual_seed(3)
-    blocks = module._log_mels(
-        buffer, Blocks(layout.num_samples, (2, 1), (0, 0, 0))
-    )  # of two utterances, the first in two blocks
+    # of two utterances, the first in two blocks
+    blocks = module._log_mels(buffer, Blocks(layout.num_samples, (2, 1), (0, 0, 0)))
     assert torch.equal(blocks[0], parts[0]) and torch.equal(
         blocks[1], log_mel(buffer[8000:13000], module.window, module.warped[drawn[0]])
     )

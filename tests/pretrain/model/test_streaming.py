@@ -35,7 +35,8 @@ CHUNKS = [
     {"chunk_frames": 3, "look_ahead_frames": 5, "left_chunks": 0},
 ]
 LENGTHS = [6000, 14000, 9999, 400, 3567]
-# the same float32 products in matrices of another shape or order, through three layers; features are of order 1
+# the same float32 products in matrices of another shape or order, through three layers; features are of order
+# 1
 ROUNDING = {"rtol": 1e-4, "atol": 5e-5}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 cuts = pytest.mark.parametrize("cut", CHUNKS, ids=["left", "all", "alone"])
@@ -62,7 +63,8 @@ def speech(lengths: list[int] = LENGTHS, seed: int = 1) -> list[np.ndarray]:
 def sees(
     own: int, other: int, copied_for: tuple[int | None, int | None], size: int, left: int | None
 ) -> bool:
-    """Whether the row of frame `own` attends that of `other`, by the definition; each is of a chunk, or a copy for one."""
+    """Whether the row of frame `own` attends that of `other`, by the definition; each is of a chunk, or a
+    copy for one."""
     chunk = own // size if copied_for[0] is None else copied_for[0]
     if copied_for[1] is not None:
         return copied_for[1] == chunk
@@ -262,9 +264,8 @@ def test_mel_statistics_are_those_of_all_windows_until_the_frame_s_block_ends(cu
         mean, scale = known.mean(0), (known.var(0, correction=0) + 1e-5).rsqrt()
         windows = mel[2 * t], mel[min(2 * t + 1, len(mel) - 1)]
         expected = torch.cat([(window - mean) * scale for window in windows]).float()
-        torch.testing.assert_close(
-            frame, expected, rtol=1e-4, atol=1e-4
-        )  # energies are rounded to float32 by either FFT
+        # energies are rounded to float32 by either FFT
+        torch.testing.assert_close(frame, expected, rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(400, 30000), st.integers(1, 20), st.integers(0, 20), st.sampled_from([80, 240]))
@@ -326,9 +327,8 @@ def test_training_drops_frames_values_and_layers_and_masks_as_elsewhere() -> Non
     assert torch.equal(run(), one)
     assert not torch.equal(run(), one)
     one.sum().backward()
-    assert all(
-        p.grad is not None for p in module.layers[1].parameters()
-    )  # of a dropped layer, too: every rank reduces the same
+    # of a dropped layer, too: every rank reduces the same
+    assert all(p.grad is not None for p in module.layers[1].parameters())
 
 
 def test_the_order_of_units_is_seen_in_chunks_too() -> None:
@@ -345,9 +345,8 @@ def test_the_order_of_units_is_seen_in_chunks_too() -> None:
 def test_latency_counts_the_chunk_the_look_ahead_and_the_window() -> None:
     config = StreamingConfig(chunk_frames=16, look_ahead_frames=8)
     for tail in (80, 240):
-        waits = [
-            320 * (16 + 8 - t) + tail for t in range(16)
-        ]  # samples from a frame's first to the last that its chunk needs
+        # samples from a frame's first to the last that its chunk needs
+        waits = [320 * (16 + 8 - t) + tail for t in range(16)]
         assert config.latency_ms(tail) == {
             "worst": max(waits) / 16,
             "mean": pytest.approx(np.mean(waits) / 16),

@@ -18,7 +18,8 @@ kinds = pytest.mark.parametrize("kind", STATISTICS.values(), ids=STATISTICS.keys
 
 
 def swelling(num_samples: int, seed: int = 0) -> np.ndarray:
-    """Noise that becomes forty times as loud from beginning to end, beside a constant: no window has the statistics of the whole."""
+    """Noise that becomes forty times as loud from beginning to end, beside a constant: no window has the
+    statistics of the whole."""
     noise = np.random.default_rng(seed).standard_normal(num_samples)
     return (np.geomspace(0.005, 0.2, num_samples) * noise + 0.02).astype(np.float32)
 
@@ -88,9 +89,8 @@ def test_front_end_frames_of_windows_with_totals_are_those_of_the_whole_utteranc
         # the filterbank's last frame stacks a 25 ms window that is not in sight where the utterance is cut
         end = last - first - (last < frames and kind["front_end"] == "filterbank")
         torch.testing.assert_close(part[:end], whole[first : first + end], **ROUNDING)
-        assert (
-            own[:end] - whole[first : first + end]
-        ).abs().max() > 0.01  # what the windows' own statistics give
+        # what the windows' own statistics give
+        assert (own[:end] - whole[first : first + end]).abs().max() > 0.01
 
 
 def test_encoders_without_statistics_over_time_or_with_those_of_the_past_have_no_totals() -> None:

@@ -53,7 +53,8 @@ def batch(lengths: list[int] = LENGTHS) -> HubertBatch:
 
 
 def parts(lengths: list[int] = LENGTHS) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Masks, labels (-1 where there is none) and, of frames with a label, which are masked: of each utterance."""
+    """Masks, labels (-1 where there is none) and, of frames with a label, which are masked: of each
+    utterance."""
     found = [utterance(length) for length in lengths]
     masks = [torch.from_numpy(mask) for _, mask, _ in found]
     labels = [torch.from_numpy(np.append(known, -1)) for *_, known in found]
@@ -180,9 +181,8 @@ def test_autocast_to_bfloat16_runs_with_a_loss_in_float32(front_end: str) -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = module(data)
     assert loss.total.dtype == torch.float32
-    assert loss.total.item() == pytest.approx(
-        expected.item(), rel=0.02
-    )  # 8 bits of mantissa, averaged over 50 frames
+    # 8 bits of mantissa, averaged over 50 frames
+    assert loss.total.item() == pytest.approx(expected.item(), rel=0.02)
     loss.total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 

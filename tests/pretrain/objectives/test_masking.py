@@ -41,7 +41,8 @@ def test_masked_runs_are_whole_spans(num_frames: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("probability", "length"), [*PUBLISHED, (0.02, 5)])
 def test_the_masked_share_is_the_formulas(probability: float, length: int) -> None:
-    """Starts without replacement: a frame is free if none of the L starts that reach it is drawn, (1 - p)^L for long utterances."""
+    """Starts without replacement: a frame is free if none of the L starts that reach it is drawn, (1 - p)^L
+    for long utterances."""
     shares = [span_mask(3000, probability, length, np.random.default_rng(seed)).mean() for seed in range(40)]
     # 40 draws of 3000 frames: the standard error of the mean is below 0.002
     assert np.mean(shares) == pytest.approx(1 - (1 - probability) ** length, abs=0.01)

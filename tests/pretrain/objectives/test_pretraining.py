@@ -28,7 +28,8 @@ LENGTHS = [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
 
 @pytest.fixture
 def corpus(tmp_path: Path, make_corpus: Callable[..., Manifest], make_labels: Callable[..., Path]) -> Path:
-    """A folder with a manifest (six utterances of split train, two of dev, noise), and labels of five classes for it."""
+    """A folder with a manifest (six utterances of split train, two of dev, noise), and labels of five classes
+    for it."""
     rng = np.random.default_rng(0)
     waves = [0.1 * rng.standard_normal(length) for length in LENGTHS]
     manifest = make_corpus(tmp_path, waves, splits=["train"] * 6 + ["dev"] * 2)
@@ -89,7 +90,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
-# --- validation --------------------------------------------------------------------------------------------------------------
+# --- validation
+#
+# ------------------------------------------------------------------------------------------------------------
+# --
 
 
 def test_a_valid_split_that_is_not_there_is_said(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,14 +164,15 @@ def test_pnmi_of_features_is_one_where_features_are_phones_and_little_where_they
     assert pnmi_of_features(
         [(utterance, 0, clear[:100]), (utterance, 207, clear[207:])], 5, seed=0
     ) == pytest.approx(1.0)
-    assert (
-        pnmi_of_features([(utterance, 0, clear[207:])], 5, seed=0) < 0.9
-    )  # the same frames said to begin elsewhere
+    # the same frames said to begin elsewhere
+    assert pnmi_of_features([(utterance, 0, clear[207:])], 5, seed=0) < 0.9
     assert pnmi_of_features([(utterance, 0, noise)], 5, seed=0) < 0.1
     assert pnmi_of_features([(utterance, 0, np.zeros((999, 5)))], 5, seed=0) == 0.0  # collapsed: one cluster
 
 
-# --- collapse ----------------------------------------------------------------------------------------------------------------
+# --- collapse
+# ------------------------------------------------------------------------------------------------------------
+# ----
 
 
 def test_silence_stops_a_run_because_its_features_do_not_vary(
@@ -177,7 +182,8 @@ def test_silence_stops_a_run_because_its_features_do_not_vary(
     make_labels(tmp_path / "labels", {utterance.id: utterance.num_frames for utterance in manifest})
     with pytest.raises(
         ValueError,
-        match=r"stopped at step 2: collapsed: feature_variation is 0\.0000, below alarm\.variation.*silent.*none yet",
+        match=r"stopped at step 2: collapsed: feature_variation is 0\.0000, below "
+        r"alarm\.variation.*silent.*none yet",
     ):
         pretrain(config(tmp_path, valid_split=None, alarm={"after_steps": 2, "perplexity": 0.0}))
 
@@ -260,7 +266,8 @@ def test_wav2vec2_that_is_always_right_with_withered_codes_stops(
     alarm = {"after_steps": 2, "perplexity": 0.0, "code_share": 0.1}
     with pytest.raises(
         ValueError,
-        match=r"step 2: collapsed: accuracy is 1\.000, from alarm\.contrastive_accuracy.*code_perplexity is 1\.00, below "
+        match=r"step 2: collapsed: accuracy is 1\.000, from alarm\.contrastive_accuracy.*code_perplexity is "
+        r"1\.00, below "
         r"alarm\.code_share \(0\.1\).*diversity_weight \(now 0\.1\).*num_entries \(now 40\)",
     ):
         pretrain(config(corpus, objective="wav2vec2", alarm=alarm))
@@ -318,16 +325,17 @@ def test_variation_is_the_deviation_over_frames_as_a_share_of_the_size() -> None
     x = torch.tensor([[3.0, 3.0], [1.0, 1.0]])
     metrics = variations(torch.zeros(5), x, x[:1], training=True)
     total, count = metrics["feature_variation"]
-    assert count == 2 and float(total / count) == pytest.approx(
-        1 / 5**0.5
-    )  # deviation 1, root mean square √5
+    # deviation 1, root mean square √5
+    assert count == 2 and float(total / count) == pytest.approx(1 / 5**0.5)
     assert metrics.keys() == {"feature_variation", "context_variation"}
     assert metrics["context_variation"] == (1, 1)  # of a single frame nothing can be said
     assert variations(torch.zeros(5), torch.ones(4, 2), x, training=True)["feature_variation"] == (0, 4)
     assert variations(torch.zeros(5), torch.ones(4, 2), x, training=False)["feature_variation"] == (4, 4)
 
 
-# --- init --------------------------------------------------------------------------------------------------------------------
+# --- init
+# ------------------------------------------------------------------------------------------------------------
+# --------
 
 
 @pytest.fixture
@@ -339,9 +347,8 @@ def begun(corpus: Path) -> Path:
 def test_a_run_starts_from_the_weights_of_another_and_names_it_as_a_parent(begun: Path) -> None:
     pretrain(config(begun, out=str(begun / "next"), init=str(begun / "run"), optimizer={"lr": 1e-12}))
     for name, weight in weights(begun / "run").items():
-        torch.testing.assert_close(
-            weights(begun / "next")[name], weight, rtol=0, atol=1e-7, msg=name
-        )  # a step of 1e-12
+        # a step of 1e-12
+        torch.testing.assert_close(weights(begun / "next")[name], weight, rtol=0, atol=1e-7, msg=name)
     path = latest_checkpoint(begun / "run")
     assert path is not None
     assert read_meta(begun / "next")["parents"]["init"] == sha256_file(path / "model.safetensors")[:16]
@@ -403,7 +410,8 @@ def test_weights_that_do_not_fit_are_named(begun: Path) -> None:
     wide = {"architecture": "tiny", "num_mels": 20, "dim": 32, "ffn_dim": 48}
     with pytest.raises(
         ValueError,
-        match=r"init: the weights of .*run do not fit: .*encoder\.layers\.0\.ffn_in\.weight is \(32, 32\) there and \(48, 32\)",
+        match=r"init: the weights of .*run do not fit: .*encoder\.layers\.0\.ffn_in\.weight is \(32, 32\) "
+        r"there and \(48, 32\)",
     ):
         pretrain(config(begun, **start, encoder=wide))
     with pytest.raises(
@@ -419,7 +427,8 @@ def test_weights_that_do_not_fit_are_named(begun: Path) -> None:
         pretrain(config(begun, **start))
 
 
-# --- activation checkpointing ------------------------------------------------------------------------------------------------
+# --- activation checkpointing
+# ------------------------------------------------------------------------------------------------
 
 
 def test_recomputed_layers_give_the_same_losses_and_gradients_with_dropout(corpus: Path) -> None:

@@ -66,9 +66,8 @@ def test_a_batch_numbers_its_frames_and_weighs_them_by_utterance() -> None:
     )
     assert np.array_equal(data.distractors, np.concatenate(distractors))
     for weights, count in zip(data.layout.split(data.penalty_weights), data.num_masked, strict=True):
-        assert weights.unique().numel() == 1 and float(weights.sum()) == pytest.approx(
-            count, rel=1e-6
-        )  # float32
+        # float32
+        assert weights.unique().numel() == 1 and float(weights.sum()) == pytest.approx(count, rel=1e-6)
     assert data.waveforms.dtype == data.penalty_weights.dtype == torch.float32
 
 
@@ -76,7 +75,8 @@ def test_a_batch_numbers_its_frames_and_weighs_them_by_utterance() -> None:
     "entries", [{"num_entries": 5, "num_groups": 2}, {"num_entries": 2, "num_groups": 1}]
 )
 def test_the_loss_is_the_papers_summed_over_masked_frames(entries: dict) -> None:
-    """With one group of two entries about half of the distractors are the positive in disguise, and some frames have no other."""
+    """With one group of two entries about half of the distractors are the positive in disguise, and some
+    frames have no other."""
     module = model(**entries, diversity_weight=0.3)
     data = batch()
     loss = module(data)
@@ -88,9 +88,8 @@ def test_the_loss_is_the_papers_summed_over_masked_frames(entries: dict) -> None
     each = [data.layout.split(rows) for rows in (x, targets, codes, data.mask)]
     total, count, correct = contrastive_loss(*each, data.distractors.split(data.num_masked), 0.1)  # type: ignore[arg-type]
     assert int(loss.count) == count == int(data.mask.sum()) > 20
-    assert loss.metrics["contrastive_loss"][0].item() == pytest.approx(
-        total, rel=1e-5
-    )  # float32 against float64
+    # float32 against float64
+    assert loss.metrics["contrastive_loss"][0].item() == pytest.approx(total, rel=1e-5)
     assert loss.metrics["accuracy"][0].item() == correct
     spread = diversity(soft[data.mask])
     # (size - perplexity) cancels: 1e-6 of size remain
@@ -107,9 +106,8 @@ def test_a_distractor_with_the_codes_of_the_positive_does_not_count() -> None:
     torch.nn.init.zeros_(module.quantizer.logits.weight)  # every frame has the same codes
     loss = module(data)
     assert loss.metrics["contrastive_loss"][0].item() == 0
-    assert (
-        loss.metrics["accuracy"][0] == loss.count
-    )  # which is why a collapse looks like success and the alarm watches the codes
+    # which is why a collapse looks like success and the alarm watches the codes
+    assert loss.metrics["accuracy"][0] == loss.count
     loss.total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 

@@ -130,7 +130,10 @@ def test_json_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from pretrain.store.artefact import *; p = Path(sys.argv[1])\n"
     )
-    program += r"write_json(p / 'a.json', {'text': '\u017c|\ud558'}); commit(p, 'x', {'text': '\u017c|\ud558'}, {}, ['a.json']); read_meta(p)"
+    program += (
+        r"write_json(p / 'a.json', {'text': '\u017c|\ud558'}); commit(p, 'x', {'text': '\u017c|\ud558'}, {}, "
+        r"['a.json']); read_meta(p)"
+    )
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=ascii_only, cwd=root)

@@ -1,4 +1,5 @@
-"""Ctrl-C: a training saves and goes on bit for bit, everything else ends in a line, a second one ends at once, no process is left."""
+"""Ctrl-C: a training saves and goes on bit for bit, everything else ends in a line, a second one ends at
+once, no process is left."""
 
 import os
 import signal
@@ -158,7 +159,8 @@ def started(command: list[str | Path], **more: str) -> Iterator["subprocess.Pope
     code = [
         sys.executable,
         "-c",
-        "import os, signal, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])",
+        "import os, signal, sys; signal.signal(2, signal.default_int_handler); os.execv(sys.argv[1], "
+        "sys.argv[1:])",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
     process = subprocess.Popen(

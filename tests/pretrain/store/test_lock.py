@@ -1,4 +1,5 @@
-"""One process at a time writes an output: who has it is named, who is gone is replaced, and nothing is left behind."""
+"""One process at a time writes an output: who has it is named, who is gone is replaced, and nothing is left
+behind."""
 
 import errno
 import fcntl
@@ -236,7 +237,8 @@ def test_a_lock_of_another_host_counts_until_it_has_been_silent_for_two_minutes(
     leave(path, 100)
     with pytest.raises(
         Occupied,
-        match=rf"process 4242 on host elsewhere, since 2023.*last sign of life 100 s ago\), remove {re.escape(str(path))}",
+        match=r"process 4242 on host elsewhere, since 2023.*last sign of life 100 s ago\), remove "
+        rf"{re.escape(str(path))}",
     ):
         take(tmp_path / "run")
     assert path.exists()
@@ -250,9 +252,8 @@ def test_a_lock_of_another_host_counts_until_it_has_been_silent_for_two_minutes(
 def test_a_container_of_this_machine_with_another_host_name_is_known_to_be_gone(tmp_path: Path) -> None:
     leave(tmp_path / ".run.lock", boot=Holder.me().boot)
     take(tmp_path / "run")
-    leave(
-        tmp_path / ".run.lock", host=socket.gethostname()
-    )  # and the same machine before it was started again
+    # and the same machine before it was started again
+    leave(tmp_path / ".run.lock", host=socket.gethostname())
     take(tmp_path / "run")
 
 

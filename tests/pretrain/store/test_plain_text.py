@@ -1,4 +1,5 @@
-"""Text files of other programs: a byte-order mark is read, another encoding named by file and line, in every reader."""
+"""Text files of other programs: a byte-order mark is read, another encoding named by file and line, in every
+reader."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pretrain.weights.cards import read_yaml
 from pretrain.weights.foreign import read_json
 from units.formats.reading import guess_format, read_units
 from units.lm.preferences import _records
-from units.scores.suites import _csv_rows
+from units.scores.suite_rows import csv_rows
 
 ARPA = "\\data\\\nngram 1=1\n\n\\1-grams:\n-1.0\tübel\t0.0\n\n\\end\\\n"
 
@@ -49,7 +50,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], Any], Any]] = {
     "gold": (
         ".csv",
         "filename,correct\nü,1\n",
-        lambda path: [row["filename"] for row in _csv_rows(path, ("filename",))],
+        lambda path: [row["filename"] for row in csv_rows(path, ("filename",))],
         ["ü"],
     ),
 }

@@ -129,9 +129,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     assert latest_checkpoint(tmp_path) == first
     message = capsys.readouterr().err
     assert "step_00000010: damaged (" in message and "using the one before it" in message
-    assert save_checkpoint(tmp_path, 10, model, optimizer, STATE) == latest_checkpoint(
-        tmp_path
-    )  # written again, whole
+    # written again, whole
+    assert save_checkpoint(tmp_path, 10, model, optimizer, STATE) == latest_checkpoint(tmp_path)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Two gloo processes under torchrun, with DDP and with FSDP2, against one process, on the same global batches."""
+"""Two gloo processes under torchrun, with DDP and with FSDP2, against one process, on the same global
+batches."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from tests.pretrain.runs import curve
 pytestmark = pytest.mark.slow  # test_resuming has two processes in little
 
 ROOT = Path(__file__).parents[3]
-# A run of two processes, and the run that it must equal: of one process, except where dropout makes ranks differ.
+# A run of two processes, and the run that it must equal: of one process, except where dropout makes ranks
+# differ.
 SAME = [
     *[
         (f"two/{name}", f"one/{name}")
@@ -48,7 +50,8 @@ def runs(
     make_labels: Callable[..., Path],
     two_processes: Callable[..., Any],
 ) -> Path:
-    """A folder with one/ and two/, each holding a run per scenario: the two processes also join and leave many groups in turn."""
+    """A folder with one/ and two/, each holding a run per scenario: the two processes also join and leave
+    many groups in turn."""
     folder = tmp_path_factory.mktemp("distributed")
     rng, lengths = np.random.default_rng(0), [9000, 4000, 12000, 30000, 7000, 16000, 5000, 6000]
     waves = [0.1 * rng.standard_normal(length) for length in lengths]
@@ -88,8 +91,8 @@ def test_the_number_of_processes_accumulation_and_sharding_do_not_change_a_run(
     expected = {"valid_loss"} if one.name in ("linear", "single") else {"valid_loss", "valid_pnmi"}
     assert any(expected <= line.keys() for line in curve(one))
     for alone, together in zip(curve(one), curve(two), strict=True):
-        # Sums in another order in float32; measured 4e-7 over 24 steps (weights 9e-7). AdamW can make more of it by dividing
-        # small gradients.
+        # Sums in another order in float32; measured 4e-7 over 24 steps (weights 9e-7). AdamW can make more of
+        # it by dividing small gradients.
         for line in (alone, together):  # of a micro-batch, so they depend on the split
             for name in [name for name in line if name.endswith("_variation")]:
                 del line[name]
@@ -97,7 +100,8 @@ def test_the_number_of_processes_accumulation_and_sharding_do_not_change_a_run(
     first, second = (load_file(checkpoint_file(folder, "model.safetensors")) for folder in (one, two))
     assert first.keys() == second.keys()
     for name, weight in first.items():
-        # a weight moves by at most lr = 1e-3 (linear: 0.05) a step; where it went must agree to a hundredth of that
+        # a weight moves by at most lr = 1e-3 (linear: 0.05) a step; where it went must agree to a hundredth
+        # of that
         torch.testing.assert_close(
             second[name], weight, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -72,7 +72,8 @@ def test_a_run_learns_and_tells_what_it_did(tmp_path: Path) -> None:
 
 
 def test_logged_numbers_are_sums_over_counts_since_the_last_line(tmp_path: Path) -> None:
-    """With a learning rate of nearly nothing the model stays, so every logged loss can be computed afterwards."""
+    """With a learning rate of nearly nothing the model stays, so every logged loss can be computed
+    afterwards."""
     task = LinearTask(batch=5)
     run_linear(
         tmp_path / "run",
@@ -117,9 +118,8 @@ def test_one_step_is_adamw_on_the_mean_gradient(tmp_path: Path) -> None:
         norms.append(float(torch.nn.utils.clip_grad_norm_(reference.model.parameters(), 0.5)))
         adamw.step()
     for name, weight in weights(tmp_path / "run").items():
-        torch.testing.assert_close(
-            weight, reference.model.state_dict()[name], rtol=0, atol=1e-6
-        )  # fused and plain AdamW round apart
+        # fused and plain AdamW round apart
+        torch.testing.assert_close(weight, reference.model.state_dict()[name], rtol=0, atol=1e-6)
     assert norms[0] > 0.5  # it did clip
     logged = [line["gradient_norm"] for line in lines(tmp_path / "run")]
     assert logged == pytest.approx([np.mean(norms[:2]), norms[2]], rel=1e-5)
@@ -127,7 +127,8 @@ def test_one_step_is_adamw_on_the_mean_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("accumulate", [2, 5, 7])
 def test_accumulation_does_not_change_the_run(tmp_path: Path, accumulate: int) -> None:
-    """Micro-batches are other batch shapes (also of no item, beyond the batch's five), so sums round apart: float32, 12 steps."""
+    """Micro-batches are other batch shapes (also of no item, beyond the batch's five), so sums round apart:
+    float32, 12 steps."""
     run_linear(tmp_path / "one", LinearTask(num_valid=2), clip_norm=0.7)
     run_linear(tmp_path / "two", LinearTask(num_valid=2), {"accumulate": accumulate}, clip_norm=0.7)
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
@@ -407,7 +408,8 @@ def test_schedules_follow_their_formulas() -> None:
 
 @pytest.mark.parametrize(("ratio", "floor"), [(0.0, 0.05), (0.01, 0.01), (0.2, 0.2)])
 def test_tri_stage_warms_up_holds_and_decays_exponentially(ratio: float, floor: float) -> None:
-    """fairseq's tri_stage: from 0.01 of the rate to all of it, hold, then exp(-k log(1/floor) / decay steps); floor 0.05."""
+    """fairseq's tri_stage: from 0.01 of the rate to all of it, hold, then exp(-k log(1/floor) / decay steps);
+    floor 0.05."""
     expected = (
         [0.01 + 0.99 * step / 10 for step in range(10)]
         + [1.0] * 40
@@ -512,9 +514,8 @@ def test_keeping_the_best_changes_nothing_of_the_run_itself(tmp_path: Path) -> N
         8,
         12,
     ]
-    assert same(
-        best_of(tmp_path / "off"), weights(tmp_path / "off")
-    )  # where none was kept the best known is the last
+    # where none was kept the best known is the last
+    assert same(best_of(tmp_path / "off"), weights(tmp_path / "off"))
 
 
 @pytest.mark.parametrize(
@@ -536,7 +537,8 @@ def test_patience_ends_a_run_after_so_many_validations_without_a_better_one(
 
 
 def test_of_equal_validations_the_next_metric_decides(tmp_path: Path) -> None:
-    """A recogniser that writes nothing yet has a word error rate of 1 while its loss falls: that is no reason to stop."""
+    """A recogniser that writes nothing yet has a word error rate of 1 while its loss falls: that is no reason
+    to stop."""
     monitor = ("valid_score", "valid_loss")
     settings = {"keep_best": True, "validate_every": 2, "patience": 3, "max_steps": 30}
     summary = run_linear(tmp_path / "run", ScoredTask([1.0] * 15), settings, monitor=monitor)
@@ -601,7 +603,8 @@ def damage(run: Path, step: int) -> None:
 def test_a_run_resumed_over_damaged_checkpoints_ends_as_it_would_have(
     tmp_path: Path, damaged: list[int], keep: int
 ) -> None:
-    """Best at step 4, then at 10. Where the newest is damaged the one before leads there again, without the best before it."""
+    """Best at step 4, then at 10. Where the newest is damaged the one before leads there again, without the
+    best before it."""
     scores = [3, 2, 4, 4, 1, 4]
     scored(tmp_path / "whole", scores, keep_checkpoints=keep)
     with pytest.raises(RuntimeError):

@@ -1,4 +1,5 @@
-"""A stopped run goes on to what it would have been, in weights, optimiser, log and sample ids; and the signal arrives."""
+"""A stopped run goes on to what it would have been, in weights, optimiser, log and sample ids; and the signal
+arrives."""
 
 import json
 import os
@@ -119,7 +120,8 @@ def test_a_run_stopped_at_random_steps_becomes_the_run_that_was_not(tmp_path: Pa
 def test_a_stop_within_a_validation_costs_one_batch_and_changes_neither_best_nor_patience(
     tmp_path: Path, at: set[int]
 ) -> None:
-    """Every validation has three batches: a stop noted before one is acted on after that batch, or after the third at the end."""
+    """Every validation has three batches: a stop noted before one is acted on after that batch, or after the
+    third at the end."""
     summary = run_linear(tmp_path / "whole", Validated(SCORES, dropout=0.3), PATIENT, MONITOR)
     assert summary["steps"] == 10 and summary["best_step"] == 6
     again, stops = until_finished(broken_off(tmp_path / "cut", at, **PATIENT))
@@ -327,9 +329,8 @@ def test_a_rank_whose_others_never_come_says_where_it_waited_and_how_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.socket() as silent:
-        silent.bind(
-            ("127.0.0.1", 0)
-        )  # and kept, without listening, so that nobody else takes the port and answers
+        # and kept, without listening, so that nobody else takes the port and answers
+        silent.bind(("127.0.0.1", 0))
         port = str(silent.getsockname()[1])
         for name, value in {
             "RANK": "1",
@@ -479,7 +480,8 @@ def test_sigterm_to_torchrun_stops_both_processes_after_the_same_step(tmp_path: 
     assert process.returncode != 0 and "stopped by SIGTERM after step" in output, output
     state = state_of(tmp_path / "run")
     assert 2 <= state["step"] < 100 and f"after step {state['step']}, saved" in output
-    # what one process makes of the rest is what it makes of the whole, but for the dropout that ranks draw apart
+    # what one process makes of the rest is what it makes of the whole, but for the dropout that ranks draw
+    # apart
     run_linear(tmp_path / "run", LinearTask(dropout=0.3), {"max_steps": 100, "checkpoint_every": 50})
     assert is_complete(tmp_path / "run") and [line["step"] for line in curve(tmp_path / "run")] == list(
         range(2, 101, 2)
@@ -510,9 +512,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_message_that_says_how_
             wait_for_step(tmp_path / "run", 2, processes[0])
         began = time.monotonic()
         _, error = processes[0].communicate(timeout=180)
-        assert (
-            time.monotonic() - began < 120
-        )  # two seconds or none, and the begin and end of a process on a busy machine
+        # two seconds or none, and the begin and end of a process on a busy machine
+        assert time.monotonic() - began < 120
     finally:
         for process in processes:
             process.kill()
@@ -561,7 +562,8 @@ def ids(folder: Path) -> dict[int, list[list[int]]]:
 
 @pytest.mark.slow
 def test_two_ranks_then_one_then_two_see_the_samples_of_a_straight_run_and_learn_the_same(two: Path) -> None:
-    """Two ranks to step 11, one with accumulate = 2 to step 18, two to step 24, against one rank without a stop."""
+    """Two ranks to step 11, one with accumulate = 2 to step 18, two to step 24, against one rank without a
+    stop."""
     straight, resumed = two / "one" / "elastic", two / "two" / "elastic"
     assert sorted(path.name for path in (resumed.with_suffix(".ids")).iterdir()) == [
         "a_0.jsonl",
@@ -576,7 +578,8 @@ def test_two_ranks_then_one_then_two_see_the_samples_of_a_straight_run_and_learn
     }
     assert ids(straight.with_suffix(".ids")) == ids(resumed.with_suffix(".ids")) == expected
     for one, other in zip(curve(straight), curve(resumed), strict=True):
-        # The same sums in another order in float32, at most 24 updates long (see test_distributed: measured 4e-7).
+        # The same sums in another order in float32, at most 24 updates long (see test_distributed: measured
+        # 4e-7).
         assert other == pytest.approx(one, rel=1e-5, abs=1e-7), f"step {one['step']}"
     first, second = (load_file(run / "step_00000024" / "model.safetensors") for run in (straight, resumed))
     for name, weight in first.items():

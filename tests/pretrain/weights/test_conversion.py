@@ -1,7 +1,9 @@
-"""Import and export: fairseq's names and settings, round trips, what is inferred and said, and everything that is refused.
+"""Import and export: fairseq's names and settings, round trips, what is inferred and said, and everything
+that is refused.
 
-fairseq does not install beside a current torch, so no checkpoint of its own making is read here: they are put together from the
-names and settings that its source documents. transformers' and torchaudio's models are in tests/parity.
+fairseq does not install beside a current torch, so no checkpoint of its own making is read here: they are put
+together from the names and settings that its source documents. transformers' and torchaudio's models are in
+tests/parity.
 """
 
 import argparse
@@ -38,7 +40,8 @@ STACK = "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2"
 def fairseq_weights(
     objective: str | None, *, layer_norm: bool = False, bias: bool = False, rows: int = 54
 ) -> dict[str, Tensor]:
-    """A state dict with fairseq's names: `objective` "wav2vec2" (2 × 8 codes), "hubert" (`rows` label embeddings) or no heads."""
+    """A state dict with fairseq's names: `objective` "wav2vec2" (2 × 8 codes), "hubert" (`rows` label
+    embeddings) or no heads."""
     shapes: dict[str, tuple[int, ...]] = {
         "mask_emb": (WIDTH,),
         "layer_norm.weight": (CONV,),
@@ -229,7 +232,8 @@ def test_an_old_checkpoint_has_its_settings_in_a_namespace(tmp_path: Path) -> No
 def test_a_fine_tuned_checkpoint_gives_its_encoder(
     objective: str, tmp_path: Path, fairseq: "Fairseq"
 ) -> None:
-    """Of HuBERT's heads fairseq's fine-tuning removes the projection alone; the dictionary is now the letters'."""
+    """Of HuBERT's heads fairseq's fine-tuning removes the projection alone; the dictionary is now the
+    letters'."""
     inside = fairseq_weights("hubert" if objective == "hubert" else None)
     model = {
         f"w2v_encoder.w2v_model.{name}": tensor
@@ -269,7 +273,8 @@ def fine_tuned(folder: Path, rows: int = len(LETTER_WORDS), **more: Any) -> Path
 def test_a_fine_tuned_checkpoint_with_its_dictionary_is_a_recogniser(
     held: bool, tmp_path: Path, fairseq: "Fairseq"
 ) -> None:
-    """The dictionary of letters is in newer checkpoints, and in the data folder of older ones, there without its special words."""
+    """The dictionary of letters is in newer checkpoints, and in the data folder of older ones, there without
+    its special words."""
     lines = (
         f"{word} {count}{' #fairseq:overwrite' if word == 'E' else ''}\n"
         for count, word in enumerate(LETTER_WORDS[4:])
@@ -399,7 +404,8 @@ def test_rows_that_can_be_read_two_ways_must_be_told(tmp_path: Path) -> None:
 def test_the_checkpoints_own_dictionary_says_which_row_is_which_class(
     held: str, tmp_path: Path, fairseq: "Fairseq"
 ) -> None:
-    """A dictionary that was sorted by frequency has its labels in another order; padding words stand behind them."""
+    """A dictionary that was sorted by frequency has its labels in another order; padding words stand behind
+    them."""
     words = ["<s>", "<pad>", "</s>", "<unk>", "2", "0", "1", "madeupword0000"]
     state = torch.load(checkpoint(tmp_path, "hubert", rows=8))
     with fairseq.installed():
@@ -428,9 +434,8 @@ def test_import_export_import_is_bit_identical(
 ) -> None:
     run_of(checkpoint(tmp_path, objective, large=large), tmp_path / "0")
     options = {"num_heads": 4} if form == "torchaudio" else {}
-    if (
-        form == "torchaudio" and objective != "hubert"
-    ):  # torchaudio has no such heads and no mask embedding: the second round counts
+    # torchaudio has no such heads and no mask embedding: the second round counts
+    if form == "torchaudio" and objective != "hubert":
         assert export_weights(tmp_path / "0", tmp_path / "first", form)["heads"] is False
         run_of(tmp_path / "first", tmp_path / "1", **options)
         kept = {name for name in weights(tmp_path / "0") if name.startswith("encoder.")} - {
@@ -475,9 +480,8 @@ def test_an_exported_fairseq_checkpoint_has_what_fairseqs_loader_reads(tmp_path:
         if name != "label_embs_concat"
     )
     assert torch.equal(state["model"]["label_embs_concat"][4:], theirs["label_embs_concat"][4:])
-    specials = state["model"]["label_embs_concat"][
-        :4
-    ]  # of length other than 0, where a cosine has no gradient
+    # of length other than 0, where a cosine has no gradient
+    specials = state["model"]["label_embs_concat"][:4]
     assert (specials.norm(dim=1) > 0).all()
     assert {"args", "cfg", "model", "optimizer_history", "extra_state"} <= state.keys()
     assert {"criterion_name", "optimizer_name", "lr_scheduler_state", "num_updates"} <= state[
@@ -661,7 +665,8 @@ def test_wrong_tensors_are_named_with_the_nearest_right_name(tmp_path: Path) -> 
     for line in (
         f"{source}: missing: encoder.layers.0.fc1.weight (there is 'encoder.layers.0.fc1.wieght')",
         f"{source}: missing: layer_norm.bias",
-        f"{source}: not expected: encoder.layers.0.fc1.wieght (the nearest known name is 'encoder.layers.0.fc1.weight')",
+        f"{source}: not expected: encoder.layers.0.fc1.wieght (the nearest known name is "
+        "'encoder.layers.0.fc1.weight')",
         f"{source}: encoder.layers.1.fc2.bias: is (3,); (64,) is expected",
     ):
         assert line in str(refusal.value).splitlines()

@@ -1,4 +1,5 @@
-"""fairseq2's cards, checkpoints and tokenizers as files, read and written without fairseq2; tests/fairseq2 has its own models beside."""
+"""fairseq2's cards, checkpoints and tokenizers as files, read and written without fairseq2; tests/fairseq2
+has its own models beside."""
 
 import contextlib
 import json
@@ -363,7 +364,8 @@ def test_a_card_of_another_architecture_is_refused_by_its_key_and_value(
     [
         (
             {"model_family": "llama"},
-            "card.yaml: model_family = 'llama': no speech encoder that wordless knows; supported are wav2vec2",
+            "card.yaml: model_family = 'llama': no speech encoder that wordless knows; supported are "
+            "wav2vec2",
         ),
         ({"model_arch": "7b"}, "model_arch = '7b': fairseq2 alone knows what that is; .* fairseq2:mine"),
         ({"base": "wav2vec2_base"}, "base = 'wav2vec2_base': fairseq2 alone knows"),

@@ -31,7 +31,8 @@ def vocabulary() -> Vocabulary:
 
 
 def merged_by_hand(units: list[int], merges: tuple[tuple[int, int], ...], num_units: int) -> list[int]:
-    """The earliest merge that occurs is applied from the left wherever it occurs, until none does (Sennrich et al., 2016)."""
+    """The earliest merge that occurs is applied from the left wherever it occurs, until none does (Sennrich
+    et al., 2016)."""
     while True:
         pairs = set(itertools.pairwise(units))
         number = next((i for i, pair in enumerate(merges) if pair in pairs), None)
@@ -64,7 +65,8 @@ def counted_by_hand(sequences: list[list[int]], num_units: int, count: int) -> l
 
 def test_the_most_frequent_pair_is_merged_first() -> None:
     rng = np.random.default_rng(0)
-    # No two neighbours alike: the trainer counts "aaa" as two pairs and merges one, by which a count would differ.
+    # No two neighbours alike: the trainer counts "aaa" as two pairs and merges one, by which a count would
+    # differ.
     sequences = [np.cumsum(rng.choice([1, 1, 1, 2, 3], 60)) % 5 for _ in range(40)]
     learned = learn(sequences, 5, 15, max_units=100)
     assert list(learned) == counted_by_hand([sequence.tolist() for sequence in sequences], 5, 10)

@@ -61,7 +61,8 @@ def test_spans_hold_the_units_and_every_frame_once(
 def test_the_words_that_were_drawn_are_written_in_the_place_of_their_frames(
     drawn: list[tuple[int, int, str, bool]],
 ) -> None:
-    """Words of 20 ms and more have a frame each, so none goes with a neighbour. The frames' modality by a loop over frames."""
+    """Words of 20 ms and more have a frame each, so none goes with a neighbour. The frames' modality by a
+    loop over frames."""
     words, written = at([row[:3] for row in drawn]), np.array([row[3] for row in drawn], bool)
     num_frames = 3 + int(1000 * words[-1].end if words else 0) // 20
     sequence = interleave(np.arange(num_frames) % K, words, written, PIECES, VOCABULARY)
@@ -73,17 +74,15 @@ def test_the_words_that_were_drawn_are_written_in_the_place_of_their_frames(
         centre = frame * 0.02 + 0.0125
         before = [number for number, word in enumerate(words) if word.start <= centre]
         after = [number for number, word in enumerate(words) if word.end > centre]
-        sides = [
-            written[number] for number in (before[-1:] + after[:1])
-        ]  # the word it is in (twice), or those around the pause
+        # the word it is in (twice), or those around the pause
+        sides = [written[number] for number in (before[-1:] + after[:1])]
         (span,) = [span for span in spans if span.start <= frame < span.end]
         assert span.modality == ("text" if sides and all(sides) else "speech")
 
 
 def test_pauses_belong_to_speech_between_spans_and_to_the_span_within_one() -> None:
-    words = at(
-        [(100, 100, "a"), (100, 100, "b"), (100, 100, "c"), (100, 100, "a")]
-    )  # frames 5..9, 15..19, 25..29, 35..39
+    # frames 5..9, 15..19, 25..29, 35..39
+    words = at([(100, 100, "a"), (100, 100, "b"), (100, 100, "c"), (100, 100, "a")])
     frames = np.arange(45) % K
     for written, expected in (
         ([0, 1, 1, 0], [("speech", 0, 15), ("text", 15, 30), ("speech", 30, 45)]),

@@ -1,4 +1,5 @@
-"""Patterns against slow oracles, their inverse, their causality through a real decoder, and growth under their rules."""
+"""Patterns against slow oracles, their inverse, their causality through a real decoder, and growth under
+their rules."""
 
 from typing import Any
 
@@ -26,7 +27,8 @@ def patterns_and_codes(draw: Any, smallest: int = 0) -> tuple[Pattern, np.ndarra
 
 
 def test_sequences_are_as_the_docstring_draws_them() -> None:
-    # Streams of 3, 5 and 2 symbols: BOS 3, 5, 2; EOS 4 in the first; PAD 5, 7, 4. One stream: offsets 0, 3, 8; BOS 10, EOS 11.
+    # Streams of 3, 5 and 2 symbols: BOS 3, 5, 2; EOS 4 in the first; PAD 5, 7, 4. One stream: offsets 0, 3,
+    # 8; BOS 10, EOS 11.
     assert Pattern("parallel", SIZES).arrange(CODES).T.tolist() == [[3, *A, 4], [5, *B, 7], [2, *C, 4]]
     assert Pattern("delay", SIZES).arrange(CODES).T.tolist() == [[3, *A, 4, 5], [5, 7, *B, 7], [2, 4, 4, *C]]
     b, c = [3 + code for code in B], [8 + code for code in C]
@@ -117,15 +119,15 @@ def test_wrong_codes_and_patterns_are_named() -> None:
 
 
 def reach(pattern: Pattern, codes: np.ndarray, t: int, level: int) -> set[tuple[int, int]]:
-    """The codes (t, level) that the logits of code (t, level) depend on, by the gradient through a decoder of random weights."""
+    """The codes (t, level) that the logits of code (t, level) depend on, by the gradient through a decoder of
+    random weights."""
     torch.manual_seed(0)
     config = DecoderConfig(
         dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_dim=16, context=64, dropout=0.0
     )
     decoder = Decoder(config, pattern.vocabularies).double().eval()
-    numbered = np.arange(codes.size).reshape(
-        codes.shape
-    )  # each code's number, to be found again where the pattern puts it
+    # each code's number, to be found again where the pattern puts it
+    numbered = np.arange(codes.size).reshape(codes.shape)
     wide = Pattern(pattern.name, (codes.size,) * len(pattern.sizes))
     place = wide.arrange(numbered).reshape(-1, pattern.num_streams)
     cells = {}

@@ -77,7 +77,8 @@ def test_learning_does_not_depend_on_the_order_of_words() -> None:
 
 
 def test_bpe_joins_the_most_frequent_neighbours_first() -> None:
-    """Sennrich et al. (2016), algorithm 1: "e s" occurs 9 times, then "es t" 9 times; "l o" 7 times, "lo w" 7 times."""
+    """Sennrich et al. (2016), algorithm 1: "e s" occurs 9 times, then "es t" 9 times; "l o" 7 times, "lo w" 7
+    times."""
     alphabet = len({WORD, *"".join(COUNTS)})
     learnt = TextPieces.learn(COUNTS, alphabet + 4).pieces[alphabet:]
     assert {"es", "est"} <= set(learnt)
@@ -127,9 +128,8 @@ def test_words_have_the_frames_that_phones_would_have(
 
 
 def test_words_that_overlap_by_rounding_share_no_frame() -> None:
-    starts, ends = word_frames(
-        [Word(0.0, 0.1333, "a"), Word(0.1325, 0.3, "b")], 15
-    )  # frame 6 is centred on 132.5 ms
+    # frame 6 is centred on 132.5 ms
+    starts, ends = word_frames([Word(0.0, 0.1333, "a"), Word(0.1325, 0.3, "b")], 15)
     assert starts.tolist() == [0, 6] and ends.tolist() == [6, 15]
 
 

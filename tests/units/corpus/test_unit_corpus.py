@@ -80,9 +80,8 @@ def test_with_merges_tokens_are_fewer_and_units_durations_and_frames_the_same(tm
     assert [merged.units(i).tolist() for i in range(3)] == [[0, 1, 0, 1], [2], [1, 0, 1, 2]]
     assert [merged.frames(i).tolist() for i in range(3)] == list(frames.values())
     assert merged.lengths.tolist() == [1, 1, 3] and merged.num_units_of.tolist() == [4, 1, 4]
-    (
-        tmp_path / "meta.json"
-    ).unlink()  # packed again without merges, the file of the merged units is left over
+    # packed again without merges, the file of the merged units is left over
+    (tmp_path / "meta.json").unlink()
     assert write(tmp_path, documents[1:], num_units=3).num_units_of.tolist() == [1, 4]
 
 
@@ -250,7 +249,8 @@ def test_listed_sequences_are_read_like_those_of_a_corpus() -> None:
 
 
 def test_packing_takes_as_much_memory_for_eight_times_the_corpus() -> None:
-    """A process each, as a peak is never unlearnt. 8 bytes a document are allowed to stay, for finding repeated ids."""
+    """A process each, as a peak is never unlearnt. 8 bytes a document are allowed to stay, for finding
+    repeated ids."""
     program = """if True:
         import sys, tempfile
         import numpy as np

@@ -1,4 +1,5 @@
-"""Other tools' unit files: what is read is what they hold, what is written comes back, and what is malformed is named."""
+"""Other tools' unit files: what is read is what they hold, what is written comes back, and what is malformed
+is named."""
 
 import ast
 import json
@@ -197,9 +198,8 @@ def test_a_km_has_the_names_of_its_tsv(tmp_path: Path) -> None:
 
 
 def test_gslm_lines_do_not_say_what_a_unit_is_until_someone_does(tmp_path: Path) -> None:
-    (tmp_path / "units").write_text(
-        "LJ001-0001|71 71 9\r\nLJ001-0002|5 6\r\n"
-    )  # lines from Windows end otherwise
+    # lines from Windows end otherwise
+    (tmp_path / "units").write_text("LJ001-0001|71 71 9\r\nLJ001-0002|5 6\r\n")
     assert guess_format(tmp_path / "units") == "gslm"
     plain = list(read_units(tmp_path / "units", "gslm"))
     assert [(document.id, document.units.tolist(), document.durations) for document in plain] == [
@@ -292,9 +292,8 @@ def test_what_speech_resynthesis_reads_is_what_is_written(tmp_path: Path) -> Non
 def test_what_fairseq_reads_is_what_is_written(tmp_path: Path) -> None:
     write_units(tmp_path / "train.km", "km", documents()[:1], KNOWN)
     assert (tmp_path / "train.km").read_text() == "3 49 49 49 49 3 3\n"
-    assert (
-        tmp_path / "train.tsv"
-    ).read_text() == ".\n84/121/84-121-0000.wav\t4480\n"  # 7 frames at 25 Hz of 16 kHz
+    # 7 frames at 25 Hz of 16 kHz
+    assert (tmp_path / "train.tsv").read_text() == ".\n84/121/84-121-0000.wav\t4480\n"
 
 
 def test_resynthesis_lines_are_never_executed(tmp_path: Path) -> None:
@@ -382,9 +381,8 @@ def test_codec_arrays_of_other_levels_than_the_first_are_named(tmp_path: Path) -
 
 
 def test_datasets_of_others_are_read_by_their_column_names(tmp_path: Path) -> None:
-    table = pa.table(
-        {"file_name": ["a/b.flac"], "codes": [[[1, 2, 3], [4, 5, 6]]], "duration": [1.5]}
-    )  # [levels][steps], seconds
+    # [levels][steps], seconds
+    table = pa.table({"file_name": ["a/b.flac"], "codes": [[[1, 2, 3], [4, 5, 6]]], "duration": [1.5]})
     pq.write_table(table, tmp_path / "train-00000.parquet")
     assert guess_format(tmp_path) == "parquet"
     assert_same(
@@ -397,7 +395,8 @@ def test_datasets_of_others_are_read_by_their_column_names(tmp_path: Path) -> No
     assert_same(found, [Document("x", "dev", np.array([7]))])
     with pytest.raises(
         ValueError,
-        match=r"no column of ids, expected id or .*; it has key string, km list<.*>, split string \(say which with ids=…\)",
+        match=r"no column of ids, expected id or .*; it has key string, km list<.*>, split string \(say "
+        r"which with ids=…\)",
     ):
         list(read_units(tmp_path / "other.parquet", "parquet"))
 
@@ -606,7 +605,8 @@ def test_what_a_sidecar_says_is_held_against_its_file(tmp_path: Path) -> None:
     path.write_text(lines[0])
     with pytest.raises(
         ValueError,
-        match=r"a.txt: line 1: has no durations, expected that they are known, as the first or a.txt.meta.json",
+        match=r"a.txt: line 1: has no durations, expected that they are known, as the first or "
+        r"a.txt.meta.json",
     ):
         list(read_units(path, "gslm"))
     sidecar_path(path).write_text('{"format": "gslm", "codebok": "c0de"}')

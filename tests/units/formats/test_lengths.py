@@ -79,7 +79,8 @@ def test_a_km_whose_lines_are_in_another_order_is_refused_with_both_numbers(
     where = "manifest" if with_manifest else "train.tsv: line 2"
     with pytest.raises(
         ValueError,
-        match=rf"train.km: line 1: 124 units for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples \(16 kHz\) in .*{where} "
+        match=r"train.km: line 1: 124 units for utterance 'a', which has 49 frames at 50 Hz by the 16000 "
+        rf"samples \(16 kHz\) in .*{where} "
         r"\(2 of 3 utterances differ\); give the ",
     ):
         pack(config)
@@ -88,11 +89,13 @@ def test_a_km_whose_lines_are_in_another_order_is_refused_with_both_numbers(
 
 @pytest.mark.parametrize("with_manifest", [False, True])
 def test_a_tsv_whose_samples_disagree_with_the_lines_is_refused(tmp_path: Path, with_manifest: bool) -> None:
-    """Also where the manifest agrees with the lines: which utterances they are is known from the .tsv alone."""
+    """Also where the manifest agrees with the lines: which utterances they are is known from the .tsv
+    alone."""
     given = {"manifest": manifest(tmp_path)} if with_manifest else {}
     with pytest.raises(
         ValueError,
-        match=r"line 2: 74 units for utterance 'b', which has 77 frames at 50 Hz by the 25000 samples \(16 kHz\) in "
+        match=r"line 2: 74 units for utterance 'b', which has 77 frames at 50 Hz by the 25000 samples \(16 "
+        r"kHz\) in "
         r".*train.tsv: line 3 \(1 of 3 utterances differ\); give the .tsv that .*train.km was made from",
     ):
         pack(km(tmp_path, list(LABELS.values()), {**SAMPLES, "b": 25000}, **given))
@@ -104,7 +107,10 @@ def test_units_of_twice_the_rate_are_refused_and_the_rate_is_named(
 ) -> None:
     given = {"manifest": manifest(tmp_path)} if with_manifest else {}
     labels = [np.arange((count - 400) // 160 + 1) % 7 for count in SAMPLES.values()]  # Kaldi's, of 10 ms
-    message = r"line 1: 98 units for utterance 'a', which has 49 frames .*\(3 of 3 .*they look like 100 Hz units; say frame_rate_hz = 100"
+    message = (
+        r"line 1: 98 units for utterance 'a', which has 49 frames .*\(3 of 3 .*they look like 100 Hz units; "
+        r"say frame_rate_hz = 100"
+    )
     with pytest.raises(ValueError, match=message):
         pack(km(tmp_path, labels, **given))
     pack(km(tmp_path, labels, frame_rate_hz=100.0, **given))
@@ -137,9 +143,8 @@ def test_a_tsv_may_count_samples_at_the_recordings_own_rate_where_the_manifest_k
 def test_a_recording_over_100_s_may_lack_a_frame_for_each_piece_that_fairseq_cuts(tmp_path: Path) -> None:
     samples = 250 * 16000
     pack(km(tmp_path, [np.zeros(num_frames(samples) - 2, int)], {"a": samples}))
-    with pytest.raises(
-        ValueError, match=r"4999 units for utterance 'a', which has 12499 frames"
-    ):  # its first piece alone
+    # its first piece alone
+    with pytest.raises(ValueError, match=r"4999 units for utterance 'a', which has 12499 frames"):
         pack(
             km(tmp_path, [np.zeros(4999, int)], {"a": samples}).model_copy(
                 update={"out": str(tmp_path / "cut")}
@@ -148,7 +153,8 @@ def test_a_recording_over_100_s_may_lack_a_frame_for_each_piece_that_fairseq_cut
 
 
 def documents(form: str, change: int) -> list[Document]:
-    """Units of runs of two frames, of the utterances' lengths and `change` frames more; of codecs in two levels."""
+    """Units of runs of two frames, of the utterances' lengths and `change` frames more; of codecs in two
+    levels."""
     found = []
     for name, labels in LABELS.items():
         durations = np.full(len(labels) // 2, 2)
@@ -176,7 +182,8 @@ def test_units_with_known_durations_fit_the_manifest_in_every_format(
     if change:
         with pytest.raises(
             ValueError,
-            match=rf"units.*: .*for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples \(16 kHz\) in {config.manifest}",
+            match=r"units.*: .*for utterance 'a', which has 49 frames at 50 Hz by the 16000 samples \(16 "
+            rf"kHz\) in {config.manifest}",
         ) as error:
             pack(config)
         assert "109" in str(error.value)  # 49 + 60, of units or of frames that they last
@@ -213,9 +220,8 @@ def test_units_without_durations_are_not_more_than_the_frames(tmp_path: Path, fo
     }
     source = write_untimed(tmp_path, form, {"a": [0, 1] * 20, "b": [3]})
     pack(PackConfig(source=str(source), out=str(tmp_path / "fewer"), **given))
-    with pytest.raises(
-        ValueError, match=r"40 units for utterance 'a', which has 49 frames"
-    ):  # too few where a unit is a frame
+    # too few where a unit is a frame
+    with pytest.raises(ValueError, match=r"40 units for utterance 'a', which has 49 frames"):
         pack(
             PackConfig(
                 source=str(source), out=str(tmp_path / "frames"), source_options={"per_frame": True}, **given
@@ -241,7 +247,8 @@ def test_units_of_speech_resynthesis_fit_the_durations_beside_them(tmp_path: Pat
     write(60)
     with pytest.raises(
         ValueError,
-        match=r"val.txt: line 1: 60 units for utterance 'x/a', which has 99 frames at 50 Hz by the 32000 samples \(16 kHz\) in "
+        match=r"val.txt: line 1: 60 units for utterance 'x/a', which has 99 frames at 50 Hz by the 32000 "
+        r"samples \(16 kHz\) in "
         r".*val.txt: line 1: 'duration' .* differ\); its units or its length are of another recording",
     ):
         pack(PackConfig(**given, out=str(tmp_path / "cut")))

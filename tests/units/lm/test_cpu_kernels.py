@@ -92,9 +92,8 @@ def test_a_training_step_equals_that_of_the_plain_layers(
         results.append([logits, *[weight.grad for weight in model.parameters()]])
     for mine, plain in zip(*results, strict=True):
         assert plain is not None and plain.abs().max() > 0
-        torch.testing.assert_close(
-            mine, plain, rtol=1e-3, atol=1e-4 * plain.detach().abs().max().item()
-        )  # float32 in another order
+        # float32 in another order
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4 * plain.detach().abs().max().item())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

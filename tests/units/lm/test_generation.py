@@ -105,9 +105,8 @@ def test_lower_precision_is_close(precision: Precision, rows: int) -> None:
     expected = torch.stack([uncached(decoder, sequence) for sequence in sequences])
     found = after(CompactDecoder(decoder, precision), sequences, 4)
     error = float((found - expected).norm() / expected.norm())
-    assert 1e-5 < error < 0.1, (
-        error
-    )  # inputs and weights rounded to 1/256 and, in 8 bits, to 1/127 of the largest; and not float32
+    # inputs and weights rounded to 1/256 and, in 8 bits, to 1/127 of the largest; and not float32
+    assert 1e-5 < error < 0.1, error
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])
@@ -117,24 +116,23 @@ def test_8_bit_products_are_those_of_their_rounded_weights(
 ) -> None:
     weight, x = torch.randn(37, width), torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
     quick = Int8Product(weight)
-    assert (quick.weight - weight).abs().max() <= 0.502 * (
-        weight.abs().amax(1) / 127
-    ).max()  # half a step, scales of 8 bits
+    # half a step, scales of 8 bits
+    assert (quick.weight - weight).abs().max() <= 0.502 * (weight.abs().amax(1) / 127).max()
     if without_onednn:
         quick.packed = None
     scale = torch.rand(rows, 1) + 0.5
     expected = x.double() @ quick.weight.double().T
     for found, wanted in ((quick(x, None), expected), (quick(x, scale), expected * scale)):
-        # each row's own scale: small rows beside large ones lose nothing. Rounding of inputs and, in one row, of the result
+        # each row's own scale: small rows beside large ones lose nothing. Rounding of inputs and, in one row,
+        # of the result
         assert ((found - wanted).norm(dim=1) < 0.02 * wanted.norm(dim=1)).all()
 
 
 def test_a_product_in_8_bits_does_not_depend_on_the_other_rows() -> None:
     quick, x = Int8Product(torch.randn(32, 64)), torch.randn(9, 64)
     x[5] *= 1000
-    torch.testing.assert_close(
-        quick(x, None)[:2], quick(x[:2], None), rtol=0, atol=0
-    )  # sums of integers are exact
+    # sums of integers are exact
+    torch.testing.assert_close(quick(x, None)[:2], quick(x[:2], None), rtol=0, atol=0)
 
 
 def test_bfloat16_products_are_those_of_rounded_weights() -> None:
@@ -153,7 +151,8 @@ def test_bfloat16_products_run_on_a_processor_without_them() -> None:
         "import torch; from units.lm.generation import bfloat16_product; torch.manual_seed(0)\n"
         "weight, x = torch.randn(33, 64), torch.randn(5, 64)\n"
         "expected = x.bfloat16().double() @ weight.bfloat16().double().T\n"
-        "torch.testing.assert_close(bfloat16_product(weight)(x, None).double(), expected, rtol=2**-8, atol=1e-2)"
+        "torch.testing.assert_close(bfloat16_product(weight)(x, None).double(), expected, rtol=2**-8, "
+        "atol=1e-2)"
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}  # read once, when a process begins
     done = subprocess.run(

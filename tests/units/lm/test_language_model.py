@@ -78,9 +78,8 @@ def test_first_fit_fills_rows_without_overflowing_them() -> None:
     rows = first_fit(lengths)
     assert sorted(i for row in rows for i in row) == list(range(200))
     assert max(sum(lengths[i] for i in row) for row in rows) <= max(lengths)
-    assert (
-        len(rows) <= 11 / 9 * math.ceil(sum(lengths) / max(lengths)) + 1
-    )  # the bound of first-fit decreasing
+    # the bound of first-fit decreasing
+    assert len(rows) <= 11 / 9 * math.ceil(sum(lengths) / max(lengths)) + 1
 
 
 def test_the_loss_of_a_batch_is_the_sum_over_any_split_of_it(corpus: UnitCorpus) -> None:

@@ -1,11 +1,13 @@
-"""What each pattern can learn: on two levels sampled from sources with known entropies, a small model comes to the bound of its pattern.
+"""What each pattern can learn: on two levels sampled from sources with known entropies, a small model comes
+to the bound of its pattern.
 
-A pattern's bound is the entropy of each code given what its prediction sees. flatten and coarse-first are exact: by the chain rule
-their bound is the joint entropy. parallel sees no level of its own frame; delay sees the lower levels of its own frame but not the
-upper ones of the frame before.
+A pattern's bound is the entropy of each code given what its prediction sees. flatten and coarse-first are
+exact: by the chain rule their bound is the joint entropy. parallel sees no level of its own frame; delay sees
+the lower levels of its own frame but not the upper ones of the frame before.
 
-Bounds are compared as the code lengths that the source's own probabilities give the same held-out documents, so that nothing of the
-tolerance is spent on which documents were drawn. All documents have one length: EOS costs nothing once that is learned.
+Bounds are compared as the code lengths that the source's own probabilities give the same held-out documents,
+so that nothing of the tolerance is spent on which documents were drawn. All documents have one length: EOS
+costs nothing once that is learned.
 """
 
 import math
@@ -21,15 +23,13 @@ from units.lm.model import Decoder, DecoderConfig
 
 K, FRAMES = 4, 8
 STEPS = 160
-# Bits per frame above the bound after a few seconds: 0.003 to 0.05 as measured. What a pattern cannot see costs 0.9 and 1.2; a model that
-# saw what it should predict would fall below the bound.
+# Bits per frame above the bound after a few seconds: 0.003 to 0.05 as measured. What a pattern cannot see
+# costs 0.9 and 1.2; a model that saw what it should predict would fall below the bound.
 TOLERANCE = 0.1
-NOISY = np.full((K, K), 0.1 / (K - 1)) + np.eye(K) * (
-    0.9 - 0.1 / (K - 1)
-)  # a symbol, nine times in ten unchanged: (from, to)
-STEP = np.roll(
-    np.full((K, K), 0.3 / (K - 1)) + np.eye(K) * (0.7 - 0.3 / (K - 1)), 1, axis=1
-)  # its successor, seven times in ten
+# a symbol, nine times in ten unchanged: (from, to)
+NOISY = np.full((K, K), 0.1 / (K - 1)) + np.eye(K) * (0.9 - 0.1 / (K - 1))
+# its successor, seven times in ten
+STEP = np.roll(np.full((K, K), 0.3 / (K - 1)) + np.eye(K) * (0.7 - 0.3 / (K - 1)), 1, axis=1)
 
 
 def draw(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
@@ -39,7 +39,8 @@ def draw(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
 
 
 def copied_within_a_frame(count: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Level 0 steps on from frame to frame, level 1 is a noisy copy of it: codes (count, FRAMES, 2) and bits (count,) per bound."""
+    """Level 0 steps on from frame to frame, level 1 is a noisy copy of it: codes (count, FRAMES, 2) and bits
+    (count,) per bound."""
     rng, codes = np.random.default_rng(seed), np.zeros((count, FRAMES, 2), np.int64)
     joint, blind = np.zeros(count), np.zeros(count)
     for t in range(FRAMES):

@@ -72,9 +72,8 @@ def test_logits_equal_the_slow_oracle(tied: bool, num_kv_heads: int) -> None:
     model = decoder(tied_embeddings=tied, num_kv_heads=num_kv_heads)
     tokens = [9, 3, 3, 7, 0, 10, 5]
     logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None])[0]
-    torch.testing.assert_close(
-        logits.double(), slow_logits(model, tokens), rtol=1e-4, atol=1e-4
-    )  # float32 against float64
+    # float32 against float64
+    torch.testing.assert_close(logits.double(), slow_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 4 + [-1] * 3, [2] * 12, [3] * 4 + [4] * 4 + [5] * 4])
@@ -109,9 +108,8 @@ def test_both_paths_agree(window: int | None, here: bool) -> None:
             model(tokens, POSITIONS, PackedDocuments(DOCUMENTS, path)) for path in ("mask", "varlen")
         )
     read = DOCUMENTS >= 0
-    torch.testing.assert_close(
-        masked[read], alone[read], rtol=1e-5, atol=1e-5
-    )  # another kernel, sums in another order
+    # another kernel, sums in another order
+    torch.testing.assert_close(masked[read], alone[read], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(
@@ -161,7 +159,8 @@ def test_neighbours_of_one_length_are_one_run() -> None:
 
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_a_window_ends_where_it_should(window: int) -> None:
-    """One layer: the gradient of a logit reaches the token itself and window - 1 before it (transformers' semantics)."""
+    """One layer: the gradient of a logit reaches the token itself and window - 1 before it (transformers'
+    semantics)."""
     embedded: list[Tensor] = []
     model = decoder(sliding_window=window, num_layers=1)
     model.embed_tokens.register_forward_hook(

@@ -1,4 +1,5 @@
-"""DPO against its formula written out, the reading of pairs, and training that raises the margin of pairs it has not seen."""
+"""DPO against its formula written out, the reading of pairs, and training that raises the margin of pairs it
+has not seen."""
 
 import json
 import math
@@ -36,7 +37,8 @@ def decoder_for(pattern: Pattern) -> Decoder:
 
 
 def drawn_pairs(count: int, seed: int, levels: int = 1) -> list[dict[str, Any]]:
-    """The better continuation counts up from where it begins, the worse one is of arbitrary units; prompts may be empty."""
+    """The better continuation counts up from where it begins, the worse one is of arbitrary units; prompts
+    may be empty."""
     rng, pairs = np.random.default_rng(seed), []
     for _ in range(count):
         prompt, start, size = (
@@ -72,7 +74,8 @@ def task_of(
 def likelihood_by_hand(
     decoder: Decoder, pattern: Pattern, vocabulary: Vocabulary, prompt: list[Any], answer: list[Any]
 ) -> float:
-    """log p(answer EOS | prompt), a document by itself, as the difference of what everything and the prompt alone get."""
+    """log p(answer EOS | prompt), a document by itself, as the difference of what everything and the prompt
+    alone get."""
     merger = Merger(vocabulary)
     levels = len(vocabulary.sizes)
     codes = [
@@ -80,7 +83,8 @@ def likelihood_by_hand(
         for part in (prompt, answer)
     ]
     sequence = pattern.arrange(np.concatenate(codes)).reshape(-1, pattern.num_streams)
-    # The same codes without a mark of their own: numbered, so that the prompt's can be told from the answer's in every cell.
+    # The same codes without a mark of their own: numbered, so that the prompt's can be told from the answer's
+    # in every cell.
     numbers = np.arange(len(sequence) * levels).reshape(-1, levels)[: sum(map(len, codes))]
     wide = Pattern(pattern.name, (numbers.size,) * levels)
     places = wide.arrange(numbers[:, 0] if levels == 1 else numbers).reshape(-1, pattern.num_streams)
@@ -263,7 +267,8 @@ GOOD = {"prompt": [1], "chosen": [2], "rejected": [3]}
         (json.dumps({**GOOD, "prompt": [[1, 2], [3]]}), "line 3: prompt: a list of units is needed"),
         (
             json.dumps({**GOOD, "prompt": [1] * 40, "chosen": [2] * 30}),
-            "line 3: the prompt's 40 and the chosen continuation's 30 symbols make 71 steps; the model's context is 64",
+            "line 3: the prompt's 40 and the chosen continuation's 30 symbols make 71 steps; the model's "
+            "context is 64",
         ),
     ],
 )

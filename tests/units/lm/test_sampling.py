@@ -101,9 +101,8 @@ def test_cached_generation_in_a_batch_of_uneven_prompts_equals_the_uncached_orac
     for prompt, continuation in zip(prompts, made, strict=True):
         units, total = slow_greedy(lm.decoder, prompt, 34)
         assert continuation.codes.tolist() == units
-        assert continuation.log_likelihood == pytest.approx(
-            total, abs=1e-4
-        )  # float32 logits, sums in another order
+        # float32 logits, sums in another order
+        assert continuation.log_likelihood == pytest.approx(total, abs=1e-4)
         assert (continuation.ended_by == "eos") == (len(units) < 34)
 
 
@@ -218,9 +217,8 @@ def test_the_short_way_of_a_single_level_is_the_way_of_several(
     assert {one.ended_by for one in short} == ways and (stops or min(len(one.codes) for one in short) >= 3)
     for one, other in zip(short, long, strict=True):
         assert one.codes.tolist() == other.codes.tolist() and one.ended_by == other.ended_by
-        assert one.log_likelihood == pytest.approx(
-            other.log_likelihood, abs=1e-4
-        )  # the same float32 numbers, added in another order
+        # the same float32 numbers, added in another order
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-4)
 
 
 @torch.inference_mode()
@@ -308,9 +306,8 @@ def test_top_p_keeps_the_smallest_set() -> None:
         shares = torch.bincount(drawn, minlength=20).numpy() / 4000
         expected = np.zeros(20)
         expected[kept] = probabilities[kept] / probabilities[kept].sum()
-        np.testing.assert_allclose(
-            shares, expected, atol=2 / 4000
-        )  # 4,000 evenly spaced numbers, each share's ends rounded
+        # 4,000 evenly spaced numbers, each share's ends rounded
+        np.testing.assert_allclose(shares, expected, atol=2 / 4000)
 
 
 def test_a_continuation_ends_before_a_stop_unit(planted: UnitCorpus, trained: Path, tmp_path: Path) -> None:
@@ -375,9 +372,8 @@ def test_a_lower_precision_says_what_it_costs(
     planted: UnitCorpus, trained: Path, tmp_path: Path, precision: str
 ) -> None:
     summary = sample(config(planted, trained, tmp_path / "out", precision=precision))
-    assert (
-        0 < abs(summary["perplexity"] / summary["perplexity_float32"] - 1) < 0.02
-    )  # a tiny model on a planted rule: measured 0.0003 with int8
+    # a tiny model on a planted rule: measured 0.0003 with int8
+    assert 0 < abs(summary["perplexity"] / summary["perplexity_float32"] - 1) < 0.02
     assert (
         f"precision {precision}: perplexity" in summary["notes"][0]
         and "20 documents of split 'test'" in summary["notes"][0]
@@ -405,9 +401,8 @@ def test_the_cost_of_a_precision_is_known_of_a_model_that_learned_preferences(
     )
     lm = load_language_model(tmp_path / "dpo", device="cpu")
     asked = config(planted, tmp_path / "dpo", tmp_path / "out", precision="bfloat16")
-    cost = sampling.precision_cost(
-        asked, lm, None, CompactDecoder(lm.decoder, "bfloat16")
-    )  # as with `prompt_audio` and no `corpus`
+    # as with `prompt_audio` and no `corpus`
+    cost = sampling.precision_cost(asked, lm, None, CompactDecoder(lm.decoder, "bfloat16"))
     assert cost["perplexity"] == pytest.approx(cost["perplexity_float32"], rel=0.02)
 
 
@@ -455,7 +450,8 @@ def test_of_continuations_that_a_stop_empties_the_pauses_are_left(
     [
         (
             {"prompt_units": 30},
-            r"prompt of BOS and 30 units .* with 40 more .* takes 70 tokens, which does not fit the 64 tokens of context",
+            r"prompt of BOS and 30 units .* with 40 more .* takes 70 tokens, which does not fit the 64 "
+            r"tokens of context",
         ),
         ({"stop_units": [3, 12]}, "stop_units: 12 is no unit of .*, which has 0 .. 11"),
         (
@@ -479,7 +475,8 @@ def test_impossible_prompts_are_named(
 
 @pytest.fixture(scope="session")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with recordings of 0.5 and 0.3 s, 8 kHz and 16 kHz, and an MFCC codebook of two levels of six classes; its fingerprint."""
+    """A folder with recordings of 0.5 and 0.3 s, 8 kHz and 16 kHz, and an MFCC codebook of two levels of six
+    classes; its fingerprint."""
     folder, rng = tmp_path_factory.mktemp("spoken"), np.random.default_rng(0)
     for name, rate, seconds in (("a", 16000, 0.5), ("b", 8000, 0.3)):
         wave = np.concatenate(

@@ -1,4 +1,5 @@
-"""The verb `train-lm` end to end: what it begins with, what it says of itself, when it stops, and that it resumes to the same bits."""
+"""The verb `train-lm` end to end: what it begins with, what it says of itself, when it stops, and that it
+resumes to the same bits."""
 
 import json
 from pathlib import Path
@@ -92,7 +93,8 @@ def test_preferences_are_learnt_without_dropout_unless_it_is_given(
         train_small(tmp_path / name, **keys)
         first[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
         assert read_meta(tmp_path / name)["decoder"]["dropout"] == model.get("dropout", 0.0)
-    # Before any step the model is its reference: float32 sums of six log probabilities, in batches of other shapes.
+    # Before any step the model is its reference: float32 sums of six log probabilities, in batches of other
+    # shapes.
     assert first["default"]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert abs(first["given"]["loss"] - np.log(2)) > 0.01
 
@@ -112,7 +114,8 @@ def test_a_diverging_run_is_stopped_once_it_is_warm(planted: UnitCorpus) -> None
 
 
 def test_a_warm_start_may_begin_far_off(planted: UnitCorpus, tmp_path: Path) -> None:
-    """A norm as loud as Qwen2's last one: other embeddings' logits are large until the first steps have been made."""
+    """A norm as loud as Qwen2's last one: other embeddings' logits are large until the first steps have been
+    made."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {
@@ -148,7 +151,8 @@ def test_a_run_is_not_begun_with_in_another_pattern(tmp_path: Path) -> None:
     for other in ("delay", "coarse-first"):
         with pytest.raises(
             ValueError,
-            match=rf"lm learned its streams in the pattern 'flatten', and `pattern` is '{other}': .* set pattern = \"flatten\"",
+            match=rf"lm learned its streams in the pattern 'flatten', and `pattern` is '{other}': .* set "
+            r"pattern = \"flatten\"",
         ):
             train_small(tmp_path / "next", initial=str(tmp_path / "lm"), pattern=other, **corpus)
     train_small(tmp_path / "next", initial=str(tmp_path / "lm"), pattern="flatten", **corpus)

@@ -32,7 +32,8 @@ LLAMA3 = {
 
 
 def checkpoint(folder: Path, kind: str, **changes: Any) -> Any:
-    """A random model of transformers, saved; every weight far from its initial value, biases and norms, too."""
+    """A random model of transformers, saved; every weight far from its initial value, biases and norms,
+    too."""
     keys = SIZES | changes
     config, model = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -75,9 +76,8 @@ def test_the_kept_transformer_computes_what_it_did(name: str, tmp_path: Path) ->
     with torch.no_grad():
         mine = ours.hidden(torch.zeros(2, 30, dtype=torch.long), torch.arange(30).expand(2, -1))
         reference = theirs.model(inputs_embeds=embedded).last_hidden_state
-    torch.testing.assert_close(
-        mine, reference, rtol=1e-4, atol=1e-5
-    )  # float32, the same operations in another order
+    # float32, the same operations in another order
+    torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -19,7 +19,8 @@ def sequences(count: int, seed: int) -> list[np.ndarray]:
 def slow_kneser_ney(
     train: list[list[int]], discounts: list[float], history: tuple[int, ...], word: int
 ) -> float:
-    """Interpolated Kneser-Ney as Chen & Goodman (1999) write it: sums over the vocabulary of counts made by walking the text."""
+    """Interpolated Kneser-Ney as Chen & Goodman (1999) write it: sums over the vocabulary of counts made by
+    walking the text."""
     order, n = len(discounts), len(history) + 1
 
     def occurrences(gram: tuple[int, ...]) -> list[int]:
@@ -58,9 +59,8 @@ def test_probabilities_equal_a_brute_force_count(discounts: list[float]) -> None
             math.log(slow_kneser_ney(texts, discounts, tuple(padded[e - order + 1 : e]), padded[e]))
             for e in ends
         ]
-        np.testing.assert_allclose(
-            model.log_probabilities(sequence), expected, rtol=1e-12
-        )  # float64 sums in another order
+        # float64 sums in another order
+        np.testing.assert_allclose(model.log_probabilities(sequence), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -105,9 +105,8 @@ def test_documents_scored_together_have_the_sums_of_each_alone(monkeypatch: pyte
     model, held_out = Ngram.fit(sequences(40, 0), K, 3), sequences(20, 1)
     monkeypatch.setattr("units.scores.ngram.KEYS_AT_ONCE", 25)
     expected = [model.log_probabilities(sequence).sum() for sequence in held_out]
-    np.testing.assert_allclose(
-        model.log_likelihoods(held_out), expected, rtol=1e-12
-    )  # float64 sums, rounded once or at every step
+    # float64 sums, rounded once or at every step
+    np.testing.assert_allclose(model.log_likelihoods(held_out), expected, rtol=1e-12)
 
 
 def test_the_same_symbols_in_another_order_have_the_very_same_unigram_score() -> None:

@@ -36,7 +36,8 @@ def test_the_interval_of_a_mean_is_that_of_the_central_limit() -> None:
     values = np.random.default_rng(2).normal(size=(2000, 1))
     low, high = bootstrap(values, lambda sums: sums / 2000, 4000, seed=0)[:, 0]
     half = 1.96 * values.std() / math.sqrt(2000)
-    # the 2.5 % quantile of 4000 draws has a standard error of 0.042 of the standard error, 2 % of 1.96; four of these
+    # the 2.5 % quantile of 4000 draws has a standard error of 0.042 of the standard error, 2 % of 1.96; four
+    # of these
     assert low == pytest.approx(values.mean() - half, abs=0.09 * half) and high == pytest.approx(
         values.mean() + half, abs=0.09 * half
     )
@@ -109,7 +110,8 @@ def test_the_order_of_pairs_changes_nothing() -> None:
 
 
 def test_exact_probabilities_of_a_source_reach_the_accuracy_that_enumeration_gives() -> None:
-    """Positive strings from a lexicon with noise, negative ones from a uniform source: all 27 x 27 pairs, weighted, against draws."""
+    """Positive strings from a lexicon with noise, negative ones from a uniform source: all 27 x 27 pairs,
+    weighted, against draws."""
     strings = list(itertools.product(range(3), repeat=3))
     chance = np.array([0.8 / 9 * ((a + b) % 3 == c) + 0.2 / 27 for a, b, c in strings])
     better = outcomes(chance[:, None], chance[None])
@@ -118,6 +120,5 @@ def test_exact_probabilities_of_a_source_reach_the_accuracy_that_enumeration_giv
     assert oracle == pytest.approx(inside * 2 / 3 + 0.5 * (inside / 3 + (1 - inside) * 2 / 3))
     rng = np.random.default_rng(0)
     drawn = outcomes(chance[rng.choice(27, 20_000, p=chance)], chance[rng.integers(0, 27, 20_000)])
-    assert drawn.mean() == pytest.approx(
-        oracle, abs=4 * drawn.std() / math.sqrt(20_000)
-    )  # four standard errors
+    # four standard errors
+    assert drawn.mean() == pytest.approx(oracle, abs=4 * drawn.std() / math.sqrt(20_000))

@@ -122,9 +122,8 @@ def test_likelihoods_do_not_move_with_batch_size_padding_or_row_order(
             alone.append(logits.log_softmax(-1).gather(1, sequence[1:, None]).double().sum().item())
     order = np.random.default_rng(0).permutation(len(documents))
     scored = log_likelihoods(decoder, pattern, Sequences(planted, documents[order], pattern), batch_tokens)
-    np.testing.assert_allclose(
-        scored, np.array(alone)[order], rtol=1e-5
-    )  # float32 rounding of about 30 terms
+    # float32 rounding of about 30 terms
+    np.testing.assert_allclose(scored, np.array(alone)[order], rtol=1e-5)
 
 
 def test_documents_longer_than_the_context_are_scored_whole(planted: UnitCorpus, trained: Path) -> None:
@@ -178,8 +177,9 @@ def test_a_training_corpus_that_has_moved_is_asked_for_by_its_key(
         score(config.model_copy(update={**changes, "out": str(tmp_path / "scores")}))
 
 
-# Minimal pairs. The lexicon: six words of three units, as likely as each other; nonwords end in the third unit of the other word with
-# the same middle, so bigrams cannot tell them apart. A tenth of either is any three units.
+# Minimal pairs. The lexicon: six words of three units, as likely as each other; nonwords end in the third
+# unit of the other word with the same middle, so bigrams cannot tell them apart. A tenth of either is any
+# three units.
 
 K, NOISE, PAIRS = 4, 0.1, 200
 WORDS = ((0, 1, 2), (3, 1, 0), (1, 2, 3), (0, 2, 1), (2, 3, 0), (1, 3, 2))
@@ -208,9 +208,8 @@ def bigram_chance(string: tuple[int, ...]) -> float:
 
 def accuracy_of(scorer: Callable[[tuple[int, ...]], float]) -> float:
     """Of a scorer on words against nonwords: every pair of strings, weighted by how often it is drawn."""
-    scores = {
-        string: round(scorer(string), 12) for string in STRINGS
-    }  # the same product in another order is a tie
+    # the same product in another order is a tie
+    scores = {string: round(scorer(string), 12) for string in STRINGS}
     weighted = [
         chance(real)
         * chance(other, NONWORDS)
@@ -315,9 +314,8 @@ def test_model_and_trigram_reach_the_oracle_of_a_planted_lexicon_and_lower_floor
 ) -> None:
     strays = NOISE * len(WORDS) / K**3  # draws that fall into the other lexicon
     words, oracle = 1 - NOISE + strays, accuracy_of(chance)
-    assert oracle == pytest.approx(
-        words * (1 - strays) + 0.5 * (words * strays + (1 - words) * (1 - strays))
-    )  # 0.95
+    # 0.95
+    assert oracle == pytest.approx(words * (1 - strays) + 0.5 * (words * strays + (1 - words) * (1 - strays)))
     assert accuracy_of(bigram_chance) < 0.55
     assert suite_summary["num_items"] == PAIRS and suite_summary["num_pairs"] == 2 * PAIRS
     expected = {"lm": oracle, "trigram": oracle, "bigram": accuracy_of(bigram_chance), "length": 0.5}
@@ -386,9 +384,8 @@ def test_swapping_positive_and_negative_gives_exactly_1_minus_the_accuracy(
     gold = own_gold(tmp_path / "swapped.jsonl", swap=True)
     swapped = score(suite_config.model_copy(update={"gold": gold, "out": str(tmp_path / "s")}))
     for name, told in suite_summary["scorers"].items():
-        assert swapped["scorers"][name]["accuracy"] == pytest.approx(
-            1 - told["accuracy"], abs=1e-15
-        )  # halves: the last bit of a division
+        # halves: the last bit of a division
+        assert swapped["scorers"][name]["accuracy"] == pytest.approx(1 - told["accuracy"], abs=1e-15)
 
 
 def test_outcomes_do_not_move_with_batch_size_or_the_order_of_gold_and_corpus(
@@ -412,9 +409,8 @@ def test_outcomes_do_not_move_with_batch_size_or_the_order_of_gold_and_corpus(
         told = score(config)
         assert outcome_table(config) == expected
         assert told["scorers"] == suite_summary["scorers"] and told["groups"] == suite_summary["groups"]
-    rows = pq.read_table(
-        tmp_path / "2" / "pairs.parquet"
-    )  # the order of rows moves no bit of the likelihoods either
+    # the order of rows moves no bit of the likelihoods either
+    rows = pq.read_table(tmp_path / "2" / "pairs.parquet")
     assert rows.equals(pq.read_table(Path(suite_config.out) / "pairs.parquet"))
 
 
@@ -450,9 +446,8 @@ def test_an_indifferent_model_scores_exactly_half_by_mean_and_prefers_the_shorte
 
     def indifferent(*arguments: Any) -> LoadedLM:
         lm = load_language_model(*arguments)
-        torch.nn.init.zeros_(
-            lm.decoder.embed_tokens.weight
-        )  # hidden states of zeros: every symbol has the same logit
+        # hidden states of zeros: every symbol has the same logit
+        torch.nn.init.zeros_(lm.decoder.embed_tokens.weight)
         return lm
 
     monkeypatch.setattr("units.scores.scoring.load_language_model", indifferent)
@@ -521,10 +516,10 @@ def test_several_levels_are_scored_beside_n_grams_of_each_level(tmp_path: Path) 
         expected / math.log(2) / (codes + ends)
     )
     fewer = score(config.model_copy(update={"floor_tokens": 300, "out": str(tmp_path / "fewer")}))
-    assert (
-        300 <= fewer["floor_tokens"] < 300 + 2 * 7
-    )  # codes of both levels, as in the config; documents are whole
-    # level 1 is a function of level 0: who sees it (flatten) need not guess, who does not (parallel) guesses as unigrams do
+    # codes of both levels, as in the config; documents are whole
+    assert 300 <= fewer["floor_tokens"] < 300 + 2 * 7
+    # level 1 is a function of level 0: who sees it (flatten) need not guess, who does not (parallel) guesses
+    # as unigrams do
     assert summaries["flatten"]["bits_per_unit"] < 0.75 * summaries["parallel"]["bits_per_unit"]
 
 
@@ -592,15 +587,13 @@ def test_text_and_speech_of_an_interleaved_corpus_are_scored_apart(tmp_path: Pat
     sums = {part: pq.read_table(tmp_path / part / "scores.parquet") for part in parts}
     train, test = (StreamSequences(corpus, corpus.documents(split), 0) for split in ("train", "test"))
     floor = Ngram.fit(train, vocabulary.sizes[0], 2)
-    ends = np.array(
-        [floor.log_probabilities(sequence)[-1] for sequence in test]
-    )  # EOS is in both parts, so together they have it twice
+    # EOS is in both parts, so together they have it twice
+    ends = np.array([floor.log_probabilities(sequence)[-1] for sequence in test])
     for name in ("sum", "bigram_sum"):
         both = sums["speech"][name].to_numpy() + sums["text"][name].to_numpy()
         assert (both < sums["all"][name].to_numpy()).all()
-    np.testing.assert_allclose(
-        both - ends, sums["all"]["bigram_sum"].to_numpy(), rtol=1e-12
-    )  # the same logarithms in another order
+    # the same logarithms in another order
+    np.testing.assert_allclose(both - ends, sums["all"]["bigram_sum"].to_numpy(), rtol=1e-12)
 
 
 def test_what_is_scored_is_what_was_learnt_as_the_run_says_or_its_config_of_an_older_run(

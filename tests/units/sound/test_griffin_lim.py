@@ -49,9 +49,8 @@ def test_mel_frame_j_is_centred_on_sample_160_j_plus_120() -> None:
         loudness = log_mel(wave).exp().sum(1)
         assert loudness.argmax() == frame
         if 0 < frame < 19:
-            torch.testing.assert_close(
-                loudness[frame - 1], loudness[frame + 1], rtol=1e-4, atol=1e-6
-            )  # float32
+            # float32
+            torch.testing.assert_close(loudness[frame - 1], loudness[frame + 1], rtol=1e-4, atol=1e-6)
 
 
 def test_iterations_bring_the_spectrogram_nearer_and_momentum_sooner() -> None:
@@ -84,7 +83,8 @@ def test_magnitudes_fit_the_mel_bands_about_as_well_as_any_that_are_not_negative
     assert found.min() >= 0
     for magnitudes, wanted in zip(found, mel.double().exp().numpy(), strict=True):
         _, least = nnls(matrix.T, wanted)
-        # 513 unknowns for 80 bands: the best fit is exact where it is not negative; thirty updates come within 2 %.
+        # 513 unknowns for 80 bands: the best fit is exact where it is not negative; thirty updates come
+        # within 2 %.
         assert np.linalg.norm(magnitudes @ matrix - wanted) < least + 0.02 * np.linalg.norm(wanted)
 
 

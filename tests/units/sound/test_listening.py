@@ -155,9 +155,8 @@ def test_units_that_are_frames_last_a_frame_each(workshop: Workshop) -> None:
     synthesizer = load_synthesizer(workshop.root / "synthesizer")
     frames = synthesizer.mel([4, 4, 4, 2], deduplicated=False)
     assert torch.equal(frames, synthesizer.mel([4, 2], [3, 1])) and len(frames) == 8
-    assert torch.equal(
-        synthesizer.mel([4, 4, 4, 2]), synthesizer.mel([4, 2])
-    )  # otherwise one unit, of predicted length
+    # otherwise one unit, of predicted length
+    assert torch.equal(synthesizer.mel([4, 4, 4, 2]), synthesizer.mel([4, 2]))
 
 
 @pytest.mark.parametrize(
@@ -266,9 +265,8 @@ def test_prompts_and_continuations_of_a_language_model_are_spoken(workshop: Work
         "low"
     }
     lasting = synthesizer.mel_and_frames([1, 2, 3, 4, 2], speaker="low")[1]
-    assert (
-        continuation["prompt_seconds"] == lasting[:3].sum() / 50
-    )  # the prompt's end in the whole, not the prompt alone
+    # the prompt's end in the whole, not the prompt alone
+    assert continuation["prompt_seconds"] == lasting[:3].sum() / 50
     commit(
         samples, "samples", {}, {}, ["samples.jsonl"], codebook=workshop.corpus.codebook, deduplicated=False
     )
@@ -301,9 +299,8 @@ def test_where_the_model_takes_over_is_told_by_durations_in_the_whole(
     with open(tmp_path / "sounds" / "sounds.jsonl", encoding="utf-8") as file:
         prompt, continuation = map(json.loads, file)
     assert prompt["duration"] == (4 * 320 + 80) / 16000  # two runs of two frames each
-    assert (
-        continuation["prompt_seconds"] == 2 * 3 / 50 and continuation["document"] == "a\u2028b"
-    )  # two of three, three frames each
+    # two of three, three frames each
+    assert continuation["prompt_seconds"] == 2 * 3 / 50 and continuation["document"] == "a\u2028b"
 
 
 def test_a_speaker_that_was_never_learned_is_refused_with_the_nearest_name(
@@ -411,9 +408,8 @@ def test_sound_in_a_page_and_in_a_file_is_not_clipped(tmp_path: Path) -> None:
     wave = 3 * np.sin(np.arange(16000) * 0.05).astype(np.float32)
     write_wav(tmp_path / "loud.wav", wave)
     stored, rate = soundfile.read(tmp_path / "loud.wav")
-    assert (
-        rate == 16000 and np.abs(stored).max() <= 0.9901 and np.allclose(stored, wave * 0.33, atol=1e-4)
-    )  # 16 bits
+    # 16 bits
+    assert rate == 16000 and np.abs(stored).max() <= 0.9901 and np.allclose(stored, wave * 0.33, atol=1e-4)
     head, _, body = as_data_uri(wave).partition(";base64,")
     decoded, rate = soundfile.read(io.BytesIO(base64.b64decode(body)))
     assert (

@@ -38,6 +38,5 @@ def test_harmonics_show_where_the_bands_are_narrow_and_only_in_voiced_frames() -
     assert shown.shape == (2, 2, 80) and (shown[0, 0] == 0).all()
     low, high = shown[1, 0, :25].std(), shown[1, 0, 60:].std()
     assert low > 1 and low > 3 * high
-    torch.testing.assert_close(
-        patterns(torch.tensor(400.0)), patterns(torch.tensor(900.0))
-    )  # beyond the range: its border
+    # beyond the range: its border
+    torch.testing.assert_close(patterns(torch.tensor(400.0)), patterns(torch.tensor(900.0)))

@@ -139,9 +139,8 @@ def test_every_mel_frame_of_a_batch_comes_with_the_unit_that_is_heard_in_it(tmp_
     for units, durations, mel in zip(batch.units[:, :, 0], batch.durations, batch.mel, strict=True):
         labels = torch.repeat_interleave(units, durations)[2:-2]
         formant = mel[4 : 4 + 2 * len(labels), :].argmax(1)[::2]  # the loudest band rises with the unit
-        within = (
-            labels[1:-1].eq(labels[2:]) & labels[1:-1].eq(labels[:-2]) & (labels[1:-1] > 0)
-        )  # not at a border
+        # not at a border
+        within = labels[1:-1].eq(labels[2:]) & labels[1:-1].eq(labels[:-2]) & (labels[1:-1] > 0)
         heard = [
             formant[1:-1][within & (labels[1:-1] == unit)].float().mean()
             for unit in range(1, 5)

@@ -1,4 +1,5 @@
-"""Recordings whose headers are wrong are read whole, or refused with the true reason; a part is the same samples as in the whole."""
+"""Recordings whose headers are wrong are read whole, or refused with the true reason; a part is the same
+samples as in the whole."""
 
 import io
 import os
@@ -35,9 +36,8 @@ def encoded(
 ) -> bytes:
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", rate, channels, subtype, format=form, **keys) as file:
-        for block in np.array_split(
-            sound(seconds, rate, channels), max(1, round(seconds))
-        ):  # libsndfile crashes on long Vorbis blocks
+        # libsndfile crashes on long Vorbis blocks
+        for block in np.array_split(sound(seconds, rate, channels), max(1, round(seconds))):
             file.write(block)
     return buffer.getvalue()
 
@@ -48,9 +48,8 @@ def everything(path: Path, most: int = 1 << 24, member: Member | None = None) ->
 
 
 def expected(data: bytes) -> np.ndarray:
-    with soundfile.SoundFile(
-        io.BytesIO(data)
-    ) as file:  # soundfile.read() would seek, after which some mp3 have other last bits
+    # soundfile.read() would seek, after which some mp3 have other last bits
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
         decoded: np.ndarray = file.read(file.frames, dtype="float32", always_2d=True)
     return decoded
 
@@ -80,9 +79,8 @@ def test_the_recordings_that_went_wrong_are_read_whole(name: str) -> None:
     for decode in (True, False):
         assert probe_audio(str(CASES / name), decode=decode) == (0, num_samples, rate)
     wave = load_audio(Utterance("u", str(CASES / name), 0, num_samples, rate))
-    assert (
-        len(wave) == num_samples * 16000 // rate and np.abs(wave[-int(0.6 * len(wave)) :]).max() > 0.01
-    )  # one ends with silence
+    # one ends with silence
+    assert len(wave) == num_samples * 16000 // rate and np.abs(wave[-int(0.6 * len(wave)) :]).max() > 0.01
 
 
 # Parts
@@ -149,9 +147,8 @@ def test_any_part_of_any_format_is_the_same_samples_as_in_the_whole(
 
 
 def test_the_last_page_of_a_vorbis_is_read_where_it_lies(tmp_path: Path) -> None:
-    path = written(
-        tmp_path / "a.ogg", encoded("OGG", "VORBIS", 20.0, 44100)
-    )  # libsndfile puts these parts 48 samples off
+    # libsndfile puts these parts 48 samples off
+    path = written(tmp_path / "a.ogg", encoded("OGG", "VORBIS", 20.0, 44100))
     whole = everything(path)
     for start in range(len(whole) - 9000, len(whole) - 100, 517):
         with open_recording(str(path), None, needed=len(whole)) as recording:
@@ -461,7 +458,8 @@ def test_a_wav_with_more_samples_than_its_header_can_count_is_refused(tmp_path: 
         file.truncate(44 + 5 * 2**30)  # a hole
     with pytest.raises(
         ValueError,
-        match="has 5368709120 bytes of samples, which its header cannot count; write it again as FLAC or RF64",
+        match="has 5368709120 bytes of samples, which its header cannot count; write it again as FLAC or "
+        "RF64",
     ):
         probe_audio(str(path), decode=False)
 

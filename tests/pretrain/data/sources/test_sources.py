@@ -1,4 +1,5 @@
-"""What sources of real people have: other formats, twins, folders and files that cannot be read, and text in any encoding."""
+"""What sources of real people have: other formats, twins, folders and files that cannot be read, and text in
+any encoding."""
 
 import errno
 import io

@@ -226,9 +226,8 @@ def test_wherever_a_shard_is_cut_whole_members_stay_and_the_loss_is_told(
     cut = [f"s/{name[0]}" for name, place in places.items() if place.offset <= size < sum(place)]
     told = quarantine(manifest)
     assert [name for name in told if name != "s"] == cut
-    assert (
-        told or size in headers
-    )  # a tar may end without its trailing zeros: then nothing tells that it was cut
+    # a tar may end without its trailing zeros: then nothing tells that it was cut
+    assert told or size in headers
     assert all(load_audio(utterance).any() for utterance in manifest)
 
 
@@ -298,8 +297,8 @@ def test_a_segment_of_a_long_member_reads_little_of_it(
     assert whole.member is not None
     read.clear()
     np.testing.assert_array_equal(load_audio(whole, 700_000, 16000), everything[700_000:716_000])
-    # wav goes there, flac and ogg search by halving, which takes some tens of kB however long the recording is. Of an mp3, which
-    # was read through when it was loaded, the frames are known.
+    # wav goes there, flac and ogg search by halving, which takes some tens of kB however long the recording
+    # is. Of an mp3, which was read through when it was loaded, the frames are known.
     assert sum(last - first for first, last in read) < min(170_000, whole.member.size)
     assert max(last for _, last in read) <= whole.member.size  # and nothing behind it
 
