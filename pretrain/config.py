@@ -12,11 +12,20 @@ import difflib
 import json
 import os
 import re
+import sys
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from pretrain.store.plain_text import read_text
 
@@ -31,6 +40,28 @@ class Config(BaseModel):
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain JSON types."""
         return self.model_dump(mode="json")
+
+
+# Keys of earlier versions, and their names now. They still work.
+RENAMED = {"initial": "init", "initialization": "init"}
+REMOVED = {"batches.decoder"}  # changed no result
+_noted: set[str] = set()
+
+
+def with_new_names(keys: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """`keys` with those of earlier versions renamed, with a note on stderr, if `known` has only the new name.
+
+    Raises ValueError for both names.
+    """
+    for old, new in RENAMED.items():
+        if old in keys and old not in known and new in known:
+            if new in keys:
+                raise ValueError(f"{old}: is called {new} now; give one of the two")
+            if old not in _noted:
+                _noted.add(old)
+                print(f"note: the key {old} is called {new} now", file=sys.stderr)
+            keys = {new if key == old else key: value for key, value in keys.items()}
+    return keys
 
 
 Split = Annotated[
@@ -153,6 +184,10 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any
 def parse_config(config_class: type[C], tree: dict[str, Any], source: str) -> C:
     """Validate `tree`; all mistakes in one ValueError, a line each: `source: dotted.key: what is wrong`."""
     try:
+        tree = with_new_names(tree, config_class.model_fields)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    try:
         return config_class.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"{source}: {_describe(config_class, problem)}" for problem in error.errors()]
@@ -208,5 +243,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) where two configs differ; a key that is not there counts as None."""
     before, after = flatten(old), flatten(new)
+    for name, now in RENAMED.items():
+        if name in before and name not in after and now in after:
+            before[now] = before.pop(name)
+    before = {key: value for key, value in before.items() if key not in REMOVED - after.keys()}
     keys = sorted(before.keys() | after.keys())
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]

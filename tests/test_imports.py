@@ -114,7 +114,7 @@ def floor_of(module: str) -> int | None:
 
 def test_the_walk_finds_the_rooms() -> None:
     assert {module.partition(".")[0] for module in PATHS} == set(MAY_IMPORT)
-    assert "pretrain.config" in imports("pretrain.objectives.pretraining")
+    assert "pretrain.training.run" in imports("pretrain.objectives.pretraining")
     assert "wordless.shipped" in imported_modules("wordless.cli")  # inside a function
     assert "slurm.resources" in imported_modules("wordless.verbs")  # under TYPE_CHECKING
     assert floor_of("pretrain.data.manifest") == FLOORS["pretrain"].index("data")

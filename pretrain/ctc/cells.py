@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pretrain.config import Config, PathStr, Seed, parse_config, part_of
+from pretrain.config import Config, PathStr, Seed, parse_config, part_of, with_new_names
 from pretrain.ctc.finetune_config import FinetuneConfig
 from pretrain.ctc.finetuning import finetune
 from pretrain.ctc.reuse import is_made, merged
@@ -164,9 +164,12 @@ class LabelEfficiencyConfig(Config):
         if self.encoder is not None:
             known = {
                 PRETRAINED: {"encoder": self.encoder},
-                SCRATCH: {"encoder": self.encoder, "initialization": "random"},
+                SCRATCH: {"encoder": self.encoder, "init": "random"},
             }
-        return {name: known.get(name, {}) | self.systems.get(name, {}) for name in {**known, **self.systems}}
+        own = {
+            name: with_new_names(table, FinetuneConfig.model_fields) for name, table in self.systems.items()
+        }
+        return {name: known.get(name, {}) | own.get(name, {}) for name in {**known, **own}}
 
     @property
     def compared_with(self) -> str:
@@ -200,7 +203,11 @@ class Cell(NamedTuple):
         of_budget = {
             key: value for key, value in config.by_budget.get(self.budget, {}).items() if key != "transcribe"
         }
-        tree = merged(merged(config.finetune, of_budget), config.all_systems[self.system])
+        known = FinetuneConfig.model_fields
+        tables = config.finetune, of_budget, config.all_systems[self.system]
+        tree: dict[str, Any] = {}
+        for table in tables:
+            tree = merged(tree, with_new_names(table, known))
         given = tree.get("training", {})
         seeds = {"training": {**given, "seed": self.seed} if isinstance(given, dict) else given}
         fixed = {"out": str(self.recognizer), "manifest": config.manifest, "budget": self.budget}
@@ -259,7 +266,7 @@ class Cell(NamedTuple):
             "budget": self.budget,
             "system": self.system,
             "seed": self.seed,
-            "initialization": "random" if config.labels else config.initialization,
+            "initialization": "random" if config.labels else config.init,
             "label_minutes": run["label_minutes"],
             "steps": trained["steps"],
             "best_step": trained.get("best_step"),

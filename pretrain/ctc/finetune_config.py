@@ -68,7 +68,7 @@ class FinetuneConfig(Config):
         "error", description="quarantine: leave them out, listed"
     )
     encoder: PathStr | None = Field(None, description="a pretraining run, or a recogniser to go on from")
-    initialization: Literal["pretrained", "recognizer", "random"] = Field(
+    init: Literal["pretrained", "recognizer", "random"] = Field(
         "pretrained",
         description="recognizer: the head and vocabulary of `encoder`, too; random: its architecture, fresh "
         "weights",
@@ -108,13 +108,8 @@ class FinetuneConfig(Config):
             raise ValueError("give `encoder`, for audio, or `labels`, for units: one of them")
         if self.labels is None and (given := sorted(self.model_fields_set & {"unit_encoder", "units"})):
             raise ValueError(f"{' and '.join(given)} are about `labels`, which are not given")
-        if (
-            self.labels is not None
-            and "initialization" in self.model_fields_set
-            and self.initialization != "random"
-        ):
+        if self.labels is not None and "init" in self.model_fields_set and self.init != "random":
             raise ValueError(
-                f"initialization = {self.initialization!r}: an encoder over `labels` begins with random "
-                "weights; leave it out"
+                f"init = {self.init!r}: an encoder over `labels` begins with random weights; leave it out"
             )
         return self

@@ -61,7 +61,7 @@ class Transcripts(NamedTuple):
 def require_transcripts(config: FinetuneConfig) -> None:
     """Raises ValueError if the manifest has too few usable transcripts for the budget. Reads no audio and no
     encoder."""
-    if config.labels is None and config.initialization != "recognizer":  # else their stages are yet to run
+    if config.labels is None and config.init != "recognizer":  # else their stages are yet to run
         _choose(config, _splits(config), None)
 
 
@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     require_absent(config.out)
     manifest, seed = Manifest(config.manifest), config.training.seed
     labels = Labels(config.labels) if config.labels else None
-    from_recognizer = config.encoder and config.initialization == "recognizer"
+    from_recognizer = config.encoder and config.init == "recognizer"
     known = load_recognizer(config.encoder) if config.encoder and from_recognizer else None
     chosen, valid, vocabulary, _ = splits = _splits(config, known)
     model, parents = _model(config, vocabulary, labels, known)
@@ -91,7 +91,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             notes.append(
                 f"{seen} of the {len(judging)} utterances of the validation are trained on (by their ids)"
             )
-    frozen_phases = config.initialization != "random" and labels is None
+    frozen_phases = config.init != "random" and labels is None
     if frozen_phases and config.ctc.freeze_steps >= config.training.max_steps:
         notes.append(
             f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, "
@@ -248,7 +248,7 @@ def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecog
             f"encoder: {config.encoder} was fine-tuned with another vocabulary of {len(known.vocabulary)} "
             "classes "
             f"({', '.join(parts) or 'in another order'}); leave `characters` out to go on "
-            'with its own, or set initialization = "pretrained", which takes its encoder alone'
+            'with its own, or set init = "pretrained", which takes its encoder alone'
         )
     return vocabulary
 
@@ -297,6 +297,6 @@ def _model(
     model = build(encoder.config.resolved(), "ctc")
     if known is not None:
         model.load_state_dict(known.model.state_dict())
-    elif config.initialization == "pretrained":
+    elif config.init == "pretrained":
         model.encoder.load_state_dict(encoder.state_dict())
     return model, {"encoder": fingerprint}

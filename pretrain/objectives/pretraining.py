@@ -54,7 +54,8 @@ class PretrainConfig(WithTables):
         tree = super().resolved()
         tables = [name for name in TASKS if name in ALWAYS_RESOLVED or name == self.objective]
         keys = list(RunConfig.model_fields)
-        keys[keys.index("encoder") + 1 : 0] = tables
+        behind = keys.index("encoder") + 1
+        keys[behind:behind] = tables
         return {key: tree[key] for key in keys}
 
 

@@ -539,7 +539,7 @@ def test_fine_tuning_goes_on_from_an_import(tmp_path: Path) -> None:
             "out": str(tmp_path / initialization),
             "manifest": str(manifest.folder),
             "encoder": str(tmp_path / "in"),
-            "initialization": initialization,
+            "init": initialization,
             "training": {"max_steps": 1, "device": "cpu"},
             "optimizer": {"lr": 1e-9},
         }

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, model_validator
 
-from pretrain.config import Config, apply_overrides, parse_config, read_toml, without_none
+from pretrain.config import Config, apply_overrides, differences, parse_config, read_toml, without_none
 from pretrain.ctc.task import CTCConfig
 from pretrain.model.config import ARCHITECTURES, EncoderConfig
 from pretrain.objectives.pretraining import PretrainConfig
@@ -260,3 +260,20 @@ def test_pretraining_wants_labels_for_hubert_and_only_there() -> None:
 @pytest.mark.parametrize("config", [OptimizerConfig(), CTCConfig(), EncoderConfig()])
 def test_defaults_are_valid_themselves(config: Config) -> None:
     assert parse_config(type(config), config.resolved(), "defaults") == config
+
+
+def test_a_key_of_earlier_versions_has_its_new_name_and_counts_as_no_change(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Warm(Config):
+        init: str | None = None
+
+    monkeypatch.setattr("pretrain.config._noted", set())
+    for _ in range(2):
+        assert parse_config(Warm, {"initial": "run"}, "c.toml").resolved() == {"init": "run"}
+    assert capsys.readouterr().err == "note: the key initial is called init now\n"
+    with pytest.raises(ValueError, match="initial: is called init now; give one of the two"):
+        parse_config(Warm, {"initial": "a", "init": "b"}, "c.toml")
+    assert differences({"initial": "run"}, {"init": "run"}) == []
+    assert differences({"initial": "run"}, {"init": "other"}) == [("init", "run", "other")]
+    assert differences({"batches": {"decoder": "soundfile"}}, {"batches": {}}) == []

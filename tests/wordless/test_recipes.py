@@ -363,8 +363,4 @@ def test_the_unit_language_model_has_the_size_of_gslms() -> None:
 def test_preferences_go_on_from_the_warm_started_language_model(tmp_path: Path) -> None:
     recipe = uncommented("unit_lm_twist", "dpo", tmp_path)
     preferences, trained = recipe.parse("dpo"), recipe.parse("lm")
-    assert (
-        preferences.initial == trained.out
-        and preferences.dpo.beta == 0.1
-        and trained.initial == "Qwen2.5-0.5B"
-    )
+    assert preferences.init == trained.out and preferences.dpo.beta == 0.1 and trained.init == "Qwen2.5-0.5B"

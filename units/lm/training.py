@@ -66,14 +66,14 @@ class TrainLMConfig(Config):
     loss_on: LossOn = Field(
         "all", description="of a corpus with text: which symbols are learnt; EOS always is"
     )
-    initial: PathStr | None = Field(
+    init: PathStr | None = Field(
         None,
         description="begin with these weights: a Hugging Face folder (Llama, Mistral, Qwen2), embeddings "
         "replaced, or a run",
     )
     dpo: DPOConfig | None = Field(
         None,
-        description="learn preferences instead of the corpus, from the run `initial`, without dropout unless "
+        description="learn preferences instead of the corpus, from the run `init`, without dropout unless "
         "model.dropout is given",
     )
     model: DecoderConfig = DecoderConfig()
@@ -82,18 +82,18 @@ class TrainLMConfig(Config):
 
     @model_validator(mode="after")
     def _has_what_it_begins_with(self) -> Self:
-        if self.initial is not None and (
+        if self.init is not None and (
             given := self.model.model_fields_set - {"dropout", "context", "sliding_window"}
         ):
             raise ValueError(
-                f"the model's size comes from `initial`; leave out model.{', model.'.join(sorted(given))}"
+                f"the model's size comes from `init`; leave out model.{', model.'.join(sorted(given))}"
             )
         if self.dpo is None and self.corpus is None:
             raise ValueError("give the `corpus` to learn")
-        if self.dpo is not None and (self.initial is None or self.corpus is not None):
+        if self.dpo is not None and (self.init is None or self.corpus is not None):
             raise ValueError(
                 "`dpo` learns from its pairs alone, beginning with a trained language model: give "
-                "`initial` and no `corpus`"
+                "`init` and no `corpus`"
             )
         if self.dpo is not None and (
             given := self.model_fields_set & {"split", "valid_split", "pattern", "loss_on"}
@@ -163,17 +163,17 @@ def new_decoder(config: TrainLMConfig, pattern: Pattern, corpus: UnitCorpus) -> 
     """The decoder before its first step, a function of the seed. A run that it begins with learned the same
     units in the same pattern."""
     torch.manual_seed(config.training.seed)
-    if config.initial is None:
+    if config.init is None:
         return Decoder(config.model, pattern.vocabularies)
-    if not is_hugging_face(config.initial):
-        learned = load_language_model(config.initial, corpus, device="cpu").pattern.name
+    if not is_hugging_face(config.init):
+        learned = load_language_model(config.init, corpus, device="cpu").pattern.name
         if pattern.num_levels > 1 and learned != pattern.name:
             raise ValueError(
-                f"{config.initial} learned its streams in the pattern {learned!r}, and `pattern` is "
+                f"{config.init} learned its streams in the pattern {learned!r}, and `pattern` is "
                 f"{pattern.name!r}: the same symbols stand "
-                f'elsewhere; set pattern = "{learned}", or train without `initial`'
+                f'elsewhere; set pattern = "{learned}", or train without `init`'
             )
-    return initial_decoder(config.initial, pattern.vocabularies, config.model)
+    return initial_decoder(config.init, pattern.vocabularies, config.model)
 
 
 def scored_symbols(vocabulary: Vocabulary, pattern: Pattern, loss_on: LossOn) -> list[np.ndarray] | None:
@@ -213,18 +213,18 @@ def train_lm(config: TrainLMConfig) -> dict[str, Any]:
             "loss_on": config.loss_on,
         }
         parents = {"corpus": corpus.fingerprint} | (
-            {} if config.initial is None else {"initial": fingerprint_of(config.initial)}
+            {} if config.init is None else {"initial": fingerprint_of(config.init)}
         )
     else:
-        assert config.initial is not None
-        begun = load_language_model(config.initial, device="cpu")
+        assert config.init is not None
+        begun = load_language_model(config.init, device="cpu")
         # Dropout would part the model from its reference before the first step.
         sizes = (
             config.model
             if "dropout" in config.model.model_fields_set
             else config.model.model_copy(update={"dropout": 0.0})
         )
-        decoder = initial_decoder(config.initial, begun.pattern.vocabularies, sizes)
+        decoder = initial_decoder(config.init, begun.pattern.vocabularies, sizes)
         task = PreferenceTask(
             decoder, begun.vocabulary, begun.pattern, config.dpo, config.training, config.batch_tokens
         )

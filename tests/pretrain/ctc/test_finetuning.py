@@ -39,9 +39,7 @@ def corpus(folder: Path, make_corpus: MakeCorpus, **said: list[str | None]) -> M
 def test_a_tiny_recogniser_learns_four_utterances_of_tones_and_transcribes_them(
     tmp_path: Path, manifest: Manifest
 ) -> None:
-    config = settings(
-        tmp_path, manifest, initialization="random", training={"max_steps": 150, "log_every": 50}
-    )
+    config = settings(tmp_path, manifest, init="random", training={"max_steps": 150, "log_every": 50})
     summary = finetune(config)
     assert summary["loss_last"] < 0.1 < summary["loss_first"]
     assert summary["utterances"] == 4 and summary["vocabulary"] == 6 and summary["quarantined"] == 0
@@ -82,7 +80,7 @@ def test_random_weights_are_of_the_seed_and_not_of_what_lies_in_the_encoder(
         save_encoder(tmp_path / "encoder")
         out = str(tmp_path / name)
         config = settings(
-            tmp_path, manifest, out=out, initialization="random", training=training, optimizer={"lr": 1e-12}
+            tmp_path, manifest, out=out, init="random", training=training, optimizer={"lr": 1e-12}
         )
         finetune(config)
         weights.append(load_weights(out)[0])
@@ -102,7 +100,7 @@ def test_the_word_error_rate_of_a_validation_is_that_of_transcribe(
     config = settings(
         tmp_path,
         manifest,
-        initialization="random",
+        init="random",
         batches={"batch_seconds": 2.0, "crop_seconds": 2.0},
         training={"max_steps": 60, "validate_every": 20},
     )
@@ -229,12 +227,12 @@ def test_what_cannot_be_fine_tuned_is_named(
         ({"encoder": "encoder", "units": {"levels": 2}}, "units are about `labels`"),
         ({"encoder": "encoder", "unit_encoder": {"architecture": "tiny"}}, "unit_encoder are about `labels`"),
         (
-            {"labels": "labels", "initialization": "recognizer"},
-            "initialization = 'recognizer': .* begins with random weights",
+            {"labels": "labels", "init": "recognizer"},
+            "init = 'recognizer': .* begins with random weights",
         ),
         (
-            {"labels": "labels", "initialization": "pretrained"},
-            "initialization = 'pretrained': .* begins with random weights",
+            {"labels": "labels", "init": "pretrained"},
+            "init = 'pretrained': .* begins with random weights",
         ),
         (
             {"labels": "labels", "unit_encoder": {"front_end": "filterbank"}},
@@ -256,7 +254,7 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
     "changes",
     [
         {},
-        {"initialization": "random"},
+        {"init": "random"},
         {"unit_encoder": {"architecture": "large", "front_end": "units", "num_units": 5}},
     ],
 )
@@ -305,7 +303,7 @@ def test_a_validation_on_what_is_trained_on_and_an_encoder_that_never_learns_are
     assert set(said["note"].split("; ")) <= set(capsys.readouterr().err.splitlines())
     plain = {"out": str(tmp_path / "plain"), "ctc": {"freeze_steps": 3}}
     assert "note" not in finetune(settings(tmp_path, manifest, **plain))
-    scratch = {"out": str(tmp_path / "scratch"), "ctc": {"freeze_steps": 9}, "initialization": "random"}
+    scratch = {"out": str(tmp_path / "scratch"), "ctc": {"freeze_steps": 9}, "init": "random"}
     assert "note" not in finetune(settings(tmp_path, manifest, **scratch))  # which freezes nothing
 
 
@@ -327,7 +325,7 @@ def test_a_recogniser_can_go_on_with_its_head_and_vocabulary(
     finetune(first)
     known = load_recognizer(first.out)
     less = corpus(tmp_path / "less", make_corpus, train=["ab", "ba"])  # without c and d
-    on: dict[str, Any] = {"encoder": first.out, "initialization": "recognizer", "optimizer": {"lr": 1e-12}}
+    on: dict[str, Any] = {"encoder": first.out, "init": "recognizer", "optimizer": {"lr": 1e-12}}
     finetune(settings(tmp_path, less, out=str(tmp_path / "on"), ctc={"layers": "weighted"}, **on))
     again = load_recognizer(tmp_path / "on")
     assert again.vocabulary == known.vocabulary and again.meta["parents"]["encoder"] == known.fingerprint
@@ -370,7 +368,7 @@ def test_an_encoder_can_be_made_to_stream_and_a_streaming_one_stays_so(
         manifest,
         out=str(tmp_path / "on"),
         encoder=str(tmp_path / "recognizer"),
-        initialization="recognizer",
+        init="recognizer",
     )
     finetune(on)
     assert load_recognizer(on.out).model.encoder.config.streaming == found
@@ -380,7 +378,7 @@ def test_an_encoder_can_be_made_to_stream_and_a_streaming_one_stays_so(
         manifest,
         out=str(tmp_path / "other"),
         encoder=on.out,
-        initialization="recognizer",
+        init="recognizer",
         streaming=wider,
     )
     finetune(other)

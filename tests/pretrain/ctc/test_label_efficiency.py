@@ -115,7 +115,7 @@ def test_every_budget_system_seed_and_test_has_a_row_and_the_files_are_those_of_
         assert (run["config"]["training"]["seed"], run["config"]["budget_seed"]) == (row["seed"], row["seed"])
         assert (
             row["initialization"]
-            == run["config"]["initialization"]
+            == run["config"]["init"]
             == {"pretrained": "pretrained", "scratch": "random"}[row["system"]]
         )
 
@@ -298,9 +298,7 @@ def test_settings_of_a_budget_go_over_the_shared_ones_and_those_of_a_system_over
     assert list(settings.all_systems) == ["pretrained", "scratch", "weighted"]
     assert [found["1s", system].training.max_steps for system in settings.all_systems] == [2, 2, 2]
     assert [found["50%", system].ctc.freeze_steps for system in settings.all_systems] == [3, 0, 3]
-    assert (
-        found["50%", "scratch"].training.max_steps == 7 and found["50%", "scratch"].initialization == "random"
-    )
+    assert found["50%", "scratch"].training.max_steps == 7 and found["50%", "scratch"].init == "random"
     assert found["1s", "weighted"].encoder == "another" and found["1s", "weighted"].ctc.layers == "weighted"
     assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}, "d": 4}) == {"a": {"b": 3, "c": 2}, "d": 4}
 

@@ -257,7 +257,7 @@ def test_a_streaming_recogniser_learns_and_transcribes_alike_in_batches_and_onli
     config = settings(
         tmp_path,
         manifest,
-        initialization="random",
+        init="random",
         streaming=streaming,
         training={"max_steps": 150, "log_every": 50},
     )

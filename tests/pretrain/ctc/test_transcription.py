@@ -73,7 +73,7 @@ def recognizer(corpus: Manifest) -> str:
     config = settings(
         folder,
         corpus,
-        initialization="random",
+        init="random",
         valid_split="train",
         training={"max_steps": 150, "log_every": 50, "validate_every": 50},
     )

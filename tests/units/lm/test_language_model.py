@@ -189,7 +189,7 @@ def test_a_model_of_another_vocabulary_is_refused_with_both_sizes(tmp_path: Path
 def test_training_goes_on_from_a_run_of_the_same_units_and_refuses_one_of_others(
     tmp_path: Path, planted: UnitCorpus, trained: Path
 ) -> None:
-    keys = {"initial": str(trained), "training": TrainingConfig(max_steps=1, device="cpu")}
+    keys = {"init": str(trained), "training": TrainingConfig(max_steps=1, device="cpu")}
     task = LanguageModelTask(TrainLMConfig(corpus=str(planted.folder), out="none", **keys), planted)
     before = load_language_model(trained, planted).decoder.state_dict()
     assert all(torch.equal(weight, before[name]) for name, weight in task.model.decoder.state_dict().items())
@@ -215,10 +215,10 @@ def test_sizes_beside_initial_and_a_corpus_beside_dpo_are_refused() -> None:
     given = {"out": "o", "training": {"max_steps": 1}}
     with pytest.raises(ValueError, match="leave out model.dim"):
         TrainLMConfig.model_validate(
-            {**given, "corpus": "c", "initial": "i", "model": {"dim": 64, "dropout": 0.0}}
+            {**given, "corpus": "c", "init": "i", "model": {"dim": 64, "dropout": 0.0}}
         )
-    with pytest.raises(ValueError, match="give `initial` and no `corpus`"):
-        TrainLMConfig.model_validate({**given, "corpus": "c", "initial": "i", "dpo": {"pairs": "p"}})
+    with pytest.raises(ValueError, match="give `init` and no `corpus`"):
+        TrainLMConfig.model_validate({**given, "corpus": "c", "init": "i", "dpo": {"pairs": "p"}})
     with pytest.raises(ValueError, match="give the `corpus` to learn"):
         TrainLMConfig.model_validate(given)
 

@@ -215,7 +215,7 @@ def test_train_lm_learns_preferences_from_a_run_and_leaves_a_run(tmp_path: Path,
     pairs, held_out = (written(tmp_path / f"{seed}.jsonl", drawn_pairs(20, seed)) for seed in (5, 6))
     config = TrainLMConfig(
         out=str(tmp_path / "run"),
-        initial=str(trained),
+        init=str(trained),
         dpo=DPOConfig(pairs=pairs, valid_pairs=held_out),
         batch_tokens=100,
         training=TrainingConfig(max_steps=10, device="cpu"),

@@ -394,7 +394,7 @@ def test_the_cost_of_a_precision_is_known_of_a_model_that_learned_preferences(
     train_lm(
         TrainLMConfig(
             out=str(tmp_path / "dpo"),
-            initial=str(trained),
+            init=str(trained),
             dpo=DPOConfig(pairs=str(tmp_path / "pairs.jsonl")),
             training=TrainingConfig(max_steps=1, device="cpu"),
         )

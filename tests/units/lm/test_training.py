@@ -29,7 +29,7 @@ UNTIMED = {"codebook": "c0de", "frame_rate_hz": 50.0, "deduplicated": False, "ti
 
 def train_small(out: Path, steps: int = 1, every: int = 2, **keys: Any) -> dict[str, Any]:
     training = TrainingConfig(max_steps=steps, checkpoint_every=every, keep_checkpoints=9, device="cpu")
-    model = DecoderConfig.model_validate(keys.pop("model", {} if "initial" in keys else SMALL))
+    model = DecoderConfig.model_validate(keys.pop("model", {} if "init" in keys else SMALL))
     return train_lm(TrainLMConfig(out=str(out), batch_tokens=200, model=model, training=training, **keys))
 
 
@@ -50,7 +50,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
     kind: str, planted: UnitCorpus, trained: Path, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preferences = {
-        "initial": str(trained),
+        "init": str(trained),
         "dpo": {"pairs": pairs, "valid_pairs": pairs},
         "model": {"dropout": 0.2},
     }
@@ -83,13 +83,13 @@ def test_preferences_are_learnt_without_dropout_unless_it_is_given(
 ) -> None:
     train_small(
         tmp_path / "begun",
-        initial=str(trained),
+        init=str(trained),
         corpus=str(UnitCorpus(trained.parent / "units").folder),
         model={"dropout": 0.1},
     )
     first = {}
     for name, model in {"default": {}, "given": {"dropout": 0.3}}.items():
-        keys = {"initial": str(tmp_path / "begun"), "dpo": {"pairs": pairs, "beta": 1.0}, "model": model}
+        keys = {"init": str(tmp_path / "begun"), "dpo": {"pairs": pairs, "beta": 1.0}, "model": model}
         train_small(tmp_path / name, **keys)
         first[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
         assert read_meta(tmp_path / name)["decoder"]["dropout"] == model.get("dropout", 0.0)
@@ -133,7 +133,7 @@ def test_a_warm_start_may_begin_far_off(planted: UnitCorpus, tmp_path: Path) -> 
         loud.model.embed_tokens.weight.normal_(std=0.3)
         loud.lm_head.weight.normal_(std=0.3)
     loud.save_pretrained(tmp_path / "text")
-    train_small(tmp_path / "lm", 50, 10, corpus=str(planted.folder), initial=str(tmp_path / "text"))
+    train_small(tmp_path / "lm", 50, 10, corpus=str(planted.folder), init=str(tmp_path / "text"))
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "lm" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -154,23 +154,23 @@ def test_a_run_is_not_begun_with_in_another_pattern(tmp_path: Path) -> None:
             match=rf"lm learned its streams in the pattern 'flatten', and `pattern` is '{other}': .* set "
             r"pattern = \"flatten\"",
         ):
-            train_small(tmp_path / "next", initial=str(tmp_path / "lm"), pattern=other, **corpus)
-    train_small(tmp_path / "next", initial=str(tmp_path / "lm"), pattern="flatten", **corpus)
+            train_small(tmp_path / "next", init=str(tmp_path / "lm"), pattern=other, **corpus)
+    train_small(tmp_path / "next", init=str(tmp_path / "lm"), pattern="flatten", **corpus)
 
 
 def test_of_a_single_stream_the_pattern_is_of_no_matter(
     planted: UnitCorpus, trained: Path, tmp_path: Path
 ) -> None:
-    train_small(tmp_path / "lm", initial=str(trained), corpus=str(planted.folder), pattern="flatten")
+    train_small(tmp_path / "lm", init=str(trained), corpus=str(planted.folder), pattern="flatten")
 
 
 def test_a_run_names_what_it_came_from(
     planted: UnitCorpus, trained: Path, pairs: str, tmp_path: Path
 ) -> None:
-    train_small(tmp_path / "next", initial=str(trained), corpus=str(planted.folder))
+    train_small(tmp_path / "next", init=str(trained), corpus=str(planted.folder))
     begun = load_language_model(trained).fingerprint
     assert read_meta(tmp_path / "next")["parents"] == {"corpus": planted.fingerprint, "initial": begun}
-    train_small(tmp_path / "dpo", initial=str(trained), dpo={"pairs": pairs, "valid_pairs": pairs})
+    train_small(tmp_path / "dpo", init=str(trained), dpo={"pairs": pairs, "valid_pairs": pairs})
     digest = sha256_file(Path(pairs))[:16]
     assert read_meta(tmp_path / "dpo")["parents"] == {
         "initial": begun,
@@ -205,7 +205,7 @@ def test_the_fingerprint_of_a_text_model_changes_with_its_config_and_with_any_we
 
 
 def test_keys_of_the_corpus_beside_dpo_are_refused_by_name() -> None:
-    given = {"out": "o", "training": {"max_steps": 1}, "initial": "i", "dpo": {"pairs": "p"}}
+    given = {"out": "o", "training": {"max_steps": 1}, "init": "i", "dpo": {"pairs": "p"}}
     TrainLMConfig.model_validate(given)
     for keys, named in (
         ({"split": "train"}, "split"),
@@ -229,7 +229,7 @@ def test_preferences_keep_what_the_first_training_was_about(tmp_path: Path) -> N
         json.dumps({"prompt": [[3, 1]], "chosen": [[3, 2]], "rejected": [[3, 0]]})
     )
     train_small(tmp_path / "lm", corpus=str(tmp_path / "units"), valid_split=None, loss_on="speech")
-    train_small(tmp_path / "dpo", initial=str(tmp_path / "lm"), dpo={"pairs": str(tmp_path / "pairs.jsonl")})
+    train_small(tmp_path / "dpo", init=str(tmp_path / "lm"), dpo={"pairs": str(tmp_path / "pairs.jsonl")})
     for name in ("lm", "dpo"):
         scores = ScoreConfig(
             lm=str(tmp_path / name),
