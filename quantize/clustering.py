@@ -23,7 +23,7 @@ from pretrain.progress import console
 from pretrain.store.artefact import is_complete, keep_to_plan, read_meta, require_absent
 from pretrain.store.disk import write_json
 from quantize.codebook import write_codebook
-from quantize.extraction import Extraction, open_encoder
+from quantize.extraction import EncoderPrecision, Extraction, open_encoder
 from quantize.features import EncoderSource, FeatureSource, MfccSource
 from quantize.kmeans import Fit, kmeans
 from quantize.subsample import Balance, Sample, collect, load_sample, require_space
@@ -74,6 +74,7 @@ class ClusterConfig(Extraction):
     restarts: int = Field(1, ge=1)
     max_iterations: int = Field(100, ge=1)
     tolerance: float = Field(1e-4, ge=0, description="stop when inertia falls by less, relatively")
+    precision: EncoderPrecision = "float32"
 
     @model_validator(mode="before")
     @classmethod
@@ -181,9 +182,8 @@ def open_features(config: ClusterConfig) -> FeatureSource:
     """The features to fit on; of layer 0 of an encoder while `layer` is yet to be chosen."""
     if config.encoder is None:
         return MfccSource(config.cmvn, config.workers)
-    return open_encoder(
-        config.encoder, 0 if config.layer == "best" else config.layer, config, config.convention
-    )
+    layer = 0 if config.layer == "best" else config.layer
+    return open_encoder(config.encoder, layer, config, config.convention, config.precision)
 
 
 def _plan(config: ClusterConfig, source: FeatureSource, parents: dict[str, str]) -> dict[str, Any]:

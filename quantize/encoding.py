@@ -73,7 +73,7 @@ def _encode_part(plan: Plan) -> None:
     total = sum(plan.seconds[shard] for shard in plan.part)
     with progress("encode", total=total, unit="s", done=total - todo) as advance:
         if plan.config.processes == 1:
-            source = open_source(plan.codebook, plan.config.encoder, plan.config)
+            source = open_source(plan.codebook, plan.config.encoder, plan.config, plan.config.precision)
             encode_shards(plan, source, plan.left(), advance)
         else:
             encode_in_processes(plan, advance)
@@ -132,7 +132,7 @@ def label_agreement(config: EncodeConfig, codebook: Codebook, rows: Manifest) ->
         return {}
     rng, labels = np.random.default_rng(0), Labels(config.out)
     chosen = np.sort(rng.choice(len(rows), size=min(len(rows), AGREEMENT_UTTERANCES), replace=False))
-    exact = open_source(codebook, config.encoder, config.model_copy(update={"precision": "float32"}))
+    exact = open_source(codebook, config.encoder, config)
     features = exact.features([rows[int(i)] for i in chosen])
     agree = np.concatenate([labels[row.id] == codebook.assign(found) for row, found in features])
     if agree.ndim == 1:  # (frames,), else (frames, levels)

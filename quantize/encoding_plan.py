@@ -18,7 +18,7 @@ from pretrain.data.utterance import SAMPLE_RATE, Utterance
 from pretrain.progress import console
 from pretrain.store.artefact import is_complete, keep_to_plan
 from quantize.codebook import Codebook
-from quantize.extraction import Extraction
+from quantize.extraction import EncoderPrecision, Extraction
 from quantize.features import FeatureSource
 
 SHARD_SECONDS = 1800.0
@@ -55,6 +55,7 @@ class EncodeConfig(Extraction):
             '"2/16" does every 16th shard from the second on: for job arrays and machines that share a disk'
         ),
     )
+    precision: EncoderPrecision = "float32"
 
 
 class Plan:

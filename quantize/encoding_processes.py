@@ -60,7 +60,7 @@ def _work(config: EncodeConfig, connection: Connection) -> None:
     a ValueError."""
     try:
         plan = Plan(config)
-        source = open_source(plan.codebook, config.encoder, config)
+        source = open_source(plan.codebook, config.encoder, config, config.precision)
         with unless_overtaken(plan.out):
             encode_shards(plan, source, iter(partial(_ask, connection), None), connection.send)
     except (EOFError, ConnectionError):
