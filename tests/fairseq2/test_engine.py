@@ -19,6 +19,7 @@ from pretrain.data.manifest import write_manifest
 from pretrain.data.utterance import num_frames
 from pretrain.fairseq2.available import require_fairseq2
 from pretrain.training.checkpoint import load_weights
+from pretrain.training.run import Run
 from tests.fairseq2.engine_worker import ENGINES, STEPS, TASKS, main
 from tests.pretrain.conftest import run_two_processes, write_corpus, write_labels
 from tests.pretrain.ctc.tones import TEXTS, save_encoder, spell
@@ -270,10 +271,8 @@ def test_a_kill_between_a_checkpoint_and_the_validation_after_it_costs_nothing(
 def test_a_run_that_was_killed_when_only_its_end_was_left_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain.fairseq2 import training
-
     with monkeypatch.context() as patched:
-        patched.setattr(training, "conclude", lambda *_: 1 / 0)
+        patched.setattr(Run, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_theirs(tmp_path / "run", LinearTask(num_valid=2))
     summary = run_theirs(tmp_path / "run", LinearTask(num_valid=2))
