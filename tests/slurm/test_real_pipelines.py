@@ -309,7 +309,7 @@ def test_a_job_with_a_snapshot_runs_the_code_that_was_there_when_it_was_submitte
             [sys.executable, "-c", code], env=environment, cwd=checkout, check=True, capture_output=True
         )
         assert states(out) == {"manifest": "queued"}
-        indexing = checkout / "pretrain" / "indexing.py"
+        indexing = checkout / "pretrain" / "data" / "indexing.py"
         indexing.write_text(
             indexing.read_text() + "\nraise RuntimeError('edited while the job was waiting')\n"
         )

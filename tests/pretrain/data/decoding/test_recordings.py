@@ -192,7 +192,7 @@ def test_an_mp3_in_blocks_is_what_libsndfile_decodes_at_once(
 
 def without_xing(data: bytes) -> bytes:
     """The frames alone, as from a stream."""
-    kind, size = mpeg._header(data[:4]) or (None, 0)
+    kind, size = mpeg.parse_header(data[:4]) or (None, 0)
     assert kind is not None and data[4 + kind.side : 8 + kind.side] in (b"Xing", b"Info")
     return data[size:]
 
@@ -262,7 +262,7 @@ def test_an_mp3_that_changes_its_rate_or_channels_is_refused(tmp_path: Path) -> 
 
 
 def test_a_frame_emptied_keeps_its_checksum_right() -> None:
-    kind = mpeg._Kind(3, 3, 44100, 2)
+    kind = mpeg.Kind(3, 3, 44100, 2)
     frame = bytes.fromhex("fffa9064") + bytes(2) + RNG.bytes(32 + 379)
     emptied = mpeg._emptied(frame, kind)
     assert emptied[38:] == frame[38:] and emptied[8:38] == bytes(30)
