@@ -222,7 +222,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
     if "cells_missing" in summary:
         missing = summary["cells_missing"]
         return (
-            f"part {summary['part']}: {summary['cells']} cells stand; {len(missing)} of other parts are "
+            f"part {summary['part']}: {summary['cells']} cells are done; {len(missing)} of other parts are "
             f"missing: {', '.join(missing)}"
         )
     against = {(c["test"], c["budget"], c["system"]): c for c in summary["comparisons"]}

@@ -46,8 +46,8 @@ def load_asset(name: str) -> tuple[dict[str, "Tensor"], dict[str, Any], str]:
 
 @cache
 def current_fingerprint(name: str) -> str | None:
-    """The fingerprint that `load_asset` gives, read once in a process; None where the card cannot be read
-    here, which stderr tells."""
+    """The fingerprint that `load_asset` gives, read once in a process; None, with a note on stderr, if the
+    card cannot be read here."""
     try:
         return load_asset(name)[2]
     except ValueError as error:

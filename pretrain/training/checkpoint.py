@@ -254,13 +254,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def load_weights(run: str | Path, *, best: bool = True) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Weights, meta data and weights' fingerprint of a run's best checkpoint where one was kept
-    (`keep_best`), else of the newest valid one, as where `best` is not wanted; or of a model of another
-    library, `scheme:NAME` (pretrain/store/schemes.py).
+    """Weights, meta data and weights' fingerprint of a run, or of a model of another library, `scheme:NAME`.
 
-    `meta["config"]` is the resolved config. A run that is not finished can be used; its meta data then come
-    from the checkpoint. The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. A
-    best checkpoint that is damaged is a ValueError; of one that is gone stderr tells.
+    They are those of the best checkpoint if one was kept (`keep_best`) and `best` is wanted, else of the
+    newest valid one. `meta["config"]` is the resolved config. The meta data of an unfinished run come from
+    the checkpoint. The fingerprint is the first 16 hex digits of the SHA-256 of `model.safetensors`. Raises
+    ValueError if the best checkpoint is damaged; if it is missing, a note on stderr names the one used.
     """
     if (named := split_scheme(run)) is not None:
         scheme, name = named

@@ -53,7 +53,7 @@ class LMOptimizerConfig(OptimizerConfig):
 class TrainLMConfig(Config):
     """Train a unit language model on one split of a unit corpus."""
 
-    corpus: PathStr | None = Field(None, description="needed but with `dpo`, which learns from pairs alone")
+    corpus: PathStr | None = Field(None, description="a unit corpus; not with `dpo`, which learns from pairs")
     out: PathStr
     split: Split = "train"
     valid_split: Split = Field(

@@ -137,8 +137,7 @@ def _scores(
     if not np.isfinite(sums["lm"]).all():
         worst = corpus.ids[distinct[int(np.flatnonzero(~np.isfinite(sums["lm"]))[0])]]
         raise ValueError(
-            f"{config.lm}: finds document {worst!r} neither likely nor unlikely (not a number): the "
-            "training diverged"
+            f"{config.lm}: the likelihood of document {worst!r} is not a number: the training diverged"
         )
     train_documents = training.documents(lm.meta["split"])
     drawn = np.random.default_rng(config.seed).permutation(train_documents)
