@@ -85,8 +85,8 @@ def packages(root: Path, cache: Path) -> Path:
         free = shutil.disk_usage(cache).free / 1e9
         if free < NEEDED_GB:
             raise SystemExit(
-                f"{NAME}: {cache} has {free:.1f} GB free; fairseq2 and torch 2.9.1 need {NEEDED_GB} (8 "
-                "once installed)"
+                f"{NAME}: {cache} has {free:.1f} GB free; fairseq2 and torch 2.9.1 need {NEEDED_GB} (8 once "
+                "installed)"
             )
         say(f"installing fairseq2, torch 2.9.1 and what the tests need in {folder}: 8 GB, once")
         started = time.monotonic()
@@ -129,8 +129,8 @@ def install(root: Path, folder: Path) -> None:
     )
     if done.returncode:
         raise SystemExit(
-            f"{NAME}: pip could not install fairseq2 and its requirements (its message is above); "
-            "the tests with fairseq2 need a package index or an environment built before. Nothing was kept"
+            f"{NAME}: pip could not install fairseq2 and its requirements (its message is above); the tests "
+            "with fairseq2 need a package index or an environment built before. Nothing was kept"
         )
     shutil.rmtree(temporary)
     shutil.rmtree(folder / "bin")

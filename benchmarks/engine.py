@@ -296,8 +296,8 @@ def largest(one: Measurement) -> Measurement:
 def show(result: dict[str, Any]) -> str:
     """A line for each task and number of processes."""
     lines = [
-        f"{'':10}{'processes':>10}{'wordless':>13}{'fairseq2':>13}{'ratio':>8}{'peak memory, GB':>20}   ms "
-        "a step; last loss"
+        f"{'':10}{'processes':>10}{'wordless':>13}{'fairseq2':>13}{'ratio':>8}{'peak memory, GB':>20}   ms a "
+        "step; last loss"
     ]
     for name, found in result["tasks"].items():
         task, size = name.split()

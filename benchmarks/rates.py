@@ -93,8 +93,8 @@ def slope(
         statistics.median((much[which] - few[which]) / more for few, much in found) for which in (0, 1, 2)
     )
     say(
-        f"{probe.__name__} {small[1:] if len(small) > 1 else ''}: {seconds:.3g} s ({own:.3g} of its own) "
-        f"and {size:.3g} bytes each"
+        f"{probe.__name__} {small[1:] if len(small) > 1 else ''}: {seconds:.3g} s ({own:.3g} of its own) and "
+        f"{size:.3g} bytes each"
     )
     return {"seconds": seconds, "own_seconds": own, "bytes": size}
 

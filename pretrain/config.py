@@ -98,8 +98,8 @@ def expand_path(path: str) -> str:
     expanded = os.path.expanduser(_VARIABLE.sub(value, path))
     if path.startswith("~") and expanded.startswith("~"):
         raise ValueError(
-            f"{path!r} begins with {path.partition('/')[0]!r}, which is no user's home here; write "
-            f"./{path} for a name with ~"
+            f"{path!r} begins with {path.partition('/')[0]!r}, which is no user's home here; write ./{path} "
+            "for a name with ~"
         )
     return expanded
 

@@ -144,9 +144,8 @@ def _within_features(items: Items, features: Mapping[str, np.ndarray], distance:
         worst = int(beyond.argmax())
         raise ValueError(
             f"ABX: utterance {items.ids[items.utterance[worst]]!r} has {lengths[items.utterance[worst]]} "
-            "frames of features and "
-            f"a token that ends at frame {items.last[worst]}; they belong to other audio, or are not at "
-            f"{FRAME_RATE_HZ:g} Hz"
+            f"frames of features and a token that ends at frame {items.last[worst]}; they belong to other "
+            f"audio, or are not at {FRAME_RATE_HZ:g} Hz"
         )
     cut = replace(items, last=np.minimum(items.last, lengths[items.utterance]))
     return cut.take(cut.first < cut.last)

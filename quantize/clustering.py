@@ -212,8 +212,7 @@ def _choose(
     if choice["convention"] != source.convention:
         raise ValueError(
             f"sweep: {config.sweep} is of {choice['convention']!r} features, and convention is "
-            f"{source.convention!r}; "
-            "make them agree"
+            f"{source.convention!r}; make them agree"
         )
     return {key: choice[key] for key in ("layer", "chosen_by", "sweep")}
 

@@ -73,8 +73,8 @@ class Codebook:
         by_level = labels[None] if labels.ndim == 1 else labels.T  # (levels, frames)
         if labels.ndim > 2 or len(by_level) > self.num_levels:
             raise ValueError(
-                f"{self.folder}: has {self.num_levels} levels; labels are (frames,) or (frames, levels), "
-                f"not {labels.shape}"
+                f"{self.folder}: has {self.num_levels} levels; labels are (frames,) or (frames, levels), not "
+                f"{labels.shape}"
             )
         if by_level.size and not 0 <= by_level.min() <= by_level.max() < self.num_classes:
             raise ValueError(

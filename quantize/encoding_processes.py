@@ -107,6 +107,5 @@ def _why_it_ended(plan: Plan, exit_code: int) -> str:
     done = sum(shard_stands(plan.out, shard) for shard in plan.part)
     return (
         f"{plan.out}: one of {plan.config.processes} processes {cause}. {done} of {len(plan.part)} shards "
-        "are "
-        "done; the same command makes the rest"
+        "are done; the same command makes the rest"
     )

@@ -158,8 +158,8 @@ def read_centroid_file(path: Path, allow_pickle: bool) -> tuple[str, dict[str, n
     if not allow_pickle:
         raise ValueError(
             f"{path}: neither .npy nor safetensors. A joblib or pickle file can run code when it is read; "
-            "with --allow-pickle it is "
-            "read as data, by a reader that runs nothing of it and refuses what is more than a k-means"
+            "with --allow-pickle it is read as data, by a reader that runs nothing of it and refuses what is "
+            "more than a k-means"
         )
     return "joblib", read_arrays(path)
 
@@ -175,15 +175,13 @@ def choose_centroids(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:
         )
         raise ValueError(
             f"{path}: one array of floats (K, dim), or (levels, K, dim), is needed, by any name or as "
-            f"{NAMES[0]!r}; "
-            f"there is {there or 'none'}"
+            f"{NAMES[0]!r}; there is {there or 'none'}"
         )
     found = arrays[shaped[0]]
     if "mean" in arrays:
         raise ValueError(
             f"{path}: has a `mean` beside its centroids, as the codebooks of wordless have; use the "
-            "codebook's folder as it is, "
-            "or write it with `wordless export`"
+            "codebook's folder as it is, or write it with `wordless export`"
         )
     if not 1 <= found.shape[-2] <= MAX_CLASSES or found.shape[0] == 0:
         raise ValueError(

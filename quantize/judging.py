@@ -153,8 +153,8 @@ class Judge:
             return {}
         if found.get("stopped"):
             self._note(
-                f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ "
-                "a little"
+                f"a {what} stopped after {MAX_ITERATIONS} iterations: with more, its accuracy could differ a "
+                "little"
             )
         return {key: float(found[key]) for key in keys}
 

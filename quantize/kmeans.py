@@ -104,8 +104,8 @@ def _check(options: dict[str, int], num_frames: int, spherical: bool) -> None:
         )
     if spherical and options["levels"] > 1:
         raise ValueError(
-            f"spherical: unit length leaves no residual for {options['levels']} levels; "
-            "take levels = 1 or spherical = false"
+            f"spherical: unit length leaves no residual for {options['levels']} levels; take levels = 1 or "
+            "spherical = false"
         )
 
 

@@ -134,8 +134,7 @@ def require_frames(config: MeasureConfig) -> None:
         if (size := Sample(fit_rows, budget, config.seed).size) < config.num_classes:
             raise ValueError(
                 f"{manifest.folder}: num_classes: {config.num_classes} classes cannot be fitted on the "
-                f"{size} frames of "
-                f"fit_split = {config.fit_split!r}; take fewer classes"
+                f"{size} frames of fit_split = {config.fit_split!r}; take fewer classes"
             )
 
 

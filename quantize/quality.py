@@ -125,8 +125,7 @@ def matching_levels(utterance: Utterance, labels: Labels) -> np.ndarray:
     if abs(len(frames) - utterance.num_frames) > 1:
         raise ValueError(
             f"{labels.folder}: utterance {utterance.id!r} has {len(frames)} labels and "
-            f"{utterance.num_frames} frames of audio; "
-            "the labels belong to other audio, encode this manifest"
+            f"{utterance.num_frames} frames of audio; the labels belong to other audio, encode this manifest"
         )
     return frames[: utterance.num_frames].reshape(-1, labels.num_levels)
 

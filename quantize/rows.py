@@ -97,8 +97,8 @@ class Rows:
         if 16 * self.dim * float(largest.max()) ** 2 > float(np.finfo(np.float32).max):
             worst = int(largest.argmax())
             raise ValueError(
-                f"features: {largest[worst]:.3g} in dimension {worst}: float32 cannot hold its square; "
-                "scale them"
+                f"features: {largest[worst]:.3g} in dimension {worst}: float32 cannot hold its square; scale "
+                "them"
             )
         return float(largest.max())
 

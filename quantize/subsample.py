@@ -216,8 +216,7 @@ def require_space(folder: Path, num_frames: int, dim: int) -> None:
     if (free := shutil.disk_usage(standing).free) < needed:
         raise ValueError(
             f"{folder}: the sample needs {needed:,} bytes of disk and {free:,} are free; lower `hours` or "
-            "`frames`, or choose "
-            "an `out` with more space"
+            "`frames`, or choose an `out` with more space"
         )
 
 
@@ -227,8 +226,8 @@ def require_finite(utterance: Utterance, features: np.ndarray) -> None:
     if not finite.all():
         raise ValueError(
             f"{utterance.path} (utterance {utterance.id!r}): NaN or infinity in the features of frame "
-            f"{int(np.argmin(finite))}; "
-            "leave the utterance out of the manifest, or see whether the encoder has diverged"
+            f"{int(np.argmin(finite))}; leave the utterance out of the manifest, or see whether the encoder "
+            "has diverged"
         )
 
 

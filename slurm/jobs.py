@@ -141,8 +141,8 @@ def require_no_job(jobs: Path, cancels: dict[str, str]) -> None:
         certain = job.state == "running" or job.submission.place == "local" or queue.answered
         if name in cancels and job.alive and certain:
             raise ValueError(
-                f"{name}: job {job.submission.job_id}, which makes it, is {job.state}; wait, or "
-                f"`wordless cancel {cancels[name]}`"
+                f"{name}: job {job.submission.job_id}, which makes it, is {job.state}; wait, or `wordless "
+                f"cancel {cancels[name]}`"
             )
 
 

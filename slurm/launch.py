@@ -158,8 +158,8 @@ def require_slurm() -> None:
     absent = [f"`{name}`" for name in ("sbatch", "srun") if shutil.which(name) is None]  # submitit calls srun
     if absent:
         raise ValueError(
-            f"--on slurm: there is no {' and no '.join(absent)} here; go to a login node of the cluster, "
-            "or use --on local or --dry-run"
+            f"--on slurm: there is no {' and no '.join(absent)} here; go to a login node of the cluster, or "
+            "use --on local or --dry-run"
         )
 
 

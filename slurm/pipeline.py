@@ -120,8 +120,8 @@ def _require_known(there: dict[str, Job], jobs: Path, queue: Queue) -> None:
         )
     if "run" in there and there["run"].alive:
         raise ValueError(
-            f"{jobs.parent}: job {there['run'].submission.job_id} runs all stages of it; wait, or "
-            f"`wordless cancel {jobs.parent}`"
+            f"{jobs.parent}: job {there['run'].submission.job_id} runs all stages of it; wait, or `wordless "
+            f"cancel {jobs.parent}`"
         )
 
 

@@ -54,8 +54,8 @@ class Resources(BaseModel):
     def _signal_comes_before_the_end(self) -> "Resources":
         if self.signal_seconds is not None and self.signal_seconds >= 60 * self.time_minutes:
             raise ValueError(
-                f"signal_seconds ({self.signal_seconds}) must be less than time_minutes "
-                f"({self.time_minutes} minutes)"
+                f"signal_seconds ({self.signal_seconds}) must be less than time_minutes ({self.time_minutes} "
+                "minutes)"
             )
         return self
 

@@ -100,9 +100,8 @@ def _require_labels(manifest: Manifest, labels: Labels) -> None:
         name, first = manifest[int(wrong[0])].id, int(wrong[0])
         raise ValueError(
             f"{labels.folder}: {counts[first]} labels for utterance {name!r}, which has "
-            f"{manifest.num_frames[first]} frames "
-            f"in {manifest.folder} ({len(wrong)} of {len(manifest)} utterances differ); were these labels "
-            "made from other audio?"
+            f"{manifest.num_frames[first]} frames in {manifest.folder} ({len(wrong)} of {len(manifest)} "
+            "utterances differ); were these labels made from other audio?"
         )
 
 

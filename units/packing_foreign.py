@@ -36,8 +36,8 @@ def of_source(config: PackConfig) -> Contents:
                 "known: deduplicate = false cannot be"
             )
         raise ValueError(
-            f"{config.source}: does not say whether a unit is a frame; if so, say source_options.per_frame "
-            "= true, if not, deduplicate"
+            f"{config.source}: does not say whether a unit is a frame; if so, say source_options.per_frame = "
+            "true, if not, deduplicate"
         )
     manifest = None if config.manifest is None else Manifest(config.manifest)
     rows = {} if manifest is None else {name: row for row, name in enumerate(manifest.ids)}

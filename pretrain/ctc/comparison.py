@@ -147,8 +147,8 @@ def _common(a: Transcripts, b: Transcripts) -> list[tuple[int, int]]:
     ids = sorted(rows_a.keys() & rows_b.keys())
     if not ids:
         raise ValueError(
-            f"no utterance in common: one has {a.ids[:1]}, the other {b.ids[:1]}; transcribe the same "
-            "split with both"
+            f"no utterance in common: one has {a.ids[:1]}, the other {b.ids[:1]}; transcribe the same split "
+            "with both"
         )
     pairs = [(rows_a[name], rows_b[name]) for name in ids]
     if different := [pair for pair in pairs if a.references[pair[0]] != b.references[pair[1]]]:

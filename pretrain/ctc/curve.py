@@ -114,8 +114,8 @@ def score(cells: Sequence[dict[str, Any]], out: Path) -> Scored:
         if found[0].references != found[-1].references:
             one, other = cells[0]["transcripts"], cell["transcripts"]
             raise ValueError(
-                f"{out / other}: has other utterances or references than {one}; remove the older one to "
-                "make it again"
+                f"{out / other}: has other utterances or references than {one}; remove the older one to make "
+                "it again"
             )
     characters = [of_seed.characters for of_seed in found if of_seed.characters is not None]
     words = sum((of_seed.words for of_seed in found[1:]), found[0].words)

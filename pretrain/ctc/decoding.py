@@ -143,8 +143,7 @@ class Decoder:
         if lexicon.num_left_out:
             self.notes.append(
                 f"{lexicon.num_left_out} words of {lexicon.source} cannot be spelled in the vocabulary and "
-                "are never written, "
-                f"such as {', '.join(lexicon.examples)}"
+                f"are never written, such as {', '.join(lexicon.examples)}"
             )
         self._words = list(dict.fromkeys(entry.word for entry in lexicon.entries))
         numbers = {word: number for number, word in enumerate(self._words)}

@@ -94,8 +94,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     frozen_phases = config.init != "random" and labels is None
     if frozen_phases and config.ctc.freeze_steps >= config.training.max_steps:
         notes.append(
-            f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, "
-            f"training.max_steps = {config.training.max_steps}"
+            f"the head alone learns: ctc.freeze_steps = {config.ctc.freeze_steps}, training.max_steps = "
+            f"{config.training.max_steps}"
         )
     task = CTCTask(
         model, config.ctc, config.text, train_set, valid_set, frozen_phases=frozen_phases, seed=seed
@@ -246,8 +246,7 @@ def _vocabulary(config: FinetuneConfig, sets: list[Manifest], known: LoadedRecog
         ] * bool(surplus)
         raise ValueError(
             f"encoder: {config.encoder} was fine-tuned with another vocabulary of {len(known.vocabulary)} "
-            "classes "
-            f"({', '.join(parts) or 'in another order'}); leave `characters` out to go on "
+            f"classes ({', '.join(parts) or 'in another order'}); leave `characters` out to go on "
             'with its own, or set init = "pretrained", which takes its encoder alone'
         )
     return vocabulary

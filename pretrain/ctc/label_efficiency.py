@@ -46,8 +46,7 @@ def label_efficiency(config: LabelEfficiencyConfig) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "label-efficiency: runs its cells in one process; share them out with `part`, or train large "
-            "cells with "
-            "`finetune` under torchrun"
+            "cells with `finetune` under torchrun"
         )
     asked = config.model_copy(update={"part": None}).resolved()
     if not is_complete(out) or read_meta(out)["kind"] != "transfer":
@@ -55,8 +54,7 @@ def label_efficiency(config: LabelEfficiencyConfig) -> dict[str, Any]:
     elif not any(differences(read_meta(out)["config"], asked)):
         raise ValueError(
             f"{out}: already holds this curve, finished; budgets, systems, seeds and tests that are added to "
-            "the settings are "
-            "added to it"
+            "the settings are added to it"
         )
     every = cells(config)
     mine = every[share(config.part)]
@@ -104,8 +102,8 @@ def _finish(
     if len(encoders) > 1:
         raise ValueError(
             f"{out}: cells come from {len(encoders)} different weights of {config.encoder}, such as "
-            "checkpoints of a run that "
-            "went on; remove the older ones, whose meta.json names them under `parents`"
+            "checkpoints of a run that went on; remove the older ones, whose meta.json names them under "
+            "`parents`"
         )
     parents |= {"encoder": encoders.pop()} if encoders else {}
     (out / "meta.json").unlink(missing_ok=True)  # of the curve that this one replaces

@@ -90,8 +90,8 @@ def lexicon_of(words: Iterable[str], source: str, vocabulary: Vocabulary, text: 
     """Words, such as those of a language model, spelled as transcripts are."""
     if vocabulary.spelling == "phones":
         raise ValueError(
-            f"decoding: {source} knows words and the recogniser writes phones; give a `lexicon` that "
-            "spells words in phones"
+            f"decoding: {source} knows words and the recogniser writes phones; give a `lexicon` that spells "
+            "words in phones"
         )
     return _lexicon(
         ((word, text.normalize(word), spelled(word, vocabulary, text)) for word in words), source, vocabulary
@@ -161,8 +161,8 @@ def arpa_words(path: str) -> list[str]:
 def _require_file(path: str, key: str, wanted: str) -> None:
     if not Path(path).is_file():
         raise ValueError(
-            f"decoding.{key}: {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}; it "
-            f"should be {wanted}"
+            f"decoding.{key}: {path} {'is a folder' if Path(path).is_dir() else 'does not exist'}; it should "
+            f"be {wanted}"
         )
 
 
@@ -177,8 +177,8 @@ def _opened(path: str, key: str) -> Iterator[Iterator[str]]:
             start = file.read(LONGEST_MARK)
             if key == "lm" and (start.startswith(UTF_8_MARK) or wide_encoding(start)):
                 raise ValueError(
-                    f"decoding.lm: {path} begins with a byte-order mark, which KenLM does not read; write "
-                    "it again without, as UTF-8"
+                    f"decoding.lm: {path} begins with a byte-order mark, which KenLM does not read; write it "
+                    "again without, as UTF-8"
                 )
             file.seek(0)
             origin = f"decoding.{key}: {path}"

@@ -78,8 +78,7 @@ class OnlineRecognizer:
         if samples.ndim != 1 or samples.dtype != np.float32:
             raise ValueError(
                 f"samples are float32 (samples,) in [-1, 1] at 16 kHz, of one channel; got {samples.dtype} "
-                f"{samples.shape} (int16 "
-                "samples are divided by 32768)"
+                f"{samples.shape} (int16 samples are divided by 32768)"
             )
         if not np.isfinite(samples).all():  # one would stay in the statistics for good
             raise ValueError(

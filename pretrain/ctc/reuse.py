@@ -28,8 +28,8 @@ def is_made(config: FinetuneConfig | TranscribeConfig, kind: str) -> bool:
         if isinstance(folder, str) and (known := known_by(folder)):
             if fingerprint not in known:
                 raise ValueError(
-                    f"{config.out}: was made from {name} {fingerprint}, which {folder} is not; remove it "
-                    "to make it again"
+                    f"{config.out}: was made from {name} {fingerprint}, which {folder} is not; remove it to "
+                    "make it again"
                 )
             changed.pop(name, None)  # the same thing in another place
     if changed:

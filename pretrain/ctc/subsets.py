@@ -165,8 +165,8 @@ def draw_subset(
         enough = f" (at least {at_least} would do)" if at_least else ""
         raise ValueError(
             f"{manifest.folder}: budget = {budget!r} is {wanted / (60 * SAMPLE_RATE):.2f} minutes, but only "
-            f"{usable:.2f} of the "
-            f"{there:.2f} minutes there have a transcript that can be used{enough}; ask for less, or for all"
+            f"{usable:.2f} of the {there:.2f} minutes there have a transcript that can be used{enough}; ask "
+            "for less, or for all"
         )
     keys, speakers = _hashes(chosen, seed), _speakers(chosen)[1]
     by_speaker = np.lexsort((keys, speakers))

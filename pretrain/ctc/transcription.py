@@ -213,8 +213,8 @@ def _log_probs(
             for item, log_probs in zip(batch.tolist(), found, strict=True):
                 if not log_probs.isfinite().all():
                     raise ValueError(
-                        f"{config.recognizer}: its outputs for {source.manifest[item].id!r} are not "
-                        "finite; its training broke"
+                        f"{config.recognizer}: its outputs for {source.manifest[item].id!r} are not finite; "
+                        "its training broke"
                     )
                 yield item, log_probs
             advance(source.seconds(batch))

@@ -96,8 +96,7 @@ def unit_batches(
     if found.codebook != recognizer.codebook:
         raise ValueError(
             f"labels: {labels} are of codebook {found.codebook}, and the recogniser learned units of "
-            f"codebook {recognizer.codebook}; "
-            "encode the audio with that one"
+            f"codebook {recognizer.codebook}; encode the audio with that one"
         )
     units = parse_config(UnitConfig, recognizer.meta["config"].get("units", {}), "the recogniser's units")
     return LabelBatches(manifest, found, config, 0, units)

@@ -42,15 +42,14 @@ def usable(
     if not len(known):
         raise ValueError(
             f"{manifest.folder}: no utterance of {config.split!r} has {kind_of_target(config.text)}; "
-            "`finetune` "
-            "needs some"
+            "`finetune` needs some"
         )
     rows = np.intersect1d(known, SpeechBatches(manifest, limits, 0, crop=False).items, assume_unique=True)
     if not len(rows):
         raise ValueError(
             f"{manifest.folder}: every utterance with {kind_of_target(config.text)} is shorter than "
-            f"batches.min_seconds = {limits.min_seconds:g} or "
-            f"longer than batches.crop_seconds = {limits.crop_seconds:g}"
+            f"batches.min_seconds = {limits.min_seconds:g} or longer than batches.crop_seconds = "
+            f"{limits.crop_seconds:g}"
         )
     chosen = manifest.take(rows)
     frames = config.units.counts(labels, chosen) if labels else chosen.num_frames

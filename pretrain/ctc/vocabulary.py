@@ -86,8 +86,7 @@ class Vocabulary:
         if lost:
             raise ValueError(
                 f"characters: {lost} are in no transcript after text.case = {text.case!r} and "
-                f"text.punctuation = {text.punctuation!r}; "
-                "drop them or change these"
+                f"text.punctuation = {text.punctuation!r}; drop them or change these"
             )
         return cls(_as_symbols(symbols, text.spelling), text.spelling)
 

@@ -220,8 +220,8 @@ def _misaligned(candidate: Candidate, duration_seconds: float) -> str | None:
         if times and times[-1].end > duration_seconds + 0.1:
             start, end, name = times[-1]
             return (
-                f"{kind} {name!r} at {start} s ends at {end} s, after the recording "
-                f"({duration_seconds:.3f} s)"
+                f"{kind} {name!r} at {start} s ends at {end} s, after the recording ({duration_seconds:.3f} "
+                "s)"
             )
     return None
 
@@ -328,12 +328,12 @@ def _notes_on_voices(by: str, num_speakers: int, num_strangers: int, splits: lis
             else "none is known"
         )
         return [
-            f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard "
-            f"in training; {name_them}"
+            f"splits are drawn by utterance, not by speaker ({known}): voices of {held_out} may be heard in "
+            f"training; {name_them}"
         ]
     if num_strangers:
         return [
-            f"{num_strangers} utterances have no speaker and are in train: voices of {held_out} may be "
-            f"among them; {name_them}"
+            f"{num_strangers} utterances have no speaker and are in train: voices of {held_out} may be among "
+            f"them; {name_them}"
         ]
     return []

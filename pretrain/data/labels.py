@@ -63,15 +63,14 @@ def commit_labels(
         if array.size and (highest := int(array.max())) >= num_classes:
             raise ValueError(
                 f"{folder}: label {highest} of shard {shard} is beyond the codebook's {num_classes} classes; "
-                f"remove shard_{shard:05d}.npy "
-                "and .parquet, and run the command again"
+                f"remove shard_{shard:05d}.npy and .parquet, and run the command again"
             )
         names = [f"shard_{shard:05d}{suffix}" for suffix in (".npy", ".parquet")]
         files |= {name: sha256_file(folder / name) for name in names}
         if written_hash(table) not in (None, files[names[0]]):
             raise ValueError(
-                f"{folder}/{names[0]}: damaged, not the labels that were written; remove it and "
-                f"{names[1]}, and run the command again"
+                f"{folder}/{names[0]}: damaged, not the labels that were written; remove it and {names[1]}, "
+                "and run the command again"
             )
     _require_exactly(
         folder, num_shards, np.concatenate(hashes), np.concatenate(frames), expected_ids, expected_frames
@@ -125,8 +124,7 @@ def _require_exactly(
         ]
         raise ValueError(
             f"{folder}: the shards hold {len(np.unique(found))} distinct of {len(found)} utterances, not "
-            "exactly what was asked: "
-            f"{'; '.join(problems)}; write the labels again"
+            f"exactly what was asked: {'; '.join(problems)}; write the labels again"
         )
     if expected_frames is not None and len(
         wrong := np.flatnonzero(frames[order] != expected_frames[expected_order])
@@ -134,8 +132,8 @@ def _require_exactly(
         row = int(expected_order[wrong[0]])
         raise ValueError(
             f"{folder}: {frames[order[wrong[0]]]} labels for utterance {asked[row].as_py()!r}, which has "
-            f"{expected_frames[row]} "
-            f"frames ({len(wrong)} of {len(found)} utterances differ); write the labels again"
+            f"{expected_frames[row]} frames ({len(wrong)} of {len(found)} utterances differ); write the "
+            "labels again"
         )
 
 

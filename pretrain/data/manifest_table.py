@@ -92,8 +92,8 @@ class Table:
         for name in self._names:
             if schema.field(name).type != SCHEMA.field(name).type:
                 raise ValueError(
-                    f"{path}: column {name!r} is of {schema.field(name).type}; {SCHEMA.field(name).type} "
-                    "is needed"
+                    f"{path}: column {name!r} is of {schema.field(name).type}; {SCHEMA.field(name).type} is "
+                    "needed"
                 )
 
     def row(self, row: int) -> dict[str, Any]:

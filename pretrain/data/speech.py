@@ -30,10 +30,9 @@ from pretrain.store.interrupts import process_pool
 # espeak-ng's variants that sound like people.
 VARIANTS = (
     "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 Alex Alicia Andrea Andy Annie Denis Gene Gene2 Hugo Jacky Lee "
-    "Marco Mario Michael Mike "
-    "Reed adam anika antonio aunty belinda benjamin boris caleb david ed edward grandma grandpa gustave ian "
-    "john linda max michel "
-    "miguel norbert pablo paul pedro quincy rob robert sandro shelby steph travis victor zac"
+    "Marco Mario Michael Mike Reed adam anika antonio aunty belinda benjamin boris caleb david ed edward "
+    "grandma grandpa gustave ian john linda max michel miguel norbert pablo paul pedro quincy rob robert "
+    "sandro shelby steph travis victor zac"
 ).split()
 
 # The grammar. In each list the first is the most frequent (weights 1, 1/2, 1/3, ...).

@@ -42,8 +42,7 @@ def draw_splits(
         names = " and ".join(split.name for split in splits)
         raise ValueError(
             f"{len(order)} are too few to draw {names} from and leave a train split; set dev_share or "
-            "test_share to 0, add recordings, or "
-            "cut long ones with max_seconds"
+            "test_share to 0, add recordings, or cut long ones with max_seconds"
         )
     # in ms: sums of integers are exact
     lengths = np.array([max(1, round(seconds[name] * 1000)) for name in order], np.int64)
@@ -148,8 +147,7 @@ def notes_on_splits(seconds: Mapping[str, float], splits: list[Split], drawn_by:
         if has > 2 * split.share * total:
             notes.append(
                 f"split {split.name!r} has {has / total:.1%} of the hours, and {split.name}_share asks for "
-                f"{split.share:.1%}: whole "
-                f"{drawn_by}s allow nothing nearer; give `split` in JSON lines, or set {split.name}_share to "
-                "0"
+                f"{split.share:.1%}: whole {drawn_by}s allow nothing nearer; give `split` in JSON lines, or "
+                f"set {split.name}_share to 0"
             )
     return notes

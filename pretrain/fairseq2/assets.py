@@ -162,8 +162,7 @@ def _read_card(name: str, source: str) -> "Card":
     if card is None:
         raise ValueError(
             f"{source}: fairseq2 has no asset card of that name{near_names(name, _known_names(store))}. "
-            "Cards of your own are found "
-            "in the folders FAIRSEQ2_ASSET_DIR and FAIRSEQ2_USER_ASSET_DIR"
+            "Cards of your own are found in the folders FAIRSEQ2_ASSET_DIR and FAIRSEQ2_USER_ASSET_DIR"
         )
     family_field = card.maybe_get_field("model_family")
     if family_field is None:

@@ -4,8 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 SERIES = "0.8"  # of fairseq2, whose interfaces move with every minor version
 REMEDY = (
-    "install wordless with the extra in an environment of its own, since fairseq2 pins torch 2.9.1: "
-    "pip install --constraint constraints-fairseq2.txt '.[fairseq2]'"
+    "install wordless with the extra in an environment of its own, since fairseq2 pins torch 2.9.1: pip "
+    "install --constraint constraints-fairseq2.txt '.[fairseq2]'"
 )
 
 

@@ -110,6 +110,6 @@ def require_fitting_shards(folder: Path, step: int, shards: int) -> None:
     if found != shards:
         raise ValueError(
             f"{path}: holds the model in {found} {'shards' if found > 1 else 'piece'} (training.sharding), "
-            f"and this run wants {shards}; fairseq2 "
-            f"does not split it anew. Go on with as many processes and the same sharding"
+            f"and this run wants {shards}; fairseq2 does not split it anew. Go on with as many processes and "
+            "the same sharding"
         )

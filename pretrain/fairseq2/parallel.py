@@ -36,8 +36,8 @@ def gangs_of(world: World, sharded: bool) -> Gangs:
     know."""
     if world.device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f'training.device: {world.device.type!r} is none that training.engine = "fairseq2" knows; '
-            '"cpu" and "cuda" are'
+            f'training.device: {world.device.type!r} is none that training.engine = "fairseq2" knows; "cpu" '
+            'and "cuda" are'
         )
     if world.size == 1:
         return create_parallel_gangs(FakeGang(world.device))
@@ -77,8 +77,8 @@ def causes_told(folder: Path) -> Iterator[None]:
     except (CheckpointError, CheckpointNotFoundError) as error:
         path = checkpoint_folder(folder, error.step_nr)
         raise ValueError(
-            f"{path}: its {error.kind} cannot be read ({error}); it is damaged. Remove that folder to go "
-            "on from the one before it"
+            f"{path}: its {error.kind} cannot be read ({error}); it is damaged. Remove that folder to go on "
+            "from the one before it"
         ) from None
     except (OperationalError, GangError) as error:
         cause: BaseException | None = error

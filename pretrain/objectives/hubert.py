@@ -131,8 +131,8 @@ class HubertTask(PretrainTask):
         labels, config = self.labels, self.config
         if labels.num_levels != 1:
             say(
-                f"labels: {labels.folder} has {labels.num_levels} levels; the targets are level 0, the "
-                "plain codebook's classes"
+                f"labels: {labels.folder} has {labels.num_levels} levels; the targets are level 0, the plain "
+                "codebook's classes"
             )
         for batches in (self.train_set, self.valid_set):
             if batches is not None:

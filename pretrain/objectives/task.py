@@ -147,8 +147,8 @@ class PretrainTask(SpeechTask):
                     seconds += valid.seconds(np.array([item]))
         if not chosen:
             say(
-                f"no valid_pnmi: no utterance of valid_split = {self.config.valid_split!r} has phones "
-                "(index with `alignments`)"
+                f"no valid_pnmi: no utterance of valid_split = {self.config.valid_split!r} has phones (index "
+                "with `alignments`)"
             )
         return chosen
 

@@ -57,8 +57,7 @@ def decode_line(line: bytes, origin: str) -> str:
         guess = line.decode("latin-1")[:40]
         raise ValueError(
             f"{origin}: not UTF-8 text ({error.reason} at byte {error.start}); as Latin-1 it reads "
-            f"{guess!r}; "
-            "write the file again as UTF-8, for example: iconv -f latin1 -t utf-8"
+            f"{guess!r}; write the file again as UTF-8, for example: iconv -f latin1 -t utf-8"
         ) from None
     if "\0" in text:
         raise ValueError(

@@ -72,8 +72,8 @@ def _order(
         plan = task.plan(epoch)
         if not plan:
             raise ValueError(
-                "the training data hold no batch: the manifest's split is empty or every utterance was "
-                "left out"
+                "the training data hold no batch: the manifest's split is empty or every utterance was left "
+                "out"
             )
         for number in range(first, len(plan)):
             items = plan[number]

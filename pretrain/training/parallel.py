@@ -97,8 +97,7 @@ class World(NamedTuple):
                 meeting = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
                 raise ConnectionError(
                     f"rank {rank} of {size} did not meet the others at {meeting} within {timeout_seconds:g} "
-                    "s "
-                    "(training.collective_timeout_seconds); did one of them fail before? "
+                    "s (training.collective_timeout_seconds); did one of them fail before? "
                     f"({' '.join(str(error).split())[:300]})"
                 ) from None
         return cls(rank, size, chosen)

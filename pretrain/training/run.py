@@ -201,9 +201,9 @@ class Run:
         since = f", first in step {first}" if first else ""
         unclipped = "" if optimizer.clip_norm else ": nothing is clipped"
         reason = (
-            f"{' and '.join(broken)} not finite{since}. Try a lower optimizer.lr (now {optimizer.lr:g}), "
-            f"a longer optimizer.warmup_steps (now {optimizer.warmup_steps}), "
-            f"a lower optimizer.clip_norm (now {optimizer.clip_norm:g}{unclipped})"
+            f"{' and '.join(broken)} not finite{since}. Try a lower optimizer.lr (now {optimizer.lr:g}), a "
+            f"longer optimizer.warmup_steps (now {optimizer.warmup_steps}), a lower optimizer.clip_norm (now "
+            f"{optimizer.clip_norm:g}{unclipped})"
         )
         if self.training.precision == "float32":
             return reason
@@ -214,8 +214,8 @@ class Run:
         if fault:
             kept = kept or (checkpoint_path(self.folder, self.saved) if self.saved else None)
             raise ValueError(
-                f"{self.folder}: stopped at step {self.done}: {fault.removesuffix('.')}. "
-                f"The last good checkpoint: {kept or 'none yet'}"
+                f"{self.folder}: stopped at step {self.done}: {fault.removesuffix('.')}. The last good "
+                f"checkpoint: {kept or 'none yet'}"
             )
 
     def save(self, adamw: torch.optim.AdamW, keep: int | None = None) -> None:
@@ -263,8 +263,8 @@ def write_or_compare_config(run: Path, config: dict[str, Any], begun: bool) -> N
         changed = "; ".join(f"{key}: {old!r}, now {new!r}" for key, old, new in changes if key not in NEUTRAL)
         if changed:
             raise ValueError(
-                f"{run}: holds unfinished work begun with other settings ({changed}); restore them or "
-                "remove the folder"
+                f"{run}: holds unfinished work begun with other settings ({changed}); restore them or remove "
+                "the folder"
             )
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -189,7 +189,6 @@ def lost_ranks_told(run: Path, world: World, newest: Callable[[], Path | None]) 
         raise ConnectionError(
             f"{run}: rank {world.rank} of {world.size} lost another one, which died or did not answer within "
             "training.collective_timeout_seconds; its own message tells why, if it had time for one. The "
-            "last checkpoint: "
-            f"{newest() or 'none yet'}; the same command goes on from there "
+            f"last checkpoint: {newest() or 'none yet'}; the same command goes on from there "
             f"({' '.join(str(error).split())[:300]})"
         ) from None

@@ -187,8 +187,8 @@ class TrainingConfig(Config):
     def _validates_while_it_has_patience(self) -> Self:
         if self.patience is not None and not (self.keep_best and self.validate_every):
             raise ValueError(
-                "patience counts validations against the best one: set validate_every above 0 and "
-                "keep_best = true"
+                "patience counts validations against the best one: set validate_every above 0 and keep_best "
+                "= true"
             )
         return self
 

@@ -121,8 +121,7 @@ def _their_card(folder: Path, run: Foreign) -> tuple[dict[str, Any], dict[str, T
         if head.feature_dropout != run.encoder.input_dropout:
             notes.append(
                 "fairseq2 has one dropout for the quantizer's input and the encoder's: that of the latter, "
-                f"{run.encoder.input_dropout}, is "
-                f"written, feature_dropout = {head.feature_dropout} is not"
+                f"{run.encoder.input_dropout}, is written, feature_dropout = {head.feature_dropout} is not"
             )
         if (head.diversity_weight, head.feature_penalty) != (0.1, 10.0):
             notes.append(
@@ -166,8 +165,8 @@ def _encoder_config(encoder: EncoderConfig, notes: list[str]) -> dict[str, Any]:
     if not 0 < encoder.feature_gradient_scale <= 1:
         told["feature_grad_scale"] = 1.0
         notes.append(
-            f"feature_gradient_scale = {encoder.feature_gradient_scale} is written as 1: fairseq2 takes "
-            "more than 0, up to 1"
+            f"feature_gradient_scale = {encoder.feature_gradient_scale} is written as 1: fairseq2 takes more "
+            "than 0, up to 1"
         )
     shapes = [
         [encoder.conv_dim, kernel, stride] for kernel, stride in zip(CONV_KERNELS, CONV_STRIDES, strict=True)
@@ -206,8 +205,7 @@ def _ctc_config(ctc: CTCConfig, dim: int, notes: list[str]) -> dict[str, Any]:
     if channels > 0 and (ctc.mask_channel_length >= dim or channels * (dim - 1) < 1):
         notes.append(
             f"fairseq2 masks no channels where a span of {ctc.mask_channel_length} does not fit {dim} of "
-            "them, or fewer than one is to begin "
-            f"({channels} of {dim - 1}): max_spatial_mask_prob is 0"
+            f"them, or fewer than one is to begin ({channels} of {dim - 1}): max_spatial_mask_prob is 0"
         )
         channels = 0.0
     return told | {
@@ -237,8 +235,8 @@ def _write_tokenizer(
         or max(map(len, plain), default=1) > 1
     ):
         notes.append(
-            "there is no tokenizer for fairseq2, which has one of characters; the classes are in the "
-            "card's wordless.vocabulary"
+            "there is no tokenizer for fairseq2, which has one of characters; the classes are in the card's "
+            "wordless.vocabulary"
         )
         return {}
     if vocabulary.spelling == "jamo":

@@ -71,8 +71,7 @@ def read_card(source: Path) -> Card:
         what = "base" if "base" in card else "model_arch"
         raise ValueError(
             f"{file}: {what} = {card[what]!r}: fairseq2 alone knows what that is; put the folder on "
-            "FAIRSEQ2_ASSET_DIR, in an "
-            f"environment with fairseq2, and say fairseq2:{card.get('name')}"
+            f"FAIRSEQ2_ASSET_DIR, in an environment with fairseq2, and say fairseq2:{card.get('name')}"
         )
     given: dict[str, Any] = next((card[key] for key in CONFIG_KEYS if key in card), {})
     if not isinstance(given, Mapping) or not isinstance(card.get("wordless") or {}, Mapping):
@@ -104,8 +103,7 @@ def require_family(family: str, source: str) -> None:
     if family not in (*THEIR_FAMILIES, *OWN_FAMILIES):
         raise ValueError(
             f"{source}: model_family = {family!r}: no speech encoder that wordless knows; supported are "
-            f"{', '.join(THEIR_FAMILIES)}, and "
-            f"wordless's own {', '.join(OWN_FAMILIES)}"
+            f"{', '.join(THEIR_FAMILIES)}, and wordless's own {', '.join(OWN_FAMILIES)}"
         )
 
 

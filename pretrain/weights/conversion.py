@@ -77,8 +77,7 @@ def read_foreign(config: ImportConfig) -> Foreign:
             return module.read(source)
     raise ValueError(
         f"{source.path}: neither a fairseq checkpoint (keys `model` and `cfg` or `args`) nor a state dict of "
-        "tensors; it has the "
-        f"keys {', '.join(map(repr, list(source.state)[:8]))}"
+        f"tensors; it has the keys {', '.join(map(repr, list(source.state)[:8]))}"
     )
 
 

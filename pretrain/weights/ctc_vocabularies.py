@@ -61,8 +61,7 @@ def of_dictionary(words: Sequence[str], num_rows: int, notes: list[str], source:
     if len(symbols) != num_rows or len(set(symbols)) != num_rows:
         raise ValueError(
             f"{source}: {len(words)} words and {len(symbols) - len(words)} special ones, but the CTC head "
-            f"has {num_rows} classes; is it the "
-            "dictionary of this model?"
+            f"has {num_rows} classes; is it the dictionary of this model?"
         )
     return _of_words(symbols[1:], list(range(num_rows)), notes, source)
 
@@ -114,8 +113,7 @@ def blank_first(
     if told is not None and told != found[0]:
         raise ValueError(
             f"{source}: pad_token_id = {told} but the tokenizer's {blank!r} is number {found[0]}: CTC's "
-            "blank cannot be both; set "
-            "pad_token_id to that of the training"
+            "blank cannot be both; set pad_token_id to that of the training"
         )
     return [found[0], *(row for row in range(num_rows) if row != found[0])]
 

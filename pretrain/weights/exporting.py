@@ -49,8 +49,8 @@ def export_weights(
         _refuse_inexpressible(encoder, form, str(run))
         if named is None and form != "torchaudio":
             model.notes.append(
-                "the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: "
-                "written as wav2vec 2.0"
+                "the run does not say whether it is wav2vec 2.0 or HuBERT, whose encoders are alike: written "
+                "as wav2vec 2.0"
             )
     _add_heads(model, meta, form, encoder_only)
     return {
@@ -99,18 +99,17 @@ def _refuse_recognizer(loaded: LoadedRecognizer, notes: list[str]) -> None:
     if loaded.model.layer_weights is not None:
         raise ValueError(
             'a recogniser with ctc.layers = "weighted" has no counterpart: transformers sums layers for '
-            "classification alone. "
-            "--encoder-only exports its encoder"
+            "classification alone. --encoder-only exports its encoder"
         )
     if loaded.vocabulary.spelling == "jamo":
         notes.append(
-            "transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the "
-            "syllables together"
+            "transformers writes the jamo as they are; unicodedata.normalize('NFC', text) puts the syllables "
+            "together"
         )
     if loaded.vocabulary.spelling == "phones":
         notes.append(
-            "the tokenizer is of phones: it spells phones with spaces between them, not words "
-            "(do_phonemize = false)"
+            "the tokenizer is of phones: it spells phones with spaces between them, not words (do_phonemize "
+            "= false)"
         )
 
 
@@ -131,22 +130,22 @@ def _pretrained_with(meta: Mapping[str, Any]) -> Objective | None:
 def _refuse_inexpressible(encoder: EncoderConfig, form: Format, run: str) -> None:
     if encoder.front_end != "waveform":
         raise ValueError(
-            f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only "
-            "waveform encoders do"
+            f"{run}: an encoder on {encoder.front_end} features has no counterpart elsewhere; only waveform "
+            "encoders do"
         )
     if encoder.streaming is not None:
         raise ValueError(
-            f"{run}: a streaming encoder has no counterpart elsewhere: another library would let every "
-            "frame see the whole utterance"
+            f"{run}: a streaming encoder has no counterpart elsewhere: another library would let every frame "
+            "see the whole utterance"
         )
     if form == "fairseq" and encoder.conv_dim == encoder.dim:
         raise ValueError(
-            f"{run}: fairseq has no projection where conv_dim equals dim ({encoder.dim}), so it cannot "
-            "hold this model"
+            f"{run}: fairseq has no projection where conv_dim equals dim ({encoder.dim}), so it cannot hold "
+            "this model"
         )
     if form == "torchaudio" and (encoder.conv_norm == "layer") != encoder.norm_first:
         raise ValueError(
             f"{run}: conv_norm = {encoder.conv_norm!r} with norm_first = {encoder.norm_first}: a torchaudio "
-            "file has no config, and "
-            "readers tell one from the other, as in published models; export to huggingface or fairseq"
+            "file has no config, and readers tell one from the other, as in published models; export to "
+            "huggingface or fairseq"
         )

@@ -85,8 +85,8 @@ def write(out: Path, model: Exported) -> dict[str, Any]:
     objective."""
     if "@" in out.name or not out.name.strip():
         raise ValueError(
-            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one "
-            "without @"
+            f"{out}: the folder's name becomes the asset's, and {out.name!r} cannot be one; take one without "
+            "@"
         )
     foreign = Foreign(
         "wordless",

@@ -33,8 +33,8 @@ def note_least_spans(card: Card, notes: list[str]) -> None:
     if "encoder" in card.extra:  # it was written by `export`
         return
     notes.extend(
-        f"{key} = {card.config[key]} is not carried on: at least two spans of time are masked here, and "
-        "none of channels"
+        f"{key} = {card.config[key]} is not carried on: at least two spans of time are masked here, and none "
+        "of channels"
         for key in ("min_num_temporal_mask_spans", "min_num_spatial_mask_spans")
         if card.config[key] != DEFAULTS[card.family][key]
     )

@@ -37,8 +37,8 @@ def encoder_keys(told: Mapping[str, Any], source: str) -> dict[str, Any]:
     expected = [(told["feature_dim"], *shape) for shape in zip(CONV_KERNELS, CONV_STRIDES, strict=True)]
     if layers != expected:
         raise ValueError(
-            f"{where}.feature_extractor_layer_descs = {layers}: only {expected} (width, kernel, stride) "
-            "are supported"
+            f"{where}.feature_extractor_layer_descs = {layers}: only {expected} (width, kernel, stride) are "
+            "supported"
         )
     order = str(told["norm_order"]).upper()
     if order not in ("PRE", "POST"):
@@ -46,8 +46,7 @@ def encoder_keys(told: Mapping[str, Any], source: str) -> dict[str, Any]:
     if told["layer_norm_features"] != (order == "POST"):
         raise ValueError(
             f"{where}.layer_norm_features = {told['layer_norm_features']} with norm_order = {order}: only "
-            "true with POST, false with PRE "
-            "are supported, as in published models"
+            "true with POST, false with PRE are supported, as in published models"
         )
     if told["feature_dim"] == told["model_dim"]:
         raise ValueError(
@@ -94,7 +93,7 @@ def contrastive_tree(card: Card, notes: list[str]) -> dict[str, Any]:
         )
     if not held:
         notes.append(
-            "fairseq2's configs do not hold the weights of its losses: diversity 0.1, feature penalty 10, "
-            "as its default"
+            "fairseq2's configs do not hold the weights of its losses: diversity 0.1, feature penalty 10, as "
+            "its default"
         )
     return tree

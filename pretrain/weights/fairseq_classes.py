@@ -24,8 +24,8 @@ def keep_classes(
     projection, width = tensors.get("final_proj.weight"), tensors["label_embs_concat"].shape[1]
     if projection is not None and len(projection) != width:
         raise ValueError(
-            f"{source}: final_proj has {len(projection)} rows and embeddings {width}: several label sets "
-            "are not supported"
+            f"{source}: final_proj has {len(projection)} rows and embeddings {width}: several label sets are "
+            "not supported"
         )
     symbols = dictionary_symbols(state)
     if len(symbols) > 1:
@@ -34,8 +34,8 @@ def keep_classes(
         numbered = {int(symbol): row for row, symbol in enumerate(symbols[0]) if symbol.isdecimal()}
         if sorted(numbered) != list(range(len(numbered))) or not numbered:
             raise ValueError(
-                f"{source}: its dictionary's words are not the numbers 0 to K - 1, so no row can be told "
-                "to be a class"
+                f"{source}: its dictionary's words are not the numbers 0 to K - 1, so no row can be told to "
+                "be a class"
             )
         order, told = [numbered[label] for label in range(len(numbered))], "the file's dictionary"
         sure = True
@@ -49,8 +49,8 @@ def keep_classes(
     tensors["label_embs_concat"] = tensors["label_embs_concat"][order]
     if len(order) < rows:
         notes.append(
-            f"of {rows} label embeddings {rows - len(order)} are fairseq's special words, left out "
-            f"({told}): K = {len(order)}"
+            f"of {rows} label embeddings {rows - len(order)} are fairseq's special words, left out ({told}): "
+            f"K = {len(order)}"
         )
     elif not sure:
         notes.append(
@@ -75,8 +75,8 @@ def _count_classes(rows: int, num_classes: int | None, source: Path) -> tuple[in
     if len(usual) != 1:
         raise ValueError(
             f"{source}: {rows} label embeddings: K = {rows}, or K = {rows - NUM_SPECIALS} and fairseq's four "
-            "special words? Say "
-            f"--num-classes {rows} or --num-classes {rows - NUM_SPECIALS} (`wc -l dict.km.txt` gives K)"
+            f"special words? Say --num-classes {rows} or --num-classes {rows - NUM_SPECIALS} (`wc -l "
+            "dict.km.txt` gives K)"
         )
     return usual[0], f"{rows} = {usual[0]} + {NUM_SPECIALS}; --num-classes says otherwise"
 

@@ -160,13 +160,12 @@ class RecognizerModelConfig(EncoderModelConfig):
         ):
             raise ValueError(
                 f"model_config.vocabulary.spelling: one of {', '.join(spellings)} is needed, the last with "
-                "`tokenizer`, the JSON of "
-                f"one, and no other with it; got {spelling!r}"
+                f"`tokenizer`, the JSON of one, and no other with it; got {spelling!r}"
             )
         if twice := sorted(symbol for symbol, count in Counter(symbols).items() if count > 1):
             raise ValueError(
-                f"model_config.vocabulary.symbols: {', '.join(map(repr, twice[:5]))} more than once; each "
-                "is one class"
+                f"model_config.vocabulary.symbols: {', '.join(map(repr, twice[:5]))} more than once; each is "
+                "one class"
             )
         if spelling == "tokenizer" and (
             lacking := sorted(set(symbols) - _pieces(self.vocabulary["tokenizer"]))

@@ -161,8 +161,8 @@ def infer_encoder(
     ]
     if dim not in NUM_HEADS and options["num_heads"] is None:
         raise ValueError(
-            f"{source}: the number of attention heads does not show in the weights; say --num-heads N "
-            f"(width {dim})"
+            f"{source}: the number of attention heads does not show in the weights; say --num-heads N (width "
+            f"{dim})"
         )
     keys = {
         "dim": dim,
@@ -180,8 +180,7 @@ def infer_encoder(
     encoder = make_encoder(keys, options, str(source))
     notes.append(
         f"no config in the file: inferred {encoder.num_layers} layers of width {dim}, {encoder.num_heads} "
-        "heads, "
-        f"{'pre' if layer_norm else 'post'}-norm, dropout as published"
+        f"heads, {'pre' if layer_norm else 'post'}-norm, dropout as published"
     )
     if options["normalize_waveform"] is None:
         notes.append(normalization_note("the file does not say", layer_norm))

@@ -105,8 +105,8 @@ def write(out: Path, model: Exported) -> dict[str, Any]:
     """Writes a folder; returns the objective."""
     if model.objective == "hubert":
         model.notes.append(
-            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has "
-            "no place for them"
+            f"the heads are in {HEADS_FILE}, which `wordless import` reads: transformers' HubertModel has no "
+            "place for them"
         )
     family: Objective = model.named or "wav2vec2"
     tensors = model.tensors("huggingface")
@@ -215,8 +215,8 @@ def _huggingface_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Te
                 or not all(isinstance(part, str) for part in parts.values())
             ):
                 raise ValueError(
-                    f"{index}: no `weight_map` from the tensors' names to the files that hold them; "
-                    "download it again"
+                    f"{index}: no `weight_map` from the tensors' names to the files that hold them; download "
+                    "it again"
                 )
             files = [folder / part for part in sorted(set(parts.values()))]
         if not all(path.is_file() for path in files):

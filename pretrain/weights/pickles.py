@@ -41,9 +41,8 @@ def load_torch(path: Path, allowed: bool, remedy: str | None = None) -> Any:
         hole = f" ({told})" if (told := weights_only_hole()) else ""
         raise ValueError(
             f"{path}: is a pickle, a kind of file that can run code when it is read. If you trust its "
-            "makers, say --allow-pickle: "
-            f"it is then read by torch's weights_only, which refuses what would run any{hole}. Safetensors "
-            "need no flag"
+            "makers, say --allow-pickle: it is then read by torch's weights_only, which refuses what would "
+            f"run any{hole}. Safetensors need no flag"
         )
     return _load(path, remedy)
 

@@ -126,8 +126,8 @@ def read_classes(folder: Path, config: Mapping[str, Any], num_rows: int, notes: 
         symbols = [symbol.lower() for symbol in symbols]
         if len(set(symbols)) < len(symbols):
             raise ValueError(
-                f"{folder}/vocab.json: with do_lower_case two of its tokens are one; only different ones "
-                "are supported"
+                f"{folder}/vocab.json: with do_lower_case two of its tokens are one; only different ones are "
+                "supported"
             )
     return of_symbols(symbols, rows, notes)
 

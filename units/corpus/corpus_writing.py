@@ -173,8 +173,8 @@ def _require_sound(
     streams = len(vocabulary.sizes)
     if units.shape != ((len(units),) if streams == 1 else (len(units), streams)):
         raise ValueError(
-            f"{named}: its units have the shape {units.shape}; {streams} stream{'s' * (streams > 1)} of "
-            "them go here"
+            f"{named}: its units have the shape {units.shape}; {streams} stream{'s' * (streams > 1)} of them "
+            "go here"
         )
     if not len(units):
         raise ValueError(f"{named}, is empty; leave it out")
@@ -185,8 +185,8 @@ def _require_sound(
         limit = limits[place[1] if streams > 1 else 0]
         level = f" in stream {place[1]}" if streams > 1 else ""
         raise ValueError(
-            f"{folder}: document {document.id!r} has the unit {units[place]}{level}; the codebook "
-            f"{codebook} has 0 .. {limit - 1}"
+            f"{folder}: document {document.id!r} has the unit {units[place]}{level}; the codebook {codebook} "
+            f"has 0 .. {limit - 1}"
         )
     if timed:
         if document.durations is None or document.durations.shape != (len(units),):

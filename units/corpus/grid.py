@@ -52,8 +52,8 @@ def from_grid(stream: np.ndarray, pieces: TextPieces, delay: int = 0) -> list[tu
     opens = [pieces.pieces[number].startswith(WORD) for number in stream[places]]
     if opens and not opens[0]:
         raise ValueError(
-            f"the text stream has {pieces.pieces[stream[places[0]]]!r} at frame {places[0]} before any "
-            "word begins"
+            f"the text stream has {pieces.pieces[stream[places[0]]]!r} at frame {places[0]} before any word "
+            "begins"
         )
     bounds = [*np.flatnonzero(opens).tolist(), len(places)]
     return [

@@ -62,8 +62,7 @@ class TextConfig(Config):
         if shorter < 1:
             raise ValueError(
                 f"fraction {self.fraction} with span_words {self.span_words} makes the spans of one kind "
-                f"{shorter:.2f} words long; "
-                "a span has at least one"
+                f"{shorter:.2f} words long; a span has at least one"
             )
         return self
 
@@ -97,8 +96,8 @@ class TextPieces:
             return cls(alphabet)
         if size < len(alphabet):
             raise ValueError(
-                f"{size} text pieces are too few: the words have {len(alphabet) - 1} characters, and words "
-                "a mark"
+                f"{size} text pieces are too few: the words have {len(alphabet) - 1} characters, and words a "
+                "mark"
             )
         from tokenizers import Tokenizer, models, trainers
 
@@ -155,8 +154,8 @@ def spoken_words(utterance: Utterance, config: TextConfig) -> list[Word]:
     """
     if utterance.words is None:
         raise ValueError(
-            f"utterance {utterance.id!r} has no word times; index it again with `words` in its source or "
-            "in `alignments`"
+            f"utterance {utterance.id!r} has no word times; index it again with `words` in its source or in "
+            "`alignments`"
         )
     words: list[Word] = []
     for start, end, name in utterance.words:
@@ -188,8 +187,8 @@ def count_words(manifest: Manifest, config: TextConfig) -> Counter[str]:
     if missing:
         raise ValueError(
             f"{manifest.folder}: text needs words with their times, and {len(missing)} of {len(manifest)} "
-            "utterances have none, first "
-            f"{missing[0]!r}; index again with `words` in the source or in `alignments`"
+            f"utterances have none, first {missing[0]!r}; index again with `words` in the source or in "
+            "`alignments`"
         )
     return counts
 

@@ -43,8 +43,8 @@ class Vocabulary(Config):
     def _hangs_together(self) -> Self:
         if (self.layout == "units") == bool(self.text):
             raise ValueError(
-                f"layout {self.layout!r} with {len(self.text)} text pieces; text needs a layout of its "
-                "own, and that text"
+                f"layout {self.layout!r} with {len(self.text)} text pieces; text needs a layout of its own, "
+                "and that text"
             )
         if self.merges and (self.layout != "units" or self.num_levels > 1):
             raise ValueError("merges (unit BPE) are for one stream of units without text")

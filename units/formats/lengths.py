@@ -112,10 +112,8 @@ class LengthCheck:
         )
         return (
             f"{wrong.where}: {wrong.num_units} units{lasting} for utterance {wrong.utterance!r}, which has "
-            f"{frames} frames at "
-            f"{self.rate_hz:g} Hz by the {wrong.num_samples} samples (16 kHz) in {wrong.length_of} ({count} "
-            f"of {self._num_checked} utterances "
-            f"differ); {self._remedy(wrong)}"
+            f"{frames} frames at {self.rate_hz:g} Hz by the {wrong.num_samples} samples (16 kHz) in "
+            f"{wrong.length_of} ({count} of {self._num_checked} utterances differ); {self._remedy(wrong)}"
         )
 
     def _remedy(self, wrong: Mismatch) -> str:
@@ -145,6 +143,5 @@ class LengthCheck:
             return "give the manifest of the audio that they were made from, or their frame_rate_hz"
         return (
             "give the manifest of the audio that they were made from; where that was cut at a longest "
-            "length, one of the parts "
-            "(`offset` and `duration` in JSON lines)"
+            "length, one of the parts (`offset` and `duration` in JSON lines)"
         )

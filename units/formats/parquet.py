@@ -60,8 +60,8 @@ def read_parquet_description(path: Path) -> Sidecar | None:
             ours, theirs = getattr(known, key, None), getattr(other, key, None)
             if ours != theirs and key != "source":
                 raise ValueError(
-                    f"{first} and {file}: {key} {ours!r} and {theirs!r}; expected the same units in all of "
-                    "a folder"
+                    f"{first} and {file}: {key} {ours!r} and {theirs!r}; expected the same units in all of a "
+                    "folder"
                 )
             if ours != theirs and known is not None:
                 known = known.model_copy(update={"source": None})

@@ -162,8 +162,8 @@ def write_resynthesis(path: Path, documents: Iterator[Document], described: Desc
 def _name(row: Mapping[Any, Any], key: str, where: str, stem: bool) -> str:
     if not isinstance(value := row.get(key), str):
         raise ValueError(
-            f"{where}: {key!r} is {'missing' if value is None else repr(value)[:40]}, expected the path of "
-            "a recording"
+            f"{where}: {key!r} is {'missing' if value is None else repr(value)[:40]}, expected the path of a "
+            "recording"
         )
     return id_of_path(value, f"{where}: {key!r}", stem)
 

@@ -41,8 +41,7 @@ def read_km(path: Path, tsv: str | None = None, stem: bool = False) -> Iterator[
     if not names.is_file():
         raise ValueError(
             f"{path}: no {names} to name its lines; say where it is (tsv=…), put the shards of a .km "
-            "together first, "
-            "or read the file as textlesslib, which numbers its lines"
+            "together first, or read the file as textlesslib, which numbers its lines"
         )
     rows = read_lines(names)
     if re.search(r"\t\d+$", next(rows)[1]):
@@ -134,8 +133,8 @@ def _split_gslm(line: str, where: str, number: int) -> tuple[str, str]:
     if not name:
         # quantize_with_kmeans.py strips the suffix letter by letter: `alfa.flac` loses all of its letters
         raise ValueError(
-            f"{where}: the name before '|' is empty; GSLM's script takes more than the suffix off names "
-            "such as alfa.flac"
+            f"{where}: the name before '|' is empty; GSLM's script takes more than the suffix off names such "
+            "as alfa.flac"
         )
     return name, text
 

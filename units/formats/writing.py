@@ -47,8 +47,8 @@ def write_units(
             if (document.durations is None) != (first.durations is None):
                 known = "no durations" if document.durations is None else "durations"
                 raise ValueError(
-                    f"document {document.id!r}: has {known}, unlike the first; expected all or none to "
-                    "have them"
+                    f"document {document.id!r}: has {known}, unlike the first; expected all or none to have "
+                    "them"
                 )
             document = _as_held(document, found, described)
             seen.add(document)

@@ -136,8 +136,7 @@ def transformers_config(config: DecoderConfig, vocabulary_size: int) -> dict[str
         if config.attention_dim not in (None, config.dim):
             raise ValueError(
                 f"qkv_bias and sliding_window with attention_dim {config.attention_dim} other than dim "
-                f"{config.dim}: Qwen2, the class "
-                "with both, has no head_dim of its own"
+                f"{config.dim}: Qwen2, the class with both, has no head_dim of its own"
             )
         # The layers from max_window_layers on have the window.
         window = {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": 0}

@@ -207,9 +207,8 @@ def require_same_units(run: str, meta: dict[str, Any], vocabulary: Vocabulary, c
         problems.append(differences)
     if problems:
         raise ValueError(
-            f"{run} was trained on other units than {corpus.folder} has: {'; '.join(problems)}; "
-            "pack labels of the codebook that the model learned, as they were packed then, or train a model "
-            "on these"
+            f"{run} was trained on other units than {corpus.folder} has: {'; '.join(problems)}; pack labels "
+            "of the codebook that the model learned, as they were packed then, or train a model on these"
         )
 
 

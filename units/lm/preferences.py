@@ -79,8 +79,8 @@ class Preferences:
                 if len(sequence) - 1 > context:
                     raise ValueError(
                         f"{where}: the prompt's {len(codes['prompt'])} and the {part} continuation's "
-                        f"{len(codes[part])} symbols make "
-                        f"{len(sequence) - 1} steps; the model's context is {context}"
+                        f"{len(codes[part])} symbols make {len(sequence) - 1} steps; the model's context is "
+                        f"{context}"
                     )
                 sequences.append(sequence)
                 answers.append(answer)

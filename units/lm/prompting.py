@@ -79,8 +79,7 @@ def audio_prompts(
     if codebook.fingerprint != learned:
         raise ValueError(
             f"codebook: {lm.folder} learned the units of codebook {learned}, and {codebook_folder} is "
-            f"codebook {codebook.fingerprint}; "
-            "give the codebook that its corpus was encoded with"
+            f"codebook {codebook.fingerprint}; give the codebook that its corpus was encoded with"
         )
     utterances = [_whole_recording(path) for path in paths]
     source = open_source(codebook, encoder, Extraction(device="cuda" if device == "cuda" else "cpu"))

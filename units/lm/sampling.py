@@ -239,15 +239,14 @@ def _require_room(config: SampleConfig, lm: LoadedLM, prompts: Sequence[Prompt])
     if begun > context and not config.sliding:
         raise ValueError(
             f"the prompt {longest.document!r} has {length} units, {begun} tokens with BOS{hint}, and "
-            f"{config.lm} has {context} tokens of "
-            "context; prompt with fewer (prompt_units), or set sliding = true"
+            f"{config.lm} has {context} tokens of context; prompt with fewer (prompt_units), or set sliding "
+            "= true"
         )
     if steps > context and not config.sliding:
         raise ValueError(
             f"a prompt of BOS and {length} units (prompt_units) with {config.max_units} more (max_units) "
-            f"takes {steps} tokens{hint}, which does "
-            f"not fit the {context} tokens of context of {config.lm}; lower one of them, or set sliding = "
-            "true"
+            f"takes {steps} tokens{hint}, which does not fit the {context} tokens of context of {config.lm}; "
+            "lower one of them, or set sliding = true"
         )
 
 

@@ -92,8 +92,8 @@ class TrainLMConfig(Config):
             raise ValueError("give the `corpus` to learn")
         if self.dpo is not None and (self.init is None or self.corpus is not None):
             raise ValueError(
-                "`dpo` learns from its pairs alone, beginning with a trained language model: give "
-                "`init` and no `corpus`"
+                "`dpo` learns from its pairs alone, beginning with a trained language model: give `init` and "
+                "no `corpus`"
             )
         if self.dpo is not None and (
             given := self.model_fields_set & {"split", "valid_split", "pattern", "loss_on"}

@@ -88,8 +88,8 @@ def config_of(folder: str | Path) -> DecoderConfig:
         raise ValueError(f"{path}: model_type: {kind!r} is not supported; {', '.join(MODEL_TYPES)} are")
     if config.get("quantization_config"):
         raise ValueError(
-            f"{path}: quantization_config: quantised weights cannot be trained further; give the model "
-            "they were made from"
+            f"{path}: quantization_config: quantised weights cannot be trained further; give the model they "
+            "were made from"
         )
     for key, value in FIXED:
         if config.get(key, value) != value:

@@ -94,8 +94,8 @@ def join(pairs: Sequence[Pair], ids: Sequence[str], corpus: str) -> Joined:
         found = endings.get(name) or endings.get(plain, [])
         if len(found) > 1:
             raise ValueError(
-                f"{source}: {name!r} could be {ids[found[0]]!r} or {ids[found[1]]!r} of {corpus}; "
-                "name more of the path in the gold, or pack a corpus of this suite alone"
+                f"{source}: {name!r} could be {ids[found[0]]!r} or {ids[found[1]]!r} of {corpus}; name more "
+                "of the path in the gold, or pack a corpus of this suite alone"
             )
         return found[0] if found else -1
 
@@ -112,8 +112,7 @@ def join(pairs: Sequence[Pair], ids: Sequence[str], corpus: str) -> Joined:
         first, source = next(iter(lost.items()))
         raise ValueError(
             f"{corpus}: lacks {len(lost)} of the {len({n for p in pairs for n in p[1:3]})} recordings of the "
-            "suite; "
-            f"the first is {first!r} ({source}); index, encode and pack all of the suite's recordings"
+            f"suite; the first is {first!r} ({source}); index, encode and pack all of the suite's recordings"
         )
     return Joined(rows[:, 0], rows[:, 1], len(ids) - len(np.unique(rows)))
 
@@ -151,8 +150,8 @@ def _tstorycloze(gold: str | None, ids: Sequence[str]) -> Iterator[Pair]:
                 story = match[1] if numbered else re.sub(r"(^|/)\d+_([^/]+)$", r"\1\2", match[1])
                 if match[2] in sides[story]:
                     raise ValueError(
-                        f"{where}: {sides[story][match[2]]!r} and {name!r} are both the {match[2]} ending "
-                        "of one story"
+                        f"{where}: {sides[story][match[2]]!r} and {name!r} are both the {match[2]} ending of "
+                        "one story"
                     )
                 sides[story][match[2]] = name
         if all(len(pair) == 2 for pair in sides.values()):

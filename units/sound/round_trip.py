@@ -22,8 +22,7 @@ class RoundTrip:
         if self.codebook.fingerprint != corpus.codebook:
             raise ValueError(
                 f"codebook: {codebook} is codebook {self.codebook.fingerprint}, and {corpus.folder} has "
-                "units of codebook "
-                f"{corpus.codebook}; give the one that its labels were encoded with"
+                f"units of codebook {corpus.codebook}; give the one that its labels were encoded with"
             )
         self.source = open_source(self.codebook, encoder, Extraction())
 

@@ -169,14 +169,12 @@ def require_speakable(corpus: UnitCorpus) -> None:
     if corpus.vocabulary.layout != "units":
         raise ValueError(
             f"{corpus.folder}: has text among its units (layout {corpus.vocabulary.layout!r}); pack the same "
-            "labels without text, "
-            "and take that corpus here"
+            "labels without text, and take that corpus here"
         )
     if not corpus.timed:
         raise ValueError(
             f"{corpus.folder}: its units have no durations, and sound needs to know when each is heard; pack "
-            "labels, or import units "
-            "with their durations"
+            "labels, or import units with their durations"
         )
     if corpus.frame_rate_hz != 50:
         raise ValueError(
@@ -238,8 +236,7 @@ def _documents_of(manifest: Manifest, corpus: UnitCorpus, numbers: dict[str, int
     if missing:
         raise ValueError(
             f"{corpus.folder}: no units for {len(missing)} of {len(ids)} utterances of {manifest.folder}, "
-            f"first {missing[0]!r}; give "
-            "the manifest that was encoded and packed"
+            f"first {missing[0]!r}; give the manifest that was encoded and packed"
         )
     documents = np.array([numbers[name] for name in ids])
     require_same_frames(corpus, documents, manifest)
@@ -254,8 +251,8 @@ def require_same_frames(corpus: UnitCorpus, documents: np.ndarray, manifest: Man
         row = int(wrong[0])
         raise ValueError(
             f"{corpus.folder}: {corpus.num_frames[documents[row]]} frames for utterance "
-            f"{manifest.ids[row]!r}, which has "
-            f"{manifest.num_frames[row]} in {manifest.folder}; give the manifest that was encoded and packed"
+            f"{manifest.ids[row]!r}, which has {manifest.num_frames[row]} in {manifest.folder}; give the "
+            "manifest that was encoded and packed"
         )
 
 

@@ -96,8 +96,7 @@ class Synthesizer:
         if lengths.shape != (len(symbols),) or lengths.min() < 1:
             raise ValueError(
                 f"durations are frames, one or more for each of {len(symbols)} units; these are of shape "
-                f"{lengths.shape}, from "
-                f"{lengths.min(initial=1)} on"
+                f"{lengths.shape}, from {lengths.min(initial=1)} on"
             )
         runs, frames = merge_runs(symbols, lengths)
         voice = speaker_number(self.speakers, speaker)
@@ -122,8 +121,7 @@ class Synthesizer:
             if self.meta[name] != theirs:
                 raise ValueError(
                     f"{self.folder} learned to speak units with {name} {self.meta[name]!r}, but {source} has "
-                    f"{name} {theirs!r}; train a "
-                    "synthesizer on these units, or take those that it learned"
+                    f"{name} {theirs!r}; train a synthesizer on these units, or take those that it learned"
                 )
 
     def _checked(self, units: np.ndarray) -> np.ndarray:

@@ -19,9 +19,9 @@ def of_layers(sweep: Mapping[str, Any]) -> list[str]:
     chosen, first = layers[layer], layers.get("0", {})
     if "pnmi" not in chosen:
         return [
-            "Without phone alignments there is nothing to compare the layers by, so the middle one "
-            "was taken; another may be better. Perplexity, the effective number of units in use, does not "
-            "show which."
+            "Without phone alignments there is nothing to compare the layers by, so the middle one was "
+            "taken; another may be better. Perplexity, the effective number of units in use, does not show "
+            "which."
         ]
     if "pnmi" not in first or layer == "0":
         return []
@@ -30,9 +30,9 @@ def of_layers(sweep: Mapping[str, Any]) -> list[str]:
         f"PNMI {chosen['pnmi']:.3f} against {first['pnmi']:.3f}",
     )
     lost = (
-        f"The chosen layer is worse than {layer_0}: {scores}. At this size, and after this much "
-        "training, the encoder has not learned more about phones than its input already shows. More audio or "
-        "more training steps may change that."
+        f"The chosen layer is worse than {layer_0}: {scores}. At this size, and after this much training, "
+        "the encoder has not learned more about phones than its input already shows. More audio or more "
+        "training steps may change that."
     )
     level = (
         f"The chosen layer is no better than {layer_0}: {scores}. By this measure, training has added "

@@ -100,8 +100,8 @@ def of_sounds(sounds: Mapping[str, Any]) -> list[str]:
     others = []
     if "frame_agreement_copy" in sounds:
         others.append(
-            f"{sounds['frame_agreement_copy']:.0%} for the recording’s own spectrogram, turned into sound "
-            "by the same method"
+            f"{sounds['frame_agreement_copy']:.0%} for the recording’s own spectrogram, turned into sound by "
+            "the same method"
         )
     if "frame_agreement_commonest_unit" in sounds:
         others.append(
@@ -158,8 +158,8 @@ def cautions(audio: Mapping[str, Any]) -> list[str]:
         if count["hours"] * 3600 < SHORT_SECONDS:
             length = spoken_time(count["hours"])
             words.append(
-                f"The {split} split is only {length} long. Numbers from less than two minutes of speech "
-                "are rough."
+                f"The {split} split is only {length} long. Numbers from less than two minutes of speech are "
+                "rough."
             )
     others = [split for split in audio["splits"] if split != "train"]
     shared = (
@@ -172,19 +172,19 @@ def cautions(audio: Mapping[str, Any]) -> list[str]:
         )
     elif shared:
         words.append(
-            f"Some voices of {' and '.join(shared)} may have been heard in training: they share speakers, "
-            "or not all are known."
+            f"Some voices of {' and '.join(shared)} may have been heard in training: they share speakers, or "
+            "not all are known."
         )
     if 0 < audio["with_speaker"] < audio["utterances"]:
         words.append(
-            f"{audio['utterances'] - audio['with_speaker']:,} of {audio['utterances']:,} utterances have "
-            "no speaker."
+            f"{audio['utterances'] - audio['with_speaker']:,} of {audio['utterances']:,} utterances have no "
+            "speaker."
         )
     for key, what in (("with_phones", "phone alignments"), ("with_text", "a transcript")):
         if 0 < audio[key] < audio["utterances"]:
             words.append(
-                f"{audio[key]:,} of {audio['utterances']:,} utterances have {what}; what needs them rests "
-                "on those alone."
+                f"{audio[key]:,} of {audio['utterances']:,} utterances have {what}; what needs them rests on "
+                "those alone."
             )
     return words
 

@@ -115,7 +115,7 @@ def open_labels(folder: Path, manifest: Manifest) -> Labels:
     labels = Labels(folder)
     if (theirs := labels.meta["parents"].get("manifest")) != manifest.fingerprint:
         raise ValueError(
-            f"{folder}: labels of manifest {theirs}, but {manifest.folder} is {manifest.fingerprint}; "
-            "encode this one"
+            f"{folder}: labels of manifest {theirs}, but {manifest.folder} is {manifest.fingerprint}; encode "
+            "this one"
         )
     return labels

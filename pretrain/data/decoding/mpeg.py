@@ -90,8 +90,8 @@ def _walk(path: str, offset: int, size: int, *_: int) -> Frames | None:
         return Frames(kind, places, sizes, 0, num_samples)
     if info.num_frames * kind.samples > DENSEST * size:
         raise ValueError(
-            f"has a header that claims {info.num_frames * kind.samples} samples, more than its {size} "
-            "bytes can hold"
+            f"has a header that claims {info.num_frames * kind.samples} samples, more than its {size} bytes "
+            "can hold"
         )
     if info.num_frames > len(places) + 1:  # some count the header's own frame
         raise ValueError(f"is truncated: {num_samples} of {info.num_frames * kind.samples} samples")

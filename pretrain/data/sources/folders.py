@@ -212,6 +212,5 @@ def _refuse_unpacked(tar: Path, root: Path, members: list[Candidate], loose: dic
             if twin := loose.get(os.path.join(folder, key)):
                 raise ValueError(
                     f"{member.origin}: {twin} has its name, as if the tar had been unpacked beside its "
-                    "files, and would count twice; "
-                    "move one of them away, or give one of them as the source"
+                    "files, and would count twice; move one of them away, or give one of them as the source"
                 )

@@ -88,8 +88,7 @@ def describe_passed_over(names: list[str]) -> str:
     suffix, plural = os.path.splitext(names[0])[1], "s" if len(names) > 1 else ""
     return (
         f"{len(names)} recording{plural} passed over, which cannot be read here ({by_suffix}), such as "
-        f"{names[0]}; "
-        f"convert them first, for example: ffmpeg -i x{suffix} x.flac"
+        f"{names[0]}; convert them first, for example: ffmpeg -i x{suffix} x.flac"
     )
 
 
@@ -102,8 +101,8 @@ def describe_twins(candidates: list[Candidate]) -> str | None:
     pair = [twin.origin for twin in twins if os.path.splitext(twin.origin)[0] == stem][:2]
     return (
         f"{len(twins)} recordings have a name that another has with another suffix, such as "
-        f"{' and '.join(pair)}; their ids keep the "
-        "suffix. If these are the same speech in two formats, it counts twice: index one of them alone"
+        f"{' and '.join(pair)}; their ids keep the suffix. If these are the same speech in two formats, it "
+        "counts twice: index one of them alone"
     )
 
 

@@ -48,8 +48,8 @@ def require_uncompressed(path: Path) -> None:
     for magic, command in _MAGIC.items():
         if start.startswith(magic):
             raise ValueError(
-                f"{path}: is compressed, and its members cannot be read by offset; decompress it: "
-                f"{command} {path.name}"
+                f"{path}: is compressed, and its members cannot be read by offset; decompress it: {command} "
+                f"{path.name}"
             )
 
 
