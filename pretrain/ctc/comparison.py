@@ -1,7 +1,7 @@
 """The verb `compare`: whether one recogniser is better than another on the same utterances.
 
-The two transcripts of each utterance are joined by id. Told of words, and of characters, is the difference of
-the error rates, b minus a (below 0: b is better), with
+The two transcripts of each utterance are joined by id. The result, for words and for characters, is the
+difference of the error rates, b minus a (below 0: b is better), with
 - its paired bootstrap interval, and the probability of improvement, the share of resampled test sets on which
   b is better (Bisani & Ney, 2004); a tie counts half;
 - the p-value of a sign-flip permutation test: were the systems alike, either transcript of an utterance could

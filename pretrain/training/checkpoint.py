@@ -1,16 +1,16 @@
 """Checkpoints: `step_00001000/` with model and optimiser tensors, the position in training and the SHA-256 of
 each file.
 
-`model.safetensors`      the model's state dict, float32 `optimizer.safetensors`  AdamW's moments and step
-counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` `state.json`             step, epoch and batch of
-the next step, the best validation so far and how many followed it, the resolved config,
-                         `sha256` of the two files above and of the rest of this one
+`model.safetensors`      the model's state dict, float32
+`optimizer.safetensors`  AdamW's moments and step counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`
+`state.json`             step, epoch and batch of the next step, the best validation so far and the number of
+                         those after it, the resolved config, `sha256` of both files and of the rest of this one
 
 There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is
-written under a temporary name, fsynced and renamed, so a visible one is complete; one whose hashes do not
-match is passed over with a warning. At no moment is there less than the checkpoint before the one being
-written: none is removed before its successor stands. Sharded training (FSDP2) writes the same whole tensors
-and reads its shards out of them: neither sharding nor the number of ranks shows in a checkpoint.
+written under a temporary name, fsynced and renamed, so a visible one is complete. One whose hashes do not
+match is skipped with a warning. No checkpoint is removed before the next one is complete. Sharded training
+(FSDP2) writes the same whole tensors, and reads its shards out of them: neither sharding nor the number of
+ranks changes a checkpoint.
 """
 
 import hashlib

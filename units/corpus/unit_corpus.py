@@ -4,11 +4,13 @@
 A document is an utterance. The folder holds, over all documents end to end and in the order they came:
 
 `tokens.npy`         (tokens,), with several streams (tokens, streams): symbols of the vocabulary, uint16, or
-uint32 if needed `offsets.npy`        (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i +
-1]] `durations.npy`      (units,) uint16: frames that each unit lasts; all 1 without deduplication; no file if
-unknown `unit_offsets.npy`   (documents + 1,) int64, with unit BPE: the place of the durations of document i,
-otherwise that of its tokens `documents.parquet`  a row per document: `id`, `split` (or null), `num_frames`
-(or null)
+                     uint32 if needed
+`offsets.npy`        (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]]
+`durations.npy`      (units,) uint16: frames that each unit lasts; all 1 without deduplication; no file if
+                     unknown
+`unit_offsets.npy`   (documents + 1,) int64, with unit BPE: the place of the durations of document i,
+                     otherwise that of its tokens
+`documents.parquet`  a row per document: `id`, `split` (or null), `num_frames` (or null)
 
 `meta.json` adds `vocabulary` (units/corpus/vocabulary.py), `codebook` (fingerprint), `frame_rate_hz`,
 `deduplicated`, `timed` and counts. BOS, EOS and padding are not stored: `Sequences` adds them as a pattern

@@ -5,11 +5,12 @@ The folder holds wav files (16 kHz, 16 bits) and `sounds.jsonl`, a line for each
 `kind`, `audio_filepath`, `duration`, `speaker` and `text`, so that `wordless index sounds.jsonl` takes it for
 a list of utterances. Kinds:
 
-`original`               the recording `copy`                   its mel spectrogram through Griffin-Lim: what
-a synthesizer without fault would sound like here `resynthesis`            from its units, each as long as it
-was `resynthesis-predicted`  from its units, each as long as the synthesizer believes `prompt`
-from the units that a language model was given (verb `sample`) `continuation`           from those and the
-units that it went on with, in one breath; at `prompt_seconds` it takes over
+`original`               the recording
+`copy`                   its mel spectrogram through Griffin-Lim: the sound of a perfect synthesizer here
+`resynthesis`            from its units, with their true durations
+`resynthesis-predicted`  from its units, with predicted durations
+`prompt`                 from the units that a language model continued (verb `sample`)
+`continuation`           from the prompt and the continuation, which begins at `prompt_seconds`
 """
 
 import json
