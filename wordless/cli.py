@@ -167,7 +167,7 @@ def show_recipes(
 
 @app.command("status")
 def show_status(run: RunFolder, as_json: Json = False) -> None:
-    """How the stages of a run fare; ends with status 1 if one failed or is lost."""
+    """Show the state of each stage of a run; ends with status 1 if one failed or is lost."""
     from slurm.status import show
 
     text, sound = show(run, as_json=as_json)
@@ -179,7 +179,9 @@ def show_status(run: RunFolder, as_json: Json = False) -> None:
 @app.command("cancel")
 def cancel_jobs(
     run: RunFolder,
-    stages: Annotated[list[str] | None, typer.Argument(metavar="[STAGE ...]", help="These alone.")] = None,
+    stages: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE ...]", help="Only these stages.")
+    ] = None,
 ) -> None:
     """Cancel a run's jobs that are queued or running."""
     from slurm.cancelling import cancel

@@ -2,9 +2,9 @@
 each file.
 
 `model.safetensors`      the model's state dict, float32
-`optimizer.safetensors`  AdamW's moments and step counts, keyed `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`
+`optimizer.safetensors`  AdamW's moments and step counts, as `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`
 `state.json`             step, epoch and batch of the next step, the best validation so far and the number of
-                         those after it, the resolved config, `sha256` of both files and of the rest of this one
+                         those after it, the resolved config, `sha256` of both files and of this one
 
 There is no stored generator state: every draw is a function of (seed, epoch, rank, step). A checkpoint is
 written under a temporary name, fsynced and renamed, so a visible one is complete. One whose hashes do not

@@ -55,6 +55,7 @@ def train(run: Run) -> dict[str, Any]:
 def train_here(run: Run) -> dict[str, Any]:
     """The loop of this toolkit."""
     task, training, world = run.task, run.training, run.join()
+    summary: dict[str, Any] = {}
     with lost_ranks_told(run.folder, world, lambda: max(run.folder.glob("step_*"), default=None)):
         checkpoint = run.find_checkpoint(lambda: _newest(run.folder), "fairseq2/checkpoints/step_*")
         run.prepare_model()
